@@ -1,0 +1,33 @@
+# make demo    set up, then train a small detector on drawn shapes (minutes, no GPU needed)
+# make test    set up, then run the tests
+# make lint    set up, then check the style
+# make lock    renew requirements/dev.lock
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test lint lock
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: requirements/dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "ddetr needs Python 3.10 to 3.13, and %s is %d.%d: make PYTHON=python3.12 ..." % ("$(PYTHON)", *v))'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup
+	$(BIN)/ddetr demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock:
+	uv pip compile --universal --python-version 3.10 --generate-hashes --no-header --quiet \
+		--extra test --group build pyproject.toml requirements/dev.in -o requirements/dev.lock

@@ -1,0 +1,40 @@
+"""ddetr: Deformable DETR, from data to deployed detector. The map, in the order data flows:
+
+    errors.py, console.py, padding.py, boxes.py   what everything stands on
+    ops/            multi-scale deformable attention, the operator
+    datasets/       COCO, VOC and YOLO folders -> annotations, audit, samples, batches
+    models/         the network, its matching and its losses
+    checkpoint/     weights on disk, ours and others'
+    evaluation.py   COCO's metrics over a predict function
+    predictor.py    images -> named objects in pixels
+    report.py       curves and pictures of a run
+    engine/         training, on Lightning
+    demo.py         the whole way on drawn shapes
+    cli.py          `ddetr COMMAND`
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Name -> module. Loaded on first use, so that `import ddetr` is light.
+_PUBLIC = {
+    "DeformableDETR": "ddetr.models.deformable_detr",
+    "Predictor": "ddetr.predictor",
+    "build_coco_dataset": "ddetr.datasets",
+    "build_model": "ddetr.models.deformable_detr",
+    "load_weights": "ddetr.checkpoint",
+    "ms_deform_attn": "ddetr.ops",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ddetr' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

@@ -1,0 +1,5 @@
+import sys
+
+from ddetr.cli import main
+
+sys.exit(main())

@@ -1,0 +1,61 @@
+"""Box formats and overlaps: the only place where boxes are converted.
+
+`boxes` alone means (cx, cy, w, h) relative to the image, in [0, 1]; every other format says so in its name:
+`boxes_xyxy` is (left, top, right, bottom), `boxes_xywh` is (left, top, width, height).
+"""
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, box_iou
+
+__all__ = [
+    "box_cxcywh_to_xyxy",
+    "box_iou",
+    "box_xywh_to_xyxy",
+    "box_xyxy_to_cxcywh",
+    "box_xyxy_to_xywh",
+    "generalized_iou",
+]
+
+
+def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) centre form to corner form, in the same unit."""
+    return box_convert(boxes, "cxcywh", "xyxy")
+
+
+def box_xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
+    """(..., 4) corner form to centre form, in the same unit."""
+    return box_convert(boxes_xyxy, "xyxy", "cxcywh")
+
+
+def box_xywh_to_xyxy(boxes_xywh: Tensor) -> Tensor:
+    """(..., 4) COCO's own form (left, top, width, height) to corner form, in the same unit."""
+    return box_convert(boxes_xywh, "xywh", "xyxy")
+
+
+def box_xyxy_to_xywh(boxes_xyxy: Tensor) -> Tensor:
+    """(..., 4) corner form to COCO's own form (left, top, width, height), in the same unit."""
+    return box_convert(boxes_xyxy, "xyxy", "xywh")
+
+
+def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
+    """Generalised IoU (arXiv:1902.09630) of boxes that broadcast against each other: (..., 4), (..., 4) -> (...).
+
+    Pairwise (T, Q) values come from shapes (T, 1, 4) and (1, Q, 4); torchvision's pairwise function takes no batch,
+    and its loss adds an epsilon to the areas that is not small beside small relative boxes. In [-1, 1]; two boxes
+    without any extent give 0 or less instead of NaN.
+    """
+    top_left = torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
+    bottom_right = torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
+    hull_wh = torch.maximum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]) - torch.minimum(
+        boxes1_xyxy[..., :2], boxes2_xyxy[..., :2]
+    )
+    tiny = torch.finfo(boxes1_xyxy.dtype).tiny
+    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
+    union = (_area(boxes1_xyxy) + _area(boxes2_xyxy) - intersection).clamp(min=tiny)
+    hull = hull_wh.clamp(min=0).prod(-1).clamp(min=tiny)
+    return intersection / union - (hull - union) / hull
+
+
+def _area(boxes_xyxy: Tensor) -> Tensor:
+    return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).prod(-1)

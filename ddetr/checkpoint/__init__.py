@@ -1,0 +1,26 @@
+"""Trained weights on disk: our one published format, and the formats of other projects read into our models.
+
+published.py      our format: `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `build_from_checkpoint`
+transfer.py       any weights into any model of ours: `load_weights`
+report.py         what became of every tensor: `LoadReport`
+foreign.py        the files of other projects, under the official names; `to_official_state_dict`
+heads.py          which head of a file each head of a model starts from
+class_rows.py     which row of a class head belongs to which class
+coco_classes.py   COCO's class names and ids, which foreign files seldom hold
+files.py          bytes to tensors, without running what a file contains
+"""
+
+from ddetr.checkpoint.foreign import to_official_state_dict
+from ddetr.checkpoint.published import Checkpoint, build_from_checkpoint, load_checkpoint, save_checkpoint
+from ddetr.checkpoint.report import LoadReport
+from ddetr.checkpoint.transfer import load_weights
+
+__all__ = [
+    "Checkpoint",
+    "LoadReport",
+    "build_from_checkpoint",
+    "load_checkpoint",
+    "load_weights",
+    "save_checkpoint",
+    "to_official_state_dict",
+]

@@ -1,0 +1,239 @@
+"""Our one published format: weights, the arguments that rebuild the network, its classes, and how it was made.
+
+On disk it is one dict of tensors and plain values (`torch.save`, loadable with `weights_only=True`), or a
+`.safetensors` file with the plain values as JSON in its metadata; the suffix decides, the content is the same.
+"""
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ddetr import __version__
+from ddetr.checkpoint.files import read_file, write_atomically
+from ddetr.datasets.annotations import Category
+from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ddetr.errors import InputError
+from ddetr.models.deformable_detr import DeformableDETR
+
+FORMAT = "ddetr"
+FORMAT_VERSION = 1
+_ALIASES = "aliases"  # safetensors metadata: names that share the tensor of another name
+_PLAIN_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "format_version": int,
+    "ddetr_version": str,
+    "config": dict,
+    "categories": list,
+    "input": dict,
+    "threshold": (int, float),
+    "metrics": dict,
+    "training": dict,
+}
+
+
+@dataclass
+class Checkpoint:
+    """A trained detector, whole: `build_from_checkpoint` makes the network, and the rest says how to use it.
+
+    Attributes:
+        model: state dict under the official names.
+        config: constructor arguments of `DeformableDETR` that rebuild the network without a download.
+        categories: the class of each label, in order.
+        input: how images reach the network: "image_size" (short side, pixels), "max_size" (long side), "mean", "std".
+        threshold: score from which detections are shown.
+        metrics: plain values, e.g. {"AP": 0.445}.
+        training: plain values: data, epoch, step, recipe.
+    """
+
+    model: dict[str, Tensor]
+    config: dict[str, Any]
+    categories: tuple[Category, ...]
+    input: dict[str, Any]
+    threshold: float = 0.5
+    metrics: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    ddetr_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def of(
+        cls,
+        model: DeformableDETR,
+        categories: Sequence[Category],
+        *,
+        image_size: int = 800,
+        max_size: int = 1333,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        threshold: float = 0.5,
+        metrics: Mapping[str, Any] | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> "Checkpoint":
+        """The checkpoint of a model in memory; its tensors are the model's own, not copies."""
+        if len(categories) != model.config["num_classes"]:
+            raise InputError(
+                f"expected a category for each of the {model.config['num_classes']} classes, got {len(categories)}"
+            )
+        return cls(
+            model=dict(model.state_dict()),
+            config=portable_config(model.config),
+            categories=tuple(categories),
+            input={"image_size": image_size, "max_size": max_size, "mean": list(mean), "std": list(std)},
+            threshold=threshold,
+            metrics=dict(metrics or {}),
+            training=dict(training or {}),
+        )
+
+
+def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same network without ImageNet weights to fetch; what those decide about frozen norms is written out."""
+    freeze = config["freeze_backbone"] or ("stem" if config["pretrained_backbone"] else "none")
+    return {**config, "pretrained_backbone": False, "freeze_backbone": freeze}
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, as `.safetensors` where `path` ends so. Killed at any moment, it leaves the old file.
+
+    Raises:
+        TypeError: metrics, training or config hold something other than plain values.
+    """
+    path = Path(path)
+    header = {
+        "format_version": checkpoint.format_version,
+        "ddetr_version": checkpoint.ddetr_version,
+        "config": portable_config(checkpoint.config),
+        "categories": [{"category_id": c.category_id, "name": c.name} for c in checkpoint.categories],
+        "input": checkpoint.input,
+        "threshold": checkpoint.threshold,
+        "metrics": checkpoint.metrics,
+        "training": checkpoint.training,
+    }
+    header = {name: _plain(value, name) for name, value in header.items()}
+    tensors, aliases = _without_aliases(checkpoint.model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        metadata = {name: json.dumps(value) for name, value in {**header, _ALIASES: aliases}.items()}
+        metadata["format"] = FORMAT
+        write_atomically(path, lambda file: save_file(tensors, file, metadata))
+    else:
+        model = {name: tensors[aliases.get(name, name)] for name in checkpoint.model}
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, **header, "model": model}, file))
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint of ours.
+
+    Raises:
+        InputError: the file is missing, damaged, not ours, or from a newer version.
+    """
+    path = Path(path)
+    content, metadata = read_file(path)
+    return parse_checkpoint(path, content, metadata)
+
+
+def is_checkpoint(content: Any, metadata: Mapping[str, str]) -> bool:
+    """Whether the content of a file is in our format."""
+    return FORMAT in (metadata.get("format"), content.get("format") if isinstance(content, dict) else None)
+
+
+def parse_checkpoint(path: Path, content: Any, metadata: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint in the content of a file; raises as `load_checkpoint`."""
+    if not is_checkpoint(content, metadata):
+        raise InputError(f"{path}: expected a ddetr checkpoint, got {_what_else(content)}")
+    if metadata:
+        header = {name: json.loads(value) for name, value in metadata.items() if name != "format"}
+        aliases = header.pop(_ALIASES, {})
+        model = dict(content) | {alias: content[name] for alias, name in aliases.items()}
+    else:
+        header, model = content, content.get("model")
+    version = header.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise InputError(
+            f"{path}: expected a checkpoint of format {FORMAT_VERSION} or older, got format {version}, written by ddetr "
+            f"{header.get('ddetr_version')}: this is ddetr {__version__}, upgrade it (pip install -U ddetr)"
+        )
+    wrong = [name for name, kind in _PLAIN_FIELDS.items() if not isinstance(header.get(name), kind)]
+    if wrong or not isinstance(model, dict) or not all(isinstance(tensor, Tensor) for tensor in model.values()):
+        raise InputError(f"{path}: expected a ddetr checkpoint, but its {', '.join(wrong or ['model'])} is not whole")
+    return Checkpoint(
+        model=model,
+        categories=tuple(Category(c["category_id"], c["name"]) for c in header["categories"]),
+        **{name: header[name] for name in _PLAIN_FIELDS if name != "categories"},
+    )
+
+
+def build_from_checkpoint(checkpoint: Checkpoint) -> DeformableDETR:
+    """The network of a checkpoint with its weights, in eval mode; fetches nothing.
+
+    Raises:
+        InputError: the weights do not fit the configuration beside them.
+    """
+    known = inspect.signature(DeformableDETR).parameters
+    unknown = [name for name in checkpoint.config if name not in known]
+    if unknown:
+        raise InputError(
+            f"the checkpoint was made by ddetr {checkpoint.ddetr_version} with {unknown[0]!r}, which ddetr {__version__} "
+            "does not know: upgrade it (pip install -U ddetr)"
+        )
+    model = DeformableDETR(**portable_config(checkpoint.config))
+    try:
+        model.load_state_dict(checkpoint.model, strict=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise InputError(
+            f"the weights of the checkpoint do not fit its own configuration: {first[0].strip()}"
+        ) from error
+    return model.eval()
+
+
+def _without_aliases(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, each once and with no more memory than it shows; and {alias: name}."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    names: dict[tuple, str] = {}
+    for name, tensor in state_dict.items():
+        tensor = tensor.detach()
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and place in names:
+            aliases[name] = names[place]
+            continue
+        names[place] = name
+        tensor = tensor.cpu().contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # a view would drag the tensor that it is a part of into the file
+        tensors[name] = tensor
+    return tensors, aliases
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy of plain values in Python's own types: subclasses of str or float pickle as code to run."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where) for item in value]
+    if isinstance(value, (np.generic, Tensor)) and value.ndim == 0:
+        return _plain(value.item(), where)
+    raise TypeError(f"a checkpoint holds plain values only, but {where} is a {type(value).__name__}: {value!r}")
+
+
+def _what_else(content: Any) -> str:
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    if "pytorch-lightning_version" in content:
+        return "a training state of Lightning: pass it to --resume, or take the published file beside it"
+    tensors = content.get("model", content.get("state_dict", content))
+    if isinstance(tensors, dict) and any(isinstance(value, Tensor) for value in tensors.values()):
+        return "bare weights: start from them with --weights, or ddetr.checkpoint.load_weights(model, path)"
+    return f"a dict of {', '.join(map(repr, list(content)[:4])) or 'nothing'}"

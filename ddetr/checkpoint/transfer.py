@@ -1,0 +1,246 @@
+"""Any weights into any model of ours: what fits is copied, what nearly fits is adapted, and all of it is reported."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddetr.checkpoint.class_rows import match_rows
+from ddetr.checkpoint.foreign import SourceWeights, read_weights
+from ddetr.checkpoint.heads import HeadMap
+from ddetr.checkpoint.report import LoadReport, Remark
+from ddetr.datasets.annotations import Category
+from ddetr.errors import InputError
+from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.models.heads import class_head
+
+QUERY_NOISE = 0.1  # of the spread of the queries: copies of a query must differ, or they would learn the same
+
+
+def load_weights(
+    model: DeformableDETR, path: str | Path, *, categories: Sequence[Category] | None = None
+) -> LoadReport:
+    """Start `model` from the weights of a file, whichever project wrote it and whatever classes it was trained for.
+
+    Args:
+        model: changed in place.
+        path: a file of ours, of the official code, of detrex, of mmdetection 3 or of transformers, or a transformers
+            folder.
+        categories: the classes of `model` in the order of its labels: rows of the class head are copied by name, by
+            category id where the file has no names. Without them, rows are copied in order where there are as many.
+
+    Returns:
+        The report: nothing is left out silently.
+
+    Raises:
+        InputError: not a file of weights; another hidden size; less than half of the model would come from the file.
+    """
+    if categories is not None and len(categories) != model.config["num_classes"]:
+        raise InputError(f"expected {model.config['num_classes']} categories, as the model has, got {len(categories)}")
+    source = read_weights(Path(path))
+    transfer = _Transfer(model, source, categories)
+    report = transfer.plan(Path(path))
+    if report.share < 0.5:
+        first = ", ".join(remark.name for remark in report.initialised[:3])
+        raise InputError(
+            f"{path}: only {report.share:.0%} of the model's parameters would come from this {source.kind} file, "
+            f"missing {first} and others: it belongs to another architecture. Nothing was changed; set the model's "
+            "options (backbone, layers, levels) to those of the file"
+        )
+    transfer.apply()
+    return report
+
+
+class _Adaptation(NamedTuple):
+    """The new value of a parameter; `how` is empty where it is the file's as it stands."""
+
+    value: Tensor
+    how: str
+
+
+class _Transfer:
+    """Finds, for each tensor of the model, its value in the file."""
+
+    def __init__(self, model: DeformableDETR, source: SourceWeights, categories: Sequence[Category] | None):
+        self.source, self.config = source, model.config
+        self.own = _each_tensor_once(model)
+        self.heads = HeadMap(source, model)
+        # Levels correspond by stride: a single-scale model has the coarsest backbone level alone.
+        self.level_shift = min(self.config["num_feature_levels"], 3) - min(source.num_levels, 3)
+        num_rows = next((len(t) for name, t in source.tensors.items() if name.startswith("class_embed.")), 0)
+        self.rows, self.rows_how = match_rows(source.classes, num_rows, categories, model.config["num_classes"])
+        self.fresh_class_head = class_head(model.config["hidden_dim"], model.config["num_classes"]).state_dict()
+        self.used: set[str] = set()
+        self.values: dict[str, Tensor] = {}
+
+    def plan(self, path: Path) -> LoadReport:
+        """Decide on everything, change nothing."""
+        hidden_dim = self.source.tensors["transformer.level_embed"].shape[1]
+        if hidden_dim != self.config["hidden_dim"]:
+            raise InputError(
+                f"{path}: expected weights of hidden_dim {self.config['hidden_dim']}, as the model has, got {hidden_dim}: "
+                f"set hidden_dim={hidden_dim}"
+            )
+        report = LoadReport(path, self.source.kind)
+        for name, own in self.own.items():
+            found = self._value_of(name, own)
+            if isinstance(found, str):
+                report.initialised.append(Remark(name, found))
+                continue
+            self.values[name] = found.value
+            if found.how:
+                report.adapted.append(Remark(name, found.how))
+            else:
+                report.loaded.append(name)
+        own_parameters = {name: own.numel() for name, own in self.own.items() if isinstance(own, torch.nn.Parameter)}
+        report.share = sum(own_parameters.get(name, 0) for name in self.values) / sum(own_parameters.values())
+        report.skipped = [
+            Remark(name, self._why_skipped(name)) for name in self.source.tensors if name not in self.used
+        ]
+        return report
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for name, value in self.values.items():
+            self.own[name].copy_(value)
+
+    def _value_of(self, name: str, own: Tensor) -> _Adaptation | str:
+        """The value of a parameter, or why there is none."""
+        head = re.match(r"(class_embed|bbox_embed)\.(\d+)\.", name)
+        source_name = self.heads.source_name(name) if head else self._level_name(name)
+        if source_name is None or source_name not in self.source.tensors:
+            if name.endswith("num_batches_tracked"):
+                return "a counter of trainable norms, which the file does not have"
+            return self.heads.why_missing(name) if head else "not in the file"
+        self.used.update(self.heads.twins(source_name) if head else [source_name])
+        value = self.source.tensors[source_name]
+        adapt = self._adapter(name)
+        if adapt is not None:
+            return adapt(name, own, value)
+        if value.shape != own.shape:
+            self.used.discard(source_name)
+            return _shapes(value, own)
+        return _Adaptation(value, self.heads.how(name) if head else self._moved(name, source_name))
+
+    def _adapter(self, name: str) -> Callable[[str, Tensor, Tensor], _Adaptation | str] | None:
+        if name.startswith("class_embed."):
+            return self._class_rows
+        if re.match(r"bbox_embed\.\d+\.layers\.2\.", name):
+            return self._box_output
+        if name == "query_embed.weight":
+            return self._queries
+        if name == "transformer.level_embed":
+            return self._levels
+        if re.search(r"\.(?:sampling_offsets|attention_weights)\.", name):
+            return self._sampling
+        return None
+
+    def _level_name(self, name: str) -> str | None:
+        """The name in the file of a parameter of the model; None where the file's level is of another kind."""
+        level = re.match(r"input_proj\.(\d+)\.", name)
+        if level is None:
+            return name
+        source_level = int(level[1]) - self.level_shift
+        return f"input_proj.{source_level}.{name[level.end() :]}" if source_level >= 0 else None
+
+    def _moved(self, name: str, source_name: str) -> str:
+        return f"level {source_name.split('.')[1]} of the file, of the same stride" if name != source_name else ""
+
+    def _class_rows(self, name: str, own: Tensor, value: Tensor) -> _Adaptation | str:
+        how = self.heads.how(name)
+        fresh = self.fresh_class_head[name.split(".")[-1]].to(value)
+        if self.heads.is_proposal(name):
+            # The rows of this head are not classes: the first says "any object" (facts of the two-stage variant).
+            if value.shape == own.shape:
+                return _Adaptation(value, how)
+            common = min(len(value), len(own))
+            return _Adaptation(
+                torch.cat((value[:common], fresh[common:])), "rows of the class-agnostic proposal head kept in order"
+            )
+        how = "; ".join(filter(None, (self.rows_how, how)))
+        if self.rows == list(range(len(value))):
+            return _Adaptation(value, how)
+        kept = [(row, source_row) for row, source_row in enumerate(self.rows) if source_row is not None]
+        if not kept:
+            return self.rows_how
+        rows = fresh.clone()
+        rows[[row for row, _ in kept]] = value[[source_row for _, source_row in kept]]
+        return _Adaptation(rows, how)
+
+    def _box_output(self, name: str, own: Tensor, value: Tensor) -> _Adaptation:
+        """The last layer of a box head corrects a point or a box: one trained for the other is worse than none."""
+        if self.heads.same_reference(name):
+            return _Adaptation(value, self.heads.how(name))
+        fresh = torch.zeros_like(own)
+        if name.endswith("bias") and self.heads.corrects_point(name):
+            fresh[2:] = -2.0
+        return _Adaptation(fresh, "no correction: the file's corrects another kind of reference")
+
+    def _queries(self, name: str, own: Tensor, value: Tensor) -> _Adaptation | str:
+        if value.shape == own.shape:
+            return _Adaptation(value, "")
+        num_queries, num_source = len(own), len(value)
+        if num_queries < num_source:
+            return _Adaptation(value[:num_queries], f"the first {num_queries} of {num_source} queries")
+        copies = value.repeat(num_queries // num_source + 1, 1)[:num_queries].clone()
+        extra = copies[num_source:]
+        extra += torch.randn(extra.shape).to(extra) * (QUERY_NOISE * value.std())
+        return _Adaptation(copies, f"{num_source} queries, and copies of them with small noise to make {num_queries}")
+
+    def _levels(self, name: str, own: Tensor, value: Tensor) -> _Adaptation:
+        if value.shape == own.shape:
+            return _Adaptation(value, "")
+        levels = own.detach().clone()
+        targets, sources = self._common_levels()
+        levels[targets] = value[sources].to(levels)
+        return _Adaptation(levels, f"{len(targets)} of {len(own)} levels, by stride; the others as initialised")
+
+    def _sampling(self, name: str, own: Tensor, value: Tensor) -> _Adaptation | str:
+        """Offsets (M*L*P*2, ...) or logits (M*L*P, ...) of common levels and points; the others as initialised."""
+        num_levels = self.config["num_feature_levels"]
+        points_flag = "enc_n_points" if ".encoder." in name else "dec_n_points"
+        heads, points = self.config["nheads"], self.config[points_flag]
+        source_heads = self.source.config.get("nheads", heads)
+        last = 2 if ".sampling_offsets." in name else 1
+        source_points, rest = divmod(len(value), source_heads * self.source.num_levels * last)
+        if source_heads != heads or rest or value.shape[1:] != own.shape[1:]:
+            return f"{_shapes(value, own)}: another number of heads"
+        if (source_points, self.source.num_levels) == (points, num_levels):
+            return _Adaptation(value, "")
+        new = own.detach().clone().view(heads, num_levels, points, last, *own.shape[1:])
+        old = value.to(new).view(heads, self.source.num_levels, source_points, last, *own.shape[1:])
+        targets, sources = self._common_levels()
+        common = min(points, source_points)
+        for target, level in zip(targets, sources):
+            new[:, target, :common] = old[:, level, :common]
+        return _Adaptation(
+            new.view(own.shape), f"{len(targets)} levels and {common} points of the file; others as initialised"
+        )
+
+    def _common_levels(self) -> tuple[list[int], list[int]]:
+        """Levels of the model that the file has, and what those are in the file."""
+        levels = range(self.config["num_feature_levels"])
+        targets = [level for level in levels if 0 <= level - self.level_shift < self.source.num_levels]
+        return targets, [level - self.level_shift for level in targets]
+
+    def _why_skipped(self, name: str) -> str:
+        if name.endswith("num_batches_tracked"):
+            return "a counter of trainable norms, which the model does not have"
+        own = self.own.get(name)
+        return _shapes(self.source.tensors[name], own) if own is not None else "not in the model"
+
+
+def _each_tensor_once(model: DeformableDETR) -> dict[str, Tensor]:
+    """Parameters and buffers under the first of their names: the layers of a plain model share their heads."""
+    names: dict[int, str] = {}
+    state_dict = model.state_dict(keep_vars=True)
+    for name, tensor in state_dict.items():
+        names.setdefault(id(tensor), name)
+    return {name: state_dict[name] for name in names.values()}
+
+
+def _shapes(value: Tensor, own: Tensor) -> str:
+    return f"{tuple(value.shape)} in the file, {tuple(own.shape)} in the model"

@@ -1,0 +1,34 @@
+"""The terminal: results go to standard output, progress and messages to standard error."""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_out = Console()
+err = Console(stderr=True)
+
+
+def show(renderable: Any) -> None:
+    """A table or a text on standard output."""
+    _out.print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+
+
+def set_up_logging() -> None:
+    """ddetr's messages on standard error, one a line."""
+    handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.getLogger("ddetr").setLevel(logging.INFO)
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; yields `update(done, total)`."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(description, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

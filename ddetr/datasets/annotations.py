@@ -1,0 +1,267 @@
+"""The one in-memory form of a data set: every reader returns it; audit, data set, evaluation and sharding take it.
+
+Arrays are numpy: n objects an image, K categories. A category's place in `Annotations.categories` is its label.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ddetr.errors import InputError
+
+ACTIONS = ("note", "repaired", "dropped", "refused")
+MAX_PLACES = 10_000  # a kind; a finding that repeats in each of COCO's 860,000 objects is counted, not listed
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class; its index in `Annotations.categories` is its label."""
+
+    category_id: int  # the data set's own id (COCO: as in the file; VOC: label + 1; YOLO: the id in the label files)
+    name: str
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image with its n objects.
+
+    `size_hw` is the frame that the boxes live in: the upright image (EXIF orientation applied), except where the
+    annotations were visibly made on the stored, unrotated pixels; `read_image(path, size_hw)` returns that frame.
+    """
+
+    image_id: int
+    path: Path
+    size_hw: tuple[int, int]
+    boxes_xyxy: np.ndarray  # (n, 4) float32, pixels, clipped to the image, never degenerate
+    labels: np.ndarray  # (n,) int64, 0..K-1
+    area: np.ndarray  # (n,) float32, pixels^2 (from the box where the data set gives none)
+    ignore: np.ndarray  # (n,) bool: crowd (COCO) or difficult (VOC): not trained on, an ignore region in evaluation
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about the data that a person should know, at a place that a person can find.
+
+    `action`: "note", "repaired", "dropped" or "refused" (training must not start). `count` is the number of places
+    that the finding stands for: more than 1 where listing each would help nobody.
+    """
+
+    kind: str  # stable slug, e.g. "degenerate-box"
+    action: str
+    where: str  # file + line/index/id: "Annotations/BloodImage_00338.xml, object 12"
+    message: str  # one sentence: what is wrong and what was done
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.action in ACTIONS, self.action
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """A split of a data set, read whole."""
+
+    name: str  # for people: "coco_tiny/train2017"
+    format: str  # "coco" | "voc" | "yolo"
+    categories: tuple[Category, ...]
+    images: Sequence[ImageRecord]
+    findings: tuple[Finding, ...] = ()
+
+
+class ImageTable(Sequence[ImageRecord]):
+    """Images and objects in a handful of flat arrays; an `ImageRecord` of views is made when one is asked for.
+
+    A list of records for COCO's 118,000 images would be a million small Python objects, which every loader worker
+    copies page by page as their reference counts change; the flat arrays stay shared.
+    """
+
+    def __init__(
+        self,
+        image_ids: np.ndarray,  # (I,) int64
+        paths: Sequence[str],  # I of them
+        sizes_hw: np.ndarray,  # (I, 2)
+        image_index: np.ndarray,  # (n,) which image each object belongs to, not descending
+        boxes_xyxy: np.ndarray,  # (n, 4)
+        labels: np.ndarray,  # (n,)
+        area: np.ndarray,  # (n,)
+        ignore: np.ndarray,  # (n,)
+    ) -> None:
+        num_images = len(paths)
+        assert len(image_ids) == len(sizes_hw) == num_images
+        assert len(image_index) == len(boxes_xyxy) == len(labels) == len(area) == len(ignore)
+        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
+        self._path_bytes = b"".join(encoded)
+        self._path_ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
+        self.image_ids = np.ascontiguousarray(image_ids, dtype=np.int64)
+        self.sizes_hw = np.ascontiguousarray(sizes_hw, dtype=np.int32).reshape(num_images, 2)
+        counts = np.bincount(np.asarray(image_index, dtype=np.int64), minlength=num_images)
+        self.offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # (I + 1,)
+        self.boxes_xyxy = np.ascontiguousarray(boxes_xyxy, dtype=np.float32).reshape(-1, 4)
+        self.labels = np.ascontiguousarray(labels, dtype=np.int64)
+        self.area = np.ascontiguousarray(area, dtype=np.float32)
+        self.ignore = np.ascontiguousarray(ignore, dtype=bool)
+        for array in (self.boxes_xyxy, self.labels, self.area, self.ignore):
+            array.flags.writeable = False  # records are views: nobody may change the data set through one
+
+    @classmethod
+    def from_records(cls, records: Iterable[ImageRecord]) -> ImageTable:
+        records = list(records)
+        counts = [len(record.labels) for record in records]
+
+        def joined(name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+            return np.concatenate([np.empty(shape, dtype), *(getattr(record, name) for record in records)])
+
+        return cls(
+            image_ids=np.array([record.image_id for record in records], dtype=np.int64),
+            paths=[str(record.path) for record in records],
+            sizes_hw=np.array([record.size_hw for record in records], dtype=np.int32).reshape(-1, 2),
+            image_index=np.repeat(np.arange(len(records)), counts),
+            boxes_xyxy=joined("boxes_xyxy", (0, 4), np.float32),
+            labels=joined("labels", (0,), np.int64),
+            area=joined("area", (0,), np.float32),
+            ignore=joined("ignore", (0,), bool),
+        )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def path(self, index: int) -> Path:
+        start = self._path_ends[index - 1] if index else 0
+        return Path(self._path_bytes[start : self._path_ends[index]].decode("utf-8", "surrogateescape"))
+
+    def __getitem__(self, index: int | slice) -> ImageRecord | list[ImageRecord]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = int(index)
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of {len(self)}")
+        objects = slice(self.offsets[index], self.offsets[index + 1])
+        height, width = self.sizes_hw[index].tolist()
+        return ImageRecord(
+            image_id=int(self.image_ids[index]),
+            path=self.path(index),
+            size_hw=(height, width),
+            boxes_xyxy=self.boxes_xyxy[objects],
+            labels=self.labels[objects],
+            area=self.area[objects],
+            ignore=self.ignore[objects],
+        )
+
+
+class FindingLog:
+    """Collects a reader's findings; beyond `MAX_PLACES` of a kind only their number is kept."""
+
+    def __init__(self) -> None:
+        self._findings: list[Finding] = []
+        self._seen: Counter[tuple[str, str]] = Counter()
+        self._first_unlisted: dict[tuple[str, str], Finding] = {}
+
+    def add(self, kind: str, action: str, where: str, message: str, count: int = 1) -> None:
+        key = (kind, action)
+        self._seen[key] += 1
+        if self._seen[key] <= MAX_PLACES:
+            self._findings.append(Finding(kind, action, where, message, count))
+        else:
+            self._first_unlisted.setdefault(key, Finding(kind, action, where, message))
+
+    def freeze(self) -> tuple[Finding, ...]:
+        rest = [
+            Finding(first.kind, first.action, f"{first.where} and on", first.message, self._seen[key] - MAX_PLACES)
+            for key, first in self._first_unlisted.items()
+        ]
+        return (*self._findings, *rest)
+
+
+def clip_boxes(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+    """(n, 4) corners clipped to images of (n, 2) or (2,) sizes (h, w), in the input's precision."""
+    sizes_hw = np.asarray(sizes_hw).reshape(-1, 2)
+    limits = np.concatenate([sizes_hw[:, ::-1], sizes_hw[:, ::-1]], axis=1)
+    return np.clip(boxes_xyxy, 0, limits)
+
+
+@dataclass(frozen=True)
+class BoxCheck:
+    """(n,) masks over boxes as written: which are unusable and which were changed (see `check_boxes`)."""
+
+    boxes_xyxy: np.ndarray  # (n, 4) float32, clipped
+    not_finite: np.ndarray
+    degenerate: np.ndarray  # no width or no height as written
+    outside: np.ndarray  # a real box, but nothing of it lies in the image
+    clipped: np.ndarray  # more than a pixel lay outside; less is rounding (VOC's inclusive corners) and not reported
+
+    @property
+    def usable(self) -> np.ndarray:
+        return ~(self.not_finite | self.degenerate | self.outside)
+
+
+def check_boxes(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray) -> BoxCheck:
+    """The rule of all readers for (n, 4) corners as written in images of (n, 2) or (2,) sizes (h, w)."""
+    boxes_xyxy = np.asarray(boxes_xyxy, dtype=np.float64).reshape(-1, 4)
+    not_finite = ~np.isfinite(boxes_xyxy).all(axis=1)
+    finite = np.where(not_finite[:, None], 0.0, boxes_xyxy)
+    clipped = clip_boxes(finite, sizes_hw).astype(np.float32)
+    degenerate = (finite[:, 2:].astype(np.float32) <= finite[:, :2].astype(np.float32)).any(axis=1) & ~not_finite
+    empty = (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)
+    outside = empty & ~degenerate & ~not_finite
+    moved = (np.abs(clipped - finite) > 1.0).any(axis=1) & ~(not_finite | degenerate | outside)
+    return BoxCheck(clipped, not_finite, degenerate, outside, moved)
+
+
+def report_boxes(log: FindingLog, check: BoxCheck, boxes_as_written: np.ndarray, where: Callable[[int], str]) -> None:
+    """Adds the findings of `check`; `where(i)` names the place of box i."""
+
+    def add(mask: np.ndarray, kind: str, action: str, message: str) -> None:
+        for i in np.flatnonzero(mask):
+            numbers = ", ".join(f"{value:g}" for value in boxes_as_written[i])
+            log.add(kind, action, where(int(i)), message.format(box=f"({numbers})"))
+
+    add(check.not_finite, "nan-box", "refused", "The box {box} has a coordinate that is no number; correct it.")
+    add(check.degenerate, "degenerate-box", "dropped", "The box {box} has no width or no height; it was left out.")
+    add(check.outside, "box-outside-image", "dropped", "The box {box} lies outside its image; it was left out.")
+    add(check.clipped, "box-clipped", "repaired", "The box {box} reached out of its image and was clipped to it.")
+
+
+def match_categories(
+    own: Sequence[Category], wanted: Sequence[Category], log: FindingLog, where: str, *, by_id: bool
+) -> np.ndarray:
+    """(len(own),) label in `wanted` of each own category, -1 for those it does not know.
+
+    With `by_id` the name must agree and so should the id; where only the name does, the name decides, because ids
+    are numbered anew by many tools while names are what people mean.
+    """
+    by_pair = {(category.category_id, category.name): label for label, category in enumerate(wanted)}
+    by_name: dict[str, list[int]] = {}
+    for label, category in enumerate(wanted):
+        by_name.setdefault(category.name, []).append(label)
+    labels = np.full(len(own), -1, dtype=np.int64)
+    for i, category in enumerate(own):
+        same_name = by_name.get(category.name, [])
+        if (category.category_id, category.name) in by_pair:
+            labels[i] = by_pair[category.category_id, category.name]
+        elif len(same_name) == 1:
+            labels[i] = same_name[0]
+            if by_id:
+                theirs = wanted[same_name[0]].category_id
+                message = (
+                    f"{category.name!r} has id {category.category_id} here and {theirs} in training: matched by name."
+                )
+                log.add("category-id-differs", "repaired", where, message)
+    return labels
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' Did you mean "x"?' or '' — the tail of an error message."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def split_error(path: Path, split: str, known: Sequence[str]) -> InputError:
+    listed = ", ".join(known) if known else "none"
+    return InputError(f'{path} has no split "{split}"; it has: {listed}.{did_you_mean(split, known)}')

@@ -1,0 +1,349 @@
+"""The audit: everything that a person should know about a data set before training on it, in one table.
+
+The readers find what is wrong with single objects and files; the audit adds what only the whole shows (counts, classes,
+duplicates between training and validation, files that don't decode) and says whether training may start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ddetr.datasets.annotations import ACTIONS, Annotations, Category, Finding, FindingLog
+from ddetr.datasets.images import read_image
+from ddetr.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+PLACES_SHOWN = 3
+CLASSES_SHOWN = 12
+_ENDS_BYTES = 8192  # read of each end of a file before whole files are compared
+_DECODE_BATCH = 64
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What was read of one split."""
+
+    name: str
+    format: str
+    num_images: int
+    num_objects: int  # those that count: trained on in training, ground truth in evaluation
+    num_ignored: int  # crowd, difficult
+    num_without_objects: int
+    objects_p50: float  # per image
+    objects_p99: float
+    objects_max: int
+    class_counts: tuple[int, ...]  # (K,) objects of each label
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """What the audit found; `refused` empty means that training may start."""
+
+    train: SplitSummary
+    val: SplitSummary | None
+    categories: tuple[Category, ...]
+    findings: tuple[Finding, ...]
+    num_queries: int
+    max_detections: int
+    strict: bool = False
+
+    @property
+    def refused(self) -> tuple[Finding, ...]:
+        """The findings for which training must not start; with `strict` also all repairs and drops."""
+        actions = ("refused", "repaired", "dropped") if self.strict else ("refused",)
+        return tuple(finding for finding in self.findings if finding.action in actions)
+
+    @property
+    def groups(self) -> dict[tuple[str, str], list[Finding]]:
+        """(action, kind) -> its findings; refusals first, notes last."""
+        groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+        for action in reversed(ACTIONS):
+            for finding in self.findings:
+                if finding.action == action:
+                    groups[action, finding.kind].append(finding)
+        return dict(groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain values, every place included, for JSON."""
+        return {
+            "ok": not self.refused,
+            "strict": self.strict,
+            "num_queries": self.num_queries,
+            "max_detections": self.max_detections,
+            "train": asdict(self.train),
+            "val": asdict(self.val) if self.val else None,
+            "categories": [asdict(category) for category in self.categories],
+            "findings": [
+                {
+                    "action": action,
+                    "kind": kind,
+                    "count": sum(finding.count for finding in group),
+                    "places": [{"where": f.where, "message": f.message, "count": f.count} for f in group],
+                }
+                for (action, kind), group in self.groups.items()
+            ],
+        }
+
+    def render(self) -> RenderableType:
+        """The table, for `rich`."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title="Data audit", title_style="bold", header_style="bold", expand=False)
+        for header, justify in (("", "left"), ("what", "left"), ("count", "right"), ("details", "left")):
+            table.add_column(header, justify=justify, overflow="fold")
+        for split in filter(None, (self.train, self.val)):
+            for row in self._split_rows(split):
+                table.add_row("read", *map(Text, row))  # Text: a name may hold what rich takes for markup
+            table.add_section()
+        for row in self._class_rows():
+            table.add_row("classes", *map(Text, row))
+        table.add_section()
+        styles = {"refused": "bold red", "dropped": "yellow", "repaired": "cyan", "note": "dim"}
+        for (action, kind), group in self.groups.items():
+            style = "bold red" if group[0] in self.refused else styles[action]
+            details = Text("\n".join(f"{finding.where}: {finding.message}" for finding in group[:PLACES_SHOWN]))
+            if len(group) > PLACES_SHOWN:
+                details.append(f"\nand {len(group) - PLACES_SHOWN:,} more places", style="dim")
+            count = f"{sum(finding.count for finding in group):,}"
+            table.add_row(Text(action, style=style), Text(kind, style=style), count, details)
+        if not self.findings:
+            table.add_row(Text("ok", style="green"), "nothing to repair, drop or refuse", "", "")
+        table.caption = self._verdict()
+        return table
+
+    def _split_rows(self, split: SplitSummary) -> Iterator[tuple[str, str, str]]:
+        role = "training" if split is self.train else "validation"
+        yield f"{role} images", f"{split.num_images:,}", f"{split.name} ({split.format})"
+        ignored = f"; {split.num_ignored:,} more are crowds or difficult: ignored" if split.num_ignored else ""
+        per_image = f"an image: {split.objects_p50:g} (median), {split.objects_p99:g} (p99), {split.objects_max} (most)"
+        yield (
+            f"{role} objects",
+            f"{split.num_objects:,}",
+            f"{per_image}; {self.num_queries} queries, {self.max_detections} detections{ignored}",
+        )
+        if split.num_without_objects:
+            yield "without objects", f"{split.num_without_objects:,}", "images kept as background"
+
+    def _class_rows(self) -> Iterator[tuple[str, str, str]]:
+        order = np.argsort([-count for count in self.train.class_counts], kind="stable")
+        total = max(1, self.train.num_objects)
+        for label in order[:CLASSES_SHOWN].tolist():
+            count = self.train.class_counts[label]
+            in_val = f", {self.val.class_counts[label]:,} in validation" if self.val else ""
+            yield self.categories[label].name, f"{count:,}", f"{count / total:.1%} of the training objects{in_val}"
+        if len(order) > CLASSES_SHOWN:
+            rest = order[CLASSES_SHOWN:]
+            count = sum(self.train.class_counts[label] for label in rest.tolist())
+            yield f"{len(rest)} more classes", f"{count:,}", f"{count / total:.1%} of the training objects"
+
+    def _verdict(self) -> str:
+        if self.refused:
+            strictly = " (--strict counts repairs and drops)" if self.strict else ""
+            return f"Refused: {_plural(sum(f.count for f in self.refused), 'thing')} must be put right first{strictly}."
+        return "Training may start."
+
+
+def audit(
+    train: Annotations,
+    val: Annotations | None = None,
+    *,
+    num_queries: int = 300,
+    max_detections: int = 100,
+    decode: bool = False,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> AuditReport:
+    """Looks at the training and the validation split together.
+
+    Args:
+        train, val: what `load_annotations` returned, `val` read with `categories=train.categories`.
+        num_queries, max_detections: the model's; images with more objects are reported.
+        decode: decode every image, in a bounded pool of threads; without it files are only looked up.
+        strict: repairs and drops refuse training too.
+        progress: called with (done, total) images while decoding.
+    """
+    log = FindingLog()
+    splits = [split for split in (train, val) if split is not None]
+    if val is not None and val.categories != train.categories:
+        message = "Validation has other classes than training; read it with categories=train.categories."
+        log.add("categories-differ", "refused", val.name, message)
+    scans = [_scan(split, log) for split in splits]
+    summaries = [_summarise(split, scan) for split, scan in zip(splits, scans, strict=True)]
+    for split, scan, summary in zip(splits, scans, summaries, strict=True):
+        _report_emptiness(split, summary, split is train, log)
+        _report_crowded(scan, num_queries, max_detections, log)
+    _report_classes(train, summaries, log)
+    if val is not None:
+        _report_duplicates(*scans, log)
+    if decode:
+        _report_undecodable(splits, log, progress)
+    own = [finding for split in splits for finding in split.findings]
+    return AuditReport(
+        train=summaries[0],
+        val=summaries[1] if val is not None else None,
+        categories=tuple(train.categories),
+        findings=(*own, *log.freeze()),
+        num_queries=num_queries,
+        max_detections=max_detections,
+        strict=strict,
+    )
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """One pass over a split's images."""
+
+    counts: np.ndarray  # (K,) objects of each label
+    per_image: np.ndarray  # (I,) objects of each image
+    num_ignored: int
+    paths: list[Path]
+    file_sizes: list[int]  # bytes, -1 where there is no file
+
+
+def _scan(split: Annotations, log: FindingLog) -> _Scan:
+    labels, per_image, paths, sizes = [], [], [], []
+    num_ignored = 0
+    for record in split.images:
+        counted = record.labels[~record.ignore]
+        labels.append(counted)
+        per_image.append(len(counted))
+        num_ignored += len(record.labels) - len(counted)
+        paths.append(record.path)
+        try:
+            sizes.append(os.stat(record.path).st_size)
+        except OSError:
+            sizes.append(-1)
+            log.add("missing-image", "refused", str(record.path), "The file is gone; restore it or remove its entry.")
+    everything = np.concatenate([np.empty(0, np.int64), *labels])
+    counts = np.bincount(everything, minlength=len(split.categories))
+    assert len(counts) == len(split.categories), f"{split.name}: a label is out of range"
+    return _Scan(counts, np.array(per_image, dtype=np.int64), num_ignored, paths, sizes)
+
+
+def _summarise(split: Annotations, scan: _Scan) -> SplitSummary:
+    per_image = scan.per_image
+    p50, p99 = np.percentile(per_image, [50, 99]).tolist() if len(per_image) else (0.0, 0.0)
+    return SplitSummary(
+        name=split.name,
+        format=split.format,
+        num_images=len(per_image),
+        num_objects=int(per_image.sum()),
+        num_ignored=scan.num_ignored,
+        num_without_objects=int((per_image == 0).sum()),
+        objects_p50=p50,
+        objects_p99=p99,
+        objects_max=int(per_image.max(initial=0)),
+        class_counts=tuple(scan.counts.tolist()),
+    )
+
+
+def _report_emptiness(split: Annotations, summary: SplitSummary, is_train: bool, log: FindingLog) -> None:
+    if not split.categories and is_train:
+        log.add("no-classes", "refused", split.name, "There is no class: nothing could be learned.")
+    if not summary.num_images:
+        message = "There is no usable image; correct the path, or what the other rows name."
+        log.add("no-images", "refused", split.name, message)
+    elif not summary.num_objects and is_train:
+        log.add("no-objects", "refused", split.name, "No image has an object to train on: nothing could be learned.")
+    elif not summary.num_objects:
+        log.add("no-objects", "note", split.name, "No validation image has an object: there is no AP to measure.")
+
+
+def _report_crowded(scan: _Scan, num_queries: int, max_detections: int, log: FindingLog) -> None:
+    for i in np.flatnonzero(scan.per_image > min(num_queries, max_detections)):
+        num_objects, where = scan.per_image[i], str(scan.paths[i])
+        if num_objects > num_queries:
+            message = f"{num_objects} objects, {num_queries} queries: some can't be found. Raise num_queries."
+            log.add("more-objects-than-queries", "note", where, message)
+        else:
+            message = (
+                f"{num_objects} objects, {max_detections} detections kept: some count as missed. Raise max_detections."
+            )
+            log.add("more-objects-than-detections", "note", where, message)
+
+
+def _report_classes(train: Annotations, summaries: Sequence[SplitSummary], log: FindingLog) -> None:
+    in_train = summaries[0].class_counts
+    in_val = summaries[1].class_counts if len(summaries) > 1 else ()
+    for label, category in enumerate(train.categories):
+        if in_train[label] or not sum(in_train):
+            continue
+        where = f"{train.name}, {category.name} (id {category.category_id})"
+        if label < len(in_val) and in_val[label]:
+            message = (
+                f"It has {in_val[label]} objects in validation and none in training: it can't be learned, its AP is 0."
+            )
+            log.add("class-only-in-validation", "note", where, message)
+        else:
+            log.add("class-without-objects", "note", where, "It has no object in training: it can't be learned.")
+
+
+def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> None:
+    """The same content in training and validation. Files of one size are candidates, of those the ends are compared, and of
+    those the whole: on COCO a few hundred megabytes are read instead of 20 GB."""
+    shared = set(train.file_sizes) & set(val.file_sizes) - {-1, 0}
+    of_training: dict[tuple[int, bytes], list[Path]] = defaultdict(list)
+    for path, size in zip(train.paths, train.file_sizes, strict=True):
+        if size in shared:
+            of_training[size, _hash(path, whole=False)].append(path)
+    for path, size in zip(val.paths, val.file_sizes, strict=True):
+        alike = of_training.get((size, _hash(path, whole=False)), []) if size in shared else []
+        content = _hash(path, whole=True) if alike else b""
+        same = next((other for other in alike if other == path or _hash(other, whole=True) == content), None)
+        if same is not None:
+            message = f"It is the same image as {same} of training: validation would flatter the model."
+            log.add("duplicate-across-splits", "note", str(path), message)
+
+
+def _hash(path: Path, whole: bool) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    try:
+        with path.open("rb") as file:
+            if not whole:
+                digest.update(file.read(_ENDS_BYTES))
+                file.seek(max(0, file.seek(0, 2) - _ENDS_BYTES))
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return os.fsencode(path)  # like no other
+    return digest.digest()
+
+
+def _report_undecodable(splits: Sequence[Annotations], log: FindingLog, progress: Progress | None) -> None:
+    def check(images: Sequence[Any]) -> list[tuple[Path, str]]:
+        problems = []
+        for record in images:
+            try:
+                read_image(record.path, record.size_hw)
+            except InputError as error:
+                problems.append((record.path, str(error)))
+        return problems
+
+    batches = [s.images[i : i + _DECODE_BATCH] for s in splits for i in range(0, len(s.images), _DECODE_BATCH)]
+    total = sum(len(split.images) for split in splits)
+    done = 0
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter's lock
+        for batch, problems in zip(batches, pool.map(check, batches), strict=True):
+            for path, problem in problems:
+                log.add("unreadable-image", "refused", str(path), f"{problem} Restore it or remove its entry.")
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,145 @@
+"""Annotations in, samples out: the map-style data set that a DataLoader reads.
+
+Shapes: n objects of an image of h x w pixels after the transforms.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from ddetr.boxes import box_xyxy_to_cxcywh
+from ddetr.datasets.annotations import Annotations, Category, ImageRecord
+from ddetr.datasets.images import read_image
+from ddetr.datasets.transforms import normalize_images
+from ddetr.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Transform = Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
+
+
+class DetectionDataset(Dataset):
+    """`dataset[i]` is (image, target).
+
+    image: (3, h, w) RGB, float32 normalised with ImageNet's mean and deviation, or uint8 with `normalize=False`
+    (then the engine normalises on the device: a quarter of the bytes to move).
+    target: `boxes` (n, 4) float32 cxcywh in [0, 1], `labels` (n,) int64, `area` (n,) float32 in pixels of the
+    transformed image, `iscrowd` (n,) int64 (zeros), `image_id` () int64, `orig_size` and `size` (2,) int64 (h, w).
+
+    Ignored objects (crowd, difficult) are in no target: training must not learn them, and the evaluator takes its
+    ground truth, ignore regions included, from the annotations themselves.
+
+    Args:
+        annotations: what a reader returned.
+        transform: takes and returns (tv_tensors.Image uint8, dict with `boxes` as tv_tensors.BoundingBoxes XYXY, `labels`,
+            `area`, `iscrowd`); any torchvision v2 transform does.
+        normalize: float32 normalised images instead of uint8.
+        train: kept for whoever holds the data set (samplers, loggers); samples don't depend on it.
+        on_error: "raise" stops at a file that can't be read (InputError naming it); "skip" logs it and lets the next
+            readable image stand in, which is for training only.
+    """
+
+    def __init__(
+        self,
+        annotations: Annotations,
+        transform: Transform | None = None,
+        *,
+        normalize: bool = True,
+        train: bool = True,
+        on_error: str = "raise",
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise InputError(f'on_error is "raise" or "skip", not {on_error!r}.')
+        if on_error == "skip" and not train:
+            raise InputError('on_error="skip" swaps images, which would falsify an evaluation; use "raise" there.')
+        self.annotations = annotations
+        self.transform = transform
+        self.normalize = normalize
+        self.train = train
+        self.on_error = on_error
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        return self.annotations.categories
+
+    def __len__(self) -> int:
+        return len(self.annotations.images)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """index: an int, or (int, seed): then all randomness of the transforms comes from the seed alone, wherever
+        the sample is loaded, and the caller's random state is left as it was."""
+        if isinstance(index, tuple):
+            index, seed = index
+            with seeded(seed):
+                return self._sample(index)
+        return self._sample(index)
+
+    def _sample(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.on_error == "raise":
+            return self._load(self.annotations.images[index])
+        for step in range(len(self)):
+            record = self.annotations.images[(index + step) % len(self)]
+            try:
+                return self._load(record)
+            except InputError as error:
+                logger.warning("%s The next image stands in for it.", error)
+        raise InputError(f"None of the {len(self)} images of {self.annotations.name} can be read.")
+
+    def _load(self, record: ImageRecord) -> tuple[Tensor, dict[str, Tensor]]:
+        image = tv_tensors.Image(read_image(record.path, record.size_hw))
+        keep = ~record.ignore
+        canvas_size = (image.shape[1], image.shape[2])
+        boxes = torch.from_numpy(record.boxes_xyxy[keep])  # indexing with a mask copies: the record stays untouched
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas_size),
+            "labels": torch.from_numpy(record.labels[keep]),
+            "area": torch.from_numpy(record.area[keep]),
+            "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
+        }
+        if self.transform is not None:
+            image, target = self.transform(image, target)
+        target = {**target, "image_id": torch.tensor(record.image_id), "orig_size": torch.tensor(record.size_hw)}
+        return self._finish(torch.as_tensor(image).as_subclass(Tensor), target)
+
+    def _finish(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        height, width = image.shape[1:]
+        lengths = {name: len(target[name]) for name in ("boxes", "labels", "area", "iscrowd")}
+        if len(set(lengths.values())) > 1:
+            raise InputError(
+                f"The transform left {lengths}: all four must keep the same objects. With torchvision's "
+                'SanitizeBoundingBoxes, give labels_getter=lambda s: [s[1][k] for k in ("labels", "area", "iscrowd")].'
+            )
+        boxes_xyxy = target["boxes"].as_subclass(Tensor).to(torch.float32).reshape(-1, 4)
+        target["boxes"] = box_xyxy_to_cxcywh(boxes_xyxy) / torch.tensor([width, height, width, height])
+        target["size"] = torch.tensor([height, width])
+        if self.normalize:
+            image = normalize_images(image)
+        return image, target
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within it PyTorch's CPU generator starts from `seed`; afterwards it is as before.
+
+    Not `torch.manual_seed`, which would reseed the GPUs of a training process that loads its samples itself.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """The seed of one sample of one epoch of one run, well mixed: neighbours share no randomness. In [0, 2**63)."""
+    return int(np.random.SeedSequence([seed, epoch, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,116 @@
+"""The images that annotations speak of: where they lie, what their headers say, and which frame the boxes live in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.image_header import ImageHeader
+from ddetr.datasets.images import IMAGE_SUFFIXES, image_header, size_mismatch
+from ddetr.errors import InputError
+
+_HEADER_THREADS = 8  # they wait for the disk; more gains nothing locally, and on network storage the disk is the limit
+_HEADERS_A_TASK = 256
+_ROUNDING_PX = 1.5  # what labelling tools' rounding and inclusive corners add to a box at the image's edge
+
+
+class ImageFolders:
+    """File names of folders, each listed once: 118,000 look-ups cost one directory read."""
+
+    def __init__(self) -> None:
+        self._exact: dict[Path, frozenset[str]] = {}
+        self._loose: dict[Path, dict[str, str | None]] = {}
+
+    def names(self, folder: Path) -> frozenset[str]:
+        if folder not in self._exact:
+            try:
+                self._exact[folder] = frozenset(os.listdir(folder))
+            except OSError:
+                self._exact[folder] = frozenset()
+        return self._exact[folder]
+
+    def images(self, folder: Path) -> list[str]:
+        return sorted(name for name in self.names(folder) if is_image_name(name))
+
+    def find(self, path: Path) -> Path | None:
+        """The file at `path`, or the one that differs only in capitals or in its image suffix; None without one."""
+        names = self.names(path.parent)
+        if path.name in names:
+            return path
+        if path.parent not in self._loose:
+            loose: dict[str, str | None] = {}
+            for name in names:
+                if is_image_name(name):
+                    for key in {name.lower(), name.rpartition(".")[0].lower()}:
+                        loose[key] = None if key in loose else name  # two that fit are none: no guessing
+            self._loose[path.parent] = loose
+        stem = path.name.rpartition(".")[0] if is_image_name(path.name) else path.name
+        found = self._loose[path.parent].get(path.name.lower()) or self._loose[path.parent].get(stem.lower())
+        return path.parent / found if found else None
+
+
+def is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+
+
+def read_headers(paths: Sequence[Path | str]) -> list[ImageHeader | InputError]:
+    """The header of each file, or what is wrong with it, in order."""
+
+    def read(chunk: Sequence[Path | str]) -> list[ImageHeader | InputError]:
+        headers: list[ImageHeader | InputError] = []
+        for path in chunk:
+            try:
+                headers.append(image_header(path))
+            except InputError as error:
+                headers.append(error)
+        return headers
+
+    chunks = [paths[i : i + _HEADERS_A_TASK] for i in range(0, len(paths), _HEADERS_A_TASK)]
+    if len(chunks) < 2:
+        return read(paths)
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:
+        return [header for headers in pool.map(read, chunks) for header in headers]
+
+
+def settle_size(
+    path: Path,
+    header: ImageHeader,
+    declared_hw: tuple[int, int] | None,
+    boxes_xyxy: np.ndarray,
+    log: FindingLog,
+    where: str,
+) -> tuple[int, int] | None:
+    """The frame (h, w) that an image's boxes live in, or None where that can't be known and the image is left out.
+
+    declared_hw: what the annotations say, None if nothing. boxes_xyxy: (n, 4) as written.
+    """
+    actual_hw = header.upright_hw
+    if declared_hw is None or tuple(declared_hw) == actual_hw:
+        if header.orientation > 1 and len(boxes_xyxy) and (declared_hw is None or header.stored_hw == actual_hw):
+            message = (
+                f"{path.name} is turned by its EXIF orientation and its size does not tell whether its boxes were drawn "
+                "on the turned image; that was taken."
+            )
+            log.add("orientation", "note", where, message)
+        return actual_hw
+    declared = f"{declared_hw[1]} x {declared_hw[0]}"
+    if tuple(declared_hw) == header.stored_hw:
+        message = (
+            f"{path.name} is turned by its EXIF orientation, but its boxes were drawn on the {declared} pixels as stored; "
+            "it is used as stored."
+        )
+        log.add("orientation", "repaired", where, message)
+        return header.stored_hw
+    finite = boxes_xyxy[np.isfinite(boxes_xyxy).all(axis=1)]
+    limits = np.array([actual_hw[1], actual_hw[0]], dtype=np.float64) + _ROUNDING_PX
+    if (finite[:, 2:] <= limits).all():
+        message = f"{path.name} is {actual_hw[1]} x {actual_hw[0]} pixels, not {declared} as annotated; its boxes fit, the file is believed."
+        log.add("size-mismatch", "repaired", where, message)
+        return actual_hw
+    log.add("size-mismatch", "dropped", where, f"{size_mismatch(path, actual_hw, declared_hw)} It was left out.")
+    return None

@@ -1,0 +1,228 @@
+"""Pascal VOC: one XML file an image, splits in `ImageSets/Main/*.txt`.
+
+Classes are the names in the training split, sorted; `category_id` is label + 1 (VOC has no ids of its own). Coordinates
+are used as written: VOC's devkit counts pixels from 1 with both corners included, most tools that write its format count
+from 0, and nothing in a file tells which; the difference is one pixel. `difficult` objects are ignored, not dropped.
+Folders of images with their XML files beside them (Roboflow's export) are read too: each folder is a split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from ddetr.datasets.annotations import (
+    Annotations,
+    Category,
+    FindingLog,
+    ImageRecord,
+    ImageTable,
+    check_boxes,
+    report_boxes,
+    split_error,
+)
+from ddetr.datasets.image_files import ImageFolders, is_image_name, read_headers, settle_size
+from ddetr.errors import InputError
+
+WHOLE = "all"  # the one split of a data set that has none
+
+
+def voc_root(path: Path) -> Path | None:
+    """The folder with `Annotations` in it: `path`, or the only one below it (VOCdevkit/VOC2007); None without one."""
+    for depth in ("", "*/", "*/*/"):
+        roots = sorted(
+            {folder.parent for folder in path.glob(f"{depth}Annotations") if next(folder.glob("*.xml"), None)}
+        )
+        if len(roots) > 1:
+            names = ", ".join(root.name for root in roots)
+            raise InputError(f"{path} holds several Pascal VOC data sets ({names}); name one of them.")
+        if roots:
+            return roots[0]
+    return None
+
+
+def voc_splits(path: Path) -> dict[str, Path]:
+    """Split name -> its list of images, or its folder of XML files; {} where there is no VOC data set."""
+    root = voc_root(path)
+    if root is None:
+        return {f.name: f for f in sorted(path.iterdir()) if f.is_dir() and next(f.glob("*.xml"), None)}
+    lists = sorted((root / "ImageSets" / "Main").glob("*.txt"))
+    names = {file.stem for file in lists}
+    # "aeroplane_train" is train once more with a flag for aeroplanes: no split of its own
+    splits = {file.stem: file for file in lists if file.stem.rpartition("_")[2] not in names or "_" not in file.stem}
+    return splits or {WHOLE: root / "Annotations"}
+
+
+def read_voc(
+    path: Path,
+    split: str,
+    *,
+    train_split: str,
+    image_dir: Path | None = None,
+    categories: Sequence[Category] | None = None,
+) -> Annotations:
+    """One split; `train_split` is the one whose class names make the labels where `categories` doesn't give them."""
+    splits = voc_splits(path)
+    if split not in splits:
+        raise split_error(path, split, list(splits))
+    root = voc_root(path) or path
+    log = FindingLog()
+    files = _xml_files(root, splits[split], log)
+    trees = {file: tree for file in files if (tree := _parse(file, root, log)) is not None}
+    if categories is None:
+        others = trees.values()
+        if split != train_split and train_split in splits:
+            silent = FindingLog()
+            training_files = _xml_files(root, splits[train_split], silent)
+            others = [tree for file in training_files if (tree := _parse(file, root, silent)) is not None]
+        names = sorted({name for tree in others for obj in tree.iterfind("object") if (name := _text(obj, "name"))})
+        categories = [Category(label + 1, name) for label, name in enumerate(names)]
+    records = _records(root, trees, image_dir, tuple(categories), log)
+    return Annotations(f"{path.name}/{split}", "voc", tuple(categories), ImageTable.from_records(records), log.freeze())
+
+
+def _xml_files(root: Path, listing: Path, log: FindingLog) -> list[Path]:
+    """The XML file of each image of a split, listed or not yet known to exist."""
+    if listing.is_dir():
+        return sorted(listing.glob("*.xml"))
+    files: dict[Path, None] = {}
+    for number, line in enumerate(listing.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        words = line.split()
+        if not words:
+            continue
+        name = Path(words[0]).name
+        stem = name.rpartition(".")[0] if is_image_name(name) or name.endswith(".xml") else name
+        file = root / "Annotations" / f"{stem}.xml"
+        if file in files:
+            log.add(
+                "duplicate-image", "repaired", f"{listing.name}, line {number}", f"{stem} is listed twice; used once."
+            )
+        files[file] = None
+    return list(files)
+
+
+def _parse(file: Path, root: Path, log: FindingLog) -> ElementTree.Element | None:
+    where = str(file.relative_to(root))
+    try:
+        return ElementTree.parse(file).getroot()
+    except ElementTree.ParseError as error:
+        line, column = error.position
+        reason = str(error).partition(":")[0]
+        message = f"The XML is broken ({reason} at line {line}, column {column}); the image was left out."
+        log.add("malformed-xml", "dropped", f"{where}, line {line}", message)
+    except FileNotFoundError:
+        log.add("missing-annotation", "dropped", where, "The image has no annotation file; it was left out.")
+    except (OSError, ValueError, LookupError) as error:
+        log.add("malformed-xml", "dropped", where, f"The file can't be read ({error}); the image was left out.")
+    return None
+
+
+def _records(
+    root: Path,
+    trees: dict[Path, ElementTree.Element],
+    image_dir: Path | None,
+    categories: tuple[Category, ...],
+    log: FindingLog,
+) -> list[ImageRecord]:
+    folders = ImageFolders()
+    found: list[tuple[Path, Path]] = []
+    for file, tree in trees.items():
+        image = _find_image(root, file, tree, image_dir, folders)
+        if image is None:
+            message = "Its image was not found in JPEGImages or beside it; it was left out."
+            log.add("missing-image", "dropped", str(file.relative_to(root)), message)
+        else:
+            found.append((file, image))
+    if trees and not found:
+        looked = image_dir or root / "JPEGImages"
+        message = f"None of the {len(trees)} images was found in {looked}; give image_dir."
+        log.add("every-image-missing", "refused", str(root), message, count=len(trees))
+    records = []
+    label_of = {category.name: label for label, category in enumerate(categories)}
+    headers = read_headers([image for _, image in found])
+    for (file, image), header in zip(found, headers, strict=True):
+        where = str(file.relative_to(root))
+        if isinstance(header, InputError):
+            log.add("unreadable-image", "dropped", where, f"{header} It was left out.")
+            continue
+        names, difficult, boxes, places = _objects(trees[file], where, log)
+        size_hw = settle_size(image, header, _declared_hw(trees[file], where, log), boxes, log, where)
+        if size_hw is None:
+            continue
+        labels = np.array([label_of.get(name, -1) for name in names], dtype=np.int64)
+        for i in np.flatnonzero(labels < 0):
+            message = f"{names[i]!r} is no class of the training set; the object was left out."
+            log.add("category-unknown", "dropped", places[i], message)
+        check = check_boxes(boxes, size_hw)
+        report_boxes(log, check, boxes, places.__getitem__)
+        keep = check.usable & (labels >= 0)
+        kept = check.boxes_xyxy[keep]
+        records.append(
+            ImageRecord(
+                image_id=len(records) + 1,
+                path=image,
+                size_hw=size_hw,
+                boxes_xyxy=kept,
+                labels=labels[keep],
+                area=(kept[:, 2:] - kept[:, :2]).prod(axis=1),
+                ignore=difficult[keep],
+            )
+        )
+    return records
+
+
+def _find_image(
+    root: Path, file: Path, tree: ElementTree.Element, image_dir: Path | None, folders: ImageFolders
+) -> Path | None:
+    # by the XML's own name first: <filename> is often wrong after a data set has been renamed
+    names = [f"{file.stem}.jpg", Path(_text(tree, "filename").replace("\\", "/")).name]
+    places = [image_dir] if image_dir else [root / "JPEGImages", file.parent, root / "images", root]
+    for name in filter(None, names):
+        for place in places:
+            image = folders.find(place / name)
+            if image is not None and is_image_name(image.name):
+                return image
+    return None
+
+
+def _objects(
+    tree: ElementTree.Element, where: str, log: FindingLog
+) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
+    """Names, difficult (n,) bool, corners as written (n, 4), and the place of each object that has a box."""
+    names, difficult, boxes, places = [], [], [], []
+    for number, obj in enumerate(tree.iterfind("object"), 1):
+        place = f"{where}, object {number}"
+        box = obj.find("bndbox")
+        name = _text(obj, "name")
+        if box is None or not name:
+            message = f"The object has no {'bndbox' if box is None else 'name'}; it was left out."
+            log.add("missing-box" if box is None else "missing-name", "dropped", place, message)
+            continue
+        names.append(name)
+        difficult.append(_text(obj, "difficult") in ("1", "true", "True"))
+        boxes.append([_number(_text(box, key)) for key in ("xmin", "ymin", "xmax", "ymax")])
+        places.append(place)
+    return names, np.array(difficult, dtype=bool), np.array(boxes, dtype=np.float64).reshape(-1, 4), places
+
+
+def _declared_hw(tree: ElementTree.Element, where: str, log: FindingLog) -> tuple[int, int] | None:
+    size = tree.find("size")
+    height, width = (_number(_text(size, key)) if size is not None else 0.0 for key in ("height", "width"))
+    if not (height > 0 and width > 0):
+        log.add("missing-size", "repaired", where, "It states no image size; it was read from the image.")
+        return None
+    return round(height), round(width)
+
+
+def _text(element: ElementTree.Element, key: str) -> str:
+    return (element.findtext(key) or "").strip()
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")

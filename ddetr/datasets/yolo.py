@@ -1,0 +1,299 @@
+"""YOLO: one text file of `class x y w h` lines an image, `labels/` mirroring `images/`, classes in a `data.yaml`.
+
+The YAML is read as it is found in the wild: `path` missing or of another machine, splits as a folder, a list of folders or a
+text file of images, paths relative to the wrong folder, `names` as list or map. Without a YAML, `images/` and `labels/` are
+enough. `category_id` is the id in the label files. An image without a label file is background, as YOLO defines it;
+polygons (segmentation, oriented boxes) become the box around them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ddetr.datasets.annotations import (
+    Annotations,
+    Category,
+    FindingLog,
+    ImageRecord,
+    ImageTable,
+    check_boxes,
+    match_categories,
+    report_boxes,
+    split_error,
+)
+from ddetr.datasets.image_files import ImageFolders, is_image_name, read_headers, settle_size
+from ddetr.errors import InputError
+
+WHOLE = "all"  # the one split of a data set that has none
+_SPLIT_KEYS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
+_MAX_RELATIVE = 1.5  # beyond it a line holds pixels, not fractions; up to it a box just reaches out of the image
+
+
+# ---- where things lie ------------------------------------------------------------------------------------------------
+
+
+def yolo_yaml(path: Path) -> Path | None:
+    """The data set's YAML file: `path` itself, `data.yaml`, or the only one in the folder that names splits."""
+    if path.is_file():
+        return path if path.suffix.lower() in (".yaml", ".yml") else None
+    candidates = [file for file in sorted(path.glob("*.y*ml")) if _names_splits(file)]
+    for file in candidates:
+        if file.stem in ("data", "dataset", path.name):
+            return file
+    if len(candidates) > 1:
+        names = ", ".join(file.name for file in candidates)
+        raise InputError(f"{path} holds several YOLO data sets ({names}); name one of them.")
+    return candidates[0] if candidates else None
+
+
+def _names_splits(file: Path) -> bool:
+    try:
+        content = _load_yaml(file)
+    except InputError:
+        return True  # reading it will say what is wrong
+    return bool({"names", "nc"} & content.keys()) and any(k in content for keys in _SPLIT_KEYS.values() for k in keys)
+
+
+def _load_yaml(file: Path) -> dict[str, Any]:
+    import yaml  # here: nothing else of the data sets needs it
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8-sig", errors="replace"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise InputError(f"{file} is broken YAML: {getattr(error, 'problem', error)}{place}.") from None
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error}") from None
+    return content if isinstance(content, dict) else {}
+
+
+def yolo_splits(path: Path) -> dict[str, list[Path]]:
+    """Split name -> its folders and lists of images that exist; {} where there is no YOLO data set."""
+    file = yolo_yaml(path)
+    if file is not None:
+        content = _load_yaml(file)
+        entries = {
+            split: next((content[k] for k in keys if content.get(k)), None) for split, keys in _SPLIT_KEYS.items()
+        }
+        resolved = {split: _resolve(file, content, entry) for split, entry in entries.items() if entry}
+        return {split: sources for split, sources in resolved.items() if sources}
+    if path.is_file():
+        return {}
+    if (path / "images").is_dir() and (path / "labels").is_dir():
+        inner = sorted(
+            f.name for f in (path / "images").iterdir() if f.is_dir() and (path / "labels" / f.name).is_dir()
+        )
+        return {name: [path / "images" / name] for name in inner} or {WHOLE: [path / "images"]}
+    return {
+        folder.name: [folder / "images"]
+        for folder in sorted(path.iterdir())
+        if (folder / "images").is_dir() and (folder / "labels").is_dir()
+    }
+
+
+def _resolve(file: Path, content: dict[str, Any], entry: Any) -> list[Path]:
+    """A split's entry to what exists of it. The YAML's paths are tried from its `path`, from its own folder and that
+    one's parent, without their leading `..`, and at last by ever shorter ends: it may come from another machine."""
+    here = file.resolve().parent
+    stated = Path(str(content.get("path") or "."))
+    bases = [here / stated, stated, here, here.parent]
+    sources = []
+    for item in entry if isinstance(entry, list) else [entry]:
+        parts = PurePosixPath(str(item).replace("\\", "/")).parts
+        bare = tuple(part for part in parts if part not in ("..", ".", "/"))
+        tries = [base / PurePosixPath(*names) for names in (parts, bare) if names for base in bases]
+        tries += [here / PurePosixPath(*bare[i:]) for i in range(1, len(bare))]
+        found = next((place for place in tries if place.exists()), None)
+        if found is not None:
+            sources.append(Path(found).resolve())
+    return sources
+
+
+def _image_paths(sources: Sequence[Path], log: FindingLog) -> list[Path]:
+    paths: list[Path] = []
+    folders = ImageFolders()
+    for source in sources:
+        if source.is_dir():
+            inside = sorted(file for file in source.rglob("*") if is_image_name(file.name))
+            paths += inside
+            continue
+        if is_image_name(source.name):
+            paths.append(source)
+            continue
+        for number, line in enumerate(source.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+            if line.strip():
+                wanted = source.parent / line.strip().replace("\\", "/")
+                found = folders.find(wanted)
+                if found is None:
+                    message = f"There is no {wanted}; the image was left out."
+                    log.add("missing-image", "dropped", f"{source.name}, line {number}", message)
+                else:
+                    paths.append(found)
+    unique = list(dict.fromkeys(paths))
+    if len(unique) < len(paths):
+        repeated = len(paths) - len(unique)
+        log.add(
+            "duplicate-image", "repaired", str(sources[0]), f"{repeated} images are listed twice; used once.", repeated
+        )
+    return unique
+
+
+def label_file(image: Path) -> Path:
+    """Where an image's label file belongs: the last `images` of its path becomes `labels`, else beside it."""
+    parts = list(image.parts)
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_yolo(path: Path, split: str, *, categories: Sequence[Category] | None = None) -> Annotations:
+    """One split; `load_annotations` says what the arguments mean."""
+    splits = yolo_splits(path)
+    if split not in splits:
+        raise split_error(path, split, list(splits))
+    log = FindingLog()
+    file = yolo_yaml(path)
+    root = file.resolve().parent if file else path.resolve()
+    images = _image_paths(splits[split], log)
+    if not images:
+        looked = ", ".join(str(source) for source in splits[split])
+        log.add("no-images", "refused", looked, "There is no image in it; correct the split's path.")
+    label_files = [label_file(image) for image in images]
+    lines = [_read_lines(file, log) for file in label_files]
+    if images and not any(line is not None for line in lines):
+        message = f"No image has a label file (the first was expected at {label_files[0]}); all would be background."
+        log.add("no-label-files", "refused", str(root), message, count=len(images))
+    own = _names(root, file, log)
+    if not own:
+        used = {
+            int(line.split()[0])
+            for text in lines
+            for line in text or []
+            if line.split()[:1] and line.split()[0].isdigit()
+        }
+        own = [Category(i, f"class_{i}") for i in range(max(used, default=-1) + 1)]
+    wanted = tuple(own if categories is None else categories)
+    label_of = match_categories(own, wanted, log, str(root), by_id=False)
+    label_of_id = {category.category_id: label_of[i] for i, category in enumerate(own)}
+    name_of_id = {category.category_id: category.name for category in own}
+
+    records = []
+    for image, text, header in zip(images, lines, read_headers(images), strict=True):
+        where = _shown(label_file(image), root)
+        if isinstance(header, InputError):
+            log.add("unreadable-image", "dropped", _shown(image, root), f"{header} It was left out.")
+            continue
+        ids, boxes, places = _parse(text or [], where, log)
+        size_hw = settle_size(image, header, None, boxes, log, where)
+        labels = np.array([label_of_id.get(i, -1) for i in ids], dtype=np.int64)
+        for i in np.flatnonzero(labels < 0):
+            known = ids[i] in name_of_id
+            said = (
+                f"{name_of_id[ids[i]]!r} is no class of the training set" if known else f"Class id {ids[i]} has no name"
+            )
+            log.add("category-unknown", "dropped", places[i], f"{said}; the object was left out.")
+        boxes = boxes * np.array([size_hw[1], size_hw[0]] * 2)
+        check = check_boxes(boxes, size_hw)
+        report_boxes(log, check, boxes, places.__getitem__)
+        keep = check.usable & (labels >= 0)
+        kept = check.boxes_xyxy[keep]
+        records.append(
+            ImageRecord(
+                image_id=len(records) + 1,
+                path=image,
+                size_hw=size_hw,
+                boxes_xyxy=kept,
+                labels=labels[keep],
+                area=(kept[:, 2:] - kept[:, :2]).prod(axis=1),
+                ignore=np.zeros(len(kept), dtype=bool),
+            )
+        )
+    name = f"{root.name}/{split}"
+    return Annotations(name, "yolo", wanted, ImageTable.from_records(records), log.freeze())
+
+
+def _names(root: Path, file: Path | None, log: FindingLog) -> list[Category]:
+    """The classes of the YAML, or of a `classes.txt`; [] where nothing names them."""
+    if file is None:
+        for name in ("classes.txt", "labels/classes.txt", "obj.names"):
+            if (root / name).is_file():
+                words = (root / name).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+                return [Category(i, word.strip()) for i, word in enumerate(words) if word.strip()]
+        return []
+    content = _load_yaml(file)
+    names = content.get("names")
+    if isinstance(names, dict):
+        try:
+            categories = [Category(int(key), str(name)) for key, name in names.items()]
+        except (TypeError, ValueError):
+            raise InputError(f"{file}: the keys of names must be class ids (0, 1, ...), found {list(names)}.") from None
+        categories.sort(key=lambda category: category.category_id)
+    elif isinstance(names, list):
+        categories = [Category(i, str(name)) for i, name in enumerate(names)]
+    else:
+        count = content.get("nc")
+        if not isinstance(count, int):
+            raise InputError(f"{file} has neither names (a list or a map) nor nc (a number of classes).")
+        categories = [Category(i, f"class_{i}") for i in range(count)]
+    if isinstance(content.get("nc"), int) and content["nc"] != len(categories):
+        message = f"nc is {content['nc']}, but there are {len(categories)} names; the names were used."
+        log.add("nc-differs", "note", file.name, message)
+    return categories
+
+
+def _read_lines(file: Path, log: FindingLog) -> list[str] | None:
+    """None where the image has no label file."""
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        message = f"The label file can't be read ({error}); the image would silently become background. Restore it."
+        log.add("unreadable-labels", "refused", str(file), message)
+        return []
+
+
+def _parse(lines: Sequence[str], where: str, log: FindingLog) -> tuple[list[int], np.ndarray, list[str]]:
+    """Class ids, corners (n, 4) in fractions of the image, and the place of each object."""
+    ids, boxes, places = [], [], []
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words:
+            continue
+        place = f"{where}, line {number}"
+        try:
+            class_id, values = int(float(words[0])), np.array([float(word) for word in words[1:]])
+            if len(values) < 4:
+                raise ValueError
+        except (ValueError, OverflowError):
+            message = f"Expected `class x y w h`, found {line.strip()[:60]!r}; the line was left out."
+            log.add("malformed-label", "dropped", place, message)
+            continue
+        if (np.abs(values[:4]) > _MAX_RELATIVE).any():
+            message = f"Expected fractions of the image, found {line.strip()[:60]!r}; the line was left out."
+            log.add("not-relative", "dropped", place, message)
+            continue
+        if len(values) >= 6 and len(values) % 2 == 0:  # polygon: x y x y ...
+            points = values.reshape(-1, 2)
+            box = np.concatenate([points.min(axis=0), points.max(axis=0)])
+        else:  # x y w h, and perhaps a confidence
+            centre, half = values[:2], values[2:4] / 2
+            box = np.concatenate([centre - half, centre + half])
+        ids.append(class_id)
+        boxes.append(box)
+        places.append(place)
+    return ids, np.array(boxes, dtype=np.float64).reshape(-1, 4), places
+
+
+def _shown(file: Path, root: Path) -> str:
+    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)

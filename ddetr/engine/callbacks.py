@@ -1,0 +1,144 @@
+"""What watches a run: progress bar, tables, published checkpoints. All of it on the first process alone."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ddetr.engine.module import DetectionModule
+from ddetr.engine.run import RunFolder
+from ddetr.evaluation import Metrics
+
+logger = logging.getLogger(__name__)
+
+LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
+
+
+class Watch(Callback):
+    """Looks at the losses every few steps: stops the run where they are no numbers, feeds bar and train.csv."""
+
+    def __init__(self, run: RunFolder, *, batch_size: int, total_steps: int, log_every: int):
+        self.run, self.batch_size, self.total_steps, self.log_every = run, batch_size, total_steps, log_every
+        self.console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._since = (time.perf_counter(), 0)  # when the speed was last measured, and at which step
+        self._said = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        self._since = (time.perf_counter(), trainer.global_step)
+        if not trainer.is_global_zero:
+            return
+        for name in ("train.csv", "val.csv"):
+            self.run.drop_rows_after(name, trainer.global_step)
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[said]}"),
+                console=self.console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("train", total=self.total_steps, completed=trainer.global_step, said="")
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: DetectionModule, outputs: dict[str, Any], batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+        if step % self.log_every and step != self.total_steps and step != 1:
+            return
+        values = {name: float(value) for name, value in outputs.items()}
+        if not math.isfinite(values["loss"]):
+            raise FloatingPointError(
+                f"the loss of step {step} is {values['loss']}: the run is stopped, its last checkpoint is intact. "
+                "A lower --optim.lr, --optim.warmup_steps or --precision 32 usually helps; `ddetr data audit` checks the boxes"
+            )
+        now, (then, step_then) = time.perf_counter(), self._since
+        speed = (step - step_then) * self.batch_size / (now - then)
+        self._since = (now, step)
+        if not trainer.is_global_zero:
+            return
+        rates = {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+        self.run.append_csv(
+            "train.csv",
+            {"step": step, "epoch": trainer.current_epoch, "images_per_second": round(speed, 3)}
+            | {f"lr_{name}": rates.get(name, "") for name in ("rest", "backbone", "linear_proj")}
+            | {name: f"{value:.6g}" for name, value in sorted(values.items())},
+        )
+        said = "  ".join(f"{name} {values[name]:.3f}" for name in LOSSES) + f"  {speed:.1f} images/s"
+        if self._progress is not None:
+            self._progress.update(self._task, said=said)
+        elif now - self._said > 20 or step == self.total_steps:
+            self._said = now
+            left = (self.total_steps - step) * self.batch_size / max(speed, 1e-9)
+            logger.info("step %d of %d  %s  %d:%02d left", step, self.total_steps, said, left // 60, left % 60)
+
+    def on_validation_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        self._since = (time.perf_counter(), trainer.global_step)  # the speed is training's alone
+
+    def teardown(self, trainer: pl.Trainer, module: DetectionModule, stage: str) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class Publish(Callback):
+    """After every validation: a row in val.csv, metrics.json, last.pth, and best.pth where the AP is the best so far."""
+
+    def __init__(self, run: RunFolder, publish: Callable[[str, DetectionModule, Metrics], None]):
+        """publish(name, module, metrics) writes a published checkpoint into the run folder."""
+        self.run, self.publish = run, publish
+        self.best_ap, self.best_metrics = -math.inf, {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_ap": self.best_ap, "best_metrics": self.best_metrics}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best_ap, self.best_metrics = state["best_ap"], state["best_metrics"]
+
+    def on_validation_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        if trainer.sanity_checking:
+            return
+        metrics = module.metrics
+        assert metrics is not None
+        ap = -1.0 if math.isnan(metrics.AP) else metrics.AP
+        place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        is_best = ap > self.best_ap
+        if is_best:
+            self.best_ap, self.best_metrics = ap, place | metrics.to_dict()
+        if not trainer.is_global_zero:
+            return
+        self.run.append_csv("val.csv", place | {name: round(value, 6) for name, value in metrics.numbers().items()})
+        self.run.write_json("metrics.json", {"last": place | metrics.to_dict(), "best": self.best_metrics})
+        self.publish("last.pth", module, metrics)
+        if is_best:
+            self.publish("best.pth", module, metrics)
+            self.run.write_csv("per_class.csv", metrics.to_dict()["per_class"])
+        logger.info(
+            "epoch %d, step %d: AP %.3f  AP50 %.3f  AP75 %.3f%s",
+            trainer.current_epoch,
+            trainer.global_step,
+            metrics.AP,
+            metrics.AP50,
+            metrics.AP75,
+            "  (best so far)" if is_best else "",
+        )
+
+
+class MemoryFormat(Callback):
+    """Convolutions run channels-last: faster on every device with matrix units, and on CPUs."""
+
+    def on_fit_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        module.model.backbone.to(memory_format=torch.channels_last)

@@ -1,0 +1,58 @@
+"""Settings of a run that are not the model's: read by the command line, written into the run folder."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images and annotations are, and how they are read."""
+
+    path: str
+    """Folder of the data set: COCO, Pascal VOC or YOLO, read as it lies there."""
+    format: Literal["auto", "coco", "voc", "yolo"] = "auto"
+    """What the folder holds; "auto" recognises it."""
+    train_split: str | None = None
+    """Name of the training split; by default the first of train, train2017, ... that is there."""
+    val_split: str | None = None
+    """Name of the validation split; by default the first of val, val2017, valid, test, ... that is there."""
+    train_annotations: str | None = None
+    """COCO annotation file of the training split, where it has another place or name."""
+    train_images: str | None = None
+    """Folder of the training images, where it has another place or name."""
+    val_annotations: str | None = None
+    """COCO annotation file of the validation split."""
+    val_images: str | None = None
+    """Folder of the validation images."""
+    augmentation: Literal["official", "plain", "none"] = "official"
+    """Training recipe: the paper's flips, scales and crops; a flip alone; or nothing."""
+    image_size: int = 800
+    """Short side in pixels; the paper's scales, crops and longest side (1333) follow in proportion."""
+    num_workers: int | None = None
+    """Processes that load images; by default up to 4, and 0 on machines with fewer than 4 cores."""
+    strict: bool = False
+    """Refuse to train where the audit repaired or dropped anything."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW as in the official recipe, under the official flag names."""
+
+    lr: float = 2e-4
+    """Learning rate of transformer and heads."""
+    lr_backbone: float | None = None
+    """Learning rate of the backbone; by default lr / 10 where it starts from trained weights, otherwise lr."""
+    lr_linear_proj_mult: float = 0.1
+    """Factor on lr for sampling offsets and reference points."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay, of every parameter."""
+    clip_max_norm: float = 0.1
+    """Largest L2 norm of the whole gradient; 0 switches clipping off."""
+    schedule: Literal["step", "cosine"] = "step"
+    """"step" multiplies the rates by 0.1 after lr_drop epochs; "cosine" lets them fall to a hundredth."""
+    lr_drop: int = 40
+    """Epochs before the rates drop, for "step"."""
+    warmup_steps: int = 0
+    """Steps over which the rates rise from zero."""
+    sgd: bool = False
+    """SGD with momentum 0.9 instead of AdamW."""

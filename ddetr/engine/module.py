@@ -1,0 +1,104 @@
+"""One optimisation step and one validation: what Lightning calls."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+
+from ddetr.datasets import normalize_images
+from ddetr.engine.config import OptimConfig
+from ddetr.engine.data import MicroBatch
+from ddetr.engine.optimizer import build_optimizer, lr_factor, parameter_groups
+from ddetr.evaluation import CocoEvaluator, Metrics
+from ddetr.models.criterion import SetCriterion, global_num_boxes
+from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.models.postprocess import PostProcess
+
+
+class DetectionModule(pl.LightningModule):
+    """Trains a detector on steps of several micro-batches, and measures its AP.
+
+    The step is Lightning's manual optimisation: losses are divided by the number of objects of the whole step, over all
+    micro-batches and processes, so that the gradient does not depend on how the batch is cut up.
+    """
+
+    def __init__(
+        self,
+        model: DeformableDETR,
+        criterion: SetCriterion,
+        optim: OptimConfig,
+        evaluator: CocoEvaluator,
+        *,
+        backbone_pretrained: bool,
+        steps_per_epoch: int,
+        total_steps: int,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.criterion, self.optim, self.evaluator = model, criterion, optim, evaluator
+        self.postprocess = PostProcess(evaluator.max_detections)
+        self.backbone_pretrained = backbone_pretrained
+        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.metrics: Metrics | None = None  # of the last validation
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        groups = parameter_groups(self.model, self.optim, backbone_pretrained=self.backbone_pretrained)
+        optimizer = build_optimizer(groups, self.optim)
+        factor = lr_factor(self.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
+
+    def training_step(self, batch: list[MicroBatch], batch_idx: int) -> dict[str, Tensor]:
+        """Returns the losses of the step, summed over its micro-batches, as detached scalars; "loss" is the total."""
+        optimizer = self.optimizers()
+        num_objects = sum(len(target["labels"]) for _, _, targets in batch for target in targets)
+        num_boxes = global_num_boxes(num_objects, self.device)
+        logged: dict[str, Tensor] = {}
+
+        def forward_backward() -> None:
+            optimizer.zero_grad()
+            for index, (images, mask, targets) in enumerate(batch):
+                is_last = index == len(batch) - 1
+                with nullcontext() if is_last else self._without_gradient_exchange():
+                    losses = self.criterion(self.model(normalize_images(images, mask), mask), targets, num_boxes)
+                    total = self.criterion.total(losses)
+                    self.manual_backward(total)
+                for name, value in {"loss": total, **losses}.items():
+                    share = 1.0 if name == "loss" or name in self.criterion.weight_dict else 1 / len(batch)
+                    logged[name] = logged.get(name, 0.0) + value.detach() * share
+
+        optimizer.step(closure=forward_backward)
+        self.lr_schedulers().step()
+        return logged
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clips the gradient of the whole model, after any scaler has restored its size."""
+        if self.optim.clip_max_norm > 0:
+            clip_grad_norm_(self.model.parameters(), self.optim.clip_max_norm)
+
+    def on_validation_epoch_start(self) -> None:
+        self.evaluator.reset()
+
+    def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        images, mask, targets = batch
+        outputs = self.model(normalize_images(images, mask), mask)
+        sizes_hw = torch.stack([target["orig_size"] for target in targets])
+        self.evaluator.update([int(target["image_id"]) for target in targets], self.postprocess(outputs, sizes_hw))
+
+    def on_validation_epoch_end(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            states: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(states, self.evaluator.state())
+            self.evaluator.merge(states)
+        self.metrics = self.evaluator.compute(partial=self.trainer.sanity_checking)
+        self.log("AP", 0.0 if math.isnan(self.metrics.AP) else self.metrics.AP)
+
+    def _without_gradient_exchange(self) -> AbstractContextManager:
+        """Processes exchange gradients once a step, with the last micro-batch."""
+        wrapped = self.trainer.strategy.model
+        return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()

@@ -1,0 +1,255 @@
+"""`train()`: a data set in, a run folder with a detector out."""
+
+import logging
+import math
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from ddetr import console, report
+from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
+from ddetr.datasets import Annotations, audit
+from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
+from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
+from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.engine.data import DetectionData, load_splits
+from ddetr.engine.module import DetectionModule
+from ddetr.engine.optimizer import describe_groups, parameter_groups
+from ddetr.engine.run import RESUME_FILE, RunFolder
+from ddetr.errors import InputError
+from ddetr.evaluation import CocoEvaluator, Metrics
+from ddetr.models.criterion import LossWeights
+from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+
+logger = logging.getLogger(__name__)
+
+# What training starts from where nothing else is said: the strongest published variant, on an ImageNet backbone.
+DEFAULT_MODEL = {"pretrained_backbone": True, "with_box_refine": True, "two_stage": True}
+
+PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run and its data lie, and the metrics of its last validation."""
+
+    path: Path
+    data_path: Path
+    image_example: Path
+    metrics: Metrics
+
+
+def train(
+    data: DataConfig,
+    model: dict[str, Any] | None = None,
+    loss: LossWeights = LossWeights(),
+    optim: OptimConfig = OptimConfig(),
+    *,
+    epochs: int = 50,
+    batch_size: int = 32,
+    device_batch_size: int = 2,
+    val_every: int = 1,
+    output: str | None = None,
+    weights: str | None = None,
+    resume: str | None = None,
+    seed: int = 42,
+    precision: Literal["32", "bf16", "fp16"] = "32",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    devices: int | None = None,
+    max_detections: int = 100,
+    log_every: int = 10,
+    num_pictures: int = 12,
+) -> RunResult:
+    """Train a detector.
+
+    Args:
+        data: where the data set is.
+        model: constructor arguments of `DeformableDETR`; `num_classes` comes from the data.
+        loss: weights of losses and matching costs.
+        optim: optimiser and schedule.
+        epochs: passes over the training images.
+        batch_size: images an optimisation step, over all devices; the paper's is 32.
+        device_batch_size: images that a device takes at a time; a step takes as many turns as it needs.
+        val_every: epochs between validations; the last epoch always has one.
+        output: run folder; by default runs/ and the name of the data set, numbered.
+        weights: checkpoint to start from (ours, official, transformers, ...), unlike resume with a new schedule.
+        resume: "auto", a run folder or its last.ckpt: continue that run exactly.
+        seed: decides initial weights, order and augmentation.
+        precision: "32", or "bf16" or "fp16" mixed with 32.
+        device: "auto" takes CUDA where it is available.
+        devices: processes; by default all GPUs, or one on the CPU; under torchrun its number.
+        max_detections: detections an image that the evaluation counts.
+        log_every: steps between rows of train.csv.
+        num_pictures: validation images that are drawn at the end, truth beside prediction.
+
+    Raises:
+        InputError: settings, data or weights that cannot work, said before the first step.
+    """
+    config = {
+        "data": asdict(data),
+        "model": DEFAULT_MODEL | (model or {}),
+        "loss": asdict(loss),
+        "optim": asdict(optim),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "device_batch_size": device_batch_size,
+        "val_every": val_every,
+        "weights": weights,
+        "seed": seed,
+        "precision": precision,
+        "max_detections": max_detections,
+    }
+    for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every"):
+        if (value := locals()[name]) < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    run, resume_file = RunFolder.choose(output, resume, Path(data.path).resolve().name)
+    train_set, val_set = load_splits(data)
+    is_first_process = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
+    report_of_data = audit(
+        train_set,
+        val_set,
+        num_queries=config["model"].get("num_queries", 300),
+        max_detections=max_detections,
+        strict=data.strict,
+    )
+    if is_first_process:
+        console.show(report_of_data.render())
+    if report_of_data.refused:
+        raise InputError("the audit refused the data set, see the table above: " + "; ".join(f.message for f in report_of_data.refused))
+
+    pl.seed_everything(seed, verbose=False)
+    detector = _build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
+    datamodule = DetectionData(
+        train_set, val_set, data, batch_size=batch_size, device_batch_size=device_batch_size, seed=seed
+    )
+    total_steps = datamodule.steps_per_epoch * epochs
+    module = DetectionModule(
+        detector,
+        build_criterion(detector, loss),
+        optim,
+        CocoEvaluator(val_set, max_detections),
+        backbone_pretrained=_starts_from_weights(config["model"], weights),
+        steps_per_epoch=datamodule.steps_per_epoch,
+        total_steps=total_steps,
+    )
+    if is_first_process:
+        _check_config(run, config, resume_file)
+        run.write_yaml("config.yaml", config)
+        run.write_json("audit.json", report_of_data.to_dict())
+        groups = parameter_groups(detector, optim, backbone_pretrained=module.backbone_pretrained)
+        for line in describe_groups(groups, detector):
+            logger.info(line)
+        logger.info(
+            "%d images, %d steps of %d images an epoch, %d epochs, into %s",
+            len(train_set.images), datamodule.steps_per_epoch, batch_size, epochs, run.path,
+        )  # fmt: skip
+
+    def publish(name: str, module: DetectionModule, metrics: Metrics) -> None:
+        checkpoint = Checkpoint.of(
+            module.model,
+            train_set.categories,
+            image_size=data.image_size,
+            max_size=scaled(PAPER_MAX_SIZE, data.image_size),
+            threshold=0.5 if math.isnan(metrics.threshold) else metrics.threshold,
+            metrics=metrics.numbers(),
+            training={"data": train_set.name, "step": module.global_step, "epoch": module.current_epoch},
+        )
+        save_checkpoint(run.file(name), checkpoint)
+
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        check_val_every_n_epoch=min(val_every, epochs),
+        precision=PRECISIONS[precision],
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=str(run.path),
+        callbacks=[
+            MemoryFormat(),
+            Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
+            Publish(run, publish),
+            ModelCheckpoint(
+                dirpath=run.path,
+                filename=RESUME_FILE.removesuffix(".ckpt"),
+                save_top_k=1,
+                every_n_epochs=1,
+                save_on_train_epoch_end=True,
+                enable_version_counter=False,
+            ),
+        ],
+        **_where(device, devices),
+    )
+    with warnings.catch_warnings():
+        _quiet_lightning()
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file)
+    if trainer.is_global_zero:
+        report.draw_curves(run.path)
+        report.draw_pictures(run.path, val_set, num_pictures)
+    assert module.metrics is not None  # the last epoch always has a validation
+    return RunResult(run.path, Path(data.path), val_set.images[0].path, module.metrics)
+
+
+def _starts_from_weights(model: dict[str, Any], weights: str | None) -> bool:
+    return bool(weights or model.get("pretrained_backbone"))
+
+
+def _build_detector(
+    model: dict[str, Any], train_set: Annotations, weights: str | None, *, is_resumed: bool
+) -> DeformableDETR:
+    """The network, with its weights where they come from a file; a resumed run brings its own."""
+    arguments = dict(model, num_classes=len(train_set.categories))
+    if weights is not None or is_resumed:
+        # Neither needs the download, but norms and stem are treated as what they are: trained.
+        if arguments.get("freeze_backbone") is None and _starts_from_weights(model, weights):
+            arguments["freeze_backbone"] = "stem"
+        arguments["pretrained_backbone"] = False
+    detector = DeformableDETR(**arguments)
+    if weights is not None and not is_resumed:
+        console.show(load_weights(detector, weights, categories=train_set.categories).render())
+    return detector
+
+
+def _check_config(run: RunFolder, config: dict[str, Any], resume_file: Path | None) -> None:
+    """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong."""
+    if resume_file is None or not (resume_file.parent / "config.yaml").is_file():
+        return
+    before = yaml.safe_load((resume_file.parent / "config.yaml").read_text())
+    changed = [
+        f"{key}: was {before.get(key)!r}, is {value!r}" for key, value in _plain(config).items() if before.get(key) != value
+    ]
+    if changed:
+        raise InputError(f"--resume continues a run with the settings that it had, but {'; '.join(changed)}")
+
+
+def _plain(value: Any) -> Any:
+    return yaml.safe_load(yaml.safe_dump(value))
+
+
+def _where(device: str, devices: int | None) -> dict[str, Any]:
+    """Lightning's arguments for the device; under torchrun the numbers that torchrun set."""
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if use_cuda and not torch.cuda.is_available():
+        raise InputError("device cuda: PyTorch sees no GPU here (torch.cuda.is_available() is False); use --device cpu")
+    num_nodes = 1
+    if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
+    devices = devices or (torch.cuda.device_count() if use_cuda else 1)
+    strategy = "ddp" if devices * num_nodes > 1 else "auto"
+    return {"accelerator": "cuda" if use_cuda else "cpu", "devices": devices, "num_nodes": num_nodes, "strategy": strategy}
+
+
+def _quiet_lightning() -> None:
+    """Lightning's advice that does not apply here: worker counts and loggers are chosen by ddetr."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")

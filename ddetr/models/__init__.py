@@ -1,0 +1,12 @@
+"""The network and its loss, in the order in which data flows.
+
+backbone.py                 images -> feature maps [timm]
+position_encoding.py        where a cell lies
+attention.py                the multi-scale deformable attention module
+deformable_transformer.py   feature maps -> query states and boxes of every layer
+heads.py                    query states -> class logits, box corrections
+deformable_detr.py          the detector; `build_model` from the official flags
+matcher.py                  predictions <-> objects [scipy]
+criterion.py                the losses
+postprocess.py              outputs -> detections in pixels
+"""

@@ -1,0 +1,170 @@
+"""The set-prediction loss (arXiv:2005.12872, sec. 3.1, with the focal loss of the official Deformable DETR).
+
+Shapes: N batch, Q predictions of a set, K classes, G sets (decoder layers), n matched pairs of a set.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddetr.boxes import box_cxcywh_to_xyxy, generalized_iou
+from ddetr.models.matcher import HungarianMatcher, Matches, PaddedTargets
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the losses and of the matching costs, under the official flag names."""
+
+    cls_loss_coef: float = 2.0
+    """Weight of the focal class loss."""
+    bbox_loss_coef: float = 5.0
+    """Weight of the L1 loss of (cx, cy, w, h)."""
+    giou_loss_coef: float = 2.0
+    """Weight of the generalised-IoU loss."""
+    focal_alpha: float = 0.25
+    """Weight of the positive class in the focal loss."""
+    set_cost_class: float = 2.0
+    """Weight of the class in the matching cost."""
+    set_cost_bbox: float = 5.0
+    """Weight of the L1 distance in the matching cost."""
+    set_cost_giou: float = 2.0
+    """Weight of the generalised IoU in the matching cost."""
+
+    def weight_dict(self, num_aux: int, two_stage: bool) -> dict[str, float]:
+        """Weight of every key that `SetCriterion` returns and that is a loss: last layer, aux layers, proposals."""
+        weights = {
+            "loss_ce": self.cls_loss_coef,
+            "loss_bbox": self.bbox_loss_coef,
+            "loss_giou": self.giou_loss_coef,
+        }
+        suffixes = [""] + [f"_{layer}" for layer in range(num_aux)] + ["_enc"] * two_stage
+        return {name + suffix: weight for suffix in suffixes for name, weight in weights.items()}
+
+
+class SetCriterion(nn.Module):
+    """Losses of the predictions after a one-to-one matching, each decoder layer matched by itself."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        loss_weights: LossWeights = LossWeights(),
+        *,
+        num_aux: int = 0,
+        two_stage: bool = False,
+    ):
+        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one. Both set `weight_dict`."""
+        super().__init__()
+        self.num_classes = num_classes
+        self.loss_weights = loss_weights
+        self.weight_dict = loss_weights.weight_dict(num_aux, two_stage)
+        self.matcher = HungarianMatcher(
+            loss_weights.set_cost_class,
+            loss_weights.set_cost_bbox,
+            loss_weights.set_cost_giou,
+            loss_weights.focal_alpha,
+        )
+
+    def forward(
+        self, outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]], num_boxes: float | None = None
+    ) -> dict[str, Tensor]:
+        """Unweighted losses under the official keys, in float32; `weight_dict` weighs them, `total` adds them up.
+
+        Args:
+            outputs: what `DeformableDETR` returns.
+            targets: for each image `labels` (t,) int64 in 0..K-1 and `boxes` (t, 4) cxcywh in [0, 1]; t may be 0.
+            num_boxes: what the sums are divided by, where the batch is a part of a larger one; by default the number
+                of objects of the batch, averaged over all processes, at least 1.
+
+        Returns:
+            `loss_ce`, `loss_bbox`, `loss_giou` of the last layer, the same with `_0`, `_1`, ... for the other layers
+            and with `_enc` for two-stage proposals; `class_error` (percent) and `cardinality_error`, to look at.
+        """
+        with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
+            device = outputs["pred_logits"].device
+            if num_boxes is None:
+                num_boxes = global_num_boxes(sum(len(target["labels"]) for target in targets), device)
+            padded = PaddedTargets.of(targets, device)
+            layers = [outputs, *outputs.get("aux_outputs", [])]
+            sets = [(layer, padded) for layer in layers]
+            proposals = outputs.get("enc_outputs")
+            any_object = padded._replace(labels=torch.zeros_like(padded.labels))  # proposals know one class: an object
+            if proposals is not None:
+                sets.append((proposals, any_object))
+            matches = self.matcher.match_sets(sets)
+
+            losses: dict[str, Tensor] = {}
+            decoder_losses = self._losses(layers, padded, matches[: len(layers)], num_boxes)
+            for name, values in decoder_losses.items():
+                for layer, value in enumerate(values):
+                    losses[name if layer == 0 else f"{name}_{layer - 1}"] = value
+            losses.update(self._diagnostics(outputs, padded, matches[0]))
+            if proposals is not None:
+                for name, values in self._losses([proposals], any_object, matches[-1:], num_boxes).items():
+                    losses[f"{name}_enc"] = values[0]
+            return losses
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum, a scalar."""
+        return sum(losses[name] * weight for name, weight in self.weight_dict.items() if name in losses)
+
+    def _losses(
+        self, sets: Sequence[dict[str, Any]], targets: PaddedTargets, matches: Sequence[Matches], num_boxes: float
+    ) -> dict[str, Tensor]:
+        """(G,) losses by name. Every set has as many pairs as every other, so that they lie in one tensor."""
+        logits = torch.stack([outputs["pred_logits"].float() for outputs in sets])  # (G, N, Q, K)
+        boxes = torch.stack([outputs["pred_boxes"].float() for outputs in sets])  # (G, N, Q, 4)
+        images = torch.stack([match.images for match in matches])  # (G, n)
+        queries = torch.stack([match.queries for match in matches])
+        objects = torch.stack([match.objects for match in matches])
+        group = torch.arange(len(sets), device=logits.device)[:, None].expand_as(images)
+
+        one_hot = torch.zeros_like(logits)
+        one_hot[group, images, queries, targets.labels[images, objects]] = 1.0
+        loss_ce = sigmoid_focal_loss(logits, one_hot, self.loss_weights.focal_alpha).sum((1, 2, 3))
+
+        predicted, wanted = boxes[group, images, queries], targets.boxes[images, objects]  # (G, n, 4)
+        loss_bbox = F.l1_loss(predicted, wanted, reduction="none").sum((1, 2))
+        loss_giou = (1 - generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))).sum(1)
+        return {
+            "loss_ce": loss_ce / num_boxes,
+            "loss_bbox": loss_bbox / num_boxes,
+            "loss_giou": loss_giou / num_boxes,
+        }
+
+    @torch.no_grad()
+    def _diagnostics(self, outputs: dict[str, Any], targets: PaddedTargets, match: Matches) -> dict[str, Tensor]:
+        """Share of matched predictions with another best class, in percent; and the mean miscount of objects."""
+        logits = outputs["pred_logits"]
+        best = logits[match.images, match.queries].argmax(-1)
+        right = (best == targets.labels[match.images, match.objects]).float()
+        # A query counts as an object where its best class is more likely than not; the official code compares the best
+        # class with the last one, which in a head without a background class is an ordinary class.
+        counted = (logits.amax(-1) > 0).float().sum(1)
+        true = torch.tensor(targets.sizes, dtype=torch.float32, device=logits.device)
+        return {
+            "class_error": 100 - 100 * right.mean() if len(right) else logits.new_zeros(()).float(),
+            "cardinality_error": (counted - true).abs().mean(),
+        }
+
+
+def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Element-wise focal loss (arXiv:1708.02002, eq. 5) of logits against 0/1 targets of the same shape."""
+    p = logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    p_t = p * targets + (1 - p) * (1 - targets)
+    alpha_t = alpha * targets + (1 - alpha) * (1 - targets)
+    return alpha_t * (1 - p_t) ** gamma * cross_entropy
+
+
+def global_num_boxes(num_boxes: int, device: torch.device) -> float:
+    """Objects a process, averaged over all processes, at least 1. Every process must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return max(float(num_boxes), 1.0)
+    total = torch.tensor([float(num_boxes)], device=device)
+    dist.all_reduce(total)
+    return max(total.item() / dist.get_world_size(), 1.0)

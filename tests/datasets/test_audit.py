@@ -1,0 +1,207 @@
+"""One data set made wrong for each thing that the audit must say (pains.md, 1b)."""
+
+import io
+import json
+import shutil
+
+import pytest
+from dataset_parts import coco_object
+from rich.console import Console
+
+from ddetr.datasets import audit, load_annotations
+
+
+def audited(root, **options):
+    train = load_annotations(root, "train")
+    val = load_annotations(root, "val", categories=train.categories) if (root / "val").is_dir() else None
+    return audit(train, val, **options)
+
+
+def printed(report, width=160):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(report.render())
+    return console.file.getvalue()
+
+
+def test_a_sound_data_set(make_coco):
+    root = make_coco(
+        [coco_object(), coco_object(category_id=7, iscrowd=1), coco_object(category_id=7, image_id=2)], num_images=3
+    )
+    make_coco(split="val", num_images=1)
+    report = audited(root, decode=True)
+    assert report.refused == ()
+    assert report.findings == ()
+    assert report.train.class_counts == (1, 1)
+    assert (report.train.num_images, report.train.num_objects, report.train.num_ignored) == (3, 2, 1)
+    assert report.train.num_without_objects == 1
+    assert (report.train.objects_p50, report.train.objects_max) == (1, 1)
+    assert report.val.num_images == 1
+    text = printed(report)
+    for words in ("training images", "set/train (coco)", "300 queries", "nothing to repair", "Training may start."):
+        assert words in text
+
+
+def test_report_as_json_holds_every_place(make_coco):
+    root = make_coco([coco_object(bbox=(1, 1, 0, 5), id=i) for i in range(9)] + [coco_object(id=50)])
+    report = audited(root)
+    content = json.loads(json.dumps(report.to_dict()))
+    assert content["ok"] is True
+    [group] = [group for group in content["findings"] if group["kind"] == "degenerate-box"]
+    assert (group["action"], group["count"], len(group["places"])) == ("dropped", 9, 9)
+    assert content["categories"] == [{"category_id": 3, "name": "cat"}, {"category_id": 7, "name": "dog"}]
+    assert content["train"]["num_objects"] == 1
+    text = printed(report)
+    assert "annotation id 2 (1.jpg)" in text
+    assert "annotation id 3 (1.jpg)" not in text
+    assert "and 6 more places" in text
+
+
+def test_gapped_ids_are_no_finding(make_coco):
+    assert [f.kind for f in audited(make_coco([coco_object(), coco_object(category_id=7)])).findings] == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "action"),
+    [
+        ({"bbox": [1, 1, float("nan"), 5]}, "nan-box", "refused"),
+        ({"bbox": [1, 1, 0, 5]}, "degenerate-box", "dropped"),
+        ({"bbox": [50, 1, 50, 5]}, "box-clipped", "repaired"),
+        ({"bbox": [90, 1, 5, 5]}, "box-outside-image", "dropped"),
+        ({"category_id": 4}, "category-unknown", "dropped"),
+        ({"image_id": 4}, "image-unknown", "dropped"),
+        ({"area": None}, "missing-area", "repaired"),
+    ],
+)
+def test_wrong_objects(make_coco, wrong, kind, action):
+    root = make_coco([coco_object(), coco_object(category_id=7), coco_object(**{"id": 9, **wrong})])
+    report = audited(root)
+    assert [(f.kind, f.action) for f in report.findings] == [(kind, action)]
+    assert bool(report.refused) == (action == "refused")
+    assert "annotation id 9" in printed(report)
+    assert audited(root, strict=True).refused
+    assert "--strict" in printed(audited(root, strict=True))
+
+
+def test_no_images_no_objects_no_classes(make_coco):
+    def kinds_refused(root):
+        return {finding.kind for finding in audited(root).refused}
+
+    root = make_coco([])
+    assert kinds_refused(root) == {"no-objects"}
+    assert "Refused: 1 thing must be put right first." in printed(audited(root))
+    root = make_coco([coco_object(iscrowd=1)])
+    assert kinds_refused(root) == {"no-objects"}
+    root = make_coco([], edit=lambda content: content.update(images=[], categories=[]))
+    assert kinds_refused(root) == {"no-images", "no-classes"}
+    root = make_coco()
+    shutil.rmtree(root / "train")
+    assert kinds_refused(root) == {"every-image-missing", "no-images"}
+
+
+def test_a_validation_split_without_objects_is_a_note(make_coco):
+    root = make_coco([coco_object(), coco_object(category_id=7)])
+    make_coco([], split="val")
+    report = audited(root)
+    assert [(f.kind, f.action) for f in report.findings] == [("no-objects", "note")]
+
+
+def test_classes_without_objects(make_coco):
+    root = make_coco([coco_object()])
+    make_coco([coco_object(category_id=7)], split="val")
+    [finding] = audited(root).findings
+    assert (finding.kind, finding.action) == ("class-only-in-validation", "note")
+    assert "dog (id 7)" in finding.where
+    shutil.rmtree(root / "val")
+    assert [f.kind for f in audited(root).findings] == ["class-without-objects"]
+
+
+def test_other_categories_in_validation_are_refused(make_coco):
+    train = load_annotations(make_coco(), "train")
+    val = load_annotations(make_coco(split="val", categories=[{"id": 3, "name": "cat"}]), "val")
+    assert "categories-differ" in {finding.kind for finding in audit(train, val).refused}
+
+
+def test_more_objects_than_queries_or_detections(make_coco):
+    root = make_coco([coco_object(), coco_object(category_id=7)] + [coco_object(image_id=2) for _ in range(6)])
+    report = audited(root, num_queries=5, max_detections=4)
+    [finding] = report.findings
+    assert (finding.kind, finding.action) == ("more-objects-than-queries", "note")
+    assert finding.where.endswith("2.jpg")
+    assert "6 objects" in finding.message
+    assert [f.kind for f in audited(root, num_queries=6, max_detections=4).findings] == ["more-objects-than-detections"]
+    assert audited(root, num_queries=6, max_detections=6).findings == ()
+
+
+def test_duplicates_between_training_and_validation(make_coco):
+    root = make_coco([coco_object(), coco_object(category_id=7)], num_images=3)
+    make_coco(split="val")
+    shutil.copy(root / "train" / "3.jpg", root / "val" / "1.jpg")
+    same_size = bytearray((root / "train" / "2.jpg").read_bytes())
+    same_size[len(same_size) // 2] ^= 1
+    (root / "val" / "2.jpg").write_bytes(same_size)
+    report = audited(root)
+    [finding] = report.findings
+    assert (finding.kind, finding.action) == ("duplicate-across-splits", "note")
+    assert finding.where.endswith("val/1.jpg")
+    assert "train/3.jpg" in finding.message
+
+
+def test_the_same_split_twice_is_all_duplicates(make_coco):
+    train = load_annotations(make_coco(), "train")
+    assert sum(f.kind == "duplicate-across-splits" for f in audit(train, train).findings) == 2
+
+
+def test_truncated_images_are_found_by_decoding(make_coco, write_image):
+    root = make_coco([coco_object(), coco_object(category_id=7)], num_images=70)
+    path = root / "train" / "2.jpg"
+    path.write_bytes(path.read_bytes()[:-200])
+    assert audited(root).refused == ()
+    seen = []
+    report = audited(root, decode=True, progress=lambda done, total: seen.append((done, total)))
+    [finding] = report.refused
+    assert (finding.kind, finding.where) == ("unreadable-image", str(path))
+    assert "truncated" in finding.message
+    assert seen == [(64, 70), (70, 70)]
+
+
+def test_an_image_that_vanished_after_reading(make_coco):
+    root = make_coco([coco_object(), coco_object(category_id=7)])
+    train = load_annotations(root, "train")
+    (root / "train" / "2.jpg").unlink()
+    assert [(f.kind, f.where[-5:]) for f in audit(train).refused] == [("missing-image", "2.jpg")]
+
+
+def test_turned_images_are_reported(make_coco, write_image):
+    root = make_coco([coco_object(), coco_object(category_id=7)])
+    write_image(root / "train" / "1.jpg", orientation=6)
+    [finding] = audited(root, decode=True).findings
+    assert (finding.kind, finding.action) == ("orientation", "repaired")
+
+
+def test_bccd_names_its_two_degenerate_boxes(shared_data):
+    root = shared_data / "bccd"
+    train = load_annotations(root, "train")
+    report = audit(train, load_annotations(root, "val", categories=train.categories), decode=True)
+    assert report.refused == ()
+    text = printed(report)
+    assert "Annotations/BloodImage_00343.xml, object 4" in text
+    assert "Annotations/BloodImage_00338.xml, object 13" in text
+    assert report.train.class_counts == (209, 2381, 214)
+    assert report.train.objects_max == 28
+    [group] = [group for group in report.to_dict()["findings"] if group["kind"] == "degenerate-box"]
+    assert (group["action"], group["count"]) == ("dropped", 2)
+
+
+def test_coco_tiny(shared_data):
+    root = shared_data / "coco_tiny"
+    train = load_annotations(root, "train2017")
+    report = audit(train, load_annotations(root, "val2017", categories=train.categories))
+    assert report.findings == ()
+    assert (report.train.num_objects, report.train.num_ignored) == (699, 6)
+    assert (report.val.num_objects, report.val.num_ignored) == (804, 11)
+    assert "68 more classes" in printed(report)
+
+
+def test_the_table_fits_a_narrow_terminal(make_coco):
+    report = audited(make_coco([coco_object(bbox=(1, 1, 0, 5)), coco_object()]))
+    assert max(len(line) for line in printed(report, width=80).splitlines()) <= 80

@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from ddetr.datasets.images import image_header, image_size_hw, read_image, rgb_from_pillow
+from ddetr.errors import InputError
+
+RAMP = np.linspace(0, 255, 24 * 16 * 3).reshape(16, 24, 3).astype(np.uint8)  # 24 wide, 16 high
+
+
+def as_array(image: torch.Tensor) -> np.ndarray:
+    assert image.dtype == torch.uint8
+    return image.permute(1, 2, 0).numpy()
+
+
+def test_plain_files_decode_to_pillows_pixels(tmp_path):
+    for name in ("a.jpg", "a.png", "a.bmp", "a.webp", "a.gif", "a.tif"):
+        Image.fromarray(RAMP).save(tmp_path / name)
+        with Image.open(tmp_path / name) as image:
+            want = np.asarray(image.convert("RGB"))
+        np.testing.assert_array_equal(as_array(read_image(tmp_path / name)), want, err_msg=name)
+        assert image_size_hw(tmp_path / name) == (16, 24)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[0x010E] = "a description before the orientation's place, of more than four bytes"
+    exif[0x0112] = orientation
+    path = tmp_path / f"turned.{suffix}"
+    Image.fromarray(RAMP).save(path, exif=exif)
+    with Image.open(path) as image:
+        want = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(as_array(read_image(path)), want)
+    assert image_size_hw(path) == want.shape[:2]
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(as_array(rgb_from_pillow(image)), want)
+
+
+def test_boxes_drawn_on_stored_pixels_get_the_stored_pixels(tmp_path, write_image):
+    path = write_image(tmp_path / "a.jpg", size_wh=(24, 16), orientation=6)
+    assert image_size_hw(path) == (24, 16)
+    assert read_image(path, (24, 16)).shape == (3, 24, 16)
+    stored = read_image(path, (16, 24))
+    with Image.open(path) as image:
+        np.testing.assert_array_equal(as_array(stored), np.asarray(image))
+
+
+def test_another_size_than_annotated_is_refused(tmp_path, write_image):
+    path = write_image(tmp_path / "a.jpg", size_wh=(24, 16))
+    with pytest.raises(InputError, match=r"a\.jpg is 24 x 16 pixels, but its annotations are for 48 x 32"):
+        read_image(path, (32, 48))
+
+
+def test_greyscale_is_the_channel_three_times(tmp_path):
+    for name in ("grey.jpg", "grey.png"):
+        Image.fromarray(RAMP[..., 0]).save(tmp_path / name)
+        image = read_image(tmp_path / name)
+        assert torch.equal(image[0], image[1])
+        assert torch.equal(image[0], image[2])
+    np.testing.assert_array_equal(image[0].numpy(), RAMP[..., 0])
+
+
+def test_one_bit_and_palette_images_give_their_colours(tmp_path):
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([0, 0, 0, 10, 20, 30, 250, 240, 230])
+    palette.putdata([0, 1, 2])
+    palette.save(tmp_path / "palette.png")
+    assert as_array(read_image(tmp_path / "palette.png"))[0].tolist() == [[0, 0, 0], [10, 20, 30], [250, 240, 230]]
+    Image.fromarray(np.array([[True, False]])).save(tmp_path / "bits.png")
+    assert as_array(read_image(tmp_path / "bits.png"))[0].tolist() == [[255] * 3, [0] * 3]
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    pixels = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 0, 0, 128]]], dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "rgba.png")
+    got = as_array(read_image(tmp_path / "rgba.png"))[0].tolist()
+    assert got[:2] == [[10, 20, 30], [255, 255, 255]]
+    assert got[2] == pytest.approx([127] * 3, abs=1)
+    Image.fromarray(np.array([[[50, 0], [50, 255]]], dtype=np.uint8), mode=None).save(tmp_path / "la.png")
+    assert as_array(read_image(tmp_path / "la.png"))[0].tolist() == [[255] * 3, [50] * 3]
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "key.png", transparency=(10, 20, 30))
+    assert as_array(read_image(tmp_path / "key.png"))[0].tolist() == [[255] * 3, [255] * 3, [0] * 3]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_divided_by_257(tmp_path, suffix):
+    Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16)).save(tmp_path / f"deep.{suffix}")
+    assert as_array(read_image(tmp_path / f"deep.{suffix}"))[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
+def test_float_and_32_bit_pixels_are_refused(tmp_path):
+    Image.fromarray(np.array([[0.5, 0.7]], dtype=np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(InputError, match=r"float\.tif can't be read: it has float pixels"):
+        read_image(tmp_path / "float.tif")
+    Image.fromarray(np.array([[1, 1 << 20]], dtype=np.int32)).save(tmp_path / "int.tif")
+    with pytest.raises(InputError, match=r"int\.tif can't be read: it has 32-bit pixels"):
+        read_image(tmp_path / "int.tif")
+
+
+def test_cmyk_is_converted(tmp_path):
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=95)
+    red, green, blue = as_array(read_image(tmp_path / "cmyk.jpg"))[4, 4].tolist()
+    assert red > 240
+    assert green < 15
+    assert blue < 15
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.bmp"])
+@pytest.mark.parametrize("keep", [0.7, 0.3, 40, 10, 2, 0])
+def test_truncated_files_raise_and_are_named(tmp_path, write_image, name, keep):
+    path = write_image(tmp_path / name, size_wh=(256, 192))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        read_image(path)
+
+
+def test_what_is_no_image_says_so(tmp_path):
+    (tmp_path / "a.jpg").write_text("<html>404</html>")
+    with pytest.raises(InputError, match=r"a\.jpg can't be read: it is no image of a known format"):
+        read_image(tmp_path / "a.jpg")
+    with pytest.raises(InputError, match=r"There is no image .*absent\.jpg"):
+        read_image(tmp_path / "absent.jpg")
+    with pytest.raises(InputError, match=r"There is no image"):
+        image_size_hw(tmp_path / "absent.jpg")
+    with pytest.raises(InputError, match="can't be read"):
+        image_header(tmp_path)
+
+
+def test_size_is_found_behind_a_long_header(tmp_path):
+    path = tmp_path / "long.jpg"
+    Image.fromarray(RAMP).save(path, icc_profile=bytes(200_000), comment=b"x" * 60_000)
+    assert image_size_hw(path) == (16, 24)
+    assert read_image(path).shape == (3, 16, 24)
+
+
+def test_headers_of_real_images_agree_with_pillow(shared_data):
+    for path in [
+        *sorted((shared_data / "coco_tiny").glob("*/*.jpg"))[:40],
+        *sorted((shared_data / "bccd/JPEGImages").iterdir())[:5],
+    ]:
+        with Image.open(path) as image:
+            assert image_size_hw(path) == image.size[::-1]

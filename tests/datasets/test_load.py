@@ -1,0 +1,128 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
+from ddetr.datasets.annotations import MAX_PLACES, FindingLog, ImageRecord, ImageTable
+from ddetr.datasets.load import _TRAIN_NAMES, _VAL_NAMES, _first
+from ddetr.errors import InputError
+
+
+def test_a_path_that_is_not_there_suggests_one(tmp_path):
+    (tmp_path / "cells").mkdir()
+    with pytest.raises(InputError, match=r"There is no .*cels: .* has no 'cels'\. Did you mean \"cells\"\?"):
+        detect_format(tmp_path / "cels")
+    with pytest.raises(InputError, match=r"has no 'x'\."):
+        load_annotations(tmp_path / "x" / "y", "train")
+
+
+def test_a_folder_of_something_else_says_what_was_expected(tmp_path, write_image):
+    for i in range(12):
+        write_image(tmp_path / f"{i:02d}.jpg")
+    (tmp_path / "package.json").write_text("{}")
+    with pytest.raises(InputError, match=r"Expected COCO .* Pascal VOC .* YOLO .*; found 00\.jpg, .* and 5 more\."):
+        available_splits(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="found a file of another kind"):
+        detect_format(tmp_path / "notes.txt")
+
+
+def test_unknown_format_and_split(make_coco):
+    root = make_coco()
+    with pytest.raises(InputError, match=r'not \'cocoo\'\. Did you mean "coco"\?'):
+        load_annotations(root, "train", format="cocoo")
+    with pytest.raises(InputError, match=r'has no split "tain"; it has: train\. Did you mean "train"\?'):
+        load_annotations(root, "tain")
+    with pytest.raises(InputError, match="no voc data set"):
+        default_splits(root, "voc")
+    with pytest.raises(InputError, match="annotation_file is for the COCO format"):
+        load_annotations(root, "train", format="voc", annotation_file="x.json")
+
+
+def test_an_explicit_format_overrides_what_is_recognised(make_coco, make_yolo):
+    root = make_coco()
+    make_yolo({"images/train/a.jpg": "0 .5 .5 .2 .2"}, root=root)
+    assert detect_format(root) == "coco"
+    assert load_annotations(root, "train", format="yolo").format == "yolo"
+
+
+@pytest.mark.parametrize(
+    ("splits", "train", "val"),
+    [
+        (["train", "val", "test"], "train", "val"),
+        (["test", "train2017", "val2017"], "train2017", "val2017"),
+        (["test", "train", "valid"], "train", "valid"),
+        (["Train", "Validation"], "Train", "Validation"),
+        (["train", "test"], "train", "test"),
+        (["test", "trainval"], "trainval", "test"),
+        (["test", "train", "trainval", "val"], "train", "val"),
+        (["train2014", "val2014"], "train2014", "val2014"),
+        (["train_v2", "val_v2"], "train_v2", "val_v2"),
+        (["training", "testing"], "training", "testing"),
+        (["all"], "all", None),
+        (["a", "b"], None, None),
+    ],
+)
+def test_default_splits(splits, train, val):
+    assert _first(splits, _TRAIN_NAMES, "train") == train
+    assert _first([split for split in splits if split not in (train, "trainval")], _VAL_NAMES, "val") == val
+
+
+def test_no_split_called_train(make_coco):
+    root = make_coco(split="a")
+    assert default_splits(root) == ("a", None)
+    make_coco(split="b")
+    with pytest.raises(InputError, match="has the splits a, b: none is called train"):
+        default_splits(root)
+
+
+def test_findings_beyond_the_limit_are_counted():
+    log = FindingLog()
+    for i in range(MAX_PLACES + 5):
+        log.add("degenerate-box", "dropped", f"object {i}", "It is.")
+    log.add("other", "note", "here", "Something.")
+    findings = log.freeze()
+    assert sum(finding.count for finding in findings if finding.kind == "degenerate-box") == MAX_PLACES + 5
+    assert len(findings) == MAX_PLACES + 2
+    assert findings[-1].where == f"object {MAX_PLACES} and on"
+
+
+def test_image_table_is_a_sequence_of_the_records_it_was_made_of(tmp_path):
+    rng = np.random.default_rng(0)
+    records = [
+        ImageRecord(
+            image_id=10 + i,
+            path=tmp_path / f"bild_ü{i}.jpg",
+            size_hw=(i + 1, i + 2),
+            boxes_xyxy=rng.random((n, 4), dtype=np.float32),
+            labels=rng.integers(0, 5, n),
+            area=rng.random(n, dtype=np.float32),
+            ignore=rng.random(n) < 0.5,
+        )
+        for i, n in enumerate((2, 0, 3))
+    ]
+    table = ImageTable.from_records(records)
+    assert len(table) == 3
+    for got, want in zip(table, records, strict=True):
+        assert (got.image_id, got.path, got.size_hw) == (want.image_id, want.path, want.size_hw)
+        for name in ("boxes_xyxy", "labels", "area", "ignore"):
+            np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+            assert getattr(got, name).dtype == getattr(want, name).dtype
+    assert table[-1].image_id == 12
+    assert [record.image_id for record in table[1:]] == [11, 12]
+    with pytest.raises(IndexError):
+        table[3]
+    with pytest.raises(ValueError, match="read-only"):
+        table[0].boxes_xyxy[0, 0] = 1
+    assert len(ImageTable.from_records([])) == 0
+
+
+def test_importing_datasets_loads_no_heavy_package():
+    heavy = "{'lightning', 'matplotlib', 'scipy', 'rich', 'timm', 'pandas', 'pycocotools', 'transformers'}"
+    code = f"import sys, ddetr.datasets; print(sorted({heavy} & set(sys.modules)))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == "[]"
