@@ -11,11 +11,12 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.done
 
-$(VENV)/.done: requirements/dev.lock pyproject.toml
+$(VENV)/.done: requirements/bootstrap.lock requirements/dev.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else "ddetr needs Python 3.10 to 3.13, and %s is %d.%d: make PYTHON=python3.12 ..." % ("$(PYTHON)", *v))'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/dev.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes --no-deps -r requirements/bootstrap.lock
+	$(BIN)/uv pip install --python $(BIN)/python --require-hashes --no-deps -r requirements/dev.lock
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: setup
@@ -28,6 +29,8 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+LOCK = uv pip compile --universal --python-version 3.10 --generate-hashes --no-header --quiet
+
 lock:
-	uv pip compile --universal --python-version 3.10 --generate-hashes --no-header --quiet \
-		--extra test --group build pyproject.toml requirements/dev.in -o requirements/dev.lock
+	$(LOCK) requirements/bootstrap.in -o requirements/bootstrap.lock
+	$(LOCK) --extra test --group build pyproject.toml requirements/dev.in -o requirements/dev.lock

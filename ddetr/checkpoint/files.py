@@ -1,11 +1,8 @@
-"""Bytes to tensors and back: nothing that a file contains is run, and a file is whole or absent."""
+"""Bytes to tensors: nothing that a file contains is run."""
 
 import argparse
-import os
 import pickle
 import re
-import secrets
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,40 +35,13 @@ def read_file(path: Path) -> FileContent:
         # The official code pickles its command line, an argparse.Namespace: a bag of values, harmless to build.
         known = torch.serialization.get_safe_globals()
         harmless = [] if argparse.Namespace in known else [argparse.Namespace]
-        with torch.serialization.safe_globals(harmless):
+        with torch.serialization.safe_globals(harmless), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unusual pickles: they are read, or refused with a message of ours
             return FileContent(torch.load(path, map_location="cpu", weights_only=True), {})
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged pickle raises anything, from KeyError to RecursionError
         raise InputError(f"{path}: {_diagnosis(path, error)}") from error
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a temporary name beside `path`, then put the file in its place: killed at any moment, it
-    leaves either the old file or the new one under `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name is on disk only when the folder is; not every system can open one."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _read_safetensors(path: Path) -> FileContent:

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddetr import __version__
-from ddetr.checkpoint.files import read_file, write_atomically
+from ddetr.atomic import write_atomically
+from ddetr.checkpoint.files import read_file
 from ddetr.datasets.annotations import Category
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError

@@ -58,7 +58,12 @@ class LoadReport:
             ("skipped", self.skipped),
             ("left as initialised", self.initialised),
         ):
-            groups = Counter((re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), why) for name, why in remarks)
+            groups = Counter((_family(name), why) for name, why in remarks)
             for (names, why), count in groups.items():
                 table.add_row(title, str(count), names, why)
         return table
+
+
+def _family(name: str) -> str:
+    """The same for weight and bias of all layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", re.sub(r"\.(weight|bias)$", "", name))

@@ -73,7 +73,8 @@ class _Transfer:
         num_rows = next((len(t) for name, t in source.tensors.items() if name.startswith("class_embed.")), 0)
         self.rows, self.rows_how = match_rows(source.classes, num_rows, categories, model.config["num_classes"])
         self.fresh_class_head = class_head(model.config["hidden_dim"], model.config["num_classes"]).state_dict()
-        self.used: set[str] = set()
+        self.used: set[str] = set()  # names in the file
+        self.refused: dict[str, str] = {}  # names in the file that the model has too, and why they do not fit
         self.values: dict[str, Tensor] = {}
 
     def plan(self, path: Path) -> LoadReport:
@@ -115,15 +116,20 @@ class _Transfer:
             if name.endswith("num_batches_tracked"):
                 return "a counter of trainable norms, which the file does not have"
             return self.heads.why_missing(name) if head else "not in the file"
-        self.used.update(self.heads.twins(source_name) if head else [source_name])
         value = self.source.tensors[source_name]
         adapt = self._adapter(name)
         if adapt is not None:
-            return adapt(name, own, value)
-        if value.shape != own.shape:
-            self.used.discard(source_name)
-            return _shapes(value, own)
-        return _Adaptation(value, self.heads.how(name) if head else self._moved(name, source_name))
+            found = adapt(name, own, value)
+        elif value.shape != own.shape:
+            found = _shapes(value, own)
+        else:
+            found = _Adaptation(value, self.heads.how(name) if head else self._moved(name, source_name))
+        names = self.heads.twins(source_name) if head else [source_name]
+        if isinstance(found, str):
+            self.refused.update(dict.fromkeys(names, found))
+        else:
+            self.used.update(names)
+        return found
 
     def _adapter(self, name: str) -> Callable[[str, Tensor, Tensor], _Adaptation | str] | None:
         if name.startswith("class_embed."):
@@ -216,9 +222,8 @@ class _Transfer:
         common = min(points, source_points)
         for target, level in zip(targets, sources):
             new[:, target, :common] = old[:, level, :common]
-        return _Adaptation(
-            new.view(own.shape), f"{len(targets)} levels and {common} points of the file; others as initialised"
-        )
+        how = f"{len(targets)} of {num_levels} levels, {common} of {points} points; the others as initialised"
+        return _Adaptation(new.view(own.shape), how)
 
     def _common_levels(self) -> tuple[list[int], list[int]]:
         """Levels of the model that the file has, and what those are in the file."""
@@ -229,8 +234,7 @@ class _Transfer:
     def _why_skipped(self, name: str) -> str:
         if name.endswith("num_batches_tracked"):
             return "a counter of trainable norms, which the model does not have"
-        own = self.own.get(name)
-        return _shapes(self.source.tensors[name], own) if own is not None else "not in the model"
+        return self.refused.get(name, "not in the model")
 
 
 def _each_tensor_once(model: DeformableDETR) -> dict[str, Tensor]:
