@@ -33,14 +33,16 @@ class NativeBuildHook(BuildHookInterface):
 
     def dependencies(self) -> list[str]:
         """ziglang (one wheel of about 100 MB) only where the result must be portable or there is no compiler."""
+        if self.target_name != "wheel" or not _enabled():
+            return []
         build = _load_build()
         wanted = os.environ.get("DDETR_WHEEL_PLATFORM", "")
-        if not _enabled() or (not wanted and (build.compilers(build.host()) or build.host() not in build.TARGETS)):
+        if not wanted and (build.compilers(build.host()) or build.host() not in build.TARGETS):
             return []
         return ["ziglang>=0.14"]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        if not _enabled():
+        if self.target_name != "wheel" or not _enabled():
             return
         build = _load_build()
         name = os.environ.get("DDETR_WHEEL_PLATFORM") or build.host()

@@ -1,8 +1,22 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+TINY_MODEL = {
+    "backbone": "test_resnet",
+    "pretrained_backbone": False,
+    "hidden_dim": 32,
+    "nheads": 4,
+    "enc_layers": 1,
+    "dec_layers": 2,
+    "dim_feedforward": 64,
+    "num_queries": 12,
+    "num_feature_levels": 2,
+    "with_box_refine": True,
+    "two_stage": False,
+}
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +25,37 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the real data is not here: ../shared/data beside the project")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight training and four validation images of drawn shapes, 64 pixels."""
+    from ddetr.datasets import draw_shapes
+
+    return draw_shapes(tmp_path_factory.mktemp("data") / "shapes", 8, 4, 64)
+
+
+@pytest.fixture
+def tiny_model() -> dict[str, Any]:
+    """Constructor arguments of a detector that trains in a fraction of a second."""
+    return dict(TINY_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The `RunResult` of a tiny detector that has learnt the training images of `shapes`, on which it is validated."""
+    from ddetr.engine.config import DataConfig, OptimConfig
+    from ddetr.engine.train import train
+
+    return train(
+        DataConfig(str(shapes), val_split="train", augmentation="none", image_size=64, num_workers=0),
+        TINY_MODEL | {"dropout": 0.0},
+        optim=OptimConfig(lr=5e-3, clip_max_norm=1.0),
+        epochs=25,
+        batch_size=8,
+        device_batch_size=8,
+        val_every=10,
+        output=str(tmp_path_factory.mktemp("runs") / "tiny run"),
+        log_every=10,
+        num_pictures=2,
+    )

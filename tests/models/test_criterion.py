@@ -183,6 +183,15 @@ def test_num_boxes_of_a_larger_batch() -> None:
     assert global_num_boxes(5, torch.device("cpu")) == 5
 
 
+def test_num_boxes_is_averaged_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three processes of which the others have 1 and 4 objects; a process without any takes part all the same."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda total: total.add_(5))
+    assert global_num_boxes(4, torch.device("cpu")) == 3
+    assert global_num_boxes(0, torch.device("cpu")) == pytest.approx(5 / 3)
+
+
 def test_loss_does_not_depend_on_the_batch_of_an_image() -> None:
     """Sums over images that are divided by all objects: no image sees the padding of another's targets."""
     torch.manual_seed(0)

@@ -88,6 +88,21 @@ def test_every_trainable_parameter_gets_a_gradient(small_variant: dict[str, Any]
     assert not with_gradient_though_frozen
 
 
+@pytest.mark.parametrize("variant_flags", [{}, {"with_box_refine": True}, {"with_box_refine": True, "two_stage": True}])
+def test_gradients_stop_at_references(small: dict[str, Any], variant_flags: dict[str, Any]) -> None:
+    """Each refining layer learns its own correction, proposals learn from their own loss; plain references learn."""
+    model = DeformableDETR(**small, **variant_flags)
+    for head in model.bbox_embed:
+        nn.init.normal_(head.layers[-1].weight, std=0.1)
+    model(torch.rand(1, 3, 96, 96))["pred_boxes"].sum().backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    last_layer = {f"bbox_embed.{2 if variant_flags else 0}.layers.{i}.weight" for i in range(3)}
+    assert {name for name in with_gradient if re.match(r"bbox_embed.*weight", name)} == last_layer
+    assert ("transformer.reference_points.weight" in with_gradient) == ("two_stage" not in variant_flags)
+    assert "transformer.enc_output.weight" not in with_gradient
+    assert ("transformer.pos_trans.weight" in with_gradient) == ("two_stage" in variant_flags)
+
+
 # --- shapes -----------------------------------------------------------------------------------------------------------
 
 

@@ -24,19 +24,29 @@ def make_reference(config: dict[str, Any]) -> nn.Module:
     """transformers' model of our configuration, with every head a tensor of its own and no value left at zero."""
     num_levels = config.get("num_feature_levels", 4)
     two_stage, refine = config.get("two_stage", False), config.get("with_box_refine", False)
-    backbone = transformers.TimmBackboneConfig(
-        backbone=config["backbone"],
-        out_indices=[2, 3, 4] if num_levels > 1 else [4],
-        features_only=True,
-        use_pretrained_backbone=False,
-        **({"output_stride": 16} if config.get("dilation") else {}),
-    )
+    options = {
+        "features_only": True,
+        "out_indices": [2, 3, 4] if num_levels > 1 else [4],
+        "use_pretrained_backbone": False,
+    }
+    backbone: dict[str, Any] = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone": None}
+    if not config.get("dilation"):
+        backbone["backbone_config"] = transformers.TimmBackboneConfig(backbone=config["backbone"], **options)
+    elif int(transformers.__version__.partition(".")[0]) >= 5:
+        backbone["backbone_config"] = transformers.TimmBackboneConfig(
+            backbone=config["backbone"], output_stride=16, **options
+        )
+    else:  # the 4.x line reads it from here only
+        backbone |= {
+            "use_timm_backbone": True,
+            "backbone": config["backbone"],
+            "dilation": True,
+            "backbone_config": None,
+        }
+        backbone["backbone_kwargs"] = {"out_indices": options["out_indices"]}
     reference = transformers.DeformableDetrForObjectDetection(
         transformers.DeformableDetrConfig(
-            use_timm_backbone=False,
-            use_pretrained_backbone=False,
-            backbone=None,
-            backbone_config=backbone,
+            **backbone,
             num_feature_levels=num_levels,
             d_model=config["hidden_dim"],
             encoder_layers=config["enc_layers"],
@@ -62,7 +72,18 @@ def make_reference(config: dict[str, Any]) -> nn.Module:
     if two_stage:
         reference.model.decoder.class_embed = reference.class_embed
     randomise(reference)
+    if two_stage:
+        score_cells_without_proposal_last(reference)
     return reference
+
+
+@torch.no_grad()
+def score_cells_without_proposal_last(reference: nn.Module) -> None:
+    """They all look alike to the proposal head: chosen, they would make queries that are all the same."""
+    model = reference.model
+    looks = model.enc_output_norm(model.enc_output(torch.zeros(model.enc_output.in_features)))
+    row = reference.class_embed[-1].weight[0]
+    row -= looks * (row @ looks + 10) / (looks @ looks)
 
 
 @torch.no_grad()
@@ -77,6 +98,10 @@ def randomise(module: nn.Module) -> None:
             tensor.normal_(0, 2)
         elif tensor.is_floating_point() and tensor.dim() == 1:
             tensor.add_(torch.randn_like(tensor) * 0.2)
+        elif "query_position_embeddings" in name:
+            tensor.normal_()
+        elif "reference_points.weight" in name:
+            tensor.normal_(0, 0.3)
         elif "sampling_offsets.weight" in name or "attention_weights.weight" in name or ".layers.2.weight" in name:
             tensor.normal_(0, 0.1)
 
@@ -96,10 +121,16 @@ def assert_equal_outputs(config: dict[str, Any], sizes: list[tuple[int, int]], t
     with torch.no_grad():
         expected = reference(pixel_values=images, pixel_mask=(~mask).long())
         got = model(images, mask)
-    torch.testing.assert_close(got["pred_logits"], expected.logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(got["pred_boxes"], expected.pred_boxes, atol=1e-4, rtol=1e-4)
-    assert expected.logits.std() > 0.1, "outputs that hardly differ compare nothing"
-    assert expected.pred_boxes.std() > 0.1
+    got_all = torch.cat((got["pred_logits"], got["pred_boxes"]), dim=-1)
+    expected_all = torch.cat((expected.logits, expected.pred_boxes), dim=-1)
+    if config.get("two_stage"):
+        # Queries are ranked by score: rounding may swap two of nearly the same, on one machine and not on another.
+        nearest = torch.cdist(expected_all, got_all, p=float("inf")).argmin(-1)
+        assert all(len(set(order)) == len(order) for order in nearest.tolist())
+        got_all = got_all.gather(1, nearest[..., None].expand_as(got_all))
+    torch.testing.assert_close(got_all, expected_all, atol=1e-4, rtol=1e-4)
+    for outputs in (expected.logits, expected.pred_boxes):
+        assert outputs.flatten(0, 1).std(0).mean() > 0.03, "queries that hardly differ compare nothing"
 
 
 def test_equals_transformers_on_padded_batch(small_variant: dict[str, Any], tmp_path: Path) -> None:

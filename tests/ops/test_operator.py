@@ -1,0 +1,229 @@
+"""The public functions and the torch.library operator: autograd, compile, export, autocast, wrong arguments."""
+
+import warnings
+
+import pytest
+import torch
+from attention_inputs import make_inputs, relative_error, truth
+
+from ddetr.ops import ms_deform_attn, ms_deform_attn_step
+from ddetr.ops.reference import attention_step_reference
+
+REFERENCES = pytest.mark.parametrize("reference", [0, 2, 4])
+
+
+def call(inputs, *tensors):
+    value, points, weights, *references = tensors or inputs.tensors
+    if references:
+        return ms_deform_attn_step(value, inputs.shapes, points, weights, references[0])
+    return ms_deform_attn(value, inputs.shapes, points, weights)
+
+
+def leaves(inputs, dtype=torch.float32):
+    return [t.requires_grad_() for t in inputs.cast(dtype).tensors]
+
+
+@REFERENCES
+def test_output_and_gradients(reference):
+    inputs = make_inputs(n=2, m=4, d=16, q=20, reference=reference)
+    output, grad_output, grads = truth(inputs)
+    tensors = leaves(inputs)
+    got = call(inputs, *tensors)
+    assert got.shape == (2, 20, 64)
+    assert relative_error(got.detach(), output) < 1e-5
+    for got_grad, grad in zip(torch.autograd.grad(got, tensors, grad_output.float()), grads):
+        assert relative_error(got_grad, grad) < 2e-5
+
+
+@REFERENCES
+@pytest.mark.parametrize("twice", [False, True])
+def test_gradcheck_reference(reference, twice):
+    inputs = make_inputs(d=3, p=2, q=3, reference=reference)
+    function = lambda v, p, w, r=None: attention_step_reference(v, inputs.shapes, p, w, r, twice_differentiable=twice)  # noqa: E731
+    assert torch.autograd.gradcheck(function, inputs.tensors, fast_mode=True)
+    if twice:
+        assert torch.autograd.gradgradcheck(function, inputs.tensors, fast_mode=True)
+
+
+@REFERENCES
+def test_gradcheck_operator(reference):
+    inputs = make_inputs(d=3, p=2, q=3, reference=reference)
+    assert torch.autograd.gradcheck(lambda *t: call(inputs, *t), inputs.tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *t: call(inputs, *t), inputs.tensors, fast_mode=True)
+
+
+@REFERENCES
+def test_both_references_agree(reference):
+    inputs = make_inputs(n=2, m=3, q=15, reference=reference)
+    arguments = (inputs.value, inputs.shapes, inputs.points, inputs.weights, inputs.reference)
+    by_sampling = attention_step_reference(*arguments)
+    by_gathers = attention_step_reference(*arguments, twice_differentiable=True)
+    torch.testing.assert_close(by_sampling, by_gathers)
+
+
+def test_gradient_of_some_inputs_only():
+    inputs = make_inputs()
+    all_leaves = leaves(inputs)
+    expected = torch.autograd.grad(call(inputs, *all_leaves).sum(), all_leaves)
+    for wanted, expected_grad in zip(all_leaves, expected):
+        tensors = [t if t is wanted else t.detach() for t in all_leaves]
+        (grad,) = torch.autograd.grad(call(inputs, *tensors).sum(), wanted)
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_gradient_of_an_expanded_output():
+    inputs = make_inputs()
+    tensors = leaves(inputs)
+    (by_sum,) = torch.autograd.grad(call(inputs, *tensors).sum(), tensors[0])
+    output = call(inputs, *tensors)
+    (by_ones,) = torch.autograd.grad(output, tensors[0], torch.ones_like(output))
+    assert torch.equal(by_sum, by_ones)
+
+
+@pytest.mark.filterwarnings("ignore")  # opcheck's own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@REFERENCES
+def test_opcheck(reference, dtype):
+    inputs = make_inputs(reference=reference)
+    tensors = leaves(inputs, dtype)
+    value, points, weights, references = [*tensors, None][:4]
+    arguments = (value, inputs.flat, points, weights, references)
+    # bfloat16 is too coarse for opcheck's comparison of gradients
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor") + (
+        ("test_aot_dispatch_dynamic",) if dtype == torch.float32 else ()
+    )
+    torch.library.opcheck(torch.ops.ddetr.ms_deform_attn.default, arguments, test_utils=tests)
+    grad = torch.rand_like(call(inputs, *tensors)).detach()
+    torch.library.opcheck(torch.ops.ddetr.ms_deform_attn_backward.default, (grad, *arguments, True), test_utils=tests)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@REFERENCES
+def test_compile_without_graph_break(reference):
+    torch._dynamo.reset()
+    inputs = make_inputs(reference=reference)
+    compiled = torch.compile(lambda *t: call(inputs, *t) * 2, fullgraph=True, backend="aot_eager")
+    tensors = leaves(inputs)
+    got = compiled(*tensors)
+    expected = call(inputs, *tensors) * 2
+    torch.testing.assert_close(got, expected)
+    for a, b in zip(torch.autograd.grad(got.sum(), tensors), torch.autograd.grad(expected.sum(), tensors)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compile_dynamic_shapes():
+    torch._dynamo.reset()
+
+    def step(value, image, points, weights, references):
+        return ms_deform_attn_step(value, [tuple(image.shape), (3, 2)], points, weights, references)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((6, 5), (7, 4), (9, 9)):
+        inputs = make_inputs(shapes=[shape, (3, 2)]).cast(torch.float32)
+        arguments = (inputs.value, torch.empty(shape), inputs.points, inputs.weights, inputs.reference)
+        torch.testing.assert_close(compiled(*arguments), step(*arguments))
+
+
+class Step(torch.nn.Module):
+    shapes = ((6, 5), (3, 2))
+
+    def forward(self, value, points, weights, references):
+        return ms_deform_attn_step(value, self.shapes, points, weights, references)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_holds_nothing_custom(strict):
+    tensors = make_inputs().cast(torch.float32).tensors
+    exported = torch.export.export(Step(), tuple(tensors), strict=strict)
+    assert not [node for node in exported.graph.nodes if "ddetr" in str(node.target)]
+    torch.testing.assert_close(exported.module()(*tensors), Step()(*tensors))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_trace_holds_nothing_custom():
+    tensors = make_inputs().cast(torch.float32).tensors
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(Step(), tuple(tensors))
+    assert "ddetr::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(*tensors), Step()(*tensors))
+
+
+@REFERENCES
+def test_autocast_casts_nothing(reference):
+    inputs = make_inputs(reference=reference, dtype=torch.bfloat16)
+    output, grad_output, grads = truth(inputs)
+    tensors = leaves(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = call(inputs, *tensors)
+        assert got.dtype == torch.float32
+        assert relative_error(got.detach(), output) < 1e-5
+        low = call(inputs, tensors[0].bfloat16(), *tensors[1:])
+        assert low.dtype == torch.bfloat16
+        assert relative_error(low.detach(), output) < 4e-3
+        got_grads = torch.autograd.grad(got, tensors, grad_output.float())
+    assert all(relative_error(a, b) < 2e-5 for a, b in zip(got_grads, grads))
+
+
+def test_inference_mode_and_no_grad():
+    inputs = make_inputs()
+    tensors = leaves(inputs)
+    with torch.inference_mode():
+        inside = call(inputs, *tensors)
+    with torch.no_grad():
+        assert torch.equal(call(inputs, *tensors), inside)
+    assert torch.equal(call(inputs, *tensors).detach(), inside)
+
+
+def test_fake_and_meta_tensors():
+    inputs = make_inputs(n=2, m=4, d=8, q=7)
+    tensors = [t.detach().to("meta") for t in inputs.tensors]
+    assert call(inputs, *tensors).shape == (2, 7, 32)
+    real = inputs.cast(torch.float32).tensors
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in real]
+        assert call(inputs, *fakes).shape == (2, 7, 32)
+
+
+WRONG = {
+    "value of three dimensions": (
+        {"value": torch.zeros(1, 36, 16)},
+        r"value must be \(N, S, M, D\), got \(1, 36, 16\)",
+    ),
+    "cells": ({"shapes": [(6, 5), (3, 3)]}, "hold 39 cells, but value has S=36"),
+    "no cells": ({"shapes": [(6, 6), (0, 2)]}, r"spatial_shapes \[\(6, 6\), \(0, 2\)\] hold 36 cells"),
+    "levels": ({"shapes": [(6, 6)]}, "L=1 as in value and spatial_shapes"),
+    "not pairs": ({"shapes": [6, 5, 3, 2]}, "must be a list of"),
+    "a tensor of shapes": ({"shapes": torch.tensor([(6, 5), (3, 2)])}, "tolist"),
+    "heads": ({"points": torch.zeros(1, 9, 3, 2, 4, 2)}, "M=2"),
+    "last dimension of points": ({"points": torch.zeros(1, 9, 2, 2, 4, 3)}, r"must be \(N, Q, M, L, P, 2\)"),
+    "weights": ({"weights": torch.zeros(1, 9, 2, 2, 3)}, r"must be \(1, 9, 2, 2, 4\) as sampling_"),
+    "references": ({"reference": torch.zeros(1, 9, 2, 3)}, r"reference_points must be .* got \(1, 9, 2, 3\)"),
+    "references of other queries": ({"reference": torch.zeros(1, 8, 2, 2)}, "reference_points must be"),
+    "integers": ({"value": torch.zeros(1, 36, 2, 8, dtype=torch.int64)}, "value must be floating point"),
+    "integer points": ({"points": torch.zeros(1, 9, 2, 2, 4, 2, dtype=torch.int32)}, "must be floating point"),
+    "devices": ({"value": torch.zeros(1, 36, 2, 8, device="meta")}, "value is on meta but sampling_"),
+}
+
+
+@pytest.mark.parametrize("reference", [0, 2])
+@pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments(change, message, reference):
+    if "reference" in change and not reference:
+        pytest.skip("the plain function has no reference points")
+    with pytest.raises(ValueError, match=message):
+        call(make_inputs(reference=reference).cast(torch.float32)._replace(**change))
+
+
+def test_the_operator_checks_for_itself():
+    # Compiled code and direct callers do not pass through the public functions; raw pointers forgive nothing.
+    inputs = make_inputs(reference=2).cast(torch.float32)
+    tensors = (inputs.points, inputs.weights, inputs.reference)
+    with pytest.raises(ValueError, match="hold 42 cells"):
+        torch.ops.ddetr.ms_deform_attn(inputs.value, [6, 6, 3, 2], *tensors)
+    with pytest.raises(ValueError, match="hold 42 cells"):
+        torch.ops.ddetr.ms_deform_attn_backward(torch.zeros(1, 9, 16), inputs.value, [6, 6, 3, 2], *tensors, True)
+    with pytest.raises(ValueError, match="grad_output must be"):
+        torch.ops.ddetr.ms_deform_attn_backward(torch.zeros(1, 9, 15), inputs.value, inputs.flat, *tensors, True)
