@@ -5,56 +5,29 @@ Exit codes: 0 done; 2 the input is wrong (one sentence says what); 1 the program
 
 import difflib
 import json
-import logging
-import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
-
-from jsonargparse import ArgumentParser, set_parsing_settings
+from typing import Any
 
 from ddetr import __version__, console
 from ddetr.errors import InputError
-
-logger = logging.getLogger(__name__)
-
-
-class Parser(ArgumentParser):
-    """One-line errors that name the nearest option, exit code 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise InputError(_one_line(message, self._known_options()))
-
-    def _known_options(self) -> list[str]:
-        return [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-
-
-def _one_line(message: str, options: Sequence[str]) -> str:
-    """jsonargparse's message without its echo of the whole command, with the option that was probably meant."""
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    text = " ".join(lines) if len(lines) <= 3 else " ".join(lines[:3])
-    unknown = re.search(r"(?:[Uu]nrecognized arguments:|does not accept (?:option|nested key|key)|Key) '?(-{0,2}[\w.-]+)", text)
-    if unknown:
-        names = {option.lstrip("-"): option for option in options}
-        wanted = unknown.group(1).lstrip("-")
-        near = difflib.get_close_matches(wanted, names, n=1) or difflib.get_close_matches(
-            wanted.split(".")[-1], [name.split(".")[-1] for name in names], n=1
-        )
-        if near:
-            full = names.get(near[0]) or next(o for n, o in names.items() if n.split(".")[-1] == near[0])
-            text += f" (did you mean {full}?)"
-    return text
+from ddetr.parser import Parser
 
 
 def train_command(parser: Parser) -> Callable[[Any], None]:
     """Train on a COCO, Pascal VOC or YOLO folder."""
+    from ddetr.engine.run import is_first_process
     from ddetr.engine.train import DEFAULT_MODEL, train
     from ddetr.models.deformable_detr import DeformableDETR
 
+    parser.usage = "ddetr train --data PATH [options]"
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win")
     parser.add_function_arguments(train, skip={"model"}, sub_configs=False)
     parser.add_class_arguments(DeformableDETR, "model", skip={"num_classes"}, instantiate=False)
+    parser.add_group_of_options("data", "loss", "optim", "model")
     parser.set_defaults({f"model.{name}": value for name, value in DEFAULT_MODEL.items()})
 
     def run(settings: Any) -> None:
@@ -62,7 +35,8 @@ def train_command(parser: Parser) -> Callable[[Any], None]:
         arguments.pop("config")
         arguments["model"] = dict(vars(arguments["model"]))
         result = train(**arguments)
-        print_result(result)
+        if is_first_process():
+            print_result(result)
 
     return run
 
@@ -70,7 +44,9 @@ def train_command(parser: Parser) -> Callable[[Any], None]:
 def print_result(result: Any) -> None:
     """The last metrics, where everything lies, and three commands to go on with."""
     console.show(result.metrics.render())
-    path, data = result.path, result.data_path
+    path = result.path
+    places = (path / "best.pth", result.image_example, result.data_path)
+    checkpoint, image, data = (shlex.quote(str(place)) for place in places)
     console.show(
         f"""
 checkpoint   {path / "best.pth"}
@@ -79,30 +55,39 @@ curves       {path / "curves.png"}
 pictures     {path / "pictures"}
 
 What next:
-  ddetr predict --checkpoint {path / "best.pth"} {result.image_example} --output predictions
-  ddetr eval --checkpoint {path / "best.pth"} --data {data}
+  ddetr predict --checkpoint {checkpoint} {image} --output predictions
+  ddetr eval --checkpoint {checkpoint} --data {data}
   ddetr train --config configs/cpu_small.yaml --data PATH    # COCO, Pascal VOC or YOLO: your own images"""
     )
 
 
 def eval_command(parser: Parser) -> Callable[[Any], None]:
     """Measure a checkpoint on a data set with COCO's metrics."""
+    from ddetr.engine.config import DataConfig
     from ddetr.engine.evaluate import evaluate_checkpoint
 
-    parser.add_function_arguments(evaluate_checkpoint, sub_configs=False)
+    of_training = {"train_split", "train_annotations", "train_images", "augmentation", "image_size", "strict"}
+    parser.usage = "ddetr eval --checkpoint FILE --data PATH [options]"
+    parser.add_function_arguments(evaluate_checkpoint, skip={"data"}, sub_configs=False)
+    parser.add_class_arguments(DataConfig, "data", skip=of_training, instantiate=False)
+    parser.add_group_of_options("data")
 
     def run(settings: Any) -> None:
-        console.show(evaluate_checkpoint(**vars(settings)).render())
+        arguments = dict(vars(settings), data=DataConfig(**vars(settings.data)))
+        console.show(evaluate_checkpoint(**arguments).render())
 
     return run
 
 
 def predict_command(parser: Parser) -> Callable[[Any], None]:
     """Find objects in images: annotated pictures and two JSON files."""
+    parser.usage = "ddetr predict --checkpoint FILE --output FOLDER [options] IMAGES..."
     parser.add_argument("images", nargs="+", type=str, help="files, folders and glob patterns")
     parser.add_argument("--checkpoint", type=str, required=True, help="a published checkpoint, for instance best.pth")
     parser.add_argument("--output", type=str, required=True, help="folder for annotated/ and the JSON files")
-    parser.add_argument("--threshold", type=float | None, default=None, help="least score; by default the checkpoint's own")
+    parser.add_argument(
+        "--threshold", type=float | None, default=None, help="least score; by default the checkpoint's own"
+    )
     parser.add_argument("--batch_size", type=int, default=1, help="images that run through the model together")
     parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda; by default a GPU if there is one")
 
@@ -137,6 +122,7 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
     from ddetr.engine.config import DataConfig
 
     fields = {"augmentation", "image_size", "num_workers", "path"}
+    parser.usage = "ddetr data audit [options] PATH"
     parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
     parser.add_class_arguments(DataConfig, skip=fields, instantiate=False)
     parser.add_argument("--num_queries", type=int, default=300, help="queries of the model to be trained")
@@ -145,8 +131,9 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
     parser.add_argument("--output", type=str | None, default=None, help="JSON file for all findings")
 
     def run(settings: Any) -> None:
+        from ddetr.atomic import make_folder, write_text
         from ddetr.datasets import audit
-        from ddetr.engine.data import load_splits
+        from ddetr.engine.splits import load_splits
 
         options = dict(vars(settings))
         extra = {name: options.pop(name) for name in ("num_queries", "max_detections", "decode", "output")}
@@ -164,7 +151,8 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
             )
         console.show(report.render())
         if extra["output"]:
-            Path(extra["output"]).write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+            file = Path(extra["output"])
+            write_text(make_folder(file.parent, "--output") / file.name, json.dumps(report.to_dict(), indent=1) + "\n")
         if report.refused:
             raise InputError(f"{len(report.refused)} findings must be mended before training, see the table above")
 
@@ -175,6 +163,7 @@ def demo_command(parser: Parser) -> Callable[[Any], None]:
     """Train a small detector on drawn shapes, in minutes on a CPU."""
     from ddetr.demo import demo
 
+    parser.usage = "ddetr demo [options]"
     parser.add_function_arguments(demo)
     return lambda settings: print_result(demo(**vars(settings)))
 
@@ -192,9 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     console.set_up_logging()
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     try:
-        _dispatch(arguments)
+        parse(arguments)()
     except InputError as error:
         console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
@@ -204,13 +192,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _dispatch(arguments: list[str]) -> None:
+def parse(arguments: Sequence[str]) -> Callable[[], None]:
+    """The checked command line as something to call; `--help` of a command exits instead.
+
+    Raises:
+        InputError: no such command, or options that it does not have.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
-        console.show(_overview())
-        return
+        return lambda: console.show(_overview())
     if arguments[0] == "--version":
-        console.show(f"ddetr {__version__}")
-        return
+        return lambda: console.show(f"ddetr {__version__}")
     name = next((n for n in (" ".join(arguments[:2]), arguments[0]) if n in COMMANDS), None)
     if name is None:
         if arguments[0] == "data":
@@ -218,28 +209,9 @@ def _dispatch(arguments: list[str]) -> None:
         near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise InputError(f"no command {arguments[0]!r}{hint}: expected one of {', '.join(COMMANDS)}")
-    command = COMMANDS[name]
-    parser = Parser(prog=f"ddetr {name}", description=command.__doc__, allow_abbrev=False)
-    run = command(parser)
-    settings = parser.parse_args(_normalised(arguments[len(name.split()) :]))
-    run(parser.instantiate_classes(settings))
-
-
-def _normalised(arguments: Sequence[str]) -> list[str]:
-    """--batch-size is --batch_size, --data PATH is --data.path PATH, and --resume alone is --resume auto."""
-    out: list[str] = []
-    for i, argument in enumerate(arguments):
-        if re.match(r"--[a-zA-Z]", argument):
-            name, equals, value = argument.partition("=")
-            name = name.replace("-", "_").replace("__", "--", 1)
-            name = "--data.path" if name == "--data" else name
-            out.append(name + equals + value)
-            is_last = i + 1 == len(arguments) or arguments[i + 1].startswith("--")
-            if name == "--resume" and not equals and is_last:
-                out.append("auto")
-        else:
-            out.append(argument)
-    return out
+    parser = Parser(name, COMMANDS[name].__doc__)
+    run = COMMANDS[name](parser)
+    return partial(run, parser.read(arguments[len(name.split()) :]))
 
 
 def _overview() -> str:

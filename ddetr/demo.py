@@ -19,13 +19,15 @@ MODEL: dict[str, Any] = {
     "num_feature_levels": 3,
     "enc_layers": 1,
     "dec_layers": 3,
-    "dim_feedforward": 512,
+    "dim_feedforward": 256,
     "dropout": 0.0,
 }
-OPTIM = OptimConfig(lr=5e-4, lr_linear_proj_mult=0.1, clip_max_norm=1.0, schedule="cosine", warmup_steps=50)
+OPTIM = OptimConfig(lr=1e-3, lr_linear_proj_mult=1.0, clip_max_norm=1.0, schedule="cosine", warmup_steps=50)
 
 
-def demo(*, output: str | None = None, num_train: int = 2000, num_val: int = 200, epochs: int = 5, seed: int = 0) -> RunResult:
+def demo(
+    *, output: str | None = None, num_train: int = 2000, num_val: int = 200, epochs: int = 5, seed: int = 0
+) -> RunResult:
     """Train a small two-stage Deformable DETR with the official losses on drawn shapes.
 
     Args:
@@ -44,8 +46,8 @@ def demo(*, output: str | None = None, num_train: int = 2000, num_val: int = 200
         MODEL,
         optim=OPTIM,
         epochs=epochs,
-        batch_size=16,
-        device_batch_size=16,
+        batch_size=8,
+        device_batch_size=8,
         output=str(path),
         seed=seed,
     )

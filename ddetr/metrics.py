@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,6 +69,12 @@ class Metrics:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; NaN becomes None, since JSON has no NaN."""
         return _without_nan(asdict(self))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Metrics:
+        """What `to_dict` made; other keys are left out."""
+        rows = [ClassMetrics(**_with_nan(ClassMetrics, row)) for row in values["per_class"]]
+        return cls(**{**_with_nan(cls, values), "per_class": rows})
 
     def render(self, per_class: bool = True) -> RenderableType:
         """Tables for `rich.print`: the twelve numbers and, unless switched off, a row a class."""
@@ -153,6 +160,10 @@ def match_detections(
 
 def _shown(number: float) -> str:
     return "-" if math.isnan(number) else f"{number:.3f}"
+
+
+def _with_nan(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {field.name: math.nan if values[field.name] is None else values[field.name] for field in fields(kind)}
 
 
 def _without_nan(value: Any) -> Any:

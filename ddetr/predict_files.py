@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
+from ddetr.atomic import write_atomically, write_text
 from ddetr.datasets.images import IMAGE_SUFFIXES
 from ddetr.detections import Detections
 from ddetr.drawing import draw_boxes
@@ -179,20 +180,9 @@ def _write_picture(image: Tensor, detections: Detections, target: Path) -> None:
     drawn = draw_boxes(image, detections.boxes_xyxy, detections.labels, detections.names, detections.scores)
     picture = to_pil_image(drawn)
     options = {"format": "PNG"} if target.suffix == ".png" else {"format": "JPEG", "quality": 92}
-    _write_whole(target, lambda path: picture.save(path, **options))
+    write_atomically(target, lambda path: picture.save(path, **options))
 
 
 def _write_json(target: Path, content: Any, indent: int | None) -> None:
-    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
     # a file name that is no valid text becomes \udc.. in the file, which is JSON's own way to write it
-    _write_whole(target, lambda path: path.write_text(text + "\n", encoding="utf-8", errors="backslashreplace"))
-
-
-def _write_whole(target: Path, write: Callable[[Path], object]) -> None:
-    """Under another name first, so that a run that is stopped leaves no half file behind the right name."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(target, json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")

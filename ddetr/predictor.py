@@ -67,7 +67,7 @@ class Predictor:
             device: where to run; by default a GPU if there is one.
         """
         self.threshold = _checked_threshold(threshold)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
         self.categories = tuple(categories)
         self.image_size = image_size
@@ -186,6 +186,16 @@ class Predictor:
 def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        gpus = torch.cuda.device_count()
+        raise InputError(f"The device is cpu, cuda or cuda:N, and PyTorch sees {gpus} GPUs here, got {device}.") from error
+    return chosen
 
 
 def _checked_threshold(threshold: float) -> float:

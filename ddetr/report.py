@@ -2,12 +2,14 @@
 
 import csv
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
+from ddetr.atomic import write_atomically
 from ddetr.datasets.annotations import Annotations
 from ddetr.datasets.images import read_image
 from ddetr.drawing import draw_boxes, side_by_side
@@ -39,18 +41,19 @@ def draw_curves(run: Path) -> Path | None:
     scores.set(xlabel="step", title="validation", ylim=(0, 1))
     for axes in (losses, scores):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     path = run / "curves.png"
-    figure.savefig(path, dpi=110)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
     return path
 
 
-def draw_pictures(run: Path, annotations: Annotations, count: int) -> list[Path]:
+def draw_pictures(run: Path, annotations: Annotations, count: int, device: str | None = None) -> list[Path]:
     """`pictures/NAME.png`: `count` images spread over `annotations`, truth beside the best checkpoint's predictions."""
     total = len(annotations.images)
     if count < 1 or total == 0 or not (run / "best.pth").is_file():
         return []
-    predictor = Predictor.from_checkpoint(run / "best.pth")
+    predictor = Predictor.from_checkpoint(run / "best.pth", device)
     folder = run / "pictures"
     folder.mkdir(exist_ok=True)
     paths = []
@@ -64,17 +67,18 @@ def draw_pictures(run: Path, annotations: Annotations, count: int) -> list[Path]
         names = [annotations.categories[label].name for label in record.labels.tolist()]
         truth = draw_boxes(image, torch.tensor(record.boxes_xyxy), record.labels, names, min_side=PICTURE_SIDE)
         found = predictor.predict(image)
-        prediction = draw_boxes(
-            image, found.boxes_xyxy, found.labels, found.names, found.scores, min_side=PICTURE_SIDE
-        )
+        prediction = draw_boxes(image, found.boxes_xyxy, found.labels, found.names, found.scores, min_side=PICTURE_SIDE)
+        picture = to_pil_image(side_by_side(truth, prediction))
         path = folder / f"{record.path.stem}.png"
-        to_pil_image(side_by_side(truth, prediction)).save(path)
+        if path in paths:  # images of several folders may share their names
+            path = folder / f"{record.path.stem}-{record.image_id}.png"
+        write_atomically(path, partial(picture.save, format="PNG"))
         paths.append(path)
     return paths
 
 
 def _columns(path: Path) -> dict[str, list[float]]:
-    """A CSV file's columns; empty cells are NaN, columns of words are left out."""
+    """The columns of a CSV file of numbers; empty cells are NaN."""
     if not path.is_file():
         return {}
     with path.open(newline="") as file:

@@ -3,6 +3,7 @@
 import argparse
 import pickle
 import re
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -9,9 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ddetr import console
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.run import RunFolder
 from ddetr.evaluation import Metrics
@@ -26,7 +26,6 @@ class Watch(Callback):
 
     def __init__(self, run: RunFolder, *, batch_size: int, total_steps: int, log_every: int):
         self.run, self.batch_size, self.total_steps, self.log_every = run, batch_size, total_steps, log_every
-        self.console = Console(stderr=True)
         self._progress: Progress | None = None
         self._since = (time.perf_counter(), 0)  # when the speed was last measured, and at which step
         self._said = 0.0
@@ -37,7 +36,7 @@ class Watch(Callback):
             return
         for name in ("train.csv", "val.csv"):
             self.run.drop_rows_after(name, trainer.global_step)
-        if self.console.is_terminal:
+        if console.err.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -46,10 +45,12 @@ class Watch(Callback):
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[said]}"),
-                console=self.console,
+                console=console.err,  # the one that messages go to: they appear above the bar
             )
             self._progress.start()
-            self._task = self._progress.add_task("train", total=self.total_steps, completed=trainer.global_step, said="")
+            self._task = self._progress.add_task(
+                "train", total=self.total_steps, completed=trainer.global_step, said=""
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: DetectionModule, outputs: dict[str, Any], batch: Any, batch_idx: int
@@ -57,12 +58,18 @@ class Watch(Callback):
         step = trainer.global_step
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
-        if step % self.log_every and step != self.total_steps and step != 1:
+        # The last step of an epoch comes before its checkpoint, which must not be overwritten by one of broken weights.
+        if step % self.log_every and step != 1 and not trainer.is_last_batch:
             return
         values = {name: float(value) for name, value in outputs.items()}
-        if not math.isfinite(values["loss"]):
+        is_scaled = (
+            getattr(trainer.precision_plugin, "scaler", None) is not None
+        )  # a scaler leaves out broken gradients
+        is_broken = not math.isfinite(values["loss"] if is_scaled else values["loss"] + values["grad_norm"])
+        # All processes stop together: one alone would leave the others waiting for it.
+        if trainer.strategy.reduce_boolean_decision(is_broken, all=False):
             raise FloatingPointError(
-                f"the loss of step {step} is {values['loss']}: the run is stopped, its last checkpoint is intact. "
+                f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}: the run is stopped, its last checkpoint is intact. "
                 "A lower --optim.lr, --optim.warmup_steps or --precision 32 usually helps; `ddetr data audit` checks the boxes"
             )
         now, (then, step_then) = time.perf_counter(), self._since
@@ -84,6 +91,18 @@ class Watch(Callback):
             self._said = now
             left = (self.total_steps - step) * self.batch_size / max(speed, 1e-9)
             logger.info("step %d of %d  %s  %d:%02d left", step, self.total_steps, said, left // 60, left % 60)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        module: DetectionModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, said=f"validation {batch_idx + 1} of {trainer.num_val_batches[0]}")
 
     def on_validation_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
         self._since = (time.perf_counter(), trainer.global_step)  # the speed is training's alone
@@ -108,9 +127,11 @@ class Publish(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_ap, self.best_metrics = state["best_ap"], state["best_metrics"]
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1  # the last epoch is always measured
+
     def on_validation_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
-        if trainer.sanity_checking:
-            return
         metrics = module.metrics
         assert metrics is not None
         ap = -1.0 if math.isnan(metrics.AP) else metrics.AP

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ddetr.errors import InputError
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -33,6 +35,10 @@ class DataConfig:
     strict: bool = False
     """Refuse to train where the audit repaired or dropped anything."""
 
+    def __post_init__(self) -> None:
+        if self.num_workers is not None and self.num_workers < 0:
+            raise InputError(f"num_workers must be at least 0, got {self.num_workers}")
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -56,3 +62,11 @@ class OptimConfig:
     """Steps over which the rates rise from zero."""
     sgd: bool = False
     """SGD with momentum 0.9 instead of AdamW."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay", "clip_max_norm", "warmup_steps"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise InputError(f"{name} must be at least 0, got {value}")
+        if self.lr_drop < 1:
+            raise InputError(f"lr_drop must be at least 1 epoch, got {self.lr_drop}")

@@ -3,47 +3,19 @@
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
-from ddetr.datasets import Annotations, Category, DetectionDataset, build_transform, collate, load_annotations
+from ddetr.datasets import Annotations, DetectionDataset, build_transform, collate
 from ddetr.datasets.dataset import sample_seed
-from ddetr.datasets.load import default_splits
 from ddetr.engine.config import DataConfig
 from ddetr.errors import InputError
 
 MicroBatch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]  # images uint8 (n, 3, H, W), mask or None, targets
-
-
-def load_split(
-    data: DataConfig, which: Literal["train", "val"], split: str | None = None, categories: Sequence[Category] | None = None
-) -> Annotations:
-    """One split: the one called `split`, or the one that the settings name for `which`, or the usual one.
-
-    `categories` are the training set's, on to which the labels are mapped.
-    """
-    split = split or getattr(data, f"{which}_split")
-    annotation_file, image_dir = getattr(data, f"{which}_annotations"), getattr(data, f"{which}_images")
-    if split is None:
-        split = which if annotation_file else dict(zip(("train", "val"), default_splits(data.path, data.format)))[which]
-    if split is None:
-        raise InputError(
-            f"{data.path} has no validation split of a usual name: name one by --data.val_split, or give "
-            "--data.val_annotations FILE"
-        )
-    return load_annotations(
-        data.path, split, format=data.format, annotation_file=annotation_file, image_dir=image_dir, categories=categories
-    )
-
-
-def load_splits(data: DataConfig) -> tuple[Annotations, Annotations]:
-    """Training and validation annotations; the labels of both are the training set's."""
-    train = load_split(data, "train")
-    return train, load_split(data, "val", categories=train.categories)
 
 
 class EpochOrder(Sampler[tuple[int, int]]):
@@ -52,7 +24,9 @@ class EpochOrder(Sampler[tuple[int, int]]):
     What is left of the last, incomplete global batch is dropped, as in the official recipe.
     """
 
-    def __init__(self, num_images: int, batch_size: int, *, seed: int, epoch: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, num_images: int, batch_size: int, *, seed: int, epoch: int = 0, rank: int = 0, world_size: int = 1
+    ):
         self.num_images, self.batch_size, self.seed, self.epoch = num_images, batch_size, seed, epoch
         self.rank, self.world_size = rank, world_size
 
@@ -71,9 +45,14 @@ class EpochOrder(Sampler[tuple[int, int]]):
             yield index, sample_seed(self.seed, self.epoch, index)
 
 
+def collate_whole(samples: Sequence[tuple[Tensor, dict[str, Any]]]) -> MicroBatch:
+    """A batch of validation; its mask is None where nothing is padded, as in training."""
+    return _without_idle_mask(collate(samples))
+
+
 def collate_micro(samples: Sequence[tuple[Tensor, dict[str, Any]]], size: int) -> list[MicroBatch]:
     """Samples of one optimisation step -> micro-batches of at most `size`, each padded by itself."""
-    return [_without_idle_mask(collate(samples[i : i + size])) for i in range(0, len(samples), size)]
+    return [collate_whole(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
 def _without_idle_mask(batch: tuple[Tensor, Tensor, list[dict[str, Tensor]]]) -> MicroBatch:
@@ -85,7 +64,14 @@ class DetectionData(pl.LightningDataModule):
     """Loaders of the two splits."""
 
     def __init__(
-        self, train: Annotations, val: Annotations, data: DataConfig, *, batch_size: int, device_batch_size: int, seed: int
+        self,
+        train: Annotations,
+        val: Annotations,
+        data: DataConfig,
+        *,
+        batch_size: int,
+        device_batch_size: int,
+        seed: int,
     ):
         """batch_size: images an optimisation step, over all processes; device_batch_size: images a forward pass."""
         super().__init__()
@@ -131,13 +117,14 @@ class DetectionData(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader:
-        # A plain stride: the shares may differ by one image, since validation waits for the others only at its end.
-        share = range(self.trainer.global_rank, len(self.val_set), self.trainer.world_size)
+        # A plain stride: the shares may differ by one image, since validation waits for the others only at its end. A
+        # process without a share repeats the first image, which the evaluator counts once: none at all would skip the end.
+        share = range(self.trainer.global_rank, len(self.val_set), self.trainer.world_size) or range(1)
         return DataLoader(
             self.val_set,
             sampler=share,
             batch_size=self.device_batch_size,
-            collate_fn=lambda samples: _without_idle_mask(collate(samples)),
+            collate_fn=collate_whole,
             **self._loader_options(),
         )
 

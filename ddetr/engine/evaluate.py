@@ -6,10 +6,11 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from ddetr import console
-from ddetr.datasets import DetectionDataset, collate
+from ddetr.atomic import make_folder, write_text
+from ddetr.datasets import DetectionDataset, available_splits, collate
 from ddetr.datasets.transforms import official_eval
 from ddetr.engine.config import DataConfig
-from ddetr.engine.data import load_split
+from ddetr.engine.splits import load_split
 from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics, evaluate
 from ddetr.predictor import Predictor
@@ -40,10 +41,16 @@ def evaluate_checkpoint(
         InputError: no checkpoint, no such split, or no class of the checkpoint in the data.
     """
     predictor = Predictor.from_checkpoint(checkpoint, device, max_detections=max_detections)
+    folder = make_folder(Path(output), "--output") if output is not None else None
+    if split is None and data.val_split is None and data.val_annotations is None:
+        splits = available_splits(data.path, data.format)
+        split = splits[0] if len(splits) == 1 else None
     annotations = load_split(data, "val", split, categories=predictor.categories)
     if all(len(record.labels) == 0 for record in annotations.images):
-        names = ", ".join(category.name for category in predictor.categories[:5])
-        raise InputError(f"{annotations.name} has no object of the checkpoint's classes ({names}, ...): nothing to measure")
+        names = ", ".join(
+            [*(category.name for category in predictor.categories[:5]), *["..."] * (len(predictor.categories) > 5)]
+        )
+        raise InputError(f"{annotations.name} has no object of the checkpoint's classes ({names}): nothing to measure")
     dataset = DetectionDataset(
         annotations, official_eval(predictor.image_size, predictor.max_size), normalize=False, train=False
     )
@@ -51,9 +58,7 @@ def evaluate_checkpoint(
     evaluator = CocoEvaluator(annotations, max_detections)
     with console.progress("evaluate") as update:
         metrics = evaluate(predictor.detect, loader, annotations, evaluator=evaluator, progress=update)
-    if output is not None:
-        folder = Path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics.to_dict(), indent=1) + "\n")
-        (folder / "predictions.json").write_text(json.dumps(evaluator.coco_results()) + "\n")
+    if folder is not None:
+        write_text(folder / "metrics.json", json.dumps(metrics.to_dict(), indent=1) + "\n")
+        write_text(folder / "predictions.json", json.dumps(evaluator.coco_results()) + "\n")
     return metrics

@@ -8,10 +8,11 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ddetr.datasets import normalize_images
+from ddetr.datasets import normalize_images, sample_seed
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.data import MicroBatch
 from ddetr.engine.optimizer import build_optimizer, lr_factor, parameter_groups
@@ -38,24 +39,30 @@ class DetectionModule(pl.LightningModule):
         backbone_pretrained: bool,
         steps_per_epoch: int,
         total_steps: int,
+        seed: int,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.model, self.criterion, self.optim, self.evaluator = model, criterion, optim, evaluator
         self.postprocess = PostProcess(evaluator.max_detections)
         self.backbone_pretrained = backbone_pretrained
-        self.steps_per_epoch, self.total_steps = steps_per_epoch, total_steps
+        self.steps_per_epoch, self.total_steps, self.seed = steps_per_epoch, total_steps, seed
         self.metrics: Metrics | None = None  # of the last validation
+        self._grad_norm = torch.tensor(0.0)
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self.model, self.optim, backbone_pretrained=self.backbone_pretrained)
-        optimizer = build_optimizer(groups, self.optim)
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        optimizer = build_optimizer(groups, self.optim, fused=scaler is None)
         factor = lr_factor(self.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> dict[str, Tensor]:
-        """Returns the losses of the step, summed over its micro-batches, as detached scalars; "loss" is the total."""
+        """Returns the losses of the step, summed over its micro-batches, as detached scalars; "loss" is the total, and
+        "grad_norm" the L2 norm of the gradient before it is clipped."""
         optimizer = self.optimizers()
+        # Dropout of each step from the step's own seed: a resumed run draws what the uninterrupted one would have drawn.
+        torch.manual_seed(sample_seed(self.seed, self.global_step, self.global_rank))
         num_objects = sum(len(target["labels"]) for _, _, targets in batch for target in targets)
         num_boxes = global_num_boxes(num_objects, self.device)
         logged: dict[str, Tensor] = {}
@@ -74,15 +81,15 @@ class DetectionModule(pl.LightningModule):
 
         optimizer.step(closure=forward_backward)
         self.lr_schedulers().step()
-        return logged
+        return logged | {"grad_norm": self._grad_norm}
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient of the whole model, after any scaler has restored its size."""
-        if self.optim.clip_max_norm > 0:
-            clip_grad_norm_(self.model.parameters(), self.optim.clip_max_norm)
+        self._grad_norm = clip_grad_norm_(self.model.parameters(), self.optim.clip_max_norm or math.inf)
 
     def on_validation_epoch_start(self) -> None:
         self.evaluator.reset()
+        self._share_norm_statistics()
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         images, mask, targets = batch
@@ -95,8 +102,16 @@ class DetectionModule(pl.LightningModule):
             states: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(states, self.evaluator.state())
             self.evaluator.merge(states)
-        self.metrics = self.evaluator.compute(partial=self.trainer.sanity_checking)
-        self.log("AP", 0.0 if math.isnan(self.metrics.AP) else self.metrics.AP)
+        self.metrics = self.evaluator.compute()
+
+    def _share_norm_statistics(self) -> None:
+        """Each process has kept running statistics of its own images: the mean over all is measured and published."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        for norm in self.model.modules():
+            if isinstance(norm, _BatchNorm) and norm.running_mean is not None:
+                for statistic in (norm.running_mean, norm.running_var):
+                    dist.all_reduce(statistic.div_(dist.get_world_size()))
 
     def _without_gradient_exchange(self) -> AbstractContextManager:
         """Processes exchange gradients once a step, with the last micro-batch."""

@@ -51,10 +51,11 @@ def describe_groups(groups: list[dict], model: nn.Module) -> list[str]:
     return lines
 
 
-def build_optimizer(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict], config: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
+    """fused: one kernel for all parameters; not with a gradient scaler, which it would undo after the clipping."""
     if config.sgd:
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
 
 
 def lr_factor(config: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> Callable[[int], float]:

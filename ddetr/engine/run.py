@@ -1,29 +1,40 @@
 """The run folder: where everything that a run leaves lies, and how a run is found again.
 
-    config.yaml          all settings, readable by `ddetr train --config`
-    audit.json           what was found in the data
-    train.csv, val.csv   a row every few steps, a row a validation
-    metrics.json         the last and the best validation, by class
-    per_class.csv        the best validation's table
-    last.ckpt            everything that resuming needs
-    best.pth, last.pth   published checkpoints, for `ddetr eval` and `ddetr predict`
-    curves.png, pictures/
+config.yaml          all settings, readable by `ddetr train --config`
+audit.json           what was found in the data
+train.csv, val.csv   a row every few steps, a row a validation
+metrics.json         the last and the best validation, by class
+per_class.csv        the best validation's table
+last.ckpt            everything that resuming needs
+best.pth, last.pth   published checkpoints, for `ddetr eval` and `ddetr predict`
+curves.png           losses and AP by step
+pictures/            validation images, truth beside prediction
 """
 
 import csv
+import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from ddetr.atomic import make_folder, write_text
 from ddetr.errors import InputError
 
 RESUME_FILE = "last.ckpt"
-_CHOSEN = "DDETR_RUN"  # keeps the processes that Lightning starts from choosing folders of their own
+CONFIG_FILE = "config.yaml"
+_CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
+_FREE_TO_CHANGE = {"data.num_workers"}  # settings that decide nothing about the outcome
+
+
+def is_first_process() -> bool:
+    """Whether this process prints and writes, known before any process group is there."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
 
 
 class RunFolder:
@@ -34,7 +45,7 @@ class RunFolder:
 
     @classmethod
     def choose(cls, output: str | None, resume: str | None, default_name: str) -> tuple["RunFolder", Path | None]:
-        """The folder of this run and the file to resume from, or None.
+        """The folder of this run and the file to resume from, or None where the run starts at its beginning.
 
         Args:
             output: the folder that the user wants; by default runs/NAME, or runs/NAME-2 and so on.
@@ -44,65 +55,77 @@ class RunFolder:
         Raises:
             InputError: a folder that already holds a run (nothing is ever overwritten), nothing to resume from.
         """
-        if resume not in (None, "auto"):
-            file = Path(resume) / RESUME_FILE if Path(resume).is_dir() else Path(resume)
-            if not file.is_file():
-                raise InputError(f"--resume {resume}: expected a run folder with {RESUME_FILE}, or that file; nothing is there")
-            return cls(Path(output) if output else file.parent), file
-        if _CHOSEN in os.environ:
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        if _CHOSEN in os.environ and not is_first_process() and not under_torchrun:
             path = Path(os.environ[_CHOSEN])
+        elif resume not in (None, "auto"):
+            path = _resumed_folder(Path(resume))
+            if output is not None and Path(output).resolve() != path.resolve():
+                raise InputError(
+                    f"--resume continues the run in {path}: leave --output out, or start anew with --weights"
+                )
         elif output is not None:
             path = Path(output)
-        elif "TORCHELASTIC_RUN_ID" in os.environ:
+        elif under_torchrun:
             raise InputError("under torchrun every process must know the folder: give --output FOLDER")
         elif resume == "auto":
-            candidates = [p for p in Path("runs").glob(f"{default_name}*") if (p / RESUME_FILE).is_file()]
-            if not candidates:
-                raise InputError(f"--resume: no run to continue in runs/{default_name}*: expected one with {RESUME_FILE}")
-            path = max(candidates, key=lambda p: (p / RESUME_FILE).stat().st_mtime)
+            path = _newest_run(Path("runs"), default_name)
         else:
             path = free_folder(Path("runs"), default_name)
-        if resume == "auto":
-            if not (path / RESUME_FILE).is_file():
-                raise InputError(f"--resume: {path} holds no {RESUME_FILE}: start without --resume")
-            return cls(path), path / RESUME_FILE
-        if (path / "config.yaml").exists() and _CHOSEN not in os.environ:
-            raise InputError(f"{path} already holds a run: add --resume to continue it, or choose another --output")
-        os.environ[_CHOSEN] = str(path)
-        return cls(path), None
+        if is_first_process():
+            os.environ[_CHOSEN] = str(path)
+            holds_run = (path / CONFIG_FILE).exists()
+            if resume is None and holds_run:
+                raise InputError(f"{path} already holds a run: add --resume to continue it, or choose another --output")
+            if resume is not None and not holds_run and not (path / RESUME_FILE).is_file():
+                raise InputError(f"--resume: {path} holds no run; start one without --resume")
+        # A run that was stopped in its first epoch has no checkpoint yet: resuming it is starting it again.
+        is_resumed = resume is not None and (path / RESUME_FILE).is_file()
+        return cls(path), path / RESUME_FILE if is_resumed else None
 
-    def file(self, name: str) -> Path:
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+    def check_unchanged(self, config: Mapping[str, Any]) -> None:
+        """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong."""
+        if not (self.path / CONFIG_FILE).is_file():
+            return
+        before, now = _flat(yaml.safe_load((self.path / CONFIG_FILE).read_text())), _flat(_plain(config))
+        changed = [
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            for key in (before | now)
+            if before.get(key) != now.get(key) and key not in _FREE_TO_CHANGE
+        ]
+        if changed:
+            raise InputError(
+                f"--resume continues a run with the settings that it had, but {', '.join(changed)}: put them back "
+                f"(--config {self.path / CONFIG_FILE}), or start a new run from its --weights {self.path / 'last.pth'}"
+            )
 
-    def write_text(self, name: str, text: str) -> Path:
-        path = self.file(name)
-        with atomic(path) as temporary:
-            temporary.write_text(text)
-        return path
+    def start(self, config: Mapping[str, Any]) -> None:
+        """Makes the folder and writes the settings into it."""
+        make_folder(self.path, "--output")
+        self.write_yaml(CONFIG_FILE, config)
 
-    def write_json(self, name: str, value: Any) -> Path:
-        return self.write_text(name, json.dumps(value, indent=1) + "\n")
+    def write_text(self, name: str, text: str) -> None:
+        write_text(self.path / name, text)
 
-    def write_yaml(self, name: str, value: Any) -> Path:
-        return self.write_text(name, yaml.safe_dump(value, sort_keys=False))
+    def write_json(self, name: str, value: Any) -> None:
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
 
-    def write_csv(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-        rows = list(rows)
-        path = self.file(name)
-        with atomic(path) as temporary, temporary.open("w", newline="") as file:
-            if rows:
-                writer = csv.DictWriter(file, rows[0].keys())
-                writer.writeheader()
-                writer.writerows(rows)
-        return path
+    def write_yaml(self, name: str, value: Any) -> None:
+        self.write_text(name, yaml.safe_dump(_plain(value), sort_keys=False))
+
+    def write_csv(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        rows, text = list(rows), io.StringIO(newline="")
+        if rows:
+            writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        self.write_text(name, text.getvalue())
 
     def append_csv(self, name: str, row: Mapping[str, Any]) -> None:
-        path = self.file(name)
+        path = self.path / name
         is_new = not path.exists()
         with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row.keys())
+            writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
             if is_new:
                 writer.writeheader()
             writer.writerow(row)
@@ -118,7 +141,9 @@ class RunFolder:
         """Take back what a killed run wrote after the checkpoint that it resumes from."""
         rows = self.read_csv(name)
         kept = [row for row in rows if row["step"] and int(row["step"]) <= step]
-        if len(kept) < len(rows):
+        if not kept:
+            (self.path / name).unlink(missing_ok=True)  # with its header, which comes with the next row
+        elif len(kept) < len(rows):
             self.write_csv(name, kept)
 
 
@@ -131,12 +156,53 @@ def free_folder(parent: Path, name: str) -> Path:
     return path
 
 
-@contextmanager
-def atomic(path: Path):
-    """Yields a temporary path beside `path` and renames it on success; on an error `path` stays as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def check_training_state(file: Path) -> None:
+    """Raises `InputError` where `file` is not the state of a training run."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged pickle raises anything
+        raise InputError(
+            f"--resume: {file} is no training state, or a damaged one ({type(error).__name__}); a run can also be "
+            "started anew from its last.pth or best.pth by --weights"
+        ) from error
+    if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
+        raise InputError(
+            f"--resume: {file} holds weights, not the state of a run: start from them with --weights {file}"
+        )
+
+
+def _resumed_folder(place: Path) -> Path:
+    if place.is_dir():
+        return place
+    if not place.is_file():
+        raise InputError(f"--resume: expected a run folder or its {RESUME_FILE}, but there is no {place}")
+    if place.name != RESUME_FILE:
+        check_training_state(place)
+        raise InputError(f"--resume: expected a run folder or its {RESUME_FILE}, got {place}: give the folder")
+    return place.parent
+
+
+def _newest_run(parent: Path, name: str) -> Path:
+    """Of parent/NAME, parent/NAME-2, ... the one that was worked on last."""
+    pattern = re.compile(re.escape(name) + r"(-\d+)?")
+    folders = [path for path in parent.glob("*") if pattern.fullmatch(path.name) and (path / CONFIG_FILE).is_file()]
+    if not folders:
+        raise InputError(f"--resume: there is no run {parent / name} to continue; start one without --resume")
+
+    def last_change(path: Path) -> float:
+        return max((path / file).stat().st_mtime for file in (CONFIG_FILE, RESUME_FILE) if (path / file).is_file())
+
+    return max(folders, key=last_change)
+
+
+def _plain(value: Any) -> Any:
+    """The same in what YAML knows: lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
+def _flat(config: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}"""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{group}{key}.") if isinstance(value, Mapping) else {f"{group}{key}": value}
+    return flat

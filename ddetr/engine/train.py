@@ -1,8 +1,11 @@
 """`train()`: a data set in, a run folder with a detector out."""
 
+import inspect
+import json
 import logging
 import math
 import os
+import signal
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,19 +13,20 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ddetr import console, report
 from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
 from ddetr.datasets import Annotations, audit
+from ddetr.datasets.annotations import did_you_mean
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
 from ddetr.engine.config import DataConfig, OptimConfig
-from ddetr.engine.data import DetectionData, load_splits
+from ddetr.engine.data import DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
-from ddetr.engine.run import RESUME_FILE, RunFolder
+from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
+from ddetr.engine.splits import load_splits
 from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.models.criterion import LossWeights
@@ -94,7 +98,7 @@ def train(
     """
     config = {
         "data": asdict(data),
-        "model": DEFAULT_MODEL | (model or {}),
+        "model": _complete(model or {}),
         "loss": asdict(loss),
         "optim": asdict(optim),
         "epochs": epochs,
@@ -109,26 +113,33 @@ def train(
     for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every"):
         if (value := locals()[name]) < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must lie in 0 to 2^32 - 1, got {seed}")
+    where = _where(device, devices, precision)
     run, resume_file = RunFolder.choose(output, resume, Path(data.path).resolve().name)
+    if resume_file is not None:
+        check_training_state(resume_file)
+        run.check_unchanged(config)
     train_set, val_set = load_splits(data)
-    is_first_process = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", 0))) == 0
     report_of_data = audit(
         train_set,
         val_set,
-        num_queries=config["model"].get("num_queries", 300),
+        num_queries=config["model"]["num_queries"],
         max_detections=max_detections,
         strict=data.strict,
     )
-    if is_first_process:
+    if is_first_process():
         console.show(report_of_data.render())
     if report_of_data.refused:
-        raise InputError("the audit refused the data set, see the table above: " + "; ".join(f.message for f in report_of_data.refused))
+        first, others = report_of_data.refused[0], len(report_of_data.refused) - 1
+        more = f", and {others} more findings in the table above" if others else ""
+        raise InputError(f"the audit refused the data set: {first.where}: {first.message}{more}")
 
-    pl.seed_everything(seed, verbose=False)
-    detector = _build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
     datamodule = DetectionData(
         train_set, val_set, data, batch_size=batch_size, device_batch_size=device_batch_size, seed=seed
     )
+    pl.seed_everything(seed, verbose=False)
+    detector = _build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
     total_steps = datamodule.steps_per_epoch * epochs
     module = DetectionModule(
         detector,
@@ -138,10 +149,10 @@ def train(
         backbone_pretrained=_starts_from_weights(config["model"], weights),
         steps_per_epoch=datamodule.steps_per_epoch,
         total_steps=total_steps,
+        seed=seed,
     )
-    if is_first_process:
-        _check_config(run, config, resume_file)
-        run.write_yaml("config.yaml", config)
+    if is_first_process():
+        run.start(config)
         run.write_json("audit.json", report_of_data.to_dict())
         groups = parameter_groups(detector, optim, backbone_pretrained=module.backbone_pretrained)
         for line in describe_groups(groups, detector):
@@ -161,45 +172,73 @@ def train(
             metrics=metrics.numbers(),
             training={"data": train_set.name, "step": module.global_step, "epoch": module.current_epoch},
         )
-        save_checkpoint(run.file(name), checkpoint)
+        save_checkpoint(run.path / name, checkpoint)
 
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        check_val_every_n_epoch=min(val_every, epochs),
-        precision=PRECISIONS[precision],
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=str(run.path),
-        callbacks=[
-            MemoryFormat(),
-            Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
-            Publish(run, publish),
-            ModelCheckpoint(
-                dirpath=run.path,
-                filename=RESUME_FILE.removesuffix(".ckpt"),
-                save_top_k=1,
-                every_n_epochs=1,
-                save_on_train_epoch_end=True,
-                enable_version_counter=False,
-            ),
-        ],
-        **_where(device, devices),
-    )
     with warnings.catch_warnings():
         _quiet_lightning()
-        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file)
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            check_val_every_n_epoch=min(val_every, epochs),
+            precision=PRECISIONS[precision],
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=str(run.path),
+            callbacks=[
+                MemoryFormat(),
+                Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
+                Publish(run, publish),
+                ModelCheckpoint(
+                    dirpath=run.path,
+                    filename=RESUME_FILE.removesuffix(".ckpt"),
+                    save_top_k=1,
+                    every_n_epochs=1,
+                    save_on_train_epoch_end=True,
+                    enable_version_counter=False,
+                ),
+            ],
+            **where,
+        )
+        _fit(trainer, module, datamodule, run, resume_file)
     if trainer.is_global_zero:
         report.draw_curves(run.path)
-        report.draw_pictures(run.path, val_set, num_pictures)
-    assert module.metrics is not None  # the last epoch always has a validation
-    return RunResult(run.path, Path(data.path), val_set.images[0].path, module.metrics)
+        report.draw_pictures(run.path, val_set, num_pictures, device=where["accelerator"])
+    # Only a run that was complete before it was resumed has had no validation now.
+    metrics = module.metrics or Metrics.from_dict(json.loads((run.path / "metrics.json").read_text())["last"])
+    return RunResult(run.path, Path(data.path), val_set.images[0].path, metrics)
+
+
+def _fit(
+    trainer: pl.Trainer, module: DetectionModule, datamodule: DetectionData, run: RunFolder, resume_file: Path | None
+) -> None:
+    """Training; Ctrl+C stops it as it stops anything else in Python."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file)
+    except SystemExit:  # Lightning's answer to Ctrl+C, which it also switches off
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, handler)
+        if (run.path / RESUME_FILE).is_file():
+            logger.info("stopped; the same command with --resume goes on from the last checkpoint")
+        raise KeyboardInterrupt from None
+
+
+def _complete(model: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the network but the number of classes, so that the run folder does not depend on defaults."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(DeformableDETR).parameters.items()}
+    del defaults["num_classes"]
+    for name in model:
+        if name not in defaults:
+            why = " It comes from the data." if name == "num_classes" else did_you_mean(name, defaults)
+            raise InputError(f"model: {name!r} is no setting that can be made.{why}")
+    return defaults | DEFAULT_MODEL | model
 
 
 def _starts_from_weights(model: dict[str, Any], weights: str | None) -> bool:
-    return bool(weights or model.get("pretrained_backbone"))
+    return bool(weights or model["pretrained_backbone"])
 
 
 def _build_detector(
@@ -209,47 +248,48 @@ def _build_detector(
     arguments = dict(model, num_classes=len(train_set.categories))
     if weights is not None or is_resumed:
         # Neither needs the download, but norms and stem are treated as what they are: trained.
-        if arguments.get("freeze_backbone") is None and _starts_from_weights(model, weights):
+        if arguments["freeze_backbone"] is None and _starts_from_weights(model, weights):
             arguments["freeze_backbone"] = "stem"
         arguments["pretrained_backbone"] = False
     detector = DeformableDETR(**arguments)
     if weights is not None and not is_resumed:
-        console.show(load_weights(detector, weights, categories=train_set.categories).render())
+        loaded = load_weights(detector, weights, categories=train_set.categories)
+        if is_first_process():
+            console.show(loaded.render())
     return detector
 
 
-def _check_config(run: RunFolder, config: dict[str, Any], resume_file: Path | None) -> None:
-    """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong."""
-    if resume_file is None or not (resume_file.parent / "config.yaml").is_file():
-        return
-    before = yaml.safe_load((resume_file.parent / "config.yaml").read_text())
-    changed = [
-        f"{key}: was {before.get(key)!r}, is {value!r}" for key, value in _plain(config).items() if before.get(key) != value
-    ]
-    if changed:
-        raise InputError(f"--resume continues a run with the settings that it had, but {'; '.join(changed)}")
-
-
-def _plain(value: Any) -> Any:
-    return yaml.safe_load(yaml.safe_dump(value))
-
-
-def _where(device: str, devices: int | None) -> dict[str, Any]:
+def _where(device: str, devices: int | None, precision: str) -> dict[str, Any]:
     """Lightning's arguments for the device; under torchrun the numbers that torchrun set."""
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise InputError("device cuda: PyTorch sees no GPU here (torch.cuda.is_available() is False); use --device cpu")
+    if precision == "fp16" and not use_cuda:
+        raise InputError("precision fp16 needs a GPU; on the CPU use 32 or bf16")
+    if devices is not None and devices < 1:
+        raise InputError(f"devices must be at least 1, got {devices}")
     num_nodes = 1
     if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
     devices = devices or (torch.cuda.device_count() if use_cuda else 1)
     strategy = "ddp" if devices * num_nodes > 1 else "auto"
-    return {"accelerator": "cuda" if use_cuda else "cpu", "devices": devices, "num_nodes": num_nodes, "strategy": strategy}
+    return {
+        "accelerator": "cuda" if use_cuda else "cpu",
+        "devices": devices,
+        "num_nodes": num_nodes,
+        "strategy": strategy,
+    }
 
 
 def _quiet_lightning() -> None:
-    """Lightning's advice that does not apply here: worker counts and loggers are chosen by ddetr."""
+    """What Lightning says that does not apply here: the folder, the workers and the logger are chosen by ddetr."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    for message in (
+        "Checkpoint directory .* exists and is not empty",
+        "The '.*_dataloader' does not have many workers",
+        "Grad strides do not match bucket view strides",  # of 1 x 1 convolutions, whose channels-last strides are any
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of PyTorch
+    ):
+        warnings.filterwarnings("ignore", message)

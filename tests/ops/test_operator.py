@@ -135,6 +135,8 @@ class Step(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_holds_nothing_custom(strict):
+    if strict and not hasattr(torch.compiler, "is_exporting"):
+        pytest.skip("before PyTorch 2.7 nothing tells strict export from torch.compile")
     tensors = make_inputs().cast(torch.float32).tensors
     exported = torch.export.export(Step(), tuple(tensors), strict=strict)
     assert not [node for node in exported.graph.nodes if "ddetr" in str(node.target)]

@@ -79,6 +79,9 @@ def test_values_in_the_interpreter():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="Triton before 3.3 compiles by another interface"
+)
 def test_compiles_for_hopper():
     done = run(COMPILE, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
