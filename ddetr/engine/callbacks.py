@@ -62,14 +62,15 @@ class Watch(Callback):
         if step % self.log_every and step != 1 and not trainer.is_last_batch:
             return
         values = {name: float(value) for name, value in outputs.items()}
-        is_scaled = (
-            getattr(trainer.precision_plugin, "scaler", None) is not None
-        )  # a scaler leaves out broken gradients
-        is_broken = not math.isfinite(values["loss"] if is_scaled else values["loss"] + values["grad_norm"])
+        watched = ["loss", "grad_norm"]
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            watched.remove("grad_norm")  # fp16's scaler leaves out the steps whose gradient overflows
+        is_broken = not all(math.isfinite(values[name]) for name in watched)
         # All processes stop together: one alone would leave the others waiting for it.
         if trainer.strategy.reduce_boolean_decision(is_broken, all=False):
             raise FloatingPointError(
-                f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}: the run is stopped, its last checkpoint is intact. "
+                f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}: the run is stopped, its "
+                "last checkpoint is intact. "
                 "A lower --optim.lr, --optim.warmup_steps or --precision 32 usually helps; `ddetr data audit` checks the boxes"
             )
         now, (then, step_then) = time.perf_counter(), self._since
@@ -77,11 +78,9 @@ class Watch(Callback):
         self._since = (now, step)
         if not trainer.is_global_zero:
             return
-        rates = {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
         self.run.append_csv(
             "train.csv",
             {"step": step, "epoch": trainer.current_epoch, "images_per_second": round(speed, 3)}
-            | {f"lr_{name}": rates.get(name, "") for name in ("rest", "backbone", "linear_proj")}
             | {name: f"{value:.6g}" for name, value in sorted(values.items())},
         )
         said = "  ".join(f"{name} {values[name]:.3f}" for name in LOSSES) + f"  {speed:.1f} images/s"

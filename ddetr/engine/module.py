@@ -57,9 +57,9 @@ class DetectionModule(pl.LightningModule):
         factor = lr_factor(self.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
-    def training_step(self, batch: list[MicroBatch], batch_idx: int) -> dict[str, Tensor]:
-        """Returns the losses of the step, summed over its micro-batches, as detached scalars; "loss" is the total, and
-        "grad_norm" the L2 norm of the gradient before it is clipped."""
+    def training_step(self, batch: list[MicroBatch], batch_idx: int) -> dict[str, Tensor | float]:
+        """Returns the losses of the step, summed over its micro-batches, as detached scalars; "loss" is the total,
+        "grad_norm" the L2 norm of the gradient before it is clipped, "lr_NAME" the rate of a parameter group."""
         optimizer = self.optimizers()
         # Dropout of each step from the step's own seed: a resumed run draws what the uninterrupted one would have drawn.
         torch.manual_seed(sample_seed(self.seed, self.global_step, self.global_rank))
@@ -80,8 +80,9 @@ class DetectionModule(pl.LightningModule):
                     logged[name] = logged.get(name, 0.0) + value.detach() * share
 
         optimizer.step(closure=forward_backward)
+        rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
         self.lr_schedulers().step()
-        return logged | {"grad_norm": self._grad_norm}
+        return logged | {"grad_norm": self._grad_norm} | rates
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient of the whole model, after any scaler has restored its size."""

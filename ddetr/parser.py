@@ -1,0 +1,181 @@
+"""The command line's parser: jsonargparse with messages for people.
+
+`--batch-size` is `--batch_size`, `--data PATH` is `--data.path PATH`, `--resume` alone is `--resume auto`, and a switch
+alone is `true`.
+"""
+
+import difflib
+import re
+from argparse import SUPPRESS
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NoReturn, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+
+from ddetr.errors import InputError
+
+SHORT = {"--data": "--data.path"}
+ALONE = {"--resume": "auto"}
+SWITCH_VALUES = ("true", "false", "yes", "no", "1", "0")
+NOT_AN_OPTION = {"num_classes": "the number of classes comes from the data set"}
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
+
+
+class Parser(ArgumentParser):
+    """Every mistake is an `InputError` of one sentence that names the option or the file, and the nearest known name."""
+
+    def __init__(self, command: str, description: str):
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        # Without allow_abbrev=False a mistyped option could be silently taken for another.
+        super().__init__(prog=f"ddetr {command}", description=description, allow_abbrev=False)
+        self._from_file: dict[str, tuple[str, Any]] = {}  # option -> the file that sets it and the value there
+
+    def read(self, arguments: Sequence[str]) -> Namespace:
+        """Arguments -> settings, dataclasses made."""
+        arguments = self._spelled_out(arguments)
+        for option, value in zip(arguments, [*arguments[1:], ""]):
+            if option == "--config" or option.startswith("--config="):
+                self._check_file(option.partition("=")[2] or value)
+        return self.instantiate(self.parse_args(arguments))
+
+    def add_group_of_options(self, *names: str) -> None:
+        """Hide jsonargparse's `--GROUP FILE` from the help, where `--config` does the same; `--data` is a path here."""
+        for name in names:
+            action = self._option_string_actions[f"--{name}"]
+            action.help = SUPPRESS
+            if f"--{name}" in SHORT:
+                action.metavar, action.help = "PATH", f"the same as {SHORT[f'--{name}']} PATH"
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise InputError(self._explained(message)) from ex
+
+    def _spelled_out(self, arguments: Sequence[str]) -> list[str]:
+        switches = {f"--{action.dest}" for action in self._actions if _type_of(action) is bool}
+        out: list[str] = []
+        for argument, following in zip(arguments, [*arguments[1:], "--"]):
+            if not re.match(r"--[a-zA-Z]", argument):
+                out.append(argument)
+                continue
+            name, equals, value = argument.partition("=")
+            name = "--" + name[2:].replace("-", "_")
+            name = SHORT.get(name, name)
+            out.append(name + equals + value)
+            if name in switches and not equals and following.lower() not in SWITCH_VALUES:
+                out.append("true")
+            if name in ALONE and not equals and following.startswith("--"):
+                out.append(ALONE[name])
+        return out
+
+    def _explained(self, message: str) -> str:
+        """jsonargparse's message in our words; as it stands, on one line, where it is of an unknown kind."""
+        if found := re.match(r"the following arguments are required: (.+)", message):
+            needed = " and ".join(map(self._shown, found[1].split(", ")))
+            return f"{self.prog} needs {needed}; {self.prog} --help lists all options"
+        if found := re.match(r"[Uu]nrecognized arguments: (.+)", message):
+            words = found[1].split()
+            option = next((word.partition("=")[0] for word in words if word.startswith("-")), None)
+            if option is None:
+                return f"unexpected argument {words[0]!r}; {self.prog} --help lists all options"
+            return f"unknown option {option}{self._hint(option.lstrip('-'), '--')}"
+        if found := re.match(r"argument (\S+): expected (?:at least )?one argument", message):
+            return f"{self._shown(found[1].lstrip('-')).split()[0]}: expected a value, got none"
+        found = re.match(r'Parser key "([^"]+)":', message)
+        values = re.findall(r"(?:Got|Given) value: (.*)", message)
+        if found and values:
+            return self._wrong_type(found[1], values[-1].strip())
+        return " ".join(message.split())
+
+    def _wrong_type(self, key: str, value: str) -> str:
+        action = next((action for action in self._actions if action.dest == key), None)
+        file, in_file = self._from_file.get(key, ("", None))
+        where = f"{file}: {key}" if file and str(in_file) == value else self._shown(key).split()[0]
+        expected, choices = _described(_type_of(action))
+        near = difflib.get_close_matches(value, choices, n=1)
+        return f"{where}: expected {expected}, got {value!r}" + (f" (did you mean {near[0]}?)" if near else "")
+
+    def _shown(self, dest: str) -> str:
+        """An option as a person would type it."""
+        action = next((action for action in self._actions if action.dest == dest), None)
+        if action is not None and not action.option_strings:
+            return dest.upper()
+        option = next((short for short, long in SHORT.items() if long == f"--{dest}"), f"--{dest}")
+        return f"{option} {dest.split('.')[-1].upper()}"
+
+    def _check_file(self, name: str) -> None:
+        """The mistakes in a YAML file that can be named better here than after everything is merged."""
+        try:
+            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            folder = Path(name).parent
+            near = difflib.get_close_matches(Path(name).name, [path.name for path in folder.glob("*")], n=1)
+            hint = f" (did you mean {folder / near[0]}?)" if near else ""
+            raise InputError(f"--config {name}: there is no such file{hint}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise InputError(f"--config {name}: expected a YAML file, but it cannot be read ({reason})") from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            problem = getattr(error, "problem", None) or "it cannot be parsed"
+            raise InputError(f"{name}: broken YAML{line}: {problem}") from None
+        if not isinstance(content, Mapping):
+            got = "nothing" if content is None else f"a {type(content).__name__}"
+            raise InputError(f"{name}: expected options with values, such as `epochs: 50`, got {got}")
+        self._check_keys(name, content, "")
+
+    def _check_keys(self, file: str, content: Mapping[Any, Any], group: str) -> None:
+        options = self._options()
+        for key, value in content.items():
+            full = f"{group}{key}"
+            if full in options:
+                self._from_file[full] = (file, value)
+                continue
+            members = [option.removeprefix(f"{full}.") for option in options if option.startswith(f"{full}.")]
+            if not members:
+                raise InputError(f"{file}: unknown key {full!r}{self._hint(full, '')}")
+            if not isinstance(value, Mapping):
+                got = "nothing" if value is None else repr(value)
+                raise InputError(f"{file}: {full}: expected a group of options, such as `{members[0]}: ...`, got {got}")
+            self._check_keys(file, value, f"{full}.")
+
+    def _options(self) -> list[str]:
+        """All names but those that name a group, a file or the help."""
+        dests = [action.dest for action in self._actions if _type_of(action) is not None]
+        return [dest for dest in dests if not any(other.startswith(f"{dest}.") for other in dests)]
+
+    def _hint(self, name: str, prefix: str) -> str:
+        """' (did you mean --epochs?)': the option whose last part is most like that of `name`; '' where none is."""
+        group, _, last = name.rpartition(".")
+        if last in NOT_AN_OPTION:
+            return f" ({NOT_AN_OPTION[last]})"
+
+        def likeness(option: str) -> float:
+            other_group, _, other = option.rpartition(".")
+            return difflib.SequenceMatcher(None, last, other).ratio() + 0.1 * (group == other_group)
+
+        best = max([*self._options(), *(short[2:] for short in SHORT)], key=likeness, default="")
+        return f" (did you mean {prefix}{best}?)" if best and likeness(best) >= 0.65 else ""
+
+
+def _type_of(action: Any) -> Any:
+    """An option's type hint; None for what has none, such as --help."""
+    return getattr(action, "_typehint", None) or getattr(action, "type", None)
+
+
+def _described(hint: Any) -> tuple[str, list[str]]:
+    """What a type hint takes, in words, and the names to choose from where it is a choice."""
+    if get_origin(hint) is Literal:
+        choices = [str(choice) for choice in get_args(hint)]
+        return f"one of {', '.join(choices)}", choices
+    if parts := _flat(get_args(hint)):
+        described = [_described(part) for part in parts]
+        return " or ".join(words for words, _ in described), [name for _, choices in described for name in choices]
+    return _KINDS.get(hint, "another type"), []
+
+
+def _flat(parts: Iterable[Any]) -> list[Any]:
+    """null last: it is the least likely wish."""
+    return sorted(parts, key=lambda part: part is NoneType)

@@ -1,0 +1,90 @@
+"""Two processes are one: the same weights and the same AP as a single process with the same global batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ddetr.checkpoint import load_checkpoint
+from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.engine.data import EpochOrder
+from ddetr.engine.train import train
+
+SEED, BATCH = 5, 4
+
+
+def write_data(shapes: Path, folder: Path) -> DataConfig:
+    """Eight images, of which the second process has, in the first step, two without an object; seven to validate on,
+    which two processes cannot share evenly."""
+    content = json.loads((shapes / "annotations" / "instances_train.json").read_text())
+    order = [index for index, _ in EpochOrder(8, BATCH, seed=SEED, rank=1, world_size=2)]
+    empty = {content["images"][index]["id"] for index in order[: BATCH // 2]}
+    (folder / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (folder / split).symlink_to(shapes / "train")
+        images = content["images"] if split == "train" else content["images"][:7]
+        kept = {image["id"] for image in images} - (empty if split == "train" else set())
+        objects = [annotation for annotation in content["annotations"] if annotation["image_id"] in kept]
+        file = folder / "annotations" / f"instances_{split}.json"
+        file.write_text(json.dumps(content | {"images": images, "annotations": objects}))
+    return DataConfig(str(folder), augmentation="none", image_size=64, num_workers=0)
+
+
+def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: dict[str, Any], tmp_path: Path) -> None:
+    alone = train(
+        write_data(shapes, tmp_path / "data"),
+        tiny_model | {"dropout": 0.0},
+        # not Adam, whose first steps have the size of the rate however small the gradient: noise alike
+        optim=OptimConfig(lr=0.1, sgd=True),
+        epochs=2,
+        batch_size=BATCH,
+        device_batch_size=1,  # so that gradients are summed up before they are exchanged
+        seed=SEED,
+        weights=str(tiny_run.path / "last.pth"),
+        output=str(tmp_path / "alone"),
+        log_every=1,
+        num_pictures=0,
+    )
+    assert alone.metrics.AP > 0.1
+    options = [
+        "--config",
+        alone.path / "config.yaml",
+        "--output",
+        tmp_path / "both",
+        "--log_every",
+        "1",
+        "--num_pictures",
+        "1",
+    ]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddetr", "train", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDETR_RUN": str(alone.path)}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+    both = tmp_path / "both"
+    first, second = (load_checkpoint(run / "last.pth").model for run in (alone.path, both))
+    start = load_checkpoint(tiny_run.path / "last.pth").model
+    moved = max(float((first[name] - start[name]).abs().max()) for name in first)
+    assert moved > 1e-3
+    for name in first:
+        assert torch.allclose(first[name], second[name], rtol=0, atol=1e-5), name
+
+    metrics = json.loads((both / "metrics.json").read_text())
+    expected = json.loads((alone.path / "metrics.json").read_text())
+    assert metrics["last"]["num_images"] == 7
+    for name, value in alone.metrics.numbers().items():
+        assert metrics["last"][name] == expected["last"][name], f"{name}: {value}"
+    assert yaml.safe_load((both / "config.yaml").read_text()) == yaml.safe_load(
+        (alone.path / "config.yaml").read_text()
+    )
+    assert len((both / "train.csv").read_text().splitlines()) == 1 + 2 * 2
+    assert len((both / "val.csv").read_text().splitlines()) == 1 + 2
+    assert len(list((both / "pictures").iterdir())) == 1
+    # the first process alone speaks
+    assert done.stdout.count("Data audit") == 1
+    assert done.stdout.count("What next:") == 1

@@ -1,0 +1,358 @@
+"""`train()`: what a run leaves, and that it can be stopped, continued and repeated."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
+from ddetr.datasets import draw_shapes
+from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.engine.run import RunFolder
+from ddetr.engine.train import RunResult, train
+from ddetr.errors import InputError
+from ddetr.models.criterion import SetCriterion
+
+EPOCHS, STEPS = 3, 2  # of the short runs: epochs, and steps an epoch
+
+
+@pytest.fixture
+def settings(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
+    """A run of six steps with all that draws random numbers: augmentation and dropout; its rate changes an epoch."""
+    return {
+        "data": DataConfig(str(shapes), image_size=64, num_workers=0),
+        "model": tiny_model | {"dropout": 0.1},
+        "optim": OptimConfig(lr=1e-3, lr_drop=1),
+        "epochs": EPOCHS,
+        "batch_size": 4,
+        "device_batch_size": 2,
+        "log_every": 1,
+        "num_pictures": 0,
+    }
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """A table without its speeds, which no two runs share."""
+    with path.open() as file:
+        return [
+            {name: value for name, value in row.items() if name != "images_per_second"} for row in csv.DictReader(file)
+        ]
+
+
+def weights(run: Path, name: str = "last.pth") -> dict[str, torch.Tensor]:
+    return load_checkpoint(run / name).model
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    for name in ("train.csv", "val.csv"):
+        assert rows(one / name) == rows(other / name)
+
+
+@pytest.fixture(scope="module")
+def whole_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], RunResult]:
+    """The run of `settings`, undisturbed; trained once."""
+    results: list[RunResult] = []
+
+    def get(settings: dict[str, Any]) -> RunResult:
+        if not results:
+            results.append(train(**settings, output=str(tmp_path_factory.mktemp("whole") / "run")))
+        return results[0]
+
+    return get
+
+
+def test_a_run_leaves_everything(tiny_run: RunResult, shapes: Path) -> None:
+    run = tiny_run.path
+    expected = "config.yaml audit.json train.csv val.csv metrics.json per_class.csv last.ckpt best.pth last.pth curves.png pictures"
+    assert {path.name for path in run.iterdir()} == set(expected.split())
+    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["000000.png", "000007.png"]
+    assert all(path.stat().st_size > 1000 for path in [run / "curves.png", *(run / "pictures").iterdir()])
+
+    training, validation = rows(run / "train.csv"), rows(run / "val.csv")
+    assert [int(row["step"]) for row in training] == list(range(1, 26))  # each epoch is one step: the last of it
+    assert float(training[-1]["loss"]) < float(training[0]["loss"])
+    assert {
+        "epoch",
+        "lr_rest",
+        "lr_backbone",
+        "lr_linear_proj",
+        "loss_ce",
+        "loss_bbox",
+        "loss_giou",
+        "grad_norm",
+    } < training[0].keys()
+    assert [int(row["step"]) for row in validation] == [10, 20, 25]  # every tenth epoch, and the last
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["last"]["step"] == 25
+    assert (
+        metrics["last"]["AP"]
+        == pytest.approx(tiny_run.metrics.AP)
+        == pytest.approx(float(validation[-1]["AP"]), abs=1e-6)
+    )
+    assert metrics["best"]["AP"] == max(json.loads(row["AP"]) for row in validation) or metrics["best"]["AP"] > 0.1
+    assert [row["name"] for row in rows(run / "per_class.csv")] == ["circle", "square", "triangle"]
+    assert json.loads((run / "audit.json").read_text())["train"]["num_images"] == 8
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["data"]["path"] == str(shapes)
+    assert config["model"]["backbone"] == "test_resnet"
+    assert tiny_run.image_example.is_file()
+
+
+def test_published_checkpoints_say_how_they_were_made(tiny_run: RunResult) -> None:
+    checkpoint = load_checkpoint(tiny_run.path / "last.pth")
+    assert [category.name for category in checkpoint.categories] == ["circle", "square", "triangle"]
+    assert (checkpoint.input["image_size"], checkpoint.input["max_size"]) == (64, 107)
+    assert checkpoint.metrics["AP"] == pytest.approx(tiny_run.metrics.AP)
+    assert checkpoint.training["step"] == 25
+    assert checkpoint.threshold == pytest.approx(tiny_run.metrics.threshold)
+    build_from_checkpoint(checkpoint)
+
+
+def test_a_second_run_overwrites_nothing(tiny_run: RunResult, settings: dict[str, Any]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*")}
+    with pytest.raises(InputError, match="already holds a run: add --resume"):
+        train(**settings, output=str(tiny_run.path))
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*")} == before
+
+
+def test_runs_without_a_name_get_numbered_folders(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [train(**settings | {"epochs": 1}).path for _ in range(2)]
+    assert paths == [Path("runs/shapes"), Path("runs/shapes-2")]
+    assert_same_run(*paths)  # the same seed twice, and nothing carried over
+    assert train(**settings | {"epochs": 1, "resume": "auto"}).path == Path("runs/shapes-2")
+    other = train(**settings | {"epochs": 1, "seed": 1}).path
+    assert not torch.equal(weights(other)["query_embed.weight"], weights(paths[0])["query_embed.weight"])
+
+
+def test_a_killed_run_resumes_exactly(
+    settings: dict[str, Any], whole_run: Callable[[dict[str, Any]], RunResult], tmp_path: Path
+) -> None:
+    """Killed in the second epoch, after it has written a row that the checkpoint does not know of."""
+    run = tmp_path / "run"
+    program = """
+import os, signal, sys
+from ddetr.engine.callbacks import Watch
+from ddetr.cli import main
+steps = 0
+original = Watch.on_train_batch_end
+def die_at_step_three(self, *arguments):
+    global steps
+    original(self, *arguments)
+    steps += 1
+    if steps == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+Watch.on_train_batch_end = die_at_step_three
+sys.exit(main(sys.argv[1:]))
+"""
+    config = tmp_path / "config.yaml"
+    config.write_bytes((whole_run(settings).path / "config.yaml").read_bytes())
+    command = ["train", "--config", str(config), "--output", str(run), "--log_every", "1", "--num_pictures", "0"]
+    environment = {**os.environ, "DDETR_RUN": "stale"}
+    killed = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, env=environment)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == STEPS
+    assert [row["step"] for row in rows(run / "train.csv")] == ["1", "2", "3"]
+
+    result = train(**settings, output=str(run), resume="auto")
+    assert_same_run(run, whole_run(settings).path)
+    assert result.metrics.to_dict() == whole_run(settings).metrics.to_dict()
+
+
+def test_the_rates_follow_the_schedule(
+    settings: dict[str, Any], whole_run: Callable[[dict[str, Any]], RunResult]
+) -> None:
+    """lr_drop is one epoch: two steps at each rate; the backbone starts from nothing and has the full one."""
+    table = rows(whole_run(settings).path / "train.csv")
+    for name, rate in (("lr_rest", 1e-3), ("lr_backbone", 1e-3), ("lr_linear_proj", 1e-4)):
+        expected = [rate * 0.1**epoch for epoch in range(EPOCHS) for _ in range(STEPS)]
+        assert [float(row[name]) for row in table] == pytest.approx(expected)
+    assert [int(row["epoch"]) for row in table] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_complete_run_resumed_says_its_metrics_again(
+    settings: dict[str, Any], whole_run: Callable[[dict[str, Any]], RunResult]
+) -> None:
+    whole = whole_run(settings)
+    before = (whole.path / "last.pth").stat().st_mtime_ns
+    again = train(**settings, resume=str(whole.path))
+    assert again.metrics.to_dict() == whole.metrics.to_dict()
+    assert (whole.path / "last.pth").stat().st_mtime_ns == before
+    assert len(rows(whole.path / "train.csv")) == EPOCHS * STEPS
+
+
+def test_resuming_with_other_settings_is_refused(
+    settings: dict[str, Any], whole_run: Callable[[dict[str, Any]], RunResult]
+) -> None:
+    run = str(whole_run(settings).path)
+    with pytest.raises(InputError, match=r"but optim\.lr was 0\.001 and is 0\.01, epochs was 3 and is 9"):
+        train(**settings | {"epochs": 9, "optim": OptimConfig(lr=1e-2, lr_drop=1), "resume": run})
+
+
+def test_the_last_epoch_is_always_measured(settings: dict[str, Any], tmp_path: Path) -> None:
+    result = train(**settings | {"val_every": 2, "output": str(tmp_path / "run")})
+    assert [row["epoch"] for row in rows(result.path / "val.csv")] == ["1", "2"]
+    assert load_checkpoint(result.path / "last.pth").training["step"] == EPOCHS * STEPS
+
+
+def test_starting_from_the_weights_of_a_run_with_other_classes(
+    tiny_run: RunResult, settings: dict[str, Any], shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for split in ("train", "val"):
+        content = json.loads((shapes / "annotations" / f"instances_{split}.json").read_text())
+        content["categories"] = [{"id": 5, "name": "hexagon"}, {"id": 9, "name": "triangle"}]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = 9 if annotation["category_id"] == 3 else 5
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+        (tmp_path / split).symlink_to(shapes / split)
+    best = tiny_run.path / "best.pth"
+    frozen = {"lr": 0.0, "weight_decay": 0.0}  # nothing moves: what is published is what was loaded
+    result = train(
+        **settings
+        | {
+            "data": DataConfig(str(tmp_path), image_size=64, num_workers=0),
+            "optim": OptimConfig(**frozen),
+            "epochs": 1,
+            "weights": str(best),
+            "output": str(tmp_path / "run"),
+        }
+    )
+    shown = capsys.readouterr().out
+    assert "best.pth (ddetr)" in shown
+    assert "adapted" in shown
+    old, new = weights(tiny_run.path, "best.pth"), weights(result.path)
+    assert torch.equal(new["query_embed.weight"], old["query_embed.weight"])
+    assert new["class_embed.0.weight"].shape == (2, 32)
+    assert torch.equal(new["class_embed.0.weight"][1], old["class_embed.0.weight"][2])  # triangle, by its name
+
+
+def test_weights_of_another_architecture_are_refused(
+    tiny_run: RunResult, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    best = str(tiny_run.path / "best.pth")
+    with pytest.raises(InputError, match="expected weights of hidden_dim 64"):
+        train(
+            **settings
+            | {"model": settings["model"] | {"hidden_dim": 64}, "weights": best, "output": str(tmp_path / "run")}
+        )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_broken_loss_stops_the_run_and_spares_its_checkpoint(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+) -> None:
+    """In the first step of the second epoch: with rare looks it is the end of the epoch that finds it."""
+    original, calls = SetCriterion.total, []
+
+    def broken(self: SetCriterion, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        calls.append(1)
+        return original(self, losses) * (float("nan") if len(calls) > STEPS * 2 else 1.0)
+
+    monkeypatch.setattr(SetCriterion, "total", broken)
+    run = tmp_path / "run"
+    with pytest.raises(FloatingPointError, match=r"step \d has loss nan .*its last checkpoint is intact.*--optim.lr"):
+        train(**settings | {"output": str(run), "log_every": log_every})
+    state = torch.load(run / "last.ckpt", weights_only=True)
+    assert state["global_step"] == STEPS
+    for model in (state["state_dict"], weights(run), weights(run, "best.pth")):
+        assert all(torch.isfinite(tensor).all() for tensor in model.values())
+
+    monkeypatch.undo()
+    resumed = train(**settings | {"output": str(run), "resume": "auto"})
+    assert len(rows(resumed.path / "train.csv")) >= STEPS * 2
+
+
+def test_a_broken_gradient_stops_the_run_before_it_is_published(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = SetCriterion.total
+
+    class Breaks(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, total: torch.Tensor) -> torch.Tensor:
+            return total.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * float("inf")
+
+    monkeypatch.setattr(SetCriterion, "total", lambda self, losses: Breaks.apply(original(self, losses)))
+    with pytest.raises(FloatingPointError, match=r"gradient norm (nan|inf)"):
+        train(**settings | {"output": str(tmp_path / "run")})
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_ctrl_c_is_a_keyboard_interrupt(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = RunFolder.append_csv
+
+    def interrupted(self: RunFolder, name: str, row: dict[str, Any]) -> None:
+        original(self, name, row)
+        if row["step"] == STEPS + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "append_csv", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with caplog.at_level("INFO", "ddetr"), pytest.raises(KeyboardInterrupt):
+        train(**settings | {"output": str(tmp_path / "run")})
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert "the same command with --resume" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"device_batch_size": 0}, "device_batch_size must be at least 1"),
+        ({"seed": -1}, "seed must lie in 0 to"),
+        ({"devices": 0}, "devices must be at least 1"),
+        ({"device": "cpu", "precision": "fp16"}, "precision fp16 needs a GPU"),
+        ({"batch_size": 9}, "fewer than one batch of 9"),
+        ({"weights": "nowhere.pth"}, "nowhere.pth: expected a file of weights, but there is none"),
+        ({"model": {"num_querys": 3}}, 'is no setting that can be made. Did you mean "num_queries"'),
+        ({"model": {"num_classes": 3}}, "'num_classes' is no setting that can be made. It comes from the data"),
+        ({"model": {"backbone": "resnet18x", "pretrained_backbone": False}}, "unknown backbone 'resnet18x'"),
+    ],
+)
+def test_settings_that_cannot_work_leave_no_folder(
+    settings: dict[str, Any], tmp_path: Path, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        train(**settings | {"output": str(tmp_path / "run")} | wrong)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_refused_data_set_is_not_trained_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = draw_shapes(tmp_path / "shapes", 4, 1, 64)
+    file = folder / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"][:2]:
+        annotation["bbox"][0] = float("nan")
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"the audit refused the data set: .*and 1 more findings in the table above"):
+        train(**settings | {"data": DataConfig(str(folder)), "output": str(tmp_path / "run")})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said(settings: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--output: the folder .*/file/run cannot be made"):
+        train(**settings | {"output": str(tmp_path / "file" / "run")})
