@@ -1,16 +1,16 @@
 """ddetr: Deformable DETR, from data to deployed detector. The map, in the order data flows:
 
-    errors.py, console.py, padding.py, boxes.py   what everything stands on
-    ops/            multi-scale deformable attention, the operator
-    datasets/       COCO, VOC and YOLO folders -> annotations, audit, samples, batches
-    models/         the network, its matching and its losses
-    checkpoint/     weights on disk, ours and others'
-    evaluation.py   COCO's metrics over a predict function
-    predictor.py    images -> named objects in pixels
-    report.py       curves and pictures of a run
-    engine/         training, on Lightning
-    demo.py         the whole way on drawn shapes
-    cli.py          `ddetr COMMAND`
+errors.py, atomic.py, console.py, parser.py, padding.py, boxes.py   what everything stands on
+ops/            multi-scale deformable attention, the operator
+datasets/       COCO, VOC and YOLO folders -> annotations, audit, samples, batches
+models/         the network, its matching and its losses
+checkpoint/     weights on disk, ours and others'
+evaluation.py   COCO's metrics over a predict function
+predictor.py    images -> named objects in pixels
+report.py       curves and pictures of a run
+engine/         training, on Lightning
+demo.py         the whole way on drawn shapes
+cli.py          `ddetr COMMAND`
 """
 
 import importlib

@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the input is wrong (one sentence says what); 1 the program
 
 import difflib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -138,7 +139,8 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
         options = dict(vars(settings))
         extra = {name: options.pop(name) for name in ("num_queries", "max_detections", "decode", "output")}
         data = DataConfig(**options)
-        train, val = load_splits(data)
+        with console.waiting(f"reading {data.path}"):
+            train, val = load_splits(data)
         with console.progress("decode") as update:
             report = audit(
                 train,
@@ -180,6 +182,9 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Read by the OpenMP library that PyTorch loads: idle threads soon sleep. By default they spin for milliseconds, and
+    # a second busy program on the machine makes training on a few cores up to ten times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     console.set_up_logging()
     try:
         parse(arguments)()

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 
 _out = Console()
 err = Console(stderr=True)
@@ -26,6 +27,11 @@ def set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("ddetr").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries a file, before our own error says why
+
+
+def waiting(what: str) -> Status:
+    """A context that shows, to whoever watches, what is being done while it takes its time."""
+    return err.status(what)
 
 
 @contextmanager

@@ -39,16 +39,17 @@ def demo(
     """
     folder = Path("runs") / f"shapes-{IMAGE_SIZE}-{num_train}-{num_val}-{seed}"
     console.show(f"Drawing {num_train} + {num_val} images of shapes into {folder}")
-    draw_shapes(folder, num_train, num_val, IMAGE_SIZE, seed)
+    with console.waiting("drawing"):
+        draw_shapes(folder, num_train, num_val, IMAGE_SIZE, seed)
     path = Path(output) if output else free_folder(Path("runs"), "demo")
-    result = train(
+    return train(
         DataConfig(path=str(folder), augmentation="plain", image_size=IMAGE_SIZE),
         MODEL,
         optim=OPTIM,
         epochs=epochs,
         batch_size=8,
         device_batch_size=8,
+        devices=1,
         output=str(path),
         seed=seed,
     )
-    return result

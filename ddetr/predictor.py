@@ -194,7 +194,9 @@ def _usable_device(device: str | torch.device) -> torch.device:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         gpus = torch.cuda.device_count()
-        raise InputError(f"The device is cpu, cuda or cuda:N, and PyTorch sees {gpus} GPUs here, got {device}.") from error
+        raise InputError(
+            f"The device is cpu, cuda or cuda:N, and PyTorch sees {gpus} GPUs here, got {device}."
+        ) from error
     return chosen
 
 

@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,3 +68,17 @@ def test_the_command_parses(command: list[str], monkeypatch: pytest.MonkeyPatch)
 def test_the_make_targets_exist() -> None:
     known = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert make_targets() <= known
+
+
+def python_blocks() -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", python_blocks(), ids=range(len(python_blocks())))
+def test_the_python_runs(block: str, tiny_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder with the checkpoint and the image that the examples speak of."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "best.pth").symlink_to(tiny_run.path / "best.pth")
+    (tmp_path / "image.jpg").symlink_to(tiny_run.image_example)
+    exec(compile(block, str(README), "exec"), {"__name__": "readme"})

@@ -45,7 +45,8 @@ def evaluate_checkpoint(
     if split is None and data.val_split is None and data.val_annotations is None:
         splits = available_splits(data.path, data.format)
         split = splits[0] if len(splits) == 1 else None
-    annotations = load_split(data, "val", split, categories=predictor.categories)
+    with console.waiting(f"reading {data.path}"):
+        annotations = load_split(data, "val", split, categories=predictor.categories)
     if all(len(record.labels) == 0 for record in annotations.images):
         names = ", ".join(
             [*(category.name for category in predictor.categories[:5]), *["..."] * (len(predictor.categories) > 5)]

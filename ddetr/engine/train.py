@@ -120,14 +120,15 @@ def train(
     if resume_file is not None:
         check_training_state(resume_file)
         run.check_unchanged(config)
-    train_set, val_set = load_splits(data)
-    report_of_data = audit(
-        train_set,
-        val_set,
-        num_queries=config["model"]["num_queries"],
-        max_detections=max_detections,
-        strict=data.strict,
-    )
+    with console.waiting(f"reading {data.path}"):
+        train_set, val_set = load_splits(data)
+        report_of_data = audit(
+            train_set,
+            val_set,
+            num_queries=config["model"]["num_queries"],
+            max_detections=max_detections,
+            strict=data.strict,
+        )
     if is_first_process():
         console.show(report_of_data.render())
     if report_of_data.refused:

@@ -95,6 +95,7 @@ def _create(name: str, num_features: int, pretrained: bool, dilation: bool) -> n
         )
     if pretrained:
         name = IMAGENET_V1.get(name, name)
+        logger.info("ImageNet weights of %s: from timm's cache, or downloaded", name)
     kwargs = {"output_stride": 16} if dilation else {}
     try:
         return timm.create_model(
