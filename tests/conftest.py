@@ -1,3 +1,7 @@
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before PyTorch loads, as the command line does it: see ddetr/cli.py
+
 from pathlib import Path
 from typing import Any
 
