@@ -34,6 +34,8 @@ from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 
 logger = logging.getLogger(__name__)
 
+ENOUGH_IMAGES = 10_000  # to learn photographs from nothing; below it, trained weights decide the outcome
+
 # What training starts from where nothing else is said: the strongest published variant, on an ImageNet backbone.
 DEFAULT_MODEL = {"pretrained_backbone": True, "with_box_refine": True, "two_stage": True}
 
@@ -162,6 +164,12 @@ def train(
             "%d images, %d steps of %d images an epoch, %d epochs, into %s",
             len(train_set.images), datamodule.steps_per_epoch, batch_size, epochs, run.path,
         )  # fmt: skip
+        if not module.backbone_pretrained and len(train_set.images) < ENOUGH_IMAGES:
+            logger.info(
+                "random initial weights: photographs need %s images or more to learn from nothing, here are %s; otherwise "
+                "give --weights FILE or --model.pretrained_backbone true",
+                f"{ENOUGH_IMAGES:,}", f"{len(train_set.images):,}",
+            )  # fmt: skip
 
     def publish(name: str, module: DetectionModule, metrics: Metrics) -> None:
         checkpoint = Checkpoint.of(
