@@ -46,13 +46,15 @@ void pool_run(int64_t threads, int64_t tasks, TaskFunction function, void* conte
 struct MsdaKernels {
     const char* name;
     int64_t (*row)(const MsdaArgs*);                // floats in a packed row
+    int64_t (*rows)(const MsdaArgs*);               // packed rows of a head: its cells and their border
+    int64_t (*lines)(const MsdaArgs*);              // of all levels and their borders: the unit of packing
     size_t (*block_bytes)(const MsdaArgs*);         // scratch of forward and backward
     int64_t (*direct)(const MsdaArgs*, int64_t backward);  // may it work without packing?
-    void (*pack)(const MsdaArgs*, int64_t b, int64_t h, int64_t s0, int64_t s1, float* packed);
-    // Sums `copies` gradients (each `copy_stride` floats) of packed rows s0..s1 and writes them to grad_value.
-    void (*unpack)(const MsdaArgs*, int64_t b, int64_t h, int64_t s0, int64_t s1, const float* packed, int64_t copies,
+    void (*pack)(const MsdaArgs*, int64_t b, int64_t h, int64_t line, int64_t end, float* packed);
+    // Sums `copies` gradients (each `copy_stride` floats) of packed lines and writes them to grad_value.
+    void (*unpack)(const MsdaArgs*, int64_t b, int64_t h, int64_t line, int64_t end, const float* packed, int64_t copies,
                    int64_t copy_stride);
-    // packed: S + 1 rows, the last one zero; null = read value itself. grad_packed likewise (last row: waste).
+    // packed: null = read value itself. grad_packed likewise; what it gathers in the border counts for nothing.
     void (*forward)(const MsdaArgs*, int64_t b, int64_t h, int64_t q0, int64_t q1, const float* packed, void* block);
     void (*backward)(const MsdaArgs*, int64_t b, int64_t h, int64_t q0, int64_t q1, const float* packed,
                      float* grad_packed, void* block);
