@@ -1,7 +1,7 @@
 """The command line's parser: jsonargparse with messages for people.
 
-`--batch-size` is `--batch_size`, `--data PATH` is `--data.path PATH`, `--resume` alone is `--resume auto`, and a switch
-alone is `true`.
+`--batch-size` is `--batch_size`, `--data PATH` is `--data.path PATH`, `--resume` alone is `--resume auto`, `--optimize`
+alone is `--optimize float32`, and a switch alone is `true`.
 """
 
 import difflib
@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from ddetr.errors import InputError
 
 SHORT = {"--data": "--data.path"}
-ALONE = {"--resume": "auto"}
+ALONE = {"--resume": "auto", "--optimize": "float32"}
 SWITCH_VALUES = ("true", "false", "yes", "no", "1", "0")
 NOT_AN_OPTION = {"num_classes": "the number of classes comes from the data set"}
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}
@@ -54,6 +54,7 @@ class Parser(ArgumentParser):
 
     def _spelled_out(self, arguments: Sequence[str]) -> list[str]:
         switches = {f"--{action.dest}" for action in self._actions if _type_of(action) is bool}
+        choices = {f"--{action.dest}": _described(_type_of(action))[1] for action in self._actions}
         out: list[str] = []
         for argument, following in zip(arguments, [*arguments[1:], "--"]):
             if not re.match(r"--[a-zA-Z]", argument):
@@ -65,7 +66,8 @@ class Parser(ArgumentParser):
             out.append(name + equals + value)
             if name in switches and not equals and following.lower() not in SWITCH_VALUES:
                 out.append("true")
-            if name in ALONE and not equals and following.startswith("--"):
+            no_value = following.startswith("--") or (choices.get(name) and following not in choices[name])
+            if name in ALONE and not equals and no_value:
                 out.append(ALONE[name])
         return out
 

@@ -19,6 +19,7 @@ from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_ima
 from ddetr.detections import Detections
 from ddetr.errors import InputError
 from ddetr.models.postprocess import PostProcess
+from ddetr.optimize import Optimization, optimize_model
 
 __all__ = ["Predictor", "PreparedImage"]
 
@@ -54,6 +55,7 @@ class Predictor:
         max_detections: int = 100,
         threshold: float = 0.5,
         device: str | torch.device | None = None,
+        optimize: bool | Optimization = False,
     ):
         """
         Args:
@@ -65,10 +67,14 @@ class Predictor:
             max_detections: the most objects an image.
             threshold: least score of an object, where `predict` is given none.
             device: where to run; by default a GPU if there is one.
+            optimize: work with a faster copy of the model (`ddetr.optimize.optimize_model`): True or "float32" changes
+                nothing but rounding; "bfloat16" and "compile" are faster and less precise.
         """
         self.threshold = _checked_threshold(threshold)
         self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
+        if optimize:
+            self.model = optimize_model(self.model, "float32" if optimize is True else optimize)
         self.categories = tuple(categories)
         self.image_size = image_size
         self.max_size = max_size
@@ -147,25 +153,25 @@ class Predictor:
         """Finds the objects in a batch of prepared images."""
         threshold = self.threshold if threshold is None else _checked_threshold(threshold)
         images, mask, _ = collate([(image.resized, {}) for image in batch])
-        found = self.detect(images, mask, torch.tensor([image.size_hw for image in batch]))
+        found = self.detect(images, mask if mask.any() else None, torch.tensor([image.size_hw for image in batch]))
         return [
             Detections.from_labels(self._sound(one), self.categories, image.size_hw, image.path).filter(threshold)
             for one, image in zip(found, batch)
         ]
 
     @torch.no_grad()
-    def detect(self, images: Tensor, mask: Tensor, target_sizes_hw: Tensor) -> list[dict[str, Tensor]]:
+    def detect(self, images: Tensor, mask: Tensor | None, target_sizes_hw: Tensor) -> list[dict[str, Tensor]]:
         """The predict function that `ddetr.evaluation.evaluate` takes: no threshold, as evaluation needs it.
 
         Args:
             images: (N, 3, H, W), uint8 or normalised float.
-            mask: (N, H, W) bool, True = padding.
+            mask: (N, H, W) bool, True = padding; None where nothing is padded.
             target_sizes_hw: (N, 2) original heights and widths.
 
         Returns:
             N dicts on the CPU: `scores` (k,), `labels` (k,), `boxes` (k, 4) xyxy in pixels of the originals.
         """
-        images, mask = images.to(self.device), mask.to(self.device)
+        images, mask = images.to(self.device), None if mask is None else mask.to(self.device)
         if images.dtype == torch.uint8:
             images = normalize_images(images, mask)
         outputs = self.model(images, mask)

@@ -42,6 +42,7 @@ class DeformableTransformerEncoderLayer(nn.Module):
         self.dropout1 = nn.Dropout(dropout)
         self.norm1 = nn.LayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, d_ffn)
+        self.activation = nn.ReLU(inplace=True)
         self.dropout2 = nn.Dropout(dropout)
         self.linear2 = nn.Linear(d_ffn, d_model)
         self.dropout3 = nn.Dropout(dropout)
@@ -52,7 +53,7 @@ class DeformableTransformerEncoderLayer(nn.Module):
     ) -> Tensor:
         """src, pos (N, S, C), reference_points (N, S, L, 2) -> (N, S, C)."""
         src = self.norm1(src + self.dropout1(self.self_attn(src + pos, reference_points, src, spatial_shapes, mask)))
-        hidden = self.dropout2(self.linear1(src).relu())
+        hidden = self.dropout2(self.activation(self.linear1(src)))
         return self.norm2(src + self.dropout3(self.linear2(hidden)))
 
 
@@ -81,6 +82,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
         self.dropout2 = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
         self.linear1 = nn.Linear(d_model, d_ffn)
+        self.activation = nn.ReLU(inplace=True)
         self.dropout3 = nn.Dropout(dropout)
         self.linear2 = nn.Linear(d_ffn, d_model)
         self.dropout4 = nn.Dropout(dropout)
@@ -100,7 +102,7 @@ class DeformableTransformerDecoderLayer(nn.Module):
         tgt = self.norm2(tgt + self.dropout2(self.self_attn(query, query, tgt, need_weights=False)[0]))
         attended = self.cross_attn(tgt + query_pos, reference_points, memory, spatial_shapes, mask)
         tgt = self.norm1(tgt + self.dropout1(attended))
-        hidden = self.dropout3(self.linear1(tgt).relu())
+        hidden = self.dropout3(self.activation(self.linear1(tgt)))
         return self.norm3(tgt + self.dropout4(self.linear2(hidden)))
 
 
