@@ -1,13 +1,15 @@
 # make demo    set up, then train a small detector on drawn shapes (minutes, no GPU needed)
 # make test    set up, then run the tests
 # make lint    set up, then check the style
+# make wheel   set up, then build dist/ddetr-*.whl for this platform, or for another: make wheel PLATFORM=linux-aarch64
 # make lock    renew requirements/dev.lock
 
 PYTHON ?= python3
 VENV ?= .venv
+PLATFORM = host
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint lock
+.PHONY: setup demo test lint wheel lock
 
 setup: $(VENV)/.done
 
@@ -28,6 +30,9 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+wheel: setup
+	DDETR_WHEEL_PLATFORM=$(PLATFORM) $(BIN)/hatchling build -t wheel
 
 LOCK = uv pip compile --universal --python-version 3.10 --generate-hashes --no-header --quiet
 

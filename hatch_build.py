@@ -1,8 +1,9 @@
 """Build hook: compiles the CPU kernel into the wheel (`py3-none-<platform>`), or says why it did not and goes on.
 
 Without the library the package works (ddetr.ops falls back to stock PyTorch), so no failure here stops an installation.
-DDETR_WHEEL_PLATFORM=<linux-x86_64|linux-aarch64|macos-arm64|macos-x86_64|windows-x86_64> makes another platform's wheel,
-DDETR_NATIVE=0 makes a pure one.
+DDETR_NATIVE=0 makes a pure wheel. DDETR_WHEEL_PLATFORM (`make wheel` sets it) makes one to give away, which every machine
+of a platform can use: linux-x86_64, linux-aarch64, macos-arm64, macos-x86_64, windows-x86_64, or `host` for this
+machine's. ziglang compiles it, and without a library there is no such wheel: failures end the build.
 """
 
 import importlib.util
@@ -36,8 +37,7 @@ class NativeBuildHook(BuildHookInterface):
         if self.target_name != "wheel" or not _enabled():
             return []
         build = _load_build()
-        wanted = os.environ.get("DDETR_WHEEL_PLATFORM", "")
-        if not wanted and (build.compilers(build.host()) or build.host() not in build.TARGETS):
+        if not _platform() and (build.compilers(build.host()) or build.host() not in build.TARGETS):
             return []
         return ["ziglang>=0.14"]
 
@@ -45,20 +45,26 @@ class NativeBuildHook(BuildHookInterface):
         if self.target_name != "wheel" or not _enabled():
             return
         build = _load_build()
-        name = os.environ.get("DDETR_WHEEL_PLATFORM") or build.host()
+        name = build.host() if _platform() in ("", "host") else _platform()
+        if _platform() and name not in build.TARGETS:
+            self.app.abort(f"DDETR_WHEEL_PLATFORM={_platform()}: choose one of {', '.join(['host', *build.TARGETS])}")
         try:
-            built = build.build(name)
-        except build.BuildError as error:
-            self.app.display_warning(f"ddetr: the CPU kernel was not built, slower PyTorch code stands in. {error}")
-            return
+            built = build.build(name, portable=bool(_platform()))
         except Exception as error:  # an installation must not end here, whatever happened
-            self.app.display_warning(f"ddetr: the CPU kernel was not built: {type(error).__name__}: {error}")
+            why = str(error) if isinstance(error, build.BuildError) else f"{type(error).__name__}: {error}"
+            if _platform():
+                self.app.abort(f"ddetr: no wheel for {name}. {why}")
+            self.app.display_warning(f"ddetr: the CPU kernel was not built, slower PyTorch code stands in. {why}")
             return
         build_data["pure_python"] = False
-        build_data["artifacts"].append(f"/{built.path.relative_to(self.root).as_posix()}")
+        build_data["artifacts"].append(f"/ddetr/ops/native/lib/{built.path.name}")
         platform = build.TARGETS[name].wheel if built.portable else _host_tag()
         build_data["tag"] = f"py3-none-{platform}"
         self.app.display_info(f"ddetr: CPU kernel built: {built.path.name}")
+
+
+def _platform() -> str:
+    return os.environ.get("DDETR_WHEEL_PLATFORM", "").strip()
 
 
 def _enabled() -> bool:

@@ -6,10 +6,12 @@ datasets/       COCO, VOC and YOLO folders -> annotations, audit, samples, batch
 models/         the network, its matching and its losses
 checkpoint/     weights on disk, ours and others'
 evaluation.py   COCO's metrics over a predict function
+optimize.py     a faster copy of a trained network
 predictor.py    images -> named objects in pixels
 report.py       curves and pictures of a run
 engine/         training, on Lightning
 demo.py         the whole way on drawn shapes
+bench/          what is timed, and against what
 cli.py          `ddetr COMMAND`
 """
 

@@ -14,6 +14,7 @@ from ddetr.datasets.annotations import Annotations
 from ddetr.datasets.images import read_image
 from ddetr.drawing import draw_boxes, side_by_side
 from ddetr.errors import InputError
+from ddetr.plots import png_figure
 from ddetr.predictor import Predictor
 
 logger = logging.getLogger(__name__)
@@ -23,28 +24,23 @@ PICTURE_SIDE = 320  # pixels that a picture's short side has at least: tags need
 
 def draw_curves(run: Path) -> Path | None:
     """`curves.png` from train.csv and val.csv: losses of the last layer, and AP, AP50, AP75 by step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     training, validation = _columns(run / "train.csv"), _columns(run / "val.csv")
     if not training:
         return None
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, scores = figure.subplots(1, 2)
-    for name in ("loss", "loss_ce", "loss_bbox", "loss_giou"):
-        losses.plot(training["step"], training[name], label=name)
-    losses.set(xlabel="step", title="training losses", yscale="log")
-    for name in ("AP", "AP50", "AP75"):
-        if validation:
-            scores.plot(validation["step"], validation[name], marker="o", label=name)
-    scores.set(xlabel="step", title="validation", ylim=(0, 1))
-    for axes in (losses, scores):
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
     path = run / "curves.png"
-    write_atomically(path, lambda file: figure.savefig(file, dpi=110, format="png"))
+    with png_figure(path, (11, 4)) as figure:
+        losses, scores = figure.subplots(1, 2)
+        for name in ("loss", "loss_ce", "loss_bbox", "loss_giou"):
+            losses.plot(training["step"], training[name], label=name)
+        losses.set(xlabel="step", title="training losses", yscale="log")
+        for name in ("AP", "AP50", "AP75"):
+            if validation:
+                scores.plot(validation["step"], validation[name], marker="o", label=name)
+        scores.set(xlabel="step", title="validation", ylim=(0, 1))
+        for axes in (losses, scores):
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend()
     return path
 
 

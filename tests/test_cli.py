@@ -106,9 +106,14 @@ def test_help_tells_defaults_and_choices(ddetr: Callable[..., Outcome], capsys: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tran"], "no command 'tran' (did you mean train?): expected one of demo, train, eval, predict, data audit"),
+        (
+            ["tran"],
+            "no command 'tran' (did you mean train?): expected one of demo, train, eval, predict, data audit, bench op",
+        ),
         (["data"], "ddetr data: expected a command, one of: audit"),
-        (["--epochs"], "no command '--epochs': expected one of demo, train, eval, predict, data audit"),
+        (["bench"], "ddetr bench: expected a command, one of: op"),
+        (["bench", "operator"], "ddetr bench: expected a command, one of: op"),
+        (["--epochs"], "no command '--epochs': expected one of demo, train, eval, predict, data audit, bench op"),
     ],
 )
 def test_unknown_commands(refused: Callable[..., str], arguments: list[str], message: str) -> None:

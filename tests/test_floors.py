@@ -13,14 +13,15 @@ ROOT = Path(ddetr.__file__).parent
 FLOORS = {
     0: "errors",
     1: "atomic console padding parser boxes ops",
-    2: "datasets models metrics coco_results drawing",
-    3: "checkpoint evaluation detections doctor",
+    2: "datasets models metrics coco_results drawing plots",
+    3: "checkpoint evaluation detections optimize doctor",
     4: "predictor",
     5: "predict_files report export",
     6: "engine",
     7: "demo serve",
-    8: "cli",
-    9: "__main__ __init__",
+    8: "bench",
+    9: "cli",
+    10: "__main__ __init__",
 }
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts.split()}
 HEAVY = {

@@ -16,12 +16,13 @@ import torch
 
 from ddetr.ops import embedding_bag
 from ddetr.ops.native import library
-from ddetr.ops.self_test import SelfTestError, self_test
+from ddetr.ops.self_test import SelfTestError
+from ddetr.ops.verified import verify
 
 VARIABLE = "DDETR_OPS"
 _SERVES = {"cpu": ("native", "embedding_bag", "reference"), "cuda": ("triton", "embedding_bag", "reference")}
 _NAMES = ("auto", "native", "triton", "embedding_bag", "reference")
-_CURE = f"set {VARIABLE}=reference to go on with plain PyTorch"
+CURE = f"set {VARIABLE}=reference to go on with plain PyTorch"
 _log = logging.getLogger(__name__)
 
 
@@ -97,7 +98,7 @@ def _chosen(device_type: str) -> str:
     name = requested()
     if name in serves:
         if problem := _problem(name):
-            raise RuntimeError(f"{VARIABLE}={name}, but {problem}; {_CURE}")
+            raise RuntimeError(f"{VARIABLE}={name}, but {problem}; {CURE}")
         return name
     for name in serves:
         problem = _problem(name)
@@ -115,7 +116,7 @@ _verified: dict[str, ModuleType] = {}
 
 
 def verified_backend(device: torch.device) -> ModuleType:
-    """The module that computes on a device, after its self-test there (once a process and device).
+    """The module that computes on a device, after its self-test there (verified.py says how often).
 
     Raises:
         RuntimeError: the self-test failed, with the cure. An automatic choice on CUDA falls back with a warning.
@@ -132,12 +133,12 @@ def _verify(device: torch.device) -> ModuleType:
     if name in ("embedding_bag", "reference"):
         return module
     try:
-        self_test(module, device)
+        verify(module, device)
     except SelfTestError as error:
         versions = f"PyTorch {torch.__version__}" + (f", CUDA {torch.version.cuda}" if device.type == "cuda" else "")
         message = f"the {name} back end of ms_deform_attn failed its self-test on {device} ({versions}): {error}"
         if requested() == name or device.type == "cpu":
-            raise RuntimeError(f"{message}; {_CURE}") from error
+            raise RuntimeError(f"{message}; {CURE}") from error
         _log.warning("%s; plain PyTorch is used instead, which is slower", message)
         _rejected.add(device.type)
         return embedding_bag

@@ -7,6 +7,7 @@ Autocast has no rule here on purpose: values may be bfloat16 or float16, while l
 nothing must be cast on the way in.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ddetr.ops import embedding_bag
 from ddetr.ops.arguments import check_arguments, check_cells
-from ddetr.ops.backends import verified_backend
+from ddetr.ops.backends import CURE, verified_backend
 from ddetr.ops.reference import attention_step_reference
 
 _FORWARD = "ddetr::ms_deform_attn"
@@ -35,7 +36,7 @@ def _forward(
 ) -> Tensor:
     check_arguments(value, spatial_shapes, points, weights, reference_points)
     check_cells(value.shape[1], spatial_shapes)
-    return _module(value).forward(value, spatial_shapes, points, weights, reference_points)
+    return _run(_module(value).forward, value, spatial_shapes, points, weights, reference_points)
 
 
 @torch.library.impl(_BACKWARD, ("cpu", "cuda"))
@@ -53,8 +54,8 @@ def _backward(
     n, _, m, d = value.shape
     if grad_output.shape != (n, points.shape[1], m * d):
         raise ValueError(f"grad_output must be {(n, points.shape[1], m * d)}, got {tuple(grad_output.shape)}")
-    *grads, grad_reference = _module(value).backward(
-        grad_output, value, spatial_shapes, points, weights, reference_points, with_reference
+    *grads, grad_reference = _run(
+        _module(value).backward, grad_output, value, spatial_shapes, points, weights, reference_points, with_reference
     )
     return (*grads, value.new_empty(0) if grad_reference is None else grad_reference)
 
@@ -62,6 +63,17 @@ def _backward(
 def _module(value: Tensor) -> Any:
     """What computes: a module with `forward` and `backward`; float64 is for stock PyTorch."""
     return embedding_bag if value.dtype == torch.float64 else verified_backend(value.device)
+
+
+def _run(function: Callable, tensor: Tensor, *arguments: Any) -> Any:
+    """A back end's function; where it fails to run, the error says how to go on without that back end."""
+    try:
+        return function(tensor, *arguments)
+    except (ValueError, torch.OutOfMemoryError):  # the caller's to handle: too much at once
+        raise
+    except Exception as error:
+        where = f"{function.__module__.rpartition('.')[2]} on {tensor.device}"
+        raise RuntimeError(f"ms_deform_attn failed in {where}: {type(error).__name__}: {error}; {CURE}") from error
 
 
 @torch.library.register_fake(_FORWARD)

@@ -29,7 +29,7 @@ def forward(value: Tensor, shapes: Sequence[int], points: Tensor, weights: Tenso
     value, points, weights, reference, size = _prepare(value, points, weights, reference)
     block_q, block_d = _blocks(d)
     with _on(value):
-        _forward_kernel[(triton.cdiv(q, block_q), n * m)](
+        _forward_kernel[(triton.cdiv(q, block_q) * n * m,)](
             value, points, weights, reference, _level_table(tuple(shapes), value.device), output,
             q, s, m, num_levels, p, D=d, REFERENCE=size, BLOCK_Q=block_q, BLOCK_D=block_d, num_warps=4,
         )  # fmt: skip
@@ -62,7 +62,7 @@ def backward(
     if grad_points.numel() and value.numel():
         block_q, block_d = _blocks(d)
         with _on(value):
-            _backward_kernel[(triton.cdiv(q, block_q), n * m)](
+            _backward_kernel[(triton.cdiv(q, block_q) * n * m,)](
                 grad_output.contiguous(), value, points, weights, reference, _level_table(tuple(shapes), device),
                 grad_value, grad_points, grad_weights, partial,
                 q, s, m, num_levels, p, D=d, REFERENCE=size, WITH_REFERENCE=needs_reference,
@@ -101,6 +101,15 @@ def _level_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
 def _on(tensor: Tensor) -> "torch.cuda.device":
     """Triton launches on the current device, which need not be the tensor's (the interpreter runs on the CPU)."""
     return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+@triton.jit
+def _place(q, m, BLOCK_Q: tl.constexpr):
+    """Image, head and queries of this program, on one axis: CUDA's others end at 65,535."""
+    blocks = tl.cdiv(q, BLOCK_Q)
+    image_head = tl.program_id(0) // blocks
+    query = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    return (image_head // m).to(tl.int64), image_head % m, query
 
 
 @triton.jit
@@ -158,8 +167,7 @@ def _forward_kernel(
     value, points, weights, reference, levels, output, q, s, m, num_levels, per_level,
     D: tl.constexpr, REFERENCE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    n, head = (tl.program_id(1) // m).to(tl.int64), tl.program_id(1) % m
-    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    n, head, query = _place(q, m, BLOCK_Q)
     channel = tl.arange(0, BLOCK_D)
     mask, in_row = query < q, channel < D
     at_query = n * q + query
@@ -208,8 +216,7 @@ def _backward_kernel(
     q, s, m, num_levels, per_level,
     D: tl.constexpr, REFERENCE: tl.constexpr, WITH_REFERENCE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    n, head = (tl.program_id(1) // m).to(tl.int64), tl.program_id(1) % m
-    query = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    n, head, query = _place(q, m, BLOCK_Q)
     channel = tl.arange(0, BLOCK_D)
     mask, in_row = query < q, channel < D
     at_query = n * q + query

@@ -3,12 +3,13 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ddetr.ops
-from ddetr.ops import backends, embedding_bag, ms_deform_attn, ms_deform_attn_step
+from ddetr.ops import backends, embedding_bag, ms_deform_attn, ms_deform_attn_step, verified
 from ddetr.ops.native import library
 from ddetr.ops.self_test import SelfTestError, self_test
 
@@ -16,8 +17,10 @@ choice = sys.modules["ddetr.ops.backends"]  # the name in the package is the fun
 
 
 @pytest.fixture
-def fresh(monkeypatch):
-    """The choice not made yet, made again after the test; sets DDETR_OPS."""
+def fresh(monkeypatch, tmp_path):
+    """The choice not made yet, made again after the test, no self-test remembered; sets DDETR_OPS."""
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(tmp_path / "cache"))
 
     def forget():
         choice.requested.cache_clear()
@@ -138,7 +141,7 @@ def test_cuda_falls_back_to_the_reference_with_one_warning(fresh, monkeypatch, c
     monkeypatch.setattr(choice, "_problem", lambda name: None)
     monkeypatch.setattr(choice, "_module", lambda name: Failing)
     monkeypatch.setattr(choice, "_detail", lambda name: name)
-    monkeypatch.setattr(choice, "self_test", lambda module, device: self_test(module, torch.device("cpu")))
+    monkeypatch.setattr(verified, "self_test", lambda module, device: self_test(module, torch.device("cpu")))
     assert choice.chosen_backend("cuda") == "triton"
     assert choice.verified_backend(torch.device("cuda", 0)) is embedding_bag
     assert choice.chosen_backend("cuda") == "reference"
@@ -148,9 +151,17 @@ def test_cuda_falls_back_to_the_reference_with_one_warning(fresh, monkeypatch, c
     assert "no kernel image is available" in warning
 
 
-def test_importing_needs_torch_alone():
-    heavy = "torchvision lightning timm scipy transformers triton matplotlib PIL torch._dynamo"
-    code = f"import ddetr.ops, sys\nassert not (loaded := set({heavy!r}.split()) & set(sys.modules)), loaded"
+def test_importing_and_using_needs_torch_alone():
+    heavy = "torchvision lightning timm scipy transformers triton matplotlib PIL torch._dynamo sympy"
+    code = f"""
+import ddetr.ops, sys, torch
+def check(when):
+    assert not (loaded := set({heavy!r}.split()) & set(sys.modules)), (when, loaded)
+check("import")
+value = torch.rand(1, 36, 2, 8, requires_grad=True)
+ddetr.ops.ms_deform_attn(value, [(6, 6)], torch.rand(1, 9, 2, 1, 4, 2), torch.rand(1, 9, 2, 1, 4)).sum().backward()
+check("first use, with its self-test")
+"""
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -169,3 +180,64 @@ def test_compile_before_anything_was_chosen(fresh, name):
 
 def test_names():
     assert all(hasattr(ddetr.ops, name) for name in ddetr.ops.__all__)
+
+
+class Breaking:
+    """A back end that passes its self-test and fails later, as a kernel does on sizes that do not fit the device."""
+
+    error = RuntimeError("Triton Error [CUDA]: invalid argument")
+
+    @classmethod
+    def forward(cls, value, *arguments):
+        if value.shape[0] == 5:
+            raise cls.error
+        return embedding_bag.forward(value, *arguments)
+
+    @classmethod
+    def backward(cls, grad_output, *arguments):
+        if (grad_output == 7).all():
+            raise cls.error
+        return embedding_bag.backward(grad_output, *arguments)
+
+
+@pytest.fixture
+def breaking(fresh, monkeypatch):
+    monkeypatch.setattr(choice, "_module", lambda name: Breaking)
+    monkeypatch.setattr(choice, "_problem", lambda name: None)
+    value = torch.rand(5, 36, 2, 8, requires_grad=True)
+    return lambda n: ms_deform_attn(value[:n], [(6, 6)], torch.rand(n, 9, 2, 1, 4, 2), torch.rand(n, 9, 2, 1, 4))
+
+
+CURE = "RuntimeError: Triton Error .CUDA.: invalid argument; set DDETR_OPS=reference to go on"
+
+
+def test_a_failure_to_launch_names_the_cure(breaking):
+    with pytest.raises(RuntimeError, match=f"ms_deform_attn failed in .* on cpu: {CURE}") as raised:
+        breaking(5)
+    assert raised.value.__cause__ is Breaking.error
+    output = breaking(1)
+    with pytest.raises(RuntimeError, match=CURE):
+        output.backward(torch.full_like(output, 7.0))
+
+
+def test_an_error_of_the_kernel_names_the_cure(fresh, monkeypatch):
+    if not backends()[0].available:
+        pytest.skip("no native library")
+    fresh("native")
+    value = torch.rand(1, 36, 2, 8, requires_grad=True)
+    points, weights = torch.rand(1, 9, 2, 1, 4, 2), torch.rand(1, 9, 2, 1, 4)
+    output = ms_deform_attn(value, [(6, 6)], points, weights)
+    broken = SimpleNamespace(msda_forward=lambda args: 1, msda_backward=lambda args: 77)
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "load", lambda: broken)
+        with pytest.raises(RuntimeError, match="out of memory for its scratch arrays; set DDETR_OPS=reference"):
+            ms_deform_attn(value, [(6, 6)], points, weights)
+        with pytest.raises(RuntimeError, match="the CPU kernel failed: 77; set DDETR_OPS=reference"):
+            output.sum().backward()
+    assert torch.equal(ms_deform_attn(value, [(6, 6)], points, weights), output)
+
+
+def test_out_of_memory_stays_what_it_is(breaking, monkeypatch):
+    monkeypatch.setattr(Breaking, "error", torch.OutOfMemoryError("CUDA out of memory"))  # programs catch it by type
+    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+        breaking(5)

@@ -58,12 +58,15 @@ def test_called_from_several_threads_at_once(threads):
     inputs = make_inputs(**BIG["packed"]).cast(torch.float32)
     arguments = (inputs.value, inputs.flat, inputs.points, inputs.weights, inputs.reference)
     expected = library.forward(*arguments)
+    expected_grads = library.backward(expected, *arguments)
     wrong = []
 
     def work():
         for _ in range(20):
             if not torch.equal(library.forward(*arguments), expected):
-                wrong.append(1)
+                wrong.append("output")
+            if not all(map(torch.equal, library.backward(expected, *arguments), expected_grads)):
+                wrong.append("gradients")
 
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:
@@ -141,7 +144,7 @@ def test_a_stale_library_is_refused(monkeypatch):
 
 
 def test_build_without_a_compiler(monkeypatch, tmp_path):
-    monkeypatch.setattr(build, "compilers", lambda name: [])
+    monkeypatch.setattr(build, "compilers", lambda *_: [])
     with pytest.raises(build.BuildError, match="no compiler for linux-aarch64 here: pip install ziglang"):
         build.build("linux-aarch64", tmp_path / "msda.so")
 
@@ -151,7 +154,7 @@ def test_build_that_fails_says_why(monkeypatch, tmp_path):
     script = tmp_path / "compiler"
     script.write_text("#!/bin/sh\necho 'error: out of ideas' >&2\nexit 1\n")
     script.chmod(0o755)
-    monkeypatch.setattr(build, "compilers", lambda name: [[str(script)], [str(tmp_path / "absent")]])
+    monkeypatch.setattr(build, "compilers", lambda *_: [[str(script)], [str(tmp_path / "absent")]])
     with pytest.raises(build.BuildError, match="out of ideas") as raised:
         build.build(output=tmp_path / "msda.so")
     assert "absent" in str(raised.value)

@@ -6,8 +6,10 @@ import pytest
 import torch
 from attention_inputs import make_inputs, relative_error, truth
 
+from ddetr.models import attention
+from ddetr.models.attention import MSDeformAttn
 from ddetr.ops import ms_deform_attn, ms_deform_attn_step
-from ddetr.ops.reference import attention_step_reference
+from ddetr.ops.reference import attention_step_reference, ms_deform_attn_gather, ms_deform_attn_reference
 
 REFERENCES = pytest.mark.parametrize("reference", [0, 2, 4])
 
@@ -50,6 +52,17 @@ def test_gradcheck_operator(reference):
     inputs = make_inputs(d=3, p=2, q=3, reference=reference)
     assert torch.autograd.gradcheck(lambda *t: call(inputs, *t), inputs.tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *t: call(inputs, *t), inputs.tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("function", [ms_deform_attn_reference, ms_deform_attn_gather])
+def test_gradcheck_in_full(function):
+    """Every entry of the Jacobian (the checks above project it), of one point that lies outside, too."""
+    inputs = make_inputs(d=2, m=1, p=1, q=2, shapes=[(3, 2), (1, 1)], reference=0)
+    with torch.no_grad():
+        inputs.points[0, 0, 0, 0, 0] = 1.7
+    assert torch.autograd.gradcheck(lambda v, p, w: function(v, inputs.shapes, p, w), inputs.tensors)
+    if function is ms_deform_attn_gather:
+        assert torch.autograd.gradgradcheck(lambda v, p, w: function(v, inputs.shapes, p, w), inputs.tensors)
 
 
 @REFERENCES
@@ -125,6 +138,53 @@ def test_compile_dynamic_shapes():
         torch.testing.assert_close(compiled(*arguments), step(*arguments))
 
 
+class TwoLayers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(MSDeformAttn(32, 2, 4, 3) for _ in range(2))
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(32) for _ in range(2))
+        for layer in self.layers:  # they start blind to the query
+            torch.nn.init.normal_(layer.sampling_offsets.weight)
+            torch.nn.init.normal_(layer.attention_weights.weight)
+
+    def forward(self, memory, references, images):
+        shapes = [tuple(image.shape) for image in images]
+        query = memory
+        for layer, norm in zip(self.layers, self.norms):
+            query = norm(query + layer(query, references, query, shapes))
+        return query
+
+
+def layers_inputs(shapes, n=2):
+    cells = sum(h * w for h, w in shapes)
+    return torch.randn(n, cells, 32), torch.rand(n, cells, len(shapes), 2), [torch.empty(shape) for shape in shapes]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_a_model_of_two_layers(dynamic):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = TwoLayers()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
+    frames = []
+    # Sizes that are equal at first, to each other or to a constant, are taken to be so always.
+    for shapes in [[(13, 17), (5, 7)], [(11, 9), (6, 4)], [(8, 12), (9, 9)]][: 3 if dynamic else 1]:
+        inputs = layers_inputs(shapes, n=3)
+        got, expected = compiled(*inputs), model(*inputs)
+        torch.testing.assert_close(got, expected)
+        parameters = list(model.parameters())
+        for a, b in zip(
+            torch.autograd.grad(got.square().sum(), parameters),
+            torch.autograd.grad(expected.square().sum(), parameters),
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1, "other image sizes must not compile again"
+
+
 class Step(torch.nn.Module):
     shapes = ((6, 5), (3, 2))
 
@@ -167,6 +227,34 @@ def test_autocast_casts_nothing(reference):
         assert relative_error(low.detach(), output) < 4e-3
         got_grads = torch.autograd.grad(got, tensors, grad_output.float())
     assert all(relative_error(a, b) < 2e-5 for a, b in zip(got_grads, grads))
+
+
+def test_a_module_under_autocast(monkeypatch):
+    """Linear layers give bfloat16; locations are computed in float32 all the same: on a level of 128 cells a location
+    in bfloat16 would be off by a quarter of a cell.
+    """
+    steps = []
+
+    def step(*arguments):
+        steps.append((arguments, ms_deform_attn_step(*arguments)))
+        return steps[-1][1]
+
+    model, shapes = TwoLayers(), [(128, 2), (2, 128)]
+    inputs = layers_inputs(shapes)
+    expected = model(*inputs)
+    monkeypatch.setattr(attention, "ms_deform_attn_step", step)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(*inputs)
+    assert len(steps) == 2
+    for (value, _, offsets, logits, references), output in steps:
+        assert {value.dtype, offsets.dtype, logits.dtype, output.dtype} == {torch.bfloat16}
+        assert references.dtype == torch.float32
+        doubles = [t.detach().double() for t in (value, offsets, logits, references)]
+        exact = attention_step_reference(doubles[0], shapes, *doubles[1:])
+        assert relative_error(output.detach(), exact) < 4e-3
+    assert (got - expected).abs().mean() < 0.03
+    got.square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_inference_mode_and_no_grad():

@@ -95,3 +95,31 @@ def test_on_the_device():
     from ddetr.ops.self_test import self_test
 
     self_test(triton_kernels, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("reference", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-3), (torch.float16, 4e-3)], ids=str
+)
+@pytest.mark.parametrize(("n", "d"), [(1, 32), (154, 8), (65, 7), (2, 64)])
+def test_values_on_the_device(n, d, dtype, tolerance, reference):
+    from attention_inputs import make_inputs, relative_error, truth
+
+    from ddetr.ops import triton_kernels
+
+    inputs = make_inputs(n=n, m=4, d=d, q=70, p=3, reference=reference, dtype=torch.bfloat16)
+    output, grad_output, grads = truth(inputs)
+    value, points, weights, references = (None if t is None else t.cuda() for t in inputs.cast(dtype)[1:])
+    arguments = (value, inputs.flat, points, weights, references)
+    assert relative_error(triton_kernels.forward(*arguments).cpu(), output) < tolerance
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            runs = [triton_kernels.backward(grad_output.to("cuda", dtype), *arguments) for _ in range(2)]
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert max(relative_error(got.cpu(), grad) for got, grad in zip(runs[0], grads)) < tolerance
+        if deterministic:
+            assert all(torch.equal(a, b) for a, b in zip(*runs) if a is not None)

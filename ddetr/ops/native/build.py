@@ -106,8 +106,8 @@ def source_id() -> str:
     return digest.hexdigest()[:16]
 
 
-def compilers(name: str) -> list[list[str]]:
-    """Commands that can build for a platform, best first."""
+def compilers(name: str, portable: bool = False) -> list[list[str]]:
+    """Commands that can build for a platform, best first; `portable`: for every machine of it."""
     found = []
     try:
         import ziglang  # noqa: F401
@@ -116,7 +116,7 @@ def compilers(name: str) -> list[list[str]]:
     else:
         if name in TARGETS:
             found.append([sys.executable, "-m", "ziglang", "c++", "-target", TARGETS[name].triple])
-    if name == host():
+    if name == host() and not portable:
         candidates = [os.environ["CXX"].split()] if os.environ.get("CXX") else []
         candidates += [[command] for command in ("c++", "g++", "clang++")]
         found += [command for command in candidates if shutil.which(command[0])]
@@ -130,17 +130,22 @@ class Built(NamedTuple):
     portable: bool
 
 
-def build(name: str | None = None, output: Path | None = None) -> Built:
+def build(name: str | None = None, output: Path | None = None, portable: bool = False) -> Built:
     """Compile for a platform (default: this machine).
+
+    Args:
+        name: of `TARGETS` or `host()`.
+        output: where to put the library (default: beside the sources).
+        portable: by ziglang or not at all.
 
     Raises:
         BuildError: no compiler, or none that succeeds (with the last one's words).
     """
     name = name or host()
     output = output or library_path(name)
-    commands = compilers(name)
+    commands = compilers(name, portable)
     if not commands:
-        cure = "pip install ziglang" + (", or install a C++ compiler" if name == host() else "")
+        cure = "pip install ziglang" + (", or install a C++ compiler" if name == host() and not portable else "")
         raise BuildError(f"no compiler for {name} here: {cure}")
     failures = []
     for command in commands:

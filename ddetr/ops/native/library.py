@@ -75,7 +75,10 @@ def isa() -> str:
 
 
 def forward(value: Tensor, shapes: Sequence[int], points: Tensor, weights: Tensor, reference: Tensor | None) -> Tensor:
-    """(N, Q, M*D). Without `reference`, points are locations and weights weights; with it, offsets and logits."""
+    """(N, Q, M*D), the same bits with any number of threads.
+
+    Without `reference`, points are locations and weights weights; with it, offsets and logits.
+    """
     call = _Call(value, shapes, points, weights, reference)
     output = call.value.new_empty(call.n, call.q, call.m * call.d)
     call.args.output = output.data_ptr()
@@ -92,7 +95,11 @@ def backward(
     reference: Tensor | None,
     with_reference: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of value, points, weights and (if `with_reference`) reference; the same bits in every run."""
+    """Gradients of value, points, weights and (if `with_reference`) reference.
+
+    The same bits in every run with the same number of threads (`torch.get_num_threads()`): another number may cut the
+    queries of a head into other parts, whose gradients of a value are then added up in another order.
+    """
     call = _Call(value, shapes, points, weights, reference)
     grad_output = grad_output.to(call.value.dtype).contiguous()
     grad_value = torch.empty(call.value.shape, dtype=call.value.dtype)
@@ -149,7 +156,7 @@ class _Call:
     def run(self, function: "ctypes._CFuncPtr") -> None:
         code = function(ctypes.byref(self.args))
         if code:
-            raise RuntimeError(f"the CPU kernel of ms_deform_attn failed: {_ERRORS.get(code, code)}")
+            raise RuntimeError(f"the CPU kernel failed: {_ERRORS.get(code, code)}")
 
 
 def _prepare(tensor: Tensor, inner: int) -> Tensor:
