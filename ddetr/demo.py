@@ -29,7 +29,7 @@ OPTIM = OptimConfig(lr=1e-3, lr_linear_proj_mult=1.0, clip_max_norm=1.0, schedul
 
 
 def demo(
-    *, output: str | None = None, num_train: int = 2000, num_val: int = 200, epochs: int = 5, seed: int = 0
+    *, output: str | None = None, num_train: int = 2000, num_val: int = 200, epochs: int = 4, seed: int = 0
 ) -> RunResult:
     """Train a small Deformable DETR with box refinement and the official losses on drawn shapes.
 

@@ -1,11 +1,13 @@
 """Models for inference: the same outputs in less time, from a rewritten copy of a trained model."""
 
+import contextlib
 import copy
 import ctypes
 import functools
 import logging
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ddetr.errors import InputError
 from ddetr.models.deformable_transformer import DeformableTransformerEncoderLayer
 
-__all__ = ["TOLERANCES", "OptimizedModel", "Optimization", "keep_freed_memory", "optimize_model"]
+__all__ = ["TOLERANCES", "Optimization", "OptimizedModel", "keep_freed_memory", "onednn_matmuls", "optimize_model"]
 
 Optimization = Literal["float32", "bfloat16", "compile"]
 
@@ -209,6 +211,40 @@ def _onednn_is_faster() -> bool:
             best[name] = min(best.get(name, math.inf), time.perf_counter() - start)
     log.info("linear layers: %s", ", ".join(f"{name} {1000 * seconds:.2f} ms" for name, seconds in best.items()))
     return best["oneDNN"] < 0.9 * best["PyTorch"]
+
+
+@contextlib.contextmanager
+def onednn_matmuls() -> Iterator[None]:
+    """Inside the block, float32 matrix products on the CPU are oneDNN's, with their gradients.
+
+    PyTorch takes MKL's, which take twice the time on AMD processors, unless it may round to bfloat16. oneDNN makes use
+    of that permission only where the processor has matrix units (AMX): whether products are still exact is looked at
+    here, on numbers, and where they are not, or PyTorch has no such switch, the block changes nothing. The answer does
+    not depend on timing, so that a run that goes on after a stop computes the same bits.
+    """
+    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    before = getattr(switch, "fp32_precision", None)
+    if before != "none":  # no such switch, or somebody else's choice
+        yield
+        return
+    try:
+        switch.fp32_precision = "bf16"
+        if not _products_are_exact():
+            switch.fp32_precision = before
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def _products_are_exact() -> bool:
+    """Rounded to bfloat16 they would be off by a thousandth."""
+    generator = torch.Generator().manual_seed(0)
+    for rows, size in ((64, 64), (2048, 512)):
+        x = torch.randn(rows, size, generator=generator, dtype=torch.float32, device="cpu")
+        expected = x.double() @ x.double().T
+        if (x @ x.T - expected).abs().max() > 1e-5 * expected.abs().max():
+            return False
+    return True
 
 
 def keep_freed_memory() -> bool:

@@ -14,7 +14,7 @@ from ddetr.cli import main
 from ddetr.datasets.annotations import Category
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
-from ddetr.optimize import OneDNNLinear, fold_batch_norms, optimize_model
+from ddetr.optimize import OneDNNLinear, fold_batch_norms, onednn_matmuls, optimize_model
 from ddetr.predictor import Predictor
 
 SMALL = {
@@ -179,3 +179,38 @@ def test_keep_freed_memory_without_glibc(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(ctypes, "CDLL", without)
     assert not optimize.keep_freed_memory()
+
+
+def test_matrix_products_stay_exact() -> None:
+    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    before = getattr(switch, "fp32_precision", None)
+    x = torch.randn(300, 200)
+    with onednn_matmuls():
+        product = x @ x.T
+        assert optimize._products_are_exact()
+    assert getattr(switch, "fp32_precision", None) == before
+    torch.testing.assert_close(product.double(), x.double() @ x.double().T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this PyTorch has no such switch")
+def test_matrix_products_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they would be rounded, where somebody has chosen, and after an error."""
+    switch = torch.backends.mkldnn.matmul
+    monkeypatch.setattr(optimize, "_products_are_exact", lambda: False)
+    with onednn_matmuls():
+        assert switch.fp32_precision == "none"
+    monkeypatch.setattr(optimize, "_products_are_exact", lambda: True)
+    block = onednn_matmuls()
+    with block:
+        assert switch.fp32_precision == "bf16"
+    assert switch.fp32_precision == "none"
+    failing = onednn_matmuls()
+    failing.__enter__()
+    assert not failing.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert switch.fp32_precision == "none"
+    switch.fp32_precision = "ieee"
+    try:
+        with onednn_matmuls():
+            assert switch.fp32_precision == "ieee"
+    finally:
+        switch.fp32_precision = "none"

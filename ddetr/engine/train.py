@@ -31,6 +31,7 @@ from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+from ddetr.optimize import onednn_matmuls
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +211,8 @@ def train(
             ],
             **where,
         )
-        _fit(trainer, module, datamodule, run, resume_file)
+        with onednn_matmuls():
+            _fit(trainer, module, datamodule, run, resume_file)
     if trainer.is_global_zero:
         report.draw_curves(run.path)
         report.draw_pictures(run.path, val_set, num_pictures, device=where["accelerator"])
