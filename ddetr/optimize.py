@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -34,19 +34,24 @@ class OptimizedModel(nn.Module):
         super().__init__()
         self.model = model
         self.optimization = optimization
-        self._run = model
+        self._compiled: Callable[..., Any] | None = None
 
     def compile_model(self) -> None:
-        """From now on through torch.compile, with the weights as constants."""
-        self._run = torch.compile(self.model, options={"freezing": True})
+        """From now on through torch.compile, with the weights as constants, laid out and rounded once."""
+        self._compiled = torch.compile(self.model)
 
     @torch.no_grad()
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Any]:
         """As the original's."""
         if self.optimization == "float32":
-            return self._run(images, mask)
+            return self.model(images, mask)
         with torch.autocast(images.device.type, torch.bfloat16):
-            return self._run(images, mask)
+            if self._compiled is None:
+                return self.model(images, mask)
+            from torch._inductor import config  # slow to import
+
+            with config.patch(freezing=True):  # as an option of torch.compile it comes after the weights became inputs
+                return self._compiled(images, mask)
 
 
 def optimize_model(model: nn.Module, optimization: Optimization = "float32") -> OptimizedModel:
