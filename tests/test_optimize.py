@@ -89,8 +89,9 @@ def test_bfloat16_is_near() -> None:
 
 
 def test_chunks_of_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimize.ChunkedFeedForward, "rows", 50)
     model = make_model()
+    use_chunks = optimize.use_chunks
+    monkeypatch.setattr(optimize, "use_chunks", lambda module, rows: use_chunks(module, 50))
     images = torch.randn(1, 3, 128, 128)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -120,7 +121,7 @@ def test_the_original_is_not_touched() -> None:
 
 
 def test_a_wrong_copy_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(module: nn.Module) -> None:
+    def spoil(module: nn.Module, rows: int) -> None:
         with torch.no_grad():
             next(p for name, p in module.named_parameters() if name.endswith("value_proj.weight")).mul_(1.5)
 
