@@ -18,7 +18,7 @@ from rich.table import Table
 from ddetr.bench import record
 from ddetr.bench.sides import Setting, prepare
 from ddetr.bench.sizes import STRIDES, Inputs, Size, make_inputs, pyramid
-from ddetr.bench.timing import Clock, interleaved
+from ddetr.bench.timing import Clock, in_inference_mode, interleaved
 from ddetr.plots import png_figure
 
 DENSE = "dense attention"
@@ -158,7 +158,7 @@ def _short(number: int) -> str:
 def _calls(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     inputs = make_inputs(size, device, dtype)
     steps, _ = prepare(Setting(size.shapes, device, dtype), SIDES[:2])
-    calls = {side: _inference(lambda step=step: step(*inputs)) for side, step in steps.items()}
+    calls = {side: in_inference_mode(lambda step=step: step(*inputs)) for side, step in steps.items()}
     if 4 * size.heads * size.head_size * size.queries * size.cells <= _MOST_OPERATIONS[device.type]:
         calls[DENSE] = _dense(size, inputs)
     return calls
@@ -169,12 +169,4 @@ def _dense(size: Size, inputs: Inputs) -> Callable[[], object]:
     value = inputs.value.transpose(1, 2).contiguous()  # (N, M, S, D)
     keys = torch.randn_like(value)
     queries = keys.new_zeros(size.batch, size.heads, size.queries, size.head_size).normal_()
-    return _inference(lambda: F.scaled_dot_product_attention(queries, keys, value))
-
-
-def _inference(function: Callable[[], object]) -> Callable[[], object]:
-    def call() -> None:
-        with torch.inference_mode():
-            function()
-
-    return call
+    return in_inference_mode(lambda: F.scaled_dot_product_attention(queries, keys, value))

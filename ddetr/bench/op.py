@@ -15,11 +15,19 @@ from ddetr.bench import growth as growth_curves
 from ddetr.bench import record, tables
 from ddetr.bench.sides import BASE, DESCRIPTIONS, Setting, Step, prepare, reason_of
 from ddetr.bench.sizes import CPU_DEFAULT, CUDA_DEFAULT, Inputs, Size, chosen_sizes, compulsory_bytes, make_inputs
-from ddetr.bench.timing import Clock, copy_bandwidth, cpu_clock, cuda_clock, gigabytes_per_second, interleaved
+from ddetr.bench.timing import (
+    Clock,
+    copy_bandwidth,
+    cpu_clock,
+    cuda_clock,
+    gigabytes_per_second,
+    in_inference_mode,
+    interleaved,
+)
 from ddetr.errors import InputError
 from ddetr.ops.reference import attention_step_reference
 
-FORWARD, BOTH = "forward", "forward + backward"
+FORWARD, BOTH = tables.KINDS
 COMPARED = ("output", "gradient of value", "gradient of offsets", "gradient of logits")
 
 # Of the largest value. In bfloat16 the results alone are rounded by up to 2^-9 of theirs; locations rounded to bfloat16
@@ -144,7 +152,9 @@ def measure(
     grad_output = truth.grad_output
     del truth
     times = {
-        FORWARD: interleaved({side: _forward(step, inputs) for side, step in steps.items()}, clock, rounds),
+        FORWARD: interleaved(
+            {side: in_inference_mode(lambda step=step: step(*inputs)) for side, step in steps.items()}, clock, rounds
+        ),
         BOTH: interleaved({side: _both(step, leaves, grad_output) for side, step in steps.items()}, clock, rounds),
     }
     rows = [
@@ -194,14 +204,6 @@ def errors_of(step: Step, leaves: Inputs, truth: Truth) -> dict[str, float]:
         what: ((got.double() - want).abs().max() / want.abs().max()).item()
         for what, got, want in zip(COMPARED, (result.detach(), *grads), truth.compared)
     }
-
-
-def _forward(step: Step, inputs: Inputs) -> Callable[[], object]:
-    def call() -> None:
-        with torch.inference_mode():
-            step(*inputs)
-
-    return call
 
 
 def _both(step: Step, leaves: Inputs, grad_output: Tensor) -> Callable[[], object]:

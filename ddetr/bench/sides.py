@@ -156,7 +156,7 @@ DESCRIPTIONS = {
     "ours": "ms_deform_attn_step: softmax and locations inside",
     "ours, plain": "ms_deform_attn: softmax and locations outside",
     "embedding_bag": "our fallback in stock PyTorch, for machines without a kernel",
-    BASE: "the formulation of the official code and transformers in PyTorch; samples in float32",
+    BASE: "this project's reference: level by level, in float32; softmax and locations outside",
     "transformers": "its module as installed, without kernels from the hub",
     "official kernel": "the CUDA extension of Deformable-DETR",
     "hub kernel": "kernels-community/deformable-detr through the package kernels",

@@ -8,7 +8,7 @@ from rich.table import Table
 from ddetr.bench.record import describe
 from ddetr.bench.sides import BASE
 
-_KINDS = ("forward", "forward + backward")
+KINDS = ("forward", "forward + backward")
 
 
 def header(report: Mapping[str, Any]) -> list[str]:
@@ -91,7 +91,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     cells = []
-    for kind in _KINDS:
+    for kind in KINDS:
         ratio = row[kind]["ratio"]
         cells += [_short(row[kind]["ms"]), "-" if ratio is None else f"{ratio:.1f}x", f"{row[kind]['gb_per_s']:.1f}"]
     return [*cells, f"{max(row['error'].values()):.0e}"]

@@ -79,6 +79,16 @@ def interleaved(calls: Mapping[str, Call], clock: Clock, rounds: int) -> dict[st
     return times
 
 
+def in_inference_mode(function: Call) -> Call:
+    """The same call without what autograd would record."""
+
+    def call() -> None:
+        with torch.inference_mode():
+            function()
+
+    return call
+
+
 def copy_bandwidth(device: torch.device, clock: Clock) -> float:
     """GB/s that a large `copy_` reads and writes together: what the memory gives to the simplest of programs."""
     source = torch.ones(_COPY_BYTES // 4, device=device)
