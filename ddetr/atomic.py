@@ -8,14 +8,19 @@ from pathlib import Path
 from ddetr.errors import InputError
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], keep_as: Path | None = None) -> None:
     """Call `write` with a temporary name beside `path`, then put the file in its place: killed at any moment, it
-    leaves either the old file or the new one under `path`."""
+    leaves either the old file or the new one under `path`.
+
+    keep_as: the name, in the same folder, that the old file gets; killed between the two renamings, it is there alone.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

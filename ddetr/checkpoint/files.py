@@ -1,4 +1,4 @@
-"""Bytes to tensors: nothing that a file contains is run."""
+"""Bytes to tensors and back: nothing that a file contains is run."""
 
 import argparse
 import pickle
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ddetr.atomic import write_atomically
 from ddetr.errors import InputError
 
 
@@ -43,6 +44,21 @@ def read_file(path: Path) -> FileContent:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except Exception as error:  # a damaged pickle raises anything, from KeyError to RecursionError
         raise InputError(f"{path}: {_diagnosis(path, error)}") from error
+
+
+def write_file(path: Path, content: Any, keep_as: Path | None = None) -> None:
+    """`torch.save` as `write_atomically` does it. A disk that takes no more raises OSError, with its reason."""
+
+    def write(temporary: Path) -> None:
+        try:
+            with temporary.open("wb") as file:
+                torch.save(content, file)
+        except RuntimeError as error:  # what PyTorch's writer makes of a failed write
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+    write_atomically(path, write, keep_as)
 
 
 def _read_safetensors(path: Path) -> FileContent:

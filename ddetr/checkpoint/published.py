@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ddetr import __version__
 from ddetr.atomic import write_atomically
-from ddetr.checkpoint.files import read_file
+from ddetr.checkpoint.files import read_file, write_file
 from ddetr.datasets.annotations import Category
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
@@ -125,7 +124,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         write_atomically(path, lambda file: save_file(tensors, file, metadata))
     else:
         model = {name: tensors[aliases.get(name, name)] for name in checkpoint.model}
-        write_atomically(path, lambda file: torch.save({"format": FORMAT, **header, "model": model}, file))
+        write_file(path, {"format": FORMAT, **header, "model": model})
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -58,21 +58,20 @@ class Watch(Callback):
         step = trainer.global_step
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
-        # The last step of an epoch comes before its checkpoint, which must not be overwritten by one of broken weights.
-        if step % self.log_every and step != 1 and not trainer.is_last_batch:
-            return
-        values = {name: float(value) for name, value in outputs.items()}
         watched = ["loss", "grad_norm"]
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             watched.remove("grad_norm")  # fp16's scaler leaves out the steps whose gradient overflows
-        is_broken = not all(math.isfinite(values[name]) for name in watched)
+        is_broken = not all(math.isfinite(float(outputs[name])) for name in watched)
         # All processes stop together: one alone would leave the others waiting for it.
         if trainer.strategy.reduce_boolean_decision(is_broken, all=False):
             raise FloatingPointError(
-                f"step {step} has loss {values['loss']} and gradient norm {values['grad_norm']}: the run is stopped, its "
-                "last checkpoint is intact. "
+                f"step {step} has loss {float(outputs['loss'])} and gradient norm {float(outputs['grad_norm'])}: the run is "
+                "stopped, its last checkpoint is intact. "
                 "A lower --optim.lr, --optim.warmup_steps or --precision 32 usually helps; `ddetr data audit` checks the boxes"
             )
+        if step % self.log_every and step != 1 and not trainer.is_last_batch:
+            return
+        values = {name: float(value) for name, value in outputs.items()}
         now, (then, step_then) = time.perf_counter(), self._since
         speed = (step - step_then) * self.batch_size / (now - then)
         self._since = (now, step)
@@ -141,11 +140,14 @@ class Publish(Callback):
         if not trainer.is_global_zero:
             return
         self.run.append_csv("val.csv", place | {name: round(value, 6) for name, value in metrics.numbers().items()})
-        self.run.write_json("metrics.json", {"last": place | metrics.to_dict(), "best": self.best_metrics})
-        self.publish("last.pth", module, metrics)
+        with self.run.going_on_without("metrics.json"):
+            self.run.write_json("metrics.json", {"last": place | metrics.to_dict(), "best": self.best_metrics})
+        for name in ["last.pth", *["best.pth"] * is_best]:
+            with self.run.going_on_without(name):
+                self.publish(name, module, metrics)
         if is_best:
-            self.publish("best.pth", module, metrics)
-            self.run.write_csv("per_class.csv", metrics.to_dict()["per_class"])
+            with self.run.going_on_without("per_class.csv"):
+                self.run.write_csv("per_class.csv", metrics.to_dict()["per_class"])
         logger.info(
             "epoch %d, step %d: AP %.3f  AP50 %.3f  AP75 %.3f%s",
             trainer.current_epoch,

@@ -25,10 +25,20 @@ class EpochOrder(Sampler[tuple[int, int]]):
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, *, seed: int, epoch: int = 0, rank: int = 0, world_size: int = 1
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start: tuple[int, int] = (0, 0),
     ):
+        """start: (epoch, global batch): that epoch begins there, as if the batches before it had been taken already; its
+        length stays that of a whole epoch, by which Lightning counts."""
         self.num_images, self.batch_size, self.seed, self.epoch = num_images, batch_size, seed, epoch
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.start = rank, world_size, start
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -41,7 +51,8 @@ class EpochOrder(Sampler[tuple[int, int]]):
         order = torch.randperm(self.num_images, generator=generator)
         order = order[: self.num_images // self.batch_size * self.batch_size]
         share = order.view(-1, self.world_size, self.batch_size // self.world_size)[:, self.rank].flatten()
-        for index in share.tolist():
+        first = self.start[1] * self.batch_size // self.world_size if self.epoch == self.start[0] else 0
+        for index in share[first:].tolist():
             yield index, sample_seed(self.seed, self.epoch, index)
 
 
@@ -85,6 +96,7 @@ class DetectionData(pl.LightningDataModule):
             train=False,
         )
         self.batch_size, self.device_batch_size, self.seed = batch_size, device_batch_size, seed
+        self.start = (0, 0)  # epoch and batch that the run goes on from
         cores = os.cpu_count() or 1
         self.num_workers = (min(4, cores) if cores >= 4 else 0) if data.num_workers is None else data.num_workers
         if len(self.train_set) < batch_size:
@@ -108,6 +120,7 @@ class DetectionData(pl.LightningDataModule):
             epoch=trainer.current_epoch,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
+            start=self.start,
         )
         return DataLoader(
             self.train_set,
@@ -115,6 +128,14 @@ class DetectionData(pl.LightningDataModule):
             collate_fn=partial(collate_micro, size=self.device_batch_size),
             **self._loader_options(),
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the epoch, for Lightning to keep in a run's state."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return {"epoch": self.trainer.current_epoch, "batch": done % self.steps_per_epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = (state["epoch"], state["batch"])
 
     def val_dataloader(self) -> DataLoader:
         # A plain stride: the shares may differ by one image, since validation waits for the others only at its end. A

@@ -1,6 +1,7 @@
 """One optimisation step and one validation: what Lightning calls."""
 
 import math
+import signal
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,8 +17,10 @@ from ddetr.datasets import normalize_images, sample_seed
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.data import MicroBatch
 from ddetr.engine.optimizer import build_optimizer, lr_factor, parameter_groups
+from ddetr.engine.processes import summed
+from ddetr.engine.saving import Requests
 from ddetr.evaluation import CocoEvaluator, Metrics
-from ddetr.models.criterion import SetCriterion, global_num_boxes
+from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.models.postprocess import PostProcess
 
@@ -48,6 +51,8 @@ class DetectionModule(pl.LightningModule):
         self.backbone_pretrained = backbone_pretrained
         self.steps_per_epoch, self.total_steps, self.seed = steps_per_epoch, total_steps, seed
         self.metrics: Metrics | None = None  # of the last validation
+        self.requests = Requests()  # of this process, for the end of the step; what all together wish is `agreed`
+        self.agreed = Requests()
         self._grad_norm = torch.tensor(0.0)
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -64,7 +69,10 @@ class DetectionModule(pl.LightningModule):
         # Dropout of each step from the step's own seed: a resumed run draws what the uninterrupted one would have drawn.
         torch.manual_seed(sample_seed(self.seed, self.global_step, self.global_rank))
         num_objects = sum(len(target["labels"]) for _, _, targets in batch for target in targets)
-        num_boxes = global_num_boxes(num_objects, self.device)
+        wishes = (self.requests.save, self.requests.stop)
+        (num_objects, save, stop), world_size = summed([num_objects, *wishes], self.device)
+        self.agreed = Requests(save > 0, self.requests.stop or int(stop > 0) * signal.SIGTERM)
+        num_boxes = max(num_objects / world_size, 1.0)
         logged: dict[str, Tensor] = {}
 
         def forward_backward() -> None:

@@ -5,7 +5,7 @@ audit.json           what was found in the data
 train.csv, val.csv   a row every few steps, a row a validation
 metrics.json         the last and the best validation, by class
 per_class.csv        the best validation's table
-last.ckpt            everything that resuming needs
+last.ckpt            everything that resuming needs; previous.ckpt is the one before
 best.pth, last.pth   published checkpoints, for `ddetr eval` and `ddetr predict`
 curves.png           losses and AP by step
 pictures/            validation images, truth beside prediction
@@ -14,9 +14,12 @@ pictures/            validation images, truth beside prediction
 import csv
 import io
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,9 @@ import yaml
 from ddetr.atomic import make_folder, write_text
 from ddetr.errors import InputError
 
-RESUME_FILE = "last.ckpt"
+logger = logging.getLogger(__name__)
+
+RESUME_FILE, PREVIOUS_FILE = "last.ckpt", "previous.ckpt"
 CONFIG_FILE = "config.yaml"
 _CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
 _FREE_TO_CHANGE = {"data.num_workers"}  # settings that decide nothing about the outcome
@@ -42,6 +47,32 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.unwritten: dict[str, str] = {}  # names of files that could not be written when last tried, and why
+
+    @contextmanager
+    def going_on_without(self, name: str) -> Iterator[None]:
+        """Reports that a file could not be written instead of raising: a disk that is full now may have room at the next
+        try, and what was there before is intact."""
+        try:
+            yield
+        except OSError as error:
+            self.unwritten[name] = error.strerror or str(error)
+            free = shutil.disk_usage(self.path).free / 2**20
+            logger.error(
+                "%s could not be written (%s; %.0f MB are free there): what was there before is intact and the run goes on",
+                self.path / name, self.unwritten[name], free,
+            )  # fmt: skip
+        else:
+            self.unwritten.pop(name, None)
+
+    def check_written(self) -> None:
+        """Raises `InputError` where the last state of a file is not on disk."""
+        if self.unwritten:
+            names = ", ".join(f"{name} ({reason})" for name, reason in self.unwritten.items())
+            raise InputError(
+                f"the run has come to its end, but in {self.path} these could not be written: {names}. Make room; the same "
+                "command with --resume goes on from the last state that was written"
+            )
 
     @classmethod
     def choose(cls, output: str | None, resume: str | None, default_name: str) -> tuple["RunFolder", Path | None]:
@@ -77,11 +108,10 @@ class RunFolder:
             holds_run = (path / CONFIG_FILE).exists()
             if resume is None and holds_run:
                 raise InputError(f"{path} already holds a run: add --resume to continue it, or choose another --output")
-            if resume is not None and not holds_run and not (path / RESUME_FILE).is_file():
+            if resume is not None and not holds_run and not _states(path):
                 raise InputError(f"--resume: {path} holds no run; start one without --resume")
-        # A run that was stopped in its first epoch has no checkpoint yet: resuming it is starting it again.
-        is_resumed = resume is not None and (path / RESUME_FILE).is_file()
-        return cls(path), path / RESUME_FILE if is_resumed else None
+        # A run that was killed before its first save has no state yet: resuming it is starting it again.
+        return cls(path), newest_state(path) if resume is not None else None
 
     def check_unchanged(self, config: Mapping[str, Any]) -> None:
         """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong."""
@@ -124,7 +154,7 @@ class RunFolder:
     def append_csv(self, name: str, row: Mapping[str, Any]) -> None:
         path = self.path / name
         is_new = not path.exists()
-        with path.open("a", newline="") as file:
+        with self.going_on_without(name), path.open("a", newline="") as file:
             writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
             if is_new:
                 writer.writeheader()
@@ -135,16 +165,16 @@ class RunFolder:
         if not path.exists():
             return []
         with path.open(newline="") as file:
-            return list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
+        return [row for row in rows if None not in row.values()]  # a killed process may leave half a row
 
     def drop_rows_after(self, name: str, step: int) -> None:
         """Take back what a killed run wrote after the checkpoint that it resumes from."""
-        rows = self.read_csv(name)
-        kept = [row for row in rows if row["step"] and int(row["step"]) <= step]
-        if not kept:
-            (self.path / name).unlink(missing_ok=True)  # with its header, which comes with the next row
-        elif len(kept) < len(rows):
+        kept = [row for row in self.read_csv(name) if int(row["step"]) <= step]
+        if kept:
             self.write_csv(name, kept)
+        else:
+            (self.path / name).unlink(missing_ok=True)  # with its header, which comes with the next row
 
 
 def free_folder(parent: Path, name: str) -> Path:
@@ -154,6 +184,31 @@ def free_folder(parent: Path, name: str) -> Path:
         number += 1
         path = parent / f"{name}-{number}"
     return path
+
+
+def newest_state(folder: Path) -> Path | None:
+    """The newest whole state in a run folder, or None where there is none at all.
+
+    Raises:
+        InputError: there are files, but all are damaged.
+    """
+    errors: list[InputError] = []
+    for file in _states(folder):
+        try:
+            check_training_state(file)
+        except InputError as error:
+            errors.append(error)
+            continue
+        if errors:
+            logger.warning("%s: the state before it, %s, is taken", errors[0], file)
+        return file
+    if errors:
+        raise errors[0]
+    return None
+
+
+def _states(folder: Path) -> list[Path]:
+    return [folder / name for name in (RESUME_FILE, PREVIOUS_FILE) if (folder / name).is_file()]
 
 
 def check_training_state(file: Path) -> None:
@@ -176,7 +231,7 @@ def _resumed_folder(place: Path) -> Path:
         return place
     if not place.is_file():
         raise InputError(f"--resume: expected a run folder or its {RESUME_FILE}, but there is no {place}")
-    if place.name != RESUME_FILE:
+    if place.name not in (RESUME_FILE, PREVIOUS_FILE):
         check_training_state(place)
         raise InputError(f"--resume: expected a run folder or its {RESUME_FILE}, got {place}: give the folder")
     return place.parent
@@ -190,7 +245,7 @@ def _newest_run(parent: Path, name: str) -> Path:
         raise InputError(f"--resume: there is no run {parent / name} to continue; start one without --resume")
 
     def last_change(path: Path) -> float:
-        return max((path / file).stat().st_mtime for file in (CONFIG_FILE, RESUME_FILE) if (path / file).is_file())
+        return max(file.stat().st_mtime for file in (path / CONFIG_FILE, *_states(path)))
 
     return max(folders, key=last_change)
 

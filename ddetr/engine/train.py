@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ddetr import console, report
 from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
@@ -23,9 +22,11 @@ from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
+from ddetr.engine.exactness import exactness
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
-from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
+from ddetr.engine.run import RESUME_FILE, RunFolder, is_first_process
+from ddetr.engine.saving import SaveState, StateFiles, Stopped
 from ddetr.engine.splits import load_splits
 from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics
@@ -70,6 +71,9 @@ def train(
     precision: Literal["32", "bf16", "fp16"] = "32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     devices: int | None = None,
+    checkpoint_every: int | None = None,
+    deterministic: bool = False,
+    tf32: bool = False,
     max_detections: int = 100,
     log_every: int = 10,
     num_pictures: int = 12,
@@ -92,6 +96,10 @@ def train(
         precision: "32", or "bf16" or "fp16" mixed with 32.
         device: "auto" takes CUDA where it is available.
         devices: processes; by default all GPUs, or one on the CPU; under torchrun its number.
+        checkpoint_every: steps between saves of last.ckpt, which --resume continues from; by default every ten minutes. An
+            epoch's end and a stop signal (SIGTERM, SIGUSR1) save in any case.
+        deterministic: only algorithms whose results have the same bits in every run; slower on GPUs.
+        tf32: on GPUs, float32 products with 10 instead of 23 bits behind the point: faster, less exact.
         max_detections: detections an image that the evaluation counts.
         log_every: steps between rows of train.csv.
         num_pictures: validation images that are drawn at the end, truth beside prediction.
@@ -111,17 +119,18 @@ def train(
         "weights": weights,
         "seed": seed,
         "precision": precision,
+        "deterministic": deterministic,
+        "tf32": tf32,
         "max_detections": max_detections,
     }
-    for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every"):
-        if (value := locals()[name]) < 1:
+    for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every", "checkpoint_every"):
+        if (value := locals()[name]) is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0 to 2^32 - 1, got {seed}")
     where = _where(device, devices, precision)
     run, resume_file = RunFolder.choose(output, resume, Path(data.path).resolve().name)
     if resume_file is not None:
-        check_training_state(resume_file)
         run.check_unchanged(config)
     with console.waiting(f"reading {data.path}"):
         train_set, val_set = load_splits(data)
@@ -200,22 +209,20 @@ def train(
                 MemoryFormat(),
                 Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
                 Publish(run, publish),
-                ModelCheckpoint(
-                    dirpath=run.path,
-                    filename=RESUME_FILE.removesuffix(".ckpt"),
-                    save_top_k=1,
-                    every_n_epochs=1,
-                    save_on_train_epoch_end=True,
-                    enable_version_counter=False,
-                ),
+                SaveState(run, every=checkpoint_every),
             ],
+            plugins=[StateFiles(run)],
+            enable_checkpointing=False,
             **where,
         )
-        with onednn_matmuls():
+        with onednn_matmuls(), exactness(deterministic=deterministic, tf32=tf32):
             _fit(trainer, module, datamodule, run, resume_file)
     if trainer.is_global_zero:
-        report.draw_curves(run.path)
-        report.draw_pictures(run.path, val_set, num_pictures, device=where["accelerator"])
+        with run.going_on_without("curves.png"):
+            report.draw_curves(run.path)
+        with run.going_on_without("pictures"):
+            report.draw_pictures(run.path, val_set, num_pictures, device=where["accelerator"])
+        run.check_written()
     # Only a run that was complete before it was resumed has had no validation now.
     metrics = module.metrics or Metrics.from_dict(json.loads((run.path / "metrics.json").read_text())["last"])
     return RunResult(run.path, Path(data.path), val_set.images[0].path, metrics)
@@ -227,13 +234,20 @@ def _fit(
     """Training; Ctrl+C stops it as it stops anything else in Python."""
     handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file)
+        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file, weights_only=True)
+    except Stopped as stop:
+        logger.info(
+            "stopped by %s at step %d; the same command with --resume goes on",
+            signal.Signals(stop.signum).name,
+            trainer.global_step,
+        )
+        raise
     except SystemExit:  # Lightning's answer to Ctrl+C, which it also switches off
         if not trainer.interrupted:
             raise
         signal.signal(signal.SIGINT, handler)
         if (run.path / RESUME_FILE).is_file():
-            logger.info("stopped; the same command with --resume goes on from the last checkpoint")
+            logger.info("stopped; the same command with --resume goes on from the last saved state")
         raise KeyboardInterrupt from None
 
 
@@ -300,6 +314,7 @@ def _quiet_lightning() -> None:
     for message in (
         "Checkpoint directory .* exists and is not empty",
         "The '.*_dataloader' does not have many workers",
+        "You're resuming from a checkpoint that ended before the epoch ended",  # DetectionData knows the position
         "Grad strides do not match bucket view strides",  # of 1 x 1 convolutions, whose channels-last strides are any
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of PyTorch
     ):

@@ -24,12 +24,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make_run(name: str, *, checkpoint: bool = True, seconds_ago: float = 0) -> Path:
     folder = Path("runs") / name
     folder.mkdir(parents=True)
-    files = ["config.yaml", "last.ckpt"] if checkpoint else ["config.yaml"]
-    for file in files:
-        (folder / file).write_text("{}")
+    (folder / "config.yaml").write_text("{}")
+    if checkpoint:
+        write_state(folder / "last.ckpt", step=1)
+    for file in folder.iterdir():
         then = time.time() - seconds_ago
-        os.utime(folder / file, (then, then))
+        os.utime(file, (then, then))
     return folder
+
+
+def write_state(file: Path, step: int) -> None:
+    torch.save({"pytorch-lightning_version": "2.6.6", "global_step": step}, file)
 
 
 def choose(output: str | None = None, resume: str | None = None, name: str = "coco") -> tuple[Path, Path | None]:
@@ -160,3 +165,31 @@ def test_rows_after_the_checkpoint_are_taken_back(tmp_path: Path) -> None:
     run.drop_rows_after("train.csv", 0)
     run.append_csv("train.csv", {"step": 1, "loss": 0.5})
     assert (tmp_path / "train.csv").read_text() == "step,loss\n1,0.5\n"
+
+
+def test_a_damaged_state_gives_way_to_the_one_before(caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_run("coco")
+    write_state(folder / "previous.ckpt", step=0)
+    whole = (folder / "last.ckpt").read_bytes()
+    assert choose("runs/coco", "auto") == (folder, folder / "last.ckpt")
+    (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
+    assert choose("runs/coco", "auto") == (folder, folder / "previous.ckpt")
+    assert "last.ckpt is no training state, or a damaged one" in caplog.text
+    (folder / "last.ckpt").unlink()
+    assert choose("runs/coco", "auto") == (folder, folder / "previous.ckpt")
+    (folder / "previous.ckpt").write_bytes(b"")
+    with pytest.raises(InputError, match="previous.ckpt is no training state, or a damaged one"):
+        choose("runs/coco", "auto")
+
+
+def test_half_a_row_is_left_out_and_cleared_away(tmp_path: Path) -> None:
+    """What a kill in the midst of writing leaves, with the row after it not glued on."""
+    run = RunFolder(tmp_path)
+    for step in 1, 2, 3:
+        run.append_csv("train.csv", {"step": step, "loss": 0.5, "lr": 1})
+    text = (tmp_path / "train.csv").read_text()
+    (tmp_path / "train.csv").write_text(text[: text.rindex("3,0.5") + 3])
+    assert [row["step"] for row in run.read_csv("train.csv")] == ["1", "2"]
+    run.drop_rows_after("train.csv", 5)
+    run.append_csv("train.csv", {"step": 3, "loss": 0.25, "lr": 1})
+    assert [row["loss"] for row in run.read_csv("train.csv")] == ["0.5", "0.5", "0.25"]

@@ -1,0 +1,105 @@
+"""The state of a run on disk: when it is saved, how it is found again, and what happens when the run is told to stop.
+
+A state is last.ckpt; the one before it stays as previous.ckpt. Both are written under another name first, so that a run
+killed at any moment leaves a whole one. A step draws its random numbers from (seed, step, process), a sample its own from
+(seed, epoch, index): with weights, optimiser, schedule, scaler and the position in the epoch that is all the state.
+"""
+
+import signal
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+
+from ddetr.checkpoint.files import write_file
+from ddetr.engine.run import PREVIOUS_FILE, RESUME_FILE, RunFolder
+
+MINUTES_BETWEEN_SAVES = 10
+STOP_SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))  # Slurm warns by USR1
+
+
+class Stopped(SystemExit):
+    """A signal has ended the run after its state was saved. The exit code is 128 + signal, as a shell would report it."""
+
+    def __init__(self, signum: int, trainer: pl.Trainer):
+        # Lightning kills the whole run where a process that it has started fails; this one has done as it was told.
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        is_lightnings = environment is not None and not environment.creates_processes_externally
+        super().__init__(0 if is_lightnings and not trainer.is_global_zero else 128 + signum)
+        self.signum = signum
+
+
+@dataclass
+class Requests:
+    """What a process wishes to happen after the step: exchanged with the others', so that all do the same."""
+
+    save: bool = False
+    stop: int = 0  # the signal
+
+
+class StateFiles(TorchCheckpointIO):
+    """Lightning's reader and writer of a run's state. A state that cannot be written is reported, and the run goes on."""
+
+    def __init__(self, run: RunFolder):
+        self.run = run
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        with self.run.going_on_without(path.name):
+            write_file(path, checkpoint, keep_as=path.with_name(PREVIOUS_FILE))
+
+
+class SaveState(Callback):
+    """Saves the run's state every so often, at the end of an epoch, before a validation, and when it is told to stop."""
+
+    def __init__(self, run: RunFolder, *, every: int | None):
+        """every: steps between saves; None is `MINUTES_BETWEEN_SAVES`."""
+        self.file, self.every = run.path / RESUME_FILE, every
+        self._saved_at = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """A stop signal is a request from now on, answered at the end of the step. It takes the place of Lightning's own
+        handler, which would exchange tensors from within the signal; Lightning puts back the ones before at the end."""
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            module.requests.stop = module.requests.stop or signum
+
+        if threading.current_thread() is threading.main_thread():
+            for signum in STOP_SIGNALS:
+                signal.signal(signum, handle)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        if self.every:
+            is_time = (trainer.global_step + 1) % self.every == 0
+        else:
+            is_time = trainer.is_global_zero and time.monotonic() - self._saved_at > MINUTES_BETWEEN_SAVES * 60
+        # Lightning takes a state of an epoch's last step for that of a complete epoch, and would skip its validation. So
+        # the step before it is always saved: a run that ends in its validation loses one step.
+        is_second_to_last = batch_idx + 2 == trainer.num_training_batches
+        module.requests.save = bool(is_time or is_second_to_last)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        is_last = batch_idx + 1 == trainer.num_training_batches
+        if (module.agreed.save or module.agreed.stop) and not is_last:
+            self.save(trainer)
+        if module.agreed.stop and not is_last:
+            raise Stopped(module.agreed.stop, trainer)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if module.requests.stop:
+            raise Stopped(module.requests.stop, trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        trainer.save_checkpoint(self.file)
+        self._saved_at = time.monotonic()

@@ -1,0 +1,173 @@
+"""A run that is stopped or killed, at any moment, and resumed ends with the bits of the run that nothing disturbed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from ddetr.checkpoint import load_checkpoint
+
+STEPS_AN_EPOCH, EPOCHS = 4, 3
+KILL, TERM, USR1 = int(signal.SIGKILL), int(signal.SIGTERM), int(signal.SIGUSR1)
+
+
+def perform(commands: list[list[Any]], timeout: float = 250, **environment: str) -> tuple[list[int], str]:
+    """The exit codes of the commands (see disturbed.py), and what they wrote to standard error."""
+    program = Path(__file__).with_name("disturbed.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDETR_RUN": "", **environment}
+    del environment["DDETR_RUN"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", program, json.dumps(commands)],
+        capture_output=True, text=True, env=environment, timeout=timeout,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def state_of(run: Path) -> dict[str, Any]:
+    return torch.load(run / "last.ckpt", weights_only=True)
+
+
+def differences(one: Any, other: Any, where: str = "") -> list[str]:
+    """The places where two nested states differ, to the bit."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [where]
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [found for key in one for found in differences(one[key], other[key], f"{where}/{key}")]
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        return [found for i, pair in enumerate(zip(one, other)) for found in differences(*pair, f"{where}/{i}")]
+    return [] if one == other else [f"{where}: {one} != {other}"]
+
+
+def table(file: Path) -> list[str]:
+    """The rows without what no two runs share: times."""
+    lines = [line.split(",") for line in file.read_text().splitlines()]
+    timed = {i for i, name in enumerate(lines[0]) if name in ("images_per_second", "data_wait")}
+    return [",".join(value for i, value in enumerate(line) if i not in timed) for line in lines]
+
+
+def assert_same_run(run: Path, undisturbed: Path) -> None:
+    mine, other = state_of(run), state_of(undisturbed)
+    for name in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "callbacks"):
+        assert differences(mine[name], other[name], name) == []
+    assert mine.keys() == other.keys()
+    for name in ("last.pth", "best.pth"):
+        assert differences(load_checkpoint(run / name).model, load_checkpoint(undisturbed / name).model, name) == []
+    for name in ("train.csv", "val.csv"):
+        assert table(run / name) == table(undisturbed / name)
+    assert (run / "metrics.json").read_text() == (undisturbed / "metrics.json").read_text()
+    assert not list(run.glob(".*.tmp")) or run.name.startswith("killed")  # a killed writer cannot clear away
+
+
+@pytest.fixture(scope="module")
+def configuration(shapes: Path, tiny_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with everything that draws random numbers or has a memory: augmentation, dropout, batch norms, momenta,
+    a schedule that changes each step."""
+    settings = {
+        "data": {"path": str(shapes), "image_size": 64, "num_workers": 0},
+        "model": yaml.safe_load((tiny_run.path / "config.yaml").read_text())["model"] | {"dropout": 0.1},
+        "optim": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 3},
+        "epochs": EPOCHS,
+        "batch_size": 2,
+        "device_batch_size": 1,
+        "log_every": 1,
+        "num_pictures": 0,
+    }
+    file = tmp_path_factory.mktemp("resume") / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+@pytest.fixture(scope="module")
+def undisturbed(configuration: Path) -> Path:
+    run = configuration.parent / "undisturbed"
+    assert perform([[["train", "--config", str(configuration), "--output", str(run)], None]])[0] == [0]
+    assert state_of(run)["global_step"] == STEPS_AN_EPOCH * EPOCHS
+    return run
+
+
+def start(configuration: Path, run: Path, *options: str) -> list[str]:
+    return ["train", "--config", str(configuration), "--output", str(run), *options]
+
+
+@pytest.mark.parametrize(
+    ("name", "disturbances", "codes"),
+    [
+        # In the midst of an epoch, with a save every step: the second process starts at another step than an epoch's first.
+        ("killed-in-epochs", [["at_step", 2, KILL], ["at_step", 7, KILL], ["at_step", 12, KILL]], [-KILL] * 3),
+        ("killed-in-validation", [["in_validation", 0, KILL], ["in_validation", 2, KILL]], [-KILL] * 2),
+        ("killed-writing", [["writing_state", 2], ["between_renamings", 3], ["writing_state", 1]], [-KILL] * 3),
+    ],
+)
+def test_killed_runs_resume_exactly(
+    configuration: Path, undisturbed: Path, name: str, disturbances: list, codes: list[int]
+) -> None:
+    run = undisturbed.parent / name
+    command = start(configuration, run, "--checkpoint_every", "1")
+    commands = [[command + ["--resume"] * (i > 0), one] for i, one in enumerate([*disturbances, None])]
+    assert perform(commands)[0] == [*codes, 0]
+    assert_same_run(run, undisturbed)
+
+
+def test_stop_signals_save_the_step_and_are_answered_by_their_code(configuration: Path, undisturbed: Path) -> None:
+    """No save is due by itself at steps 2 and 6: what is resumed was saved because of the signal."""
+    run = undisturbed.parent / "stopped"
+    command = start(configuration, run)
+    disturbances = [["at_step", 2, TERM], ["at_step", 6, USR1], ["in_validation", 1, TERM], ["at_step", 12, TERM]]
+    commands = [[command + ["--resume"] * (i > 0), one] for i, one in enumerate(disturbances)]
+    codes, said = perform(commands)
+    assert codes == [128 + TERM, 128 + USR1, 128 + TERM, 128 + TERM]
+    for line in ("SIGTERM at step 2", "SIGUSR1 at step 6", "SIGTERM at step 8", "SIGTERM at step 12"):
+        assert f"stopped by {line}; the same command with --resume goes on" in said
+    assert state_of(run)["global_step"] == 11  # the last step of an epoch is done again, with its validation
+    assert perform([[[*command, "--resume"], None]])[0] == [0]
+    assert_same_run(run, undisturbed)
+
+
+def test_a_resumed_run_does_not_load_what_it_has_seen(configuration: Path, tmp_path: Path, shapes: Path) -> None:
+    """Nor does it train on it again: the steps after the kill are those that were left."""
+    run = tmp_path / "run"
+    command = start(configuration, run, "--checkpoint_every", "1")
+    assert perform([[command, ["at_step", 3, KILL]]])[0] == [-KILL]
+    assert state_of(run)["global_step"] == 2
+    assert state_of(run)["DetectionData"] == {"epoch": 0, "batch": 2}
+
+
+def test_a_full_disk_is_reported_and_the_run_goes_on(configuration: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """Files of the run may not grow beyond a few kilobytes: tables fit, states and weights do not."""
+    run = tmp_path / "run"
+    whole = start(configuration, run)
+    assert perform([[whole, ["at_step", 7, TERM]]])[0] == [128 + TERM]
+    before = (run / "last.ckpt").read_bytes()
+    codes, said = perform([[[*whole, "--resume"], ["full_disk", 20_000]]])
+    assert codes == [2]  # all that could be done was done, but not everything is on disk
+    assert "last.ckpt could not be written (File too large; " in said
+    assert "what was there before is intact and the run goes on" in " ".join(said.split())
+    assert "the run has come to its end, but in" in said
+    assert all(f"{name} (File too large)" in said.partition("come to its end")[2] for name in ("last.ckpt", "last.pth"))
+    assert (run / "last.ckpt").read_bytes() == before
+    load_checkpoint(run / "best.pth")
+    assert perform([[[*whole, "--resume"], None]])[0] == [0]
+    assert_same_run(run, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_a_run_killed_at_twenty_random_moments_resumes_exactly(configuration: Path, undisturbed: Path) -> None:
+    """Reading, writing, training, validating, starting: the moments are of any kind."""
+    draw = random.Random(0)
+    run = undisturbed.parent / "killed-at-random"
+    command = [*start(configuration, run, "--checkpoint_every", "1"), "--resume"]
+    assert perform([[command[:-1], ["at_step", 2, KILL]]])[0] == [-KILL]  # there is a run to resume
+    moments = [["seconds", draw.uniform(0.3, 3.0)] for _ in range(20)]
+    codes, _ = perform([*([command, moment] for moment in moments), [command, None]], timeout=900)
+    assert set(codes) <= {-KILL, 0}
+    assert_same_run(run, undisturbed)
