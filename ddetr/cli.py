@@ -215,6 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except ChildProcessError as error:
+        console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
     except KeyboardInterrupt:
         console.err.print("ddetr: interrupted")
         return 130

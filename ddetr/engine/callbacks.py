@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -157,10 +156,3 @@ class Publish(Callback):
             metrics.AP75,
             "  (best so far)" if is_best else "",
         )
-
-
-class MemoryFormat(Callback):
-    """Convolutions run channels-last: faster on every device with matrix units, and on CPUs."""
-
-    def on_fit_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
-        module.model.backbone.to(memory_format=torch.channels_last)

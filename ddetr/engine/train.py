@@ -13,18 +13,20 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from ddetr import console, report
 from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
 from ddetr.datasets import Annotations, audit
 from ddetr.datasets.annotations import did_you_mean
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
-from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
+from ddetr.engine.callbacks import Publish, Watch
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
 from ddetr.engine.exactness import exactness
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
+from ddetr.engine.processes import died_process
 from ddetr.engine.run import RESUME_FILE, RunFolder, is_first_process
 from ddetr.engine.saving import SaveState, StateFiles, Stopped
 from ddetr.engine.splits import load_splits
@@ -93,7 +95,8 @@ def train(
         weights: checkpoint to start from (ours, official, transformers, ...), unlike resume with a new schedule.
         resume: "auto", a run folder or its last.ckpt: continue that run exactly.
         seed: decides initial weights, order and augmentation.
-        precision: "32", or "bf16" or "fp16" mixed with 32.
+        precision: "32", or "bf16" or "fp16" mixed with 32: sampling locations, position encoding, matching and losses are
+            float32 in all of them.
         device: "auto" takes CUDA where it is available.
         devices: processes; by default all GPUs, or one on the CPU; under torchrun its number.
         checkpoint_every: steps between saves of last.ckpt, which --resume continues from; by default every ten minutes. An
@@ -195,10 +198,13 @@ def train(
 
     with warnings.catch_warnings():
         _quiet_lightning()
+        plugins: list[Any] = [StateFiles(run)]
+        if precision == "fp16" and where["accelerator"] == "cpu":  # Lightning by itself takes bfloat16 there
+            plugins.append(MixedPrecision("16-mixed", "cpu"))
         trainer = pl.Trainer(
             max_epochs=epochs,
             check_val_every_n_epoch=min(val_every, epochs),
-            precision=PRECISIONS[precision],
+            precision=None if len(plugins) > 1 else PRECISIONS[precision],
             num_sanity_val_steps=0,
             logger=False,
             enable_progress_bar=False,
@@ -206,12 +212,11 @@ def train(
             use_distributed_sampler=False,
             default_root_dir=str(run.path),
             callbacks=[
-                MemoryFormat(),
                 Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
                 Publish(run, publish),
                 SaveState(run, every=checkpoint_every),
             ],
-            plugins=[StateFiles(run)],
+            plugins=plugins,
             enable_checkpointing=False,
             **where,
         )
@@ -241,6 +246,10 @@ def _fit(
             signal.Signals(stop.signum).name,
             trainer.global_step,
         )
+        raise
+    except (RuntimeError, ConnectionError) as error:
+        if trainer.world_size > 1 and (died := died_process(trainer, error)):
+            raise ChildProcessError(died) from error
         raise
     except SystemExit:  # Lightning's answer to Ctrl+C, which it also switches off
         if not trainer.interrupted:
@@ -289,8 +298,6 @@ def _where(device: str, devices: int | None, precision: str) -> dict[str, Any]:
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise InputError("device cuda: PyTorch sees no GPU here (torch.cuda.is_available() is False); use --device cpu")
-    if precision == "fp16" and not use_cuda:
-        raise InputError("precision fp16 needs a GPU; on the CPU use 32 or bf16")
     if devices is not None and devices < 1:
         raise InputError(f"devices must be at least 1, got {devices}")
     num_nodes = 1
@@ -311,6 +318,8 @@ def _quiet_lightning() -> None:
     """What Lightning says that does not apply here: the folder, the workers and the logger are chosen by ddetr."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It alone says which process has died where the others wait for it, before it ends them.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         "Checkpoint directory .* exists and is not empty",
         "The '.*_dataloader' does not have many workers",

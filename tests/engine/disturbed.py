@@ -2,7 +2,8 @@
 
 python disturbed.py JSON: [[ARGUMENTS, DISTURBANCE], ...], one after the other. A disturbance is null, ["seconds", t]: SIGKILL
 after that time, or [NAME, ...]: one of the functions below, called in the process before it starts. Prints the list of exit
-codes, negative for a signal. Everything is imported once; the processes are forks.
+codes, negative for a signal. Everything is imported once; the processes are forks. Where a launcher runs several of this
+program, each takes the part of a process: one command, no fork, and its exit code is the program's.
 """
 
 import io
@@ -20,13 +21,13 @@ from ddetr import atomic, cli
 from ddetr.engine.callbacks import Watch
 
 
-def at_step(step: int, signum: int) -> None:
-    """The signal comes in the midst of the step that is to be number `step`."""
+def at_step(step: int, signum: int, rank: int = 0) -> None:
+    """The signal comes to process `rank` in the midst of the step that is to be number `step`."""
     original = Watch.on_train_batch_start
 
     def send(self, trainer, module, batch, batch_idx):
         original(self, trainer, module, batch, batch_idx)
-        if trainer.global_step + 1 == step:
+        if trainer.global_step + 1 == step and trainer.global_rank == rank:
             os.kill(os.getpid(), signum)
 
     Watch.on_train_batch_start = send
@@ -101,5 +102,10 @@ def run(arguments: list[str], disturbance: list | None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and {"RANK", "LOCAL_RANK", "DDETR_TEST_LAUNCHES"} & set(os.environ):
+    [[arguments, disturbance]] = json.loads(sys.argv[1])
+    if disturbance:
+        globals()[disturbance[0]](*disturbance[1:])
+    sys.exit(cli.main(arguments))
+elif __name__ == "__main__":
     print(json.dumps([run(*one) for one in json.loads(sys.argv[1])]))

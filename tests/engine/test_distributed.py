@@ -2,11 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
@@ -88,3 +90,74 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
     # the first process alone speaks
     assert done.stdout.count("Data audit") == 1
     assert done.stdout.count("What next:") == 1
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+KILL, TERM = int(signal.SIGKILL), int(signal.SIGTERM)
+
+
+def launch(config: Path, run: Path, disturbance: list[Any] | None, *options: str, launcher: list[str]) -> Any:
+    """Two processes, of which one may be disturbed on its way: see disturbed.py."""
+    command = ["train", "--config", str(config), "--output", str(run), *options]
+    program = [str(Path(__file__).with_name("disturbed.py")), json.dumps([[command, disturbance]])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDETR_TEST_LAUNCHES": "1"}
+    environment.pop("DDETR_RUN", None)
+    return subprocess.run(
+        [sys.executable, *launcher, *program], capture_output=True, text=True, env=environment, timeout=200
+    )
+
+
+@pytest.fixture(scope="module")
+def two_process_config(shapes: Path, tiny_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = {
+        "data": {"path": str(shapes), "image_size": 64, "num_workers": 0},
+        "model": yaml.safe_load((tiny_run.path / "config.yaml").read_text())["model"] | {"dropout": 0.1},
+        "epochs": 2,
+        "batch_size": 2,
+        "device_batch_size": 1,
+        "log_every": 1,
+        "num_pictures": 0,
+    }
+    file = tmp_path_factory.mktemp("two") / "config.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(two_process_config: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done = launch(two_process_config, whole, None, launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    stopped = launch(two_process_config, run, ["at_step", 6, TERM, 1], launcher=TORCHRUN)
+    assert stopped.returncode != 0
+    assert "stopped by SIGTERM at step 6" in stopped.stderr
+    assert f"exitcode  : {128 + TERM}" in stopped.stderr
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 6
+    resumed = launch(two_process_config, run, None, "--resume", launcher=TORCHRUN)
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = (torch.load(path / "last.ckpt", weights_only=True) for path in (whole, run))
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+    assert (whole / "val.csv").read_text() == (run / "val.csv").read_text()
+
+
+def test_torchrun_names_the_process_that_died(two_process_config: Path, tmp_path: Path) -> None:
+    done = launch(two_process_config, tmp_path / "run", ["at_step", 3, KILL, 1], launcher=TORCHRUN)
+    assert done.returncode != 0
+    assert "process 0 of 2 has lost another one" in done.stderr
+    assert "rank      : 1 (local_rank: 1)" in done.stderr
+    assert "exitcode  : -9" in done.stderr
+
+
+def test_without_a_launcher_the_message_names_the_process_that_died(two_process_config: Path, tmp_path: Path) -> None:
+    """Lightning starts the second process itself."""
+    done = launch(two_process_config, tmp_path / "run", ["at_step", 3, KILL, 1], "--devices", "2", launcher=[])
+    assert done.returncode == 1, done.stderr
+    assert "ddetr: error: process 1 of 2 (pid " in done.stderr
+    assert "has ended with exit code -9" in done.stderr
+
+
+def test_without_a_launcher_both_stop_at_a_signal_to_the_first(two_process_config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = launch(two_process_config, run, ["at_step", 3, TERM, 0], "--devices", "2", launcher=[])
+    assert done.returncode == 128 + TERM, done.stderr
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 3

@@ -117,6 +117,25 @@ def test_killed_runs_resume_exactly(
     assert_same_run(run, undisturbed)
 
 
+def test_a_run_in_half_precision_with_all_that_it_keeps(undisturbed: Path, configuration: Path) -> None:
+    """The gradient scaler's state, and only deterministic algorithms."""
+    options = ("--precision", "fp16", "--deterministic", "--checkpoint_every", "1")
+    whole, run = (undisturbed.parent / name for name in ("half", "killed-half"))
+    command = start(configuration, run, *options)
+    codes, _ = perform(
+        [
+            [start(configuration, whole, *options), None],
+            [command, ["at_step", 6, KILL]],
+            [[*command, "--resume"], None],
+        ]
+    )
+    assert codes == [0, -KILL, 0]
+    assert state_of(run)["MixedPrecision"]["scale"] > 1
+    assert differences(state_of(run)["MixedPrecision"], state_of(whole)["MixedPrecision"]) == []
+    assert_same_run(run, whole)
+    assert table(whole / "train.csv") != table(undisturbed / "train.csv")
+
+
 def test_stop_signals_save_the_step_and_are_answered_by_their_code(configuration: Path, undisturbed: Path) -> None:
     """No save is due by itself at steps 2 and 6: what is resumed was saved because of the signal."""
     run = undisturbed.parent / "stopped"

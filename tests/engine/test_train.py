@@ -324,7 +324,7 @@ def test_ctrl_c_is_a_keyboard_interrupt(
         ({"device_batch_size": 0}, "device_batch_size must be at least 1"),
         ({"seed": -1}, "seed must lie in 0 to"),
         ({"devices": 0}, "devices must be at least 1"),
-        ({"device": "cpu", "precision": "fp16"}, "precision fp16 needs a GPU"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
         ({"batch_size": 9}, "fewer than one batch of 9"),
         ({"weights": "nowhere.pth"}, "nowhere.pth: expected a file of weights, but there is none"),
         ({"model": {"num_querys": 3}}, 'is no setting that can be made. Did you mean "num_queries"'),
