@@ -193,11 +193,22 @@ def bench_op_command(parser: Parser) -> Callable[[Any], None]:
     return run
 
 
+def replay_command(parser: Parser) -> Callable[[Any], None]:
+    """Compute a failed training step again, from the bundle that it left."""
+    from ddetr.engine.replay import replay
+
+    parser.usage = "ddetr replay [options] BUNDLE"
+    parser.add_argument("bundle", type=str, help="folder of the failed step: RUN/blackbox/step-000123")
+    parser.add_function_arguments(replay, skip={"bundle"})
+    return lambda settings: console.show(replay(**vars(settings)).render())
+
+
 COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
     "demo": demo_command,
     "train": train_command,
     "eval": eval_command,
     "predict": predict_command,
+    "replay": replay_command,
     "data audit": audit_command,
     "bench op": bench_op_command,
 }

@@ -15,7 +15,9 @@ from torch.nn.utils import clip_grad_norm_
 from ddetr.datasets import normalize_images, sample_seed
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.data import MicroBatch
+from ddetr.engine.finite import micro_losses
 from ddetr.engine.optimizer import build_optimizer, lr_factor, parameter_groups
+from ddetr.engine.recorder import StepGuard
 from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.models.criterion import SetCriterion, global_num_boxes
 from ddetr.models.deformable_detr import DeformableDETR
@@ -40,7 +42,9 @@ class DetectionModule(pl.LightningModule):
         steps_per_epoch: int,
         total_steps: int,
         seed: int,
+        guard: StepGuard | None = None,
     ):
+        """guard: what is done about steps that are not finite; by default ten are skipped and none is recorded."""
         super().__init__()
         self.automatic_optimization = False
         self.model, self.criterion, self.optim, self.evaluator = model, criterion, optim, evaluator
@@ -48,7 +52,8 @@ class DetectionModule(pl.LightningModule):
         self.backbone_pretrained = backbone_pretrained
         self.steps_per_epoch, self.total_steps, self.seed = steps_per_epoch, total_steps, seed
         self.metrics: Metrics | None = None  # of the last validation
-        self._grad_norm = torch.tensor(0.0)
+        self.guard = guard or StepGuard()
+        self._loss = self._grad_norm = torch.tensor(0.0)
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self.model, self.optim, backbone_pretrained=self.backbone_pretrained)
@@ -69,17 +74,19 @@ class DetectionModule(pl.LightningModule):
 
         def forward_backward() -> None:
             optimizer.zero_grad()
-            for index, (images, mask, targets) in enumerate(batch):
+            for index, micro_batch in enumerate(batch):
                 is_last = index == len(batch) - 1
                 with nullcontext() if is_last else self._without_gradient_exchange():
-                    losses = self.criterion(self.model(normalize_images(images, mask), mask), targets, num_boxes)
+                    losses = micro_losses(self.model, self.criterion, micro_batch, num_boxes)
                     total = self.criterion.total(losses)
                     self.manual_backward(total)
                 for name, value in {"loss": total, **losses}.items():
                     share = 1.0 if name == "loss" or name in self.criterion.weight_dict else 1 / len(batch)
                     logged[name] = logged.get(name, 0.0) + value.detach() * share
+            self._loss = logged["loss"]
 
-        optimizer.step(closure=forward_backward)
+        with self.guard.step(self, batch, num_boxes):
+            optimizer.step(closure=forward_backward)
         rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
         self.lr_schedulers().step()
         return logged | {"grad_norm": self._grad_norm} | rates
@@ -87,6 +94,7 @@ class DetectionModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient of the whole model, after any scaler has restored its size."""
         self._grad_norm = clip_grad_norm_(self.model.parameters(), self.optim.clip_max_norm or math.inf)
+        self.guard.check(self, self._loss, self._grad_norm, optimizer)
 
     def on_validation_epoch_start(self) -> None:
         self.evaluator.reset()

@@ -9,6 +9,7 @@ last.ckpt            everything that resuming needs
 best.pth, last.pth   published checkpoints, for `ddetr eval` and `ddetr predict`
 curves.png           losses and AP by step
 pictures/            validation images, truth beside prediction
+blackbox/            what is kept of steps that failed, for `ddetr replay`
 """
 
 import csv
@@ -29,7 +30,7 @@ from ddetr.errors import InputError
 RESUME_FILE = "last.ckpt"
 CONFIG_FILE = "config.yaml"
 _CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
-_FREE_TO_CHANGE = {"data.num_workers"}  # settings that decide nothing about the outcome
+_FREE_TO_CHANGE = {"data.num_workers", "max_bad_steps"}  # settings that decide nothing about the outcome
 
 
 def is_first_process() -> bool:

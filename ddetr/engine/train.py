@@ -25,6 +25,7 @@ from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
+from ddetr.engine.recorder import StepGuard
 from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
 from ddetr.engine.splits import load_splits
 from ddetr.errors import InputError
@@ -73,6 +74,7 @@ def train(
     max_detections: int = 100,
     log_every: int = 10,
     num_pictures: int = 12,
+    max_bad_steps: int = 10,
 ) -> RunResult:
     """Train a detector.
 
@@ -95,6 +97,8 @@ def train(
         max_detections: detections an image that the evaluation counts.
         log_every: steps between rows of train.csv.
         num_pictures: validation images that are drawn at the end, truth beside prediction.
+        max_bad_steps: steps of the run that may be skipped, and recorded in blackbox/, since their loss or gradient is not
+            finite; one more, or three in a row, stop it.
 
     Raises:
         InputError: settings, data or weights that cannot work, said before the first step.
@@ -112,10 +116,13 @@ def train(
         "seed": seed,
         "precision": precision,
         "max_detections": max_detections,
+        "max_bad_steps": max_bad_steps,
     }
     for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every"):
         if (value := locals()[name]) < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if max_bad_steps < 0:
+        raise InputError(f"max_bad_steps must be at least 0, got {max_bad_steps}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0 to 2^32 - 1, got {seed}")
     where = _where(device, devices, precision)
@@ -145,6 +152,13 @@ def train(
     pl.seed_everything(seed, verbose=False)
     detector = _build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
     total_steps = datamodule.steps_per_epoch * epochs
+    guard = StepGuard(
+        run.path,
+        max_bad_steps=max_bad_steps,
+        config=config,
+        annotations=train_set,
+        last_checkpoint=run.path / RESUME_FILE,
+    )
     module = DetectionModule(
         detector,
         build_criterion(detector, loss),
@@ -154,6 +168,7 @@ def train(
         steps_per_epoch=datamodule.steps_per_epoch,
         total_steps=total_steps,
         seed=seed,
+        guard=guard,
     )
     if is_first_process():
         run.start(config)
@@ -198,6 +213,7 @@ def train(
             default_root_dir=str(run.path),
             callbacks=[
                 MemoryFormat(),
+                guard,
                 Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
                 Publish(run, publish),
                 ModelCheckpoint(
