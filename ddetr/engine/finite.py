@@ -110,12 +110,13 @@ def find_non_finite(
                 except _Found as stop:
                     return stop.finding
                 for name in criterion.weight_dict:
-                    if name in losses and not math.isfinite(float(losses[name])):
-                        message = f"{name} is {float(losses[name])}, though every output of the model is finite"
+                    value = float(losses[name].detach()) if name in losses else 0.0
+                    if not math.isfinite(value):
+                        message = f"{name} is {value}, though every output of the model is finite"
                         return NotFinite("loss", name, "", index, message)
                 total = criterion.total(losses)
-                if not math.isfinite(float(total)):
-                    message = f"the weighted sum of the losses is {float(total)}, though each of them is finite"
+                if not math.isfinite(value := float(total.detach())):
+                    message = f"the weighted sum of the losses is {value}, though each of them is finite"
                     return NotFinite("loss", "loss", "", index, message)
                 found, norm = tracer.backward(total * loss_scale)
                 if found is not None:
@@ -174,7 +175,7 @@ class _Found(Exception):
         self.finding = finding
 
 
-@dataclass
+@dataclass(eq=False)
 class _Watched:
     """A tensor of the forward pass: which module made it, which take it in. Innermost modules come first."""
 
@@ -267,13 +268,21 @@ class _Tracer:
     def _explained(self, first: _Watched) -> NotFinite:
         """Of the modules that take the tensor in, the innermost whose own output has a finite gradient broke it."""
         for name in first.consumers:
-            outputs = self.outputs.get(name, [])
-            if outputs and all(one.is_finite for one in outputs if one is not first) and first not in outputs:
+            if self._gets_finite(name, first):
                 message = f"the backward pass of {name} is the first that is not finite: what came into it was"
                 return self._finding("backward", name, message, [statistics(first.tensor)])
-        made = first.producer or "a function between modules"
-        message = f"the gradient of the output of {made} is the first that is not finite"
-        return self._finding("backward", first.producer, message, outputs=[statistics(first.tensor)])
+        # No module takes it in: a function does, in the forward of the innermost module around.
+        parts = first.producer.split(".")
+        around = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1)]
+        name = next((name for name in around if self._gets_finite(name, first)), "")
+        made = f"the output of {first.producer}" if first.producer else "a tensor between modules"
+        place = f"a function in {name}" if name else "the loss"
+        message = f"the gradient of {made} is the first that is not finite: it comes from {place}"
+        return self._finding("backward", name or first.producer, message, [statistics(first.tensor)])
+
+    def _gets_finite(self, name: str, first: _Watched) -> bool:
+        outputs = self.outputs.get(name, [])
+        return bool(outputs) and first not in outputs and all(one.is_finite for one in outputs)
 
     def _finding(
         self, place: Literal["forward", "backward"], name: str, message: str, inputs: Any = (), outputs: Any = ()

@@ -230,11 +230,6 @@ class StepGuard(Callback):
         rank = now.module.global_rank
         path = self.run / FOLDER / f"step-{now.number:06d}{f'-rank{rank}' if rank else ''}"
         scaler = facts.pop("scaler", None)
-        header = _header(now, self.config, self.annotations) | {
-            "what": said,
-            "not_finite": None if found is None else asdict(found),
-            **facts,
-        }
 
         def write(folder: Path) -> None:
             write_text(folder / "bundle.json", json.dumps(_plain(header), indent=1, default=str) + "\n")
@@ -242,10 +237,15 @@ class StepGuard(Callback):
             torch.save(_state(now, scaler), folder / "state.pt")
 
         try:
+            header = _header(now, self.config, self.annotations) | {
+                "what": said,
+                "not_finite": None if found is None else asdict(found),
+                **facts,
+            }
             _make_room(path.parent, path.name)
             write_folder_atomically(path, write)
-        except OSError as error:
-            logger.warning("the failed step could not be recorded in %s: %s", path, error.strerror or error)
+        except Exception as error:  # a run that could go on must not end here, and leave other processes waiting
+            logger.warning("the failed step could not be recorded in %s: %s: %s", path, type(error).__name__, error)
             return None
         return str(path)
 
@@ -367,11 +367,19 @@ def _header(now: _Step, config: Mapping[str, Any], annotations: Annotations | No
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
+        "matmul_precision": matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "versions": versions(),
         "config": dict(config),
     }
+
+
+def matmul_precision() -> str | None:
+    """PyTorch's choice for float32 matrix products; None inside `onednn_matmuls`, where it has no one name."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def versions() -> dict[str, str]:

@@ -29,7 +29,7 @@ from ddetr.engine.finite import (
     non_finite_parameters,
 )
 from ddetr.engine.optimizer import build_optimizer
-from ddetr.engine.recorder import FORMAT, module_of, versions
+from ddetr.engine.recorder import FORMAT, matmul_precision, module_of, versions
 from ddetr.errors import InputError
 from ddetr.models.criterion import LossWeights, SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
@@ -293,9 +293,10 @@ def _rebuilt(
 @contextmanager
 def _as_it_ran(header: Mapping[str, Any], device: torch.device) -> Iterator[None]:
     """Precision, threads and determinism of the recorded step; afterwards they are as before."""
-    before = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    before = torch.get_num_threads(), matmul_precision(), torch.are_deterministic_algorithms_enabled()
     torch.set_num_threads(header["threads"])
-    torch.set_float32_matmul_precision(header["matmul_precision"])
+    if header["matmul_precision"]:
+        torch.set_float32_matmul_precision(header["matmul_precision"])
     torch.use_deterministic_algorithms(header["deterministic"])
     kind = header["autocast"]
     autocast = torch.autocast(device.type, getattr(torch, kind), cache_enabled=False) if kind else nullcontext()
@@ -305,7 +306,8 @@ def _as_it_ran(header: Mapping[str, Any], device: torch.device) -> Iterator[None
             yield
     finally:
         torch.set_num_threads(before[0])
-        torch.set_float32_matmul_precision(before[1])
+        if header["matmul_precision"] and before[1]:
+            torch.set_float32_matmul_precision(before[1])
         torch.use_deterministic_algorithms(before[2])
 
 
