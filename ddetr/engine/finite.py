@@ -98,7 +98,7 @@ def find_non_finite(
         return NotFinite("parameter", broken[0], "", 0, message)
     device = next(model.parameters()).device
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(cuda), _eager():
+    with torch.random.fork_rng(cuda), eager():
         torch.manual_seed(seed)
         largest: tuple[float, str] = (0.0, "")
         for index, micro_batch in enumerate(batch):
@@ -303,7 +303,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _eager() -> Iterator[None]:
+def eager() -> Iterator[None]:
     """Compiled models run no hooks: inside the block they run as they were written."""
     with torch.compiler.set_stance("force_eager"):
         yield

@@ -2,6 +2,7 @@
 
 config.yaml          all settings, readable by `ddetr train --config`
 audit.json           what was found in the data
+preflight.json       what was tried before the first step
 train.csv, val.csv   a row every few steps, a row a validation
 metrics.json         the last and the best validation, by class
 per_class.csv        the best validation's table

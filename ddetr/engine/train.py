@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ddetr import console, report
+from ddetr.atomic import make_folder
 from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
 from ddetr.datasets import Annotations, audit
 from ddetr.datasets.annotations import did_you_mean
@@ -25,6 +26,7 @@ from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
+from ddetr.engine.preflight import run_preflight
 from ddetr.engine.recorder import StepGuard
 from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
 from ddetr.engine.splits import load_splits
@@ -75,7 +77,9 @@ def train(
     log_every: int = 10,
     num_pictures: int = 12,
     max_bad_steps: int = 10,
-) -> RunResult:
+    preflight: bool = True,
+    preflight_only: bool = False,
+) -> RunResult | None:
     """Train a detector.
 
     Args:
@@ -99,6 +103,9 @@ def train(
         num_pictures: validation images that are drawn at the end, truth beside prediction.
         max_bad_steps: steps of the run that may be skipped, and recorded in blackbox/, since their loss or gradient is not
             finite; one more, or three in a row, stop it.
+        preflight: first try data, evaluation and one batch for about a minute, and stop where one of them cannot work; a
+            resumed run has had it.
+        preflight_only: stop after that and return None.
 
     Raises:
         InputError: settings, data or weights that cannot work, said before the first step.
@@ -170,6 +177,12 @@ def train(
         seed=seed,
         guard=guard,
     )
+    if (preflight or preflight_only) and resume_file is None and is_first_process():
+        _preflight(
+            run, module, datamodule, from_nothing=weights is None, precision=precision, device=where["accelerator"]
+        )
+    if preflight_only:
+        return None
     if is_first_process():
         run.start(config)
         run.write_json("audit.json", report_of_data.to_dict())
@@ -235,6 +248,27 @@ def train(
     # Only a run that was complete before it was resumed has had no validation now.
     metrics = module.metrics or Metrics.from_dict(json.loads((run.path / "metrics.json").read_text())["last"])
     return RunResult(run.path, Path(data.path), val_set.images[0].path, metrics)
+
+
+def _preflight(
+    run: RunFolder,
+    module: DetectionModule,
+    datamodule: DetectionData,
+    *,
+    from_nothing: bool,
+    precision: str,
+    device: str,
+) -> None:
+    """Before the folder holds a run, so that the same command works once the set-up is mended. Of several processes the
+    first alone comes here: the others wait for it where the process group is made, and end with it."""
+    autocast = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with console.waiting("preflight"):
+        found = run_preflight(module, datamodule, from_nothing=from_nothing, autocast=autocast, device=device)
+    console.show(found.render())
+    make_folder(run.path, "--output")
+    run.write_json("preflight.json", found.to_dict())
+    if found.failed:
+        raise InputError(found.refusal())
 
 
 def _fit(
