@@ -77,15 +77,14 @@ class PreflightReport:
 
     def render(self) -> "RenderableType":
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(title="Preflight", title_style="bold", header_style="bold", expand=False)
-        colours = {"ok": "green", "warning": "yellow", "failed": "red", "skipped": "dim"}
+        colours = {"ok": "green", "warning": "yellow", "failed": "red"}
         for column in ("", "check", "found", "what to do"):
-            table.add_column(column, overflow="fold")
+            table.add_column(column, no_wrap=column in ("", "check"), overflow="fold")
         for name, status, found, advice in as_rows(self.checks):
-            table.add_row(
-                f"[{colours[status]}]{status}[/]", *(text.replace("[", r"\[") for text in (name, found, advice))
-            )
+            table.add_row(Text(status, style=colours[status]), Text(name), Text(found), Text(advice))
         return table
 
     def refusal(self) -> str:
@@ -129,18 +128,22 @@ def run_preflight(
             nothing = "none of the training images looked at has an object"
             checks.append(Check("learning", "warning", "a batch to learn", nothing))
         else:
+            if any(check.status == "failed" for check in checks):
+                max_seconds = min(max_seconds, MAX_SECONDS / 10)  # wrong targets are not learnt, however long one waits
             with eager(), onednn_matmuls():
                 checks += _model_checks(module, criterion, batch, from_nothing, autocast, device, max_seconds)
     return PreflightReport(tuple(checks), time.perf_counter() - start)
 
 
-def expected_class_loss(num_predictions: int, num_objects: int, alpha: float) -> float:
+def expected_class_loss(num_predictions: int, num_objects: int, num_matched: int, alpha: float) -> float:
     """The class loss of heads that start from the focal prior, divided by the number of objects.
 
-    The logits are normal around the prior's bias (-4.595); one of them belongs to each object, all others are negative.
+    The logits are normal around the prior's bias (-4.595); one of them belongs to each matched object, all others are
+    negative.
 
     Args:
         num_predictions: (query, class) pairs of all images.
+        num_matched: objects that have a query: all, but where an image has more objects than queries.
     """
     nodes, weights = np.polynomial.hermite_e.hermegauss(40)
     weights = weights / weights.sum()
@@ -148,7 +151,7 @@ def expected_class_loss(num_predictions: int, num_objects: int, alpha: float) ->
     p = 1 / (1 + np.exp(-logits))
     positive = float((weights * alpha * (1 - p) ** 2 * np.logaddexp(0, -logits)).sum())
     negative = float((weights * (1 - alpha) * p**2 * np.logaddexp(0, logits)).sum())
-    return positive + (num_predictions - num_objects) / num_objects * negative
+    return (num_matched * positive + (num_predictions - num_matched) * negative) / num_objects
 
 
 @dataclass
@@ -243,8 +246,11 @@ def _learn(
                 scaler.update()
             learning.seconds = time.perf_counter() - start
             done = step + 1
-            if done >= MIN_STEPS and learning.losses[-1] <= LEARNT * learning.losses[0] and all(has_gradient.values()):
+            has_seen_all = done >= 2 * MIN_STEPS or (done >= MIN_STEPS and all(has_gradient.values()))
+            if has_seen_all and learning.losses[-1] <= LEARNT * learning.losses[0]:
                 break
+            if done >= 2 * MIN_STEPS and min(learning.losses) == max(learning.losses):
+                break  # nothing moves
             if done >= 2 and learning.seconds * (done + 1) / done > max_seconds:
                 learning.is_out_of_time = True
                 break
@@ -277,7 +283,9 @@ def _check_first_loss(learning: _Learning, module: DetectionModule, batch: Micro
             continue
         is_proposal = key.endswith("_enc")
         num_queries = learning.num_proposals if is_proposal else config["num_queries"]
-        expected = expected_class_loss(num_images * num_queries * num_classes, num_objects, alpha)
+        num_matched = sum(min(num_queries, len(target["labels"])) for target in batch[2])
+        num_predictions = num_images * num_queries * num_classes
+        expected = expected_class_loss(num_predictions, num_objects, num_matched, alpha)
         low, high = (expected * factor for factor in (PROPOSAL_BAND if is_proposal else FIRST_LOSS_BAND))
         facts[f"expected_{key}"] = expected
         if low <= value <= high:
@@ -338,7 +346,12 @@ def _check_gradients(learning: _Learning, module: DetectionModule, from_nothing:
     facts = {"without_gradient": learning.without_gradient, "only_zeros": learning.only_zeros}
     if learning.without_gradient:
         found = f"none reaches {_listed(learning.without_gradient)}"
-        cause = "a part of the model does not lead to the loss (a detached output, aux_loss false), or is not used"
+        if not module.model.aux_loss and all(
+            key.startswith(("class_embed.", "bbox_embed.")) for key in learning.without_gradient
+        ):
+            cause = "without --model.aux_loss the heads of all layers but the last have no loss"
+            return Check(name, "warning", expected, found, cause, "--model.aux_loss true, unless this is meant", facts)
+        cause = "a part of the model does not lead to the loss (a detached output), or is not used"
         advice = "what becomes of these modules' outputs; several processes would stop at it"
         return Check(name, "failed", expected, found, cause, advice, facts)
     frozen = [key for key, p in named.items() if not p.requires_grad and not key.startswith("backbone.")]

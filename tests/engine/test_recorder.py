@@ -44,6 +44,7 @@ def settings(shapes: Path, tiny_model: dict[str, Any], tmp_path: Path) -> dict[s
         "device_batch_size": 1,
         "log_every": 1,
         "num_pictures": 0,
+        "preflight": False,
         "output": str(tmp_path / "run"),
     }
 

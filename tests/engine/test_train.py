@@ -37,6 +37,7 @@ def settings(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
         "device_batch_size": 2,
         "log_every": 1,
         "num_pictures": 0,
+        "preflight": False,
     }
 
 
