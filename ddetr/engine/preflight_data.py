@@ -5,7 +5,7 @@ don't come back, the usual mistakes are tried one by one, to name the one that e
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from ddetr.boxes import box_cxcywh_to_xyxy, box_iou, box_xywh_to_xyxy, box_xyxy_to_cxcywh
+from ddetr.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from ddetr.datasets import Annotations, DetectionDataset
 from ddetr.datasets.annotations import ImageRecord
 from ddetr.datasets.dataset import seeded
 from ddetr.detections import Detections
 from ddetr.engine.data import DetectionData, collate_whole
 from ddetr.engine.module import DetectionModule
+from ddetr.engine.preflight_causes import explain_boxes, explain_evaluation, explain_labels
 from ddetr.evaluation import CocoEvaluator
 from ddetr.models.criterion import SetCriterion
 
@@ -77,7 +78,7 @@ def check_training_targets(dataset: DetectionDataset, criterion: SetCriterion, s
         num_objects += len(labels)
         if wrong := _wrong_labels(labels, objects, record, criterion.num_classes):
             advice = "the augmentation and the data set's labels: they count from 0, without a background class"
-            return Check(name, "failed", expected, f"{where}: {wrong}", _shift(labels, objects, record), advice)
+            return Check(name, "failed", expected, f"{where}: {wrong}", explain_labels(labels, objects, record), advice)
         boxes = target["boxes"]
         corners = box_cxcywh_to_xyxy(boxes)
         bad = (
@@ -134,7 +135,7 @@ def check_validation_targets(dataset: DetectionDataset, criterion: SetCriterion,
         num_objects += len(labels)
         if wrong := _wrong_labels(labels, objects, record, criterion.num_classes):
             advice = "the data set's labels: they count from 0, without a background class"
-            return Check(name, "failed", expected, f"{where}: {wrong}", _shift(labels, objects, record), advice)
+            return Check(name, "failed", expected, f"{where}: {wrong}", explain_labels(labels, objects, record), advice)
         detected = module.postprocess(
             perfect_outputs([target], len(labels), criterion.num_classes), target["orig_size"][None]
         )[0]
@@ -190,7 +191,7 @@ def check_evaluation(module: DetectionModule, data: DetectionData, num_queries: 
         return Check(name, "ok", expected, f"AP {metrics.AP:.3f} over {len(places)} images", facts=facts)
     low = [row.name for row in metrics.per_class if row.AP < 0.9995]
     found = f"AP {metrics.AP:.3f} over {len(places)} images; below 1: {', '.join(low[:5]) or 'no class, but images are missing'}"
-    lost, cause = _explain_evaluation(fresh, records, annotations)
+    lost, cause = explain_evaluation(fresh, records, annotations)
     if lost:
         found += f"; {lost}"
     most, limit = max(records.values(), key=lambda r: int((~r.ignore).sum())), evaluator.max_detections
@@ -233,38 +234,6 @@ def perfect_outputs(targets: Sequence[dict[str, Tensor]], num_queries: int, num_
     return {"pred_logits": logits, "pred_boxes": boxes}
 
 
-def explain_boxes(boxes: Tensor, found_xyxy: Tensor, wanted_xyxy: Tensor, size_hw: tuple[int, int]) -> str:
-    """Which usual mistake turns the wanted boxes (pixels) into those found; '' where none does.
-
-    Args:
-        boxes: (n, 4) of the target, as they are; found_xyxy: what post-processing makes of them, in the same order.
-    """
-    if len(found_xyxy) < len(wanted_xyxy) or not len(wanted_xyxy):
-        return ""
-    height, width = size_hw
-    found_xyxy, size = found_xyxy[: len(wanted_xyxy)], torch.tensor([width, height, width, height])
-    relative = wanted_xyxy / size
-
-    def close(one: Tensor, other: Tensor, unit: float) -> bool:
-        return one.shape == other.shape and bool(((one - other).abs() < unit).all())
-
-    if close(boxes, relative, 2e-3):
-        return "the boxes are corners (xyxy), where centre and size (cxcywh) are expected"
-    if close(found_xyxy / size.roll(1), relative, 2e-3):
-        return "height and width are swapped: sizes are (height, width)"
-    if close(boxes[:, [1, 0, 3, 2]], box_xyxy_to_cxcywh(relative), 2e-3):
-        return "x and y are swapped in the boxes"
-    mirrored = torch.stack([1 - relative[:, 2], relative[:, 1], 1 - relative[:, 0], relative[:, 3]], 1)
-    if close(found_xyxy / size, mirrored, 2e-3):
-        return "the boxes are mirrored, and nothing mirrors them back: no flip belongs into validation"
-    if bool((boxes > 2).any()):
-        return "the boxes are in pixels: they must be divided by the size of the image"
-    ratio = (found_xyxy[:, 2:] - found_xyxy[:, :2]) / (wanted_xyxy[:, 2:] - wanted_xyxy[:, :2])
-    if bool((ratio - ratio.mean()).abs().max() < 0.01) and abs(float(ratio.mean()) - 1) > 0.01:
-        return f"the boxes are scaled by {float(ratio.mean()):.2f}: pixels of the resized image instead of the original"
-    return ""
-
-
 class _Oracle(nn.Module):
     """A model that knows the answer."""
 
@@ -293,18 +262,6 @@ def _wrong_labels(labels: np.ndarray, objects: np.ndarray, record: ImageRecord, 
     wanted = record.labels[np.where(is_known, objects, 0)]
     if not is_known.all() or not np.array_equal(labels, wanted):
         return f"labels {labels.tolist()[:8]} for the annotation's {record.labels[~record.ignore].tolist()[:8]}"
-    return ""
-
-
-def _shift(labels: np.ndarray, objects: np.ndarray, record: ImageRecord) -> str:
-    """A constant step between the labels found and the annotation's, if that explains them."""
-    for step in (1, -1):
-        for moved in (objects, objects - step):  # where the transform itself does it, it moves the numbers too
-            inside = len(moved) == len(labels) and ((moved >= 0) & (moved < len(record.labels))).all()
-            if inside and np.array_equal(labels, record.labels[moved] + step):
-                return (
-                    f"labels are shifted by {step:+d}: ids that count from 1, or a background class that is not there"
-                )
     return ""
 
 
@@ -364,67 +321,5 @@ def _marker_hits(
     return int(off <= MARKER_PIXELS), 1
 
 
-def _explain_evaluation(
-    evaluator: CocoEvaluator, records: dict[int, ImageRecord], annotations: Annotations
-) -> tuple[str, str]:
-    """(the first object that is not found again, the usual mistake that explains it)."""
-    label_of = {category.category_id: label for label, category in enumerate(annotations.categories)}
-    by_image: dict[int, list[tuple[Tensor, int]]] = {}
-    for result in evaluator.coco_results():
-        if result["score"] > 0.5:
-            box = box_xywh_to_xyxy(torch.tensor(result["bbox"], dtype=torch.float32))
-            by_image.setdefault(result["image_id"], []).append((box, label_of[result["category_id"]]))
-    for image_id, record in records.items():
-        found = by_image.get(image_id, [])
-        keep = ~record.ignore
-        for number, box, label in zip(np.flatnonzero(keep), record.boxes_xyxy[keep], record.labels[keep].tolist()):
-            if _is_among(box, label, found):
-                continue
-            name = annotations.categories[label].name
-            lost = f"{name}, object {number} of image {image_id} ({record.path}), is not found again"
-            return lost, _mistake(box, label, found, image_id, by_image, record)
-    return "", ""
-
-
-def _mistake(
-    box: np.ndarray,
-    label: int,
-    found: list[tuple[Tensor, int]],
-    image_id: int,
-    by_image: dict[int, list[tuple[Tensor, int]]],
-    record: ImageRecord,
-) -> str:
-    for other, theirs in by_image.items():
-        if other != image_id and _is_among(box, label, theirs):
-            return f"image ids are mixed up: it is found under image {other}"
-    same_place = [theirs for one, theirs in found if _iou(one, box) > 0.9]
-    if same_place:
-        return f"its box is found with label {same_place[0]} instead of {label}: labels are shifted or mapped wrongly"
-    height, width = record.size_hw
-    left, top, right, bottom = box.tolist()
-    swapped = [left / width * height, top / height * width, right / width * height, bottom / height * width]
-    if height != width and _is_among(np.array(swapped), label, found):
-        return "height and width are swapped in the sizes that boxes are scaled with"
-    if found:
-        return "its box comes out elsewhere: see the check of the validation targets"
-    return "nothing is found in this image: its detections are lost, or under another id"
-
-
-def _is_among(box: np.ndarray, label: int, found: list[tuple[Tensor, int]]) -> bool:
-    return any(theirs == label and _iou(one, box) > 0.95 for one, theirs in found)
-
-
-def _iou(one: Tensor, other: np.ndarray) -> float:
-    return float(box_iou(one[None].float(), torch.as_tensor(other, dtype=torch.float32)[None]))
-
-
 def _names(categories: Sequence[Any]) -> str:
     return ", ".join([*(category.name for category in categories[:5]), *["..."] * (len(categories) > 5)])
-
-
-def as_rows(checks: Sequence[Check]) -> Iterator[tuple[str, str, str, str]]:
-    """What the table shows of each check: name, status, finding, what to do about it."""
-    for check in checks:
-        advice = [f"likely: {check.cause}"] * bool(check.cause) + [f"look at {check.next}"] * bool(check.next)
-        found = check.found if check.status == "ok" else f"expected {check.expected}; found {check.found}"
-        yield check.name, check.status, found, "; ".join(advice)

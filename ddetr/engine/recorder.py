@@ -1,50 +1,33 @@
 """The black-box recorder: what is done about a training step that fails, and what is kept of it.
 
 A step whose loss or gradient is not finite is skipped: no update, and the batch norms' statistics are put back. A step
-that raises ends the run. Both leave a bundle that `ddetr replay` computes again:
-
-RUN/blackbox/step-000123/
-    what.txt      what happened, in words
-    bundle.json   the same for programs: step, images, losses, first place that is not finite, settings, versions
-    state.pt      batch, weights and optimiser before the step, random states: plain types and tensors
+that raises ends the run. Both leave a bundle (bundle.py) that `ddetr replay` computes again.
 """
 
-import importlib.metadata
-import json
 import logging
 import math
-import platform
-import random
-import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
-from ddetr import __version__
-from ddetr.atomic import write_folder_atomically, write_text
-from ddetr.checkpoint.published import portable_config
-from ddetr.datasets import Annotations, sample_seed
-from ddetr.engine.finite import MicroBatch, NormStatistics, NotFinite, find_non_finite, non_finite_parameters
+from ddetr.datasets import Annotations
+from ddetr.engine.bundle import Step, image_ids, module_of, write_bundle
+from ddetr.engine.finite import MicroBatch, NotFinite, find_non_finite, non_finite_parameters
 
 if TYPE_CHECKING:
     from ddetr.engine.module import DetectionModule
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "blackbox"
-FORMAT = 1
-MAX_BUNDLES = 3  # a run: its first two and its latest; one holds weights and optimiser, three times the model
 MAX_IN_A_ROW = 3  # as many different batches in a row are not at fault: the weights are
 LEAST_LOSS_SCALE = 1.0  # of a gradient scaler: above it overflow is its way of finding the scale, and no bad step
 
@@ -91,13 +74,12 @@ class StepGuard(Callback):
         Raises:
             FloatingPointError: too many bad steps; on all processes alike.
         """
-        now = _Step.of(module, batch, num_boxes)
+        now = Step.of(module, batch, num_boxes)
         self._bad, self.skipped = None, False
         repaired_before = _repaired_costs(module)
         try:
             yield
         except Exception as error:
-            now.norms.restore()
             self._record_crash(now, error)
             raise
         repaired = _repaired_costs(module) - repaired_before
@@ -109,7 +91,7 @@ class StepGuard(Callback):
         if repaired:
             logger.warning(
                 "step %d: %d matching costs of images %s were not finite and counted as the worst, though the loss is finite",
-                now.number, repaired, ", ".join(map(str, _image_ids(batch))),
+                now.number, repaired, ", ".join(map(str, image_ids(batch))),
             )  # fmt: skip
 
     def check(
@@ -143,7 +125,7 @@ class StepGuard(Callback):
                 f"they are saved. {self._advice()}"
             )
 
-    def _settle(self, now: "_Step", bad: "_BadStep", repaired: int) -> None:
+    def _settle(self, now: Step, bad: "_BadStep", repaired: int) -> None:
         """Diagnose, record, report, and stop the run where it cannot go on. Every process comes here together."""
         self.total += 1
         self.in_a_row += 1
@@ -155,7 +137,7 @@ class StepGuard(Callback):
         own = {
             "rank": module.global_rank,
             "loss": bad.loss,
-            "image_ids": _image_ids(now.batch),
+            "image_ids": image_ids(now.batch),
             "repaired": repaired,
             "found": None if found is None else asdict(found),
         }
@@ -200,11 +182,12 @@ class StepGuard(Callback):
             f"{intact}"
         )
 
-    def _record_crash(self, now: "_Step", error: Exception) -> None:
+    def _record_crash(self, now: Step, error: Exception) -> None:
         """Never raises: the error itself is what must reach the user."""
         if self.run is None:
             return
         try:
+            now.norms.restore()
             place = module_of(error.__traceback__, now.module.model)
             said = f"step {now.number} failed{f' in {place}' if place else ''}: {type(error).__name__}: {error}"
             found = None
@@ -223,31 +206,10 @@ class StepGuard(Callback):
         except Exception:
             logger.exception("the failed step could not be recorded")
 
-    def _record(self, now: "_Step", said: str, found: NotFinite | None, **facts: Any) -> str | None:
-        """The bundle's path, or None where none could be written, which a full disk must not turn into a crash."""
+    def _record(self, now: Step, said: str, found: NotFinite | None, **facts: Any) -> str | None:
         if self.run is None:
             return None
-        rank = now.module.global_rank
-        path = self.run / FOLDER / f"step-{now.number:06d}{f'-rank{rank}' if rank else ''}"
-        scaler = facts.pop("scaler", None)
-
-        def write(folder: Path) -> None:
-            write_text(folder / "bundle.json", json.dumps(_plain(header), indent=1, default=str) + "\n")
-            write_text(folder / "what.txt", _in_words(header))
-            torch.save(_state(now, scaler), folder / "state.pt")
-
-        try:
-            header = _header(now, self.config, self.annotations) | {
-                "what": said,
-                "not_finite": None if found is None else asdict(found),
-                **facts,
-            }
-            _make_room(path.parent, path.name)
-            write_folder_atomically(path, write)
-        except Exception as error:  # a run that could go on must not end here, and leave other processes waiting
-            logger.warning("the failed step could not be recorded in %s: %s: %s", path, type(error).__name__, error)
-            return None
-        return str(path)
+        return write_bundle(self.run, now, said, found, config=self.config, annotations=self.annotations, **facts)
 
 
 @dataclass(frozen=True)
@@ -255,29 +217,6 @@ class _BadStep:
     loss: float
     grad_norm: float
     scaler: dict[str, Any] | None  # before it has reacted
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A step as it starts, with all that computing it again needs."""
-
-    module: "DetectionModule"
-    batch: Sequence[MicroBatch]
-    num_boxes: float
-    number: int  # 1 for the first of a run, as in train.csv
-    seed: int
-    autocast: str | None  # "bfloat16", "float16"
-    norms: NormStatistics
-
-    @classmethod
-    def of(cls, module: "DetectionModule", batch: Sequence[MicroBatch], num_boxes: float) -> "_Step":
-        kind = module.device.type
-        autocast = (
-            str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None
-        )
-        seed = sample_seed(module.seed, module.global_step, module.global_rank)
-        norms = NormStatistics(module.model)
-        return cls(module, batch, num_boxes, module.global_step + 1, seed, autocast, norms)
 
 
 def agree(flags: Tensor) -> list[bool]:
@@ -288,30 +227,7 @@ def agree(flags: Tensor) -> list[bool]:
     return [bool(flag) for flag in flags.tolist()]
 
 
-def module_of(trace: TracebackType | None, model: nn.Module) -> str | None:
-    """The innermost module of `model` in whose forward an exception was raised."""
-    names = {id(module): name for name, module in model.named_modules() if name}
-    innermost = None
-    while trace is not None:
-        owner = trace.tb_frame.f_locals.get("self")
-        innermost = names.get(id(owner), innermost)
-        trace = trace.tb_next
-    return innermost
-
-
-def run_bundles(run: Path) -> list[Path]:
-    """The bundles of a run, oldest step first."""
-    return sorted(path for path in (run / FOLDER).glob("step-*") if (path / "bundle.json").is_file())
-
-
-def _make_room(folder: Path, name: str) -> None:
-    """At most `MAX_BUNDLES` with the new one: the first ones, where it began, stay."""
-    others = sorted(path for path in folder.glob("step-*") if path.name != name)
-    for path in others[MAX_BUNDLES - 1 :]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _diagnosed(now: _Step, loss_scale: float) -> tuple[NotFinite | None, str]:
+def _diagnosed(now: Step, loss_scale: float) -> tuple[NotFinite | None, str]:
     """What is not finite first, or why nothing is known about it."""
     module = now.module
     try:
@@ -332,133 +248,5 @@ def _gathered(value: Any) -> list[Any]:
     return values
 
 
-def _image_ids(batch: Sequence[MicroBatch]) -> list[int]:
-    return [int(target["image_id"]) for _, _, targets in batch for target in targets]
-
-
 def _repaired_costs(module: "DetectionModule") -> int:
     return module.criterion.matcher.num_repaired
-
-
-def _header(now: _Step, config: Mapping[str, Any], annotations: Annotations | None) -> dict[str, Any]:
-    module, device = now.module, now.module.device
-    optimizer = module.optimizers()
-    names = {id(parameter): name for name, parameter in module.model.named_parameters()}
-    return {
-        "format": FORMAT,
-        "step": now.number,
-        "epoch": module.current_epoch,
-        "rank": module.global_rank,
-        "world_size": module.trainer.world_size,
-        "seed": module.seed,
-        "step_seed": now.seed,
-        "num_boxes": now.num_boxes,
-        "images": _images(now.batch, annotations),
-        "categories": [] if annotations is None else [c.name for c in annotations.categories],
-        "model": portable_config(module.model.config),
-        "frozen": [name for name, parameter in module.model.named_parameters() if not parameter.requires_grad],
-        "loss": None,
-        "loss_weights": asdict(module.criterion.loss_weights),
-        "optim": asdict(module.optim),
-        "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
-        "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups],
-        "autocast": now.autocast,
-        "channels_last": _is_channels_last(module.model.backbone),
-        "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "matmul_precision": matmul_precision(),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "versions": versions(),
-        "config": dict(config),
-    }
-
-
-def matmul_precision() -> str | None:
-    """PyTorch's choice for float32 matrix products; None inside `onednn_matmuls`, where it has no one name."""
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:
-        return None
-
-
-def versions() -> dict[str, str]:
-    found = {"ddetr": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for package in ("torchvision", "timm", "numpy", "scipy", "lightning"):
-        found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _images(batch: Sequence[MicroBatch], annotations: Annotations | None) -> list[dict[str, Any]]:
-    """What image stands where in the batch; its file where the annotations are at hand."""
-    wanted = set(_image_ids(batch))
-    paths = {} if annotations is None else {r.image_id: str(r.path) for r in annotations.images if r.image_id in wanted}
-    return [
-        {
-            "micro_batch": index,
-            "row": row,
-            "image_id": int(target["image_id"]),
-            "path": paths.get(int(target["image_id"])),
-        }
-        for index, (_, _, targets) in enumerate(batch)
-        for row, target in enumerate(targets)
-    ]
-
-
-def _state(now: _Step, scaler: dict[str, Any] | None) -> dict[str, Any]:
-    module = now.module
-    python = random.getstate()
-    numpy = np.random.get_state()
-    cuda = [module.device] if module.device.type == "cuda" else []
-    with torch.random.fork_rng(cuda):
-        torch.manual_seed(now.seed)  # as the step started
-        drawn = {"torch": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(device) for device in cuda]}
-    return {
-        "batch": [
-            {
-                "images": images.cpu(),
-                "mask": None if mask is None else mask.cpu(),
-                "targets": [_on_cpu(t) for t in targets],
-            }
-            for images, mask, targets in now.batch
-        ],
-        "weights": _on_cpu(module.model.state_dict()),
-        "optimizer": module.optimizers().state_dict(),
-        "scaler": scaler,
-        "random": drawn
-        | {"python": [python[0], list(python[1]), python[2]]}
-        | {"numpy": [str(numpy[0]), [int(n) for n in numpy[1]], int(numpy[2]), int(numpy[3]), float(numpy[4])]},
-    }
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-
-
-def _is_channels_last(module: nn.Module) -> bool:
-    kernels = [p for p in module.parameters() if p.dim() == 4 and p.shape[2] > 1 and p.shape[1] > 1]
-    return bool(kernels) and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
-
-
-def _plain(value: Any) -> Any:
-    """The same with "nan" and "inf" for what JSON has no number for."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _in_words(header: Mapping[str, Any]) -> str:
-    lines = [header["what"], ""]
-    if found := header["not_finite"]:
-        lines += [f"First place that is not finite: {found['place']} {found['name']} {found['kind']}".rstrip(), ""]
-    lines += [
-        f"micro-batch {i['micro_batch']}, image {i['row']}: id {i['image_id']}  {i['path'] or ''}"
-        for i in header["images"]
-    ]
-    lines += ["", f"epoch {header['epoch']}, seed {header['seed']}, process {header['rank']} of {header['world_size']}"]
-    lines += [", ".join(f"{name} {version}" for name, version in header["versions"].items())]
-    if header.get("error"):
-        lines += ["", header["error"]["traceback"]]
-    return "\n".join(lines) + "\n"

@@ -19,6 +19,7 @@ from ddetr.atomic import write_atomically
 from ddetr.boxes import box_cxcywh_to_xyxy
 from ddetr.datasets import normalize_images
 from ddetr.drawing import draw_boxes
+from ddetr.engine.bundle import FORMAT, matmul_precision, module_of, versions
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.finite import (
     MicroBatch,
@@ -29,7 +30,6 @@ from ddetr.engine.finite import (
     non_finite_parameters,
 )
 from ddetr.engine.optimizer import build_optimizer
-from ddetr.engine.recorder import FORMAT, matmul_precision, module_of, versions
 from ddetr.errors import InputError
 from ddetr.models.criterion import LossWeights, SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
@@ -249,7 +249,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise InputError(f"replay: {folder} holds no state.pt: batch and weights of the step are gone") from None
+        raise InputError(
+            f"replay: {folder} holds no state.pt, batch and weights of the step: {header['what']}"
+        ) from None
     except Exception as error:  # a damaged pickle raises anything
         raise InputError(f"replay: {folder / 'state.pt'} is damaged ({type(error).__name__})") from error
     return header, state

@@ -20,12 +20,13 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from ddetr import cli
 from ddetr.datasets.annotations import Category
-from ddetr.engine import preflight as preflight_module
+from ddetr.engine import preflight_model
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.preflight import PreflightReport, expected_class_loss, run_preflight
+from ddetr.engine.preflight import PreflightReport, run_preflight
 from ddetr.engine.preflight_data import Check
+from ddetr.engine.preflight_model import expected_class_loss
 from ddetr.engine.splits import load_splits
 from ddetr.engine.train import train
 from ddetr.errors import InputError
@@ -369,14 +370,14 @@ def test_a_rate_of_zero_is_caught(set_up: Callable[..., SetUp]) -> None:
 
 
 def test_a_rate_that_is_too_low_is_caught(set_up: Callable[..., SetUp], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight_module, "MAX_STEPS", 10)
+    monkeypatch.setattr(preflight_model, "MAX_STEPS", 10)
     check = looked_at(set_up(optim=OptimConfig(lr=1e-9)))["learning"]
     assert check.status == "failed"
     assert "1e-09 is too low" in check.cause
 
 
 def test_a_rate_that_is_too_high_is_caught(set_up: Callable[..., SetUp], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight_module, "MAX_STEPS", 30)
+    monkeypatch.setattr(preflight_model, "MAX_STEPS", 30)
     check = looked_at(set_up(optim=OptimConfig(lr=30.0)))["learning"]
     assert check.status == "failed"
     assert "too high" in check.cause

@@ -18,11 +18,12 @@ from torch import Tensor
 from ddetr import cli
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets import load_annotations
+from ddetr.engine.bundle import MAX_BUNDLES, run_bundles
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
 from ddetr.engine.finite import find_non_finite, micro_losses
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.recorder import MAX_BUNDLES, StepGuard, run_bundles
+from ddetr.engine.recorder import StepGuard
 from ddetr.engine.replay import replay
 from ddetr.engine.train import train
 from ddetr.evaluation import CocoEvaluator
@@ -336,7 +337,7 @@ def test_a_full_disk_does_not_stop_a_run_that_could_go_on(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ddetr.engine.recorder._state", full)
+    monkeypatch.setattr("ddetr.engine.bundle._state", full)
     train(**settings)
     assert "could not be recorded" in caplog.text
     assert "No space left on device" in caplog.text
@@ -363,6 +364,62 @@ def test_costs_that_the_matcher_repaired_are_reported(
     lines = [record.message for record in caplog.records if record.name == "ddetr.engine.recorder"]
     assert len(lines) == 1
     assert lines[0].startswith("step 1: 1 matching costs of images ")
+
+
+def test_a_run_that_stopped_at_bad_steps_resumes_to_the_same_weights(
+    settings: dict[str, Any], break_loss: Callable[[set[int]], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The skipped step of the first epoch counts for schedule and random numbers as in the run that was not stopped."""
+    break_loss({2})
+    whole = train(**settings | {"output": str(tmp_path / "whole")})
+    monkeypatch.undo()
+    break_loss({2, 6})
+    with pytest.raises(FloatingPointError, match="2 bad steps are more than"):
+        train(**settings | {"max_bad_steps": 1})
+    monkeypatch.undo()
+    resumed = train(**settings | {"max_bad_steps": 1, "resume": "auto"})
+    one, other = (load_checkpoint(run.path / "last.pth").model for run in (whole, resumed))
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_out_of_memory_is_recorded_and_not_tried_again(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ddetr.models.attention import MSDeformAttn
+
+    calls = []
+
+    def full(*_: Any) -> None:
+        calls.append(1)
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(MSDeformAttn, "forward", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        train(**settings)
+    assert len(calls) == 1
+    (bundle,) = run_bundles(Path(settings["output"]))
+    assert torch.load(bundle / "state.pt", weights_only=True)["weights"]
+    assert "failed in transformer.encoder.layers.0.self_attn" in (bundle / "what.txt").read_text()
+
+
+def test_a_gpu_that_cannot_be_read_any_more_still_leaves_the_words(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """After a failed assertion on the device every copy from it raises."""
+    from ddetr.models.attention import MSDeformAttn
+
+    def asserted(*_: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(MSDeformAttn, "forward", asserted)
+    monkeypatch.setattr("ddetr.engine.bundle._state", asserted)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        train(**settings)
+    (bundle,) = run_bundles(Path(settings["output"]))
+    assert sorted(path.name for path in bundle.iterdir()) == ["bundle.json", "what.txt"]
+    assert "Traceback" in (bundle / "what.txt").read_text()
+    assert cli.main(["replay", str(bundle)]) == 2
+    assert "could not be read any more" in capsys.readouterr().err
 
 
 # --- fp16: overflow is the scaler's business
