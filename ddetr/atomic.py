@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +25,25 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep_as: Path 
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Call `write` with an empty folder of a temporary name, then put it in the place of `path`, which it replaces:
+    killed at any moment, it leaves no half of a folder under `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        write(temporary)
+        for place in temporary.rglob("*"):
+            if place.is_file():
+                with place.open("rb+") as file:
+                    os.fsync(file.fileno())
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     _sync_folder(path.parent)
 
 

@@ -20,13 +20,23 @@ from ddetr.parser import Parser
 
 def train_command(parser: Parser) -> Callable[[Any], None]:
     """Train on a COCO, Pascal VOC or YOLO folder."""
+    parser.usage = "ddetr train --data PATH [options]"
+    return _training(parser)
+
+
+def preflight_command(parser: Parser) -> Callable[[Any], None]:
+    """Try the set-up of a training run on a few images, and train nothing."""
+    parser.usage = "ddetr preflight --data PATH [options of ddetr train]"
+    return _training(parser, preflight_only=True)
+
+
+def _training(parser: Parser, **fixed: Any) -> Callable[[Any], None]:
     from ddetr.engine.run import is_first_process
     from ddetr.engine.train import DEFAULT_MODEL, train
     from ddetr.models.deformable_detr import DeformableDETR
 
-    parser.usage = "ddetr train --data PATH [options]"
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win")
-    parser.add_function_arguments(train, skip={"model"}, sub_configs=False)
+    parser.add_function_arguments(train, skip={"model", "preflight_only"}, sub_configs=False)
     parser.add_class_arguments(DeformableDETR, "model", skip={"num_classes"}, instantiate=False)
     parser.add_group_of_options("data", "loss", "optim", "model")
     parser.set_defaults({f"model.{name}": value for name, value in DEFAULT_MODEL.items()})
@@ -35,8 +45,8 @@ def train_command(parser: Parser) -> Callable[[Any], None]:
         arguments = dict(vars(settings))
         arguments.pop("config")
         arguments["model"] = dict(vars(arguments["model"]))
-        result = train(**arguments)
-        if is_first_process():
+        result = train(**arguments, **fixed)
+        if result is not None and is_first_process():
             print_result(result)
 
     return run
@@ -193,11 +203,23 @@ def bench_op_command(parser: Parser) -> Callable[[Any], None]:
     return run
 
 
+def replay_command(parser: Parser) -> Callable[[Any], None]:
+    """Compute a failed training step again, from the bundle that it left."""
+    from ddetr.engine.replay import replay
+
+    parser.usage = "ddetr replay [options] BUNDLE"
+    parser.add_argument("bundle", type=str, help="folder of the failed step: RUN/blackbox/step-000123")
+    parser.add_function_arguments(replay, skip={"bundle"})
+    return lambda settings: console.show(replay(**vars(settings)).render())
+
+
 COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
     "demo": demo_command,
     "train": train_command,
+    "preflight": preflight_command,
     "eval": eval_command,
     "predict": predict_command,
+    "replay": replay_command,
     "data audit": audit_command,
     "bench op": bench_op_command,
 }

@@ -55,4 +55,5 @@ def demo(
         devices=1,
         output=str(path),
         seed=seed,
+        preflight=False,  # for runs longer than this one
     )

@@ -62,4 +62,5 @@ def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         output=str(tmp_path_factory.mktemp("runs") / "tiny run"),
         log_every=10,
         num_pictures=2,
+        preflight=False,
     )

@@ -21,7 +21,7 @@ LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 
 
 class Watch(Callback):
-    """Looks at the losses every few steps: stops the run where they are no numbers, feeds bar and train.csv."""
+    """Looks at the losses every few steps: feeds bar and train.csv."""
 
     def __init__(self, run: RunFolder, *, batch_size: int, total_steps: int, log_every: int):
         self.run, self.batch_size, self.total_steps, self.log_every = run, batch_size, total_steps, log_every
@@ -57,17 +57,6 @@ class Watch(Callback):
         step = trainer.global_step
         if self._progress is not None:
             self._progress.update(self._task, completed=step)
-        watched = ["loss", "grad_norm"]
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            watched.remove("grad_norm")  # fp16's scaler leaves out the steps whose gradient overflows
-        is_broken = not all(math.isfinite(float(outputs[name])) for name in watched)
-        # All processes stop together: one alone would leave the others waiting for it.
-        if trainer.strategy.reduce_boolean_decision(is_broken, all=False):
-            raise FloatingPointError(
-                f"step {step} has loss {float(outputs['loss'])} and gradient norm {float(outputs['grad_norm'])}: the run is "
-                "stopped, its last checkpoint is intact. "
-                "A lower --optim.lr, --optim.warmup_steps or --precision 32 usually helps; `ddetr data audit` checks the boxes"
-            )
         if step % self.log_every and step != 1 and not trainer.is_last_batch:
             return
         values = {name: float(value) for name, value in outputs.items()}

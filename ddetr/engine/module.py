@@ -16,8 +16,10 @@ from torch.nn.utils import clip_grad_norm_
 from ddetr.datasets import normalize_images, sample_seed
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.data import MicroBatch
+from ddetr.engine.finite import micro_losses
 from ddetr.engine.optimizer import build_optimizer, lr_factor, parameter_groups
-from ddetr.engine.processes import summed
+from ddetr.engine.processes import gathered, summed
+from ddetr.engine.recorder import StepGuard
 from ddetr.engine.saving import Requests
 from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.models.criterion import SetCriterion
@@ -43,7 +45,9 @@ class DetectionModule(pl.LightningModule):
         steps_per_epoch: int,
         total_steps: int,
         seed: int,
+        guard: StepGuard | None = None,
     ):
+        """guard: what is done about steps that are not finite; by default ten are skipped and none is recorded."""
         super().__init__()
         self.automatic_optimization = False
         self.model, self.criterion, self.optim, self.evaluator = model, criterion, optim, evaluator
@@ -56,7 +60,8 @@ class DetectionModule(pl.LightningModule):
         self.metrics: Metrics | None = None  # of the last validation
         self.requests = Requests()  # of this process, for the end of the step; what all together wish is `agreed`
         self.agreed = Requests()
-        self._grad_norm = torch.tensor(0.0)
+        self.guard = guard or StepGuard()
+        self._loss = self._grad_norm = torch.tensor(0.0)
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self.model, self.optim, backbone_pretrained=self.backbone_pretrained)
@@ -80,18 +85,20 @@ class DetectionModule(pl.LightningModule):
 
         def forward_backward() -> None:
             optimizer.zero_grad()
-            for index, (images, mask, targets) in enumerate(batch):
+            for index, micro_batch in enumerate(batch):
                 is_last = index == len(batch) - 1
                 with nullcontext() if is_last else self._without_gradient_exchange():
-                    losses = self.criterion(self.model(normalize_images(images, mask), mask), targets, num_boxes)
+                    losses = micro_losses(self.model, self.criterion, micro_batch, num_boxes)
                     total = self.criterion.total(losses)
                     self.manual_backward(total)
                 for name, value in {"loss": total, **losses}.items():
                     share = 1.0 if name == "loss" or name in self.criterion.weight_dict else 1 / len(batch)
                     logged[name] = logged.get(name, 0.0) + value.detach() * share
+            self._loss = logged["loss"]
 
-        optimizer.step(closure=forward_backward)
-        self._share_norm_statistics()
+        with self.guard.step(self, batch, num_boxes):
+            optimizer.step(closure=forward_backward)
+            self._share_norm_statistics()
         rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
         self.lr_schedulers().step()
         return logged | {"grad_norm": self._grad_norm} | rates
@@ -99,6 +106,7 @@ class DetectionModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient of the whole model, after any scaler has restored its size."""
         self._grad_norm = clip_grad_norm_(self.model.parameters(), self.optim.clip_max_norm or math.inf)
+        self.guard.check(self, self._loss, self._grad_norm, optimizer)
 
     def on_validation_epoch_start(self) -> None:
         self.evaluator.reset()
@@ -110,10 +118,7 @@ class DetectionModule(pl.LightningModule):
         self.evaluator.update([int(target["image_id"]) for target in targets], self.postprocess(outputs, sizes_hw))
 
     def on_validation_epoch_end(self) -> None:
-        if dist.is_available() and dist.is_initialized():
-            states: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(states, self.evaluator.state())
-            self.evaluator.merge(states)
+        self.evaluator.merge(gathered(self.evaluator.state()))
         self.metrics = self.evaluator.compute()
 
     def _share_norm_statistics(self) -> None:

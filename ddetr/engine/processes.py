@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 def summed(values: Sequence[float], device: torch.device) -> tuple[list[float], int]:
@@ -15,6 +17,24 @@ def summed(values: Sequence[float], device: torch.device) -> tuple[list[float], 
     total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist(), dist.get_world_size()
+
+
+def agree(flags: Tensor) -> list[bool]:
+    """Element by element, whether any process says so: (n,) bool, with one exchange and one copy to the host. All must
+    call it."""
+    if dist.is_available() and dist.is_initialized():
+        flags = flags.to(torch.int32)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every process's value, in the order of their ranks. All must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 # How the backends say that there is nobody at the other end: gloo's and NCCL's messages, PyTorch's store.

@@ -2,6 +2,7 @@
 
 config.yaml          all settings, readable by `ddetr train --config`
 audit.json           what was found in the data
+preflight.json       what was tried before the first step
 train.csv, val.csv   a row every few steps, a row a validation
 metrics.json         the last and the best validation, by class
 per_class.csv        the best validation's table
@@ -9,6 +10,7 @@ last.ckpt            everything that resuming needs; previous.ckpt is the one be
 best.pth, last.pth   published checkpoints, for `ddetr eval` and `ddetr predict`
 curves.png           losses and AP by step
 pictures/            validation images, truth beside prediction
+blackbox/            what is kept of steps that failed, for `ddetr replay`
 """
 
 import csv
@@ -34,7 +36,7 @@ logger = logging.getLogger(__name__)
 RESUME_FILE, PREVIOUS_FILE = "last.ckpt", "previous.ckpt"
 CONFIG_FILE = "config.yaml"
 _CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
-_FREE_TO_CHANGE = {"data.num_workers"}  # settings that decide nothing about the outcome
+_FREE_TO_CHANGE = {"data.num_workers", "max_bad_steps"}  # settings that decide nothing about the outcome
 
 
 def is_first_process() -> bool:

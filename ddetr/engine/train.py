@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 
 from ddetr import console, report
+from ddetr.atomic import make_folder
 from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
 from ddetr.datasets import Annotations, audit
 from ddetr.datasets.annotations import did_you_mean
@@ -26,7 +27,9 @@ from ddetr.engine.data import DetectionData
 from ddetr.engine.exactness import exactness
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
+from ddetr.engine.preflight import run_preflight
 from ddetr.engine.processes import died_process
+from ddetr.engine.recorder import StepGuard
 from ddetr.engine.run import RESUME_FILE, RunFolder, is_first_process
 from ddetr.engine.saving import SaveState, StateFiles, Stopped
 from ddetr.engine.splits import load_splits
@@ -79,7 +82,10 @@ def train(
     max_detections: int = 100,
     log_every: int = 10,
     num_pictures: int = 12,
-) -> RunResult:
+    max_bad_steps: int = 10,
+    preflight: bool = True,
+    preflight_only: bool = False,
+) -> RunResult | None:
     """Train a detector.
 
     Args:
@@ -106,6 +112,11 @@ def train(
         max_detections: detections an image that the evaluation counts.
         log_every: steps between rows of train.csv.
         num_pictures: validation images that are drawn at the end, truth beside prediction.
+        max_bad_steps: steps of the run that may be skipped, and recorded in blackbox/, since their loss or gradient is not
+            finite; one more, or three in a row, stop it.
+        preflight: first try data, evaluation and one batch for about a minute, and stop where one of them cannot work; a
+            resumed run has had it.
+        preflight_only: stop after that and return None.
 
     Raises:
         InputError: settings, data or weights that cannot work, said before the first step.
@@ -125,10 +136,13 @@ def train(
         "deterministic": deterministic,
         "tf32": tf32,
         "max_detections": max_detections,
+        "max_bad_steps": max_bad_steps,
     }
     for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every", "checkpoint_every"):
         if (value := locals()[name]) is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if max_bad_steps < 0:
+        raise InputError(f"max_bad_steps must be at least 0, got {max_bad_steps}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0 to 2^32 - 1, got {seed}")
     where = _where(device, devices, precision)
@@ -157,6 +171,13 @@ def train(
     pl.seed_everything(seed, verbose=False)
     detector = _build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
     total_steps = datamodule.steps_per_epoch * epochs
+    guard = StepGuard(
+        run.path,
+        max_bad_steps=max_bad_steps,
+        config=config,
+        annotations=train_set,
+        last_checkpoint=run.path / RESUME_FILE,
+    )
     module = DetectionModule(
         detector,
         build_criterion(detector, loss),
@@ -166,7 +187,14 @@ def train(
         steps_per_epoch=datamodule.steps_per_epoch,
         total_steps=total_steps,
         seed=seed,
+        guard=guard,
     )
+    if (preflight or preflight_only) and resume_file is None and is_first_process():
+        _preflight(
+            run, module, datamodule, from_nothing=weights is None, precision=precision, device=where["accelerator"]
+        )
+    if preflight_only:
+        return None
     if is_first_process():
         run.start(config)
         run.write_json("audit.json", report_of_data.to_dict())
@@ -212,6 +240,7 @@ def train(
             use_distributed_sampler=False,
             default_root_dir=str(run.path),
             callbacks=[
+                guard,
                 Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
                 Publish(run, publish),
                 SaveState(run, every=checkpoint_every),
@@ -231,6 +260,27 @@ def train(
     # Only a run that was complete before it was resumed has had no validation now.
     metrics = module.metrics or Metrics.from_dict(json.loads((run.path / "metrics.json").read_text())["last"])
     return RunResult(run.path, Path(data.path), val_set.images[0].path, metrics)
+
+
+def _preflight(
+    run: RunFolder,
+    module: DetectionModule,
+    datamodule: DetectionData,
+    *,
+    from_nothing: bool,
+    precision: str,
+    device: str,
+) -> None:
+    """Before the folder holds a run, so that the same command works once the set-up is mended. Of several processes the
+    first alone comes here: the others wait for it where the process group is made, and end with it."""
+    autocast = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with console.waiting("preflight"):
+        found = run_preflight(module, datamodule, from_nothing=from_nothing, autocast=autocast, device=device)
+    console.show(found.render())
+    make_folder(run.path, "--output")
+    run.write_json("preflight.json", found.to_dict())
+    if found.failed:
+        raise InputError(found.refusal())
 
 
 def _fit(

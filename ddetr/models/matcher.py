@@ -59,6 +59,7 @@ class HungarianMatcher:
     ):
         self.set_cost_class, self.set_cost_bbox, self.set_cost_giou = set_cost_class, set_cost_bbox, set_cost_giou
         self.focal_alpha = focal_alpha
+        self.num_repaired = 0  # costs that were not finite, since the matcher was made
 
     @torch.no_grad()
     def match_sets(
@@ -80,7 +81,9 @@ class HungarianMatcher:
         for cost, (_, targets) in zip(costs, sets):
             host = flat[start : start + cost.numel()].reshape(cost.shape)
             start += cost.numel()
-            matches.append(_assign(host, targets.sizes, device))
+            assigned, num_repaired = _assign(host, targets.sizes, device)
+            self.num_repaired += num_repaired
+            matches.append(assigned)
         return matches
 
     def __call__(self, outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -107,8 +110,10 @@ class HungarianMatcher:
         return self.set_cost_class * (positive - negative) + self.set_cost_bbox * l1 - self.set_cost_giou * giou
 
 
-def _assign(cost: np.ndarray, sizes: Sequence[int], device: torch.device) -> Matches:
+def _assign(cost: np.ndarray, sizes: Sequence[int], device: torch.device) -> tuple[Matches, int]:
+    """The pairs, and how many of their costs were not finite."""
     images, queries, objects = [], [], []
+    num_repaired = 0
     for index, size in enumerate(sizes):
         pairs = cost[index, :size]  # (T_i, Q), contiguous
         finite = np.isfinite(pairs)
@@ -121,9 +126,10 @@ def _assign(cost: np.ndarray, sizes: Sequence[int], device: torch.device) -> Mat
                 index,
             )
             pairs = np.where(finite, pairs, 1e9)
+            num_repaired += int(finite.size - finite.sum())
         matched_objects, matched_queries = linear_sum_assignment(pairs)
         images.append(np.full(len(matched_objects), index))
         queries.append(matched_queries)
         objects.append(matched_objects)
     index_rows = np.stack([np.concatenate(rows) for rows in (images, queries, objects)]).astype(np.int64)
-    return Matches(*torch.from_numpy(index_rows).to(device))
+    return Matches(*torch.from_numpy(index_rows).to(device)), num_repaired

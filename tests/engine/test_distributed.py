@@ -51,6 +51,7 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
         output=str(tmp_path / "alone"),
         log_every=1,
         num_pictures=0,
+        preflight=False,
     )
     assert alone.metrics.AP > 0.1
     options = [
@@ -62,6 +63,8 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
         "1",
         "--num_pictures",
         "1",
+        "--preflight",
+        "false",
     ]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddetr", "train", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDETR_RUN": str(alone.path)}
