@@ -62,11 +62,16 @@ class OptimConfig:
     """Steps over which the rates rise from zero."""
     sgd: bool = False
     """SGD with momentum 0.9 instead of AdamW."""
+    ema_decay: float | None = None
+    """Decay of a moving average of the weights, which is then what is validated and published, e.g. 0.9998; by default
+    none is kept."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay", "clip_max_norm", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"{name} must be at least 0, got {value}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise InputError(f"ema_decay must lie between 0 and 1, for instance 0.9998, got {self.ema_decay}")
         if self.lr_drop < 1:
             raise InputError(f"lr_drop must be at least 1 epoch, got {self.lr_drop}")

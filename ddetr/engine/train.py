@@ -23,6 +23,7 @@ from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
+from ddetr.engine.ema import WeightAverage
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
 from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
@@ -200,6 +201,8 @@ def train(
                 MemoryFormat(),
                 Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
                 Publish(run, publish),
+                # after Publish, which is to see the averaged weights
+                *([WeightAverage(optim.ema_decay)] if optim.ema_decay else []),
                 ModelCheckpoint(
                     dirpath=run.path,
                     filename=RESUME_FILE.removesuffix(".ckpt"),
@@ -301,6 +304,7 @@ def _quiet_lightning() -> None:
         "Checkpoint directory .* exists and is not empty",
         "The '.*_dataloader' does not have many workers",
         "Grad strides do not match bucket view strides",  # of 1 x 1 convolutions, whose channels-last strides are any
+        "Detected call of `lr_scheduler.step",  # of the first step, where fp16's scaler leaves it out
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of PyTorch
     ):
         warnings.filterwarnings("ignore", message)

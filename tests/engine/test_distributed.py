@@ -40,7 +40,7 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
         write_data(shapes, tmp_path / "data"),
         tiny_model | {"dropout": 0.0},
         # not Adam, whose first steps have the size of the rate however small the gradient: noise alike
-        optim=OptimConfig(lr=0.1, sgd=True),
+        optim=OptimConfig(lr=0.1, sgd=True, ema_decay=0.5),
         epochs=2,
         batch_size=BATCH,
         device_batch_size=1,  # so that gradients are summed up before they are exchanged
@@ -73,6 +73,10 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
     assert moved > 1e-3
     for name in first:
         assert torch.allclose(first[name], second[name], rtol=0, atol=1e-5), name
+
+    states = [torch.load(run / "last.ckpt", weights_only=True) for run in (alone.path, both)]
+    for trained in zip(*(state["state_dict"].values() for state in states)):  # what is published is their average
+        assert torch.allclose(*trained, rtol=0, atol=1e-5)
 
     metrics = json.loads((both / "metrics.json").read_text())
     expected = json.loads((alone.path / "metrics.json").read_text())
