@@ -24,6 +24,7 @@ from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
 from ddetr.engine.ema import WeightAverage
+from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
 from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
@@ -145,6 +146,7 @@ def train(
     )
     pl.seed_everything(seed, verbose=False)
     detector = _build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
+    freeze_parameters(detector, optim.freeze)
     total_steps = datamodule.steps_per_epoch * epochs
     module = DetectionModule(
         detector,
@@ -304,6 +306,7 @@ def _quiet_lightning() -> None:
         "Checkpoint directory .* exists and is not empty",
         "The '.*_dataloader' does not have many workers",
         "Grad strides do not match bucket view strides",  # of 1 x 1 convolutions, whose channels-last strides are any
+        "Found .* in eval mode at the start of training",  # the batch norms that optim.freeze names
         "Detected call of `lr_scheduler.step",  # of the first step, where fp16's scaler leaves it out
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of PyTorch
     ):

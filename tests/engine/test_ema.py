@@ -199,9 +199,10 @@ def test_what_is_published_is_the_average_and_what_was_measured(
         if row["step"] == STEPS + 1:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(RunFolder, "append_csv", interrupted)
+    monkeypatch.setattr(RunFolder, "append_csv", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         train(**settings, output=str(tmp_path / "resumed"))
+    monkeypatch.undo()
     resumed = train(**settings, output=str(tmp_path / "resumed"), resume="auto")
     other = torch.load(resumed.path / "last.ckpt", weights_only=True)
     assert not differing(other["state_dict"], state["state_dict"])
