@@ -29,7 +29,8 @@ from ddetr.errors import InputError
 RESUME_FILE = "last.ckpt"
 CONFIG_FILE = "config.yaml"
 _CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
-_FREE_TO_CHANGE = {"data.num_workers"}  # settings that decide nothing about the outcome
+# Settings that decide nothing about the outcome but when it is reached, and who hears of it.
+_FREE_TO_CHANGE = {"data.num_workers", "patience", "min_delta", "loggers"}
 
 
 def is_first_process() -> bool:

@@ -23,6 +23,7 @@ from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
+from ddetr.engine.early_stopping import EarlyStopping
 from ddetr.engine.ema import WeightAverage
 from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.module import DetectionModule
@@ -65,6 +66,8 @@ def train(
     batch_size: int = 32,
     device_batch_size: int = 2,
     val_every: int = 1,
+    patience: int | None = None,
+    min_delta: float = 0.0,
     output: str | None = None,
     weights: str | None = None,
     resume: str | None = None,
@@ -87,6 +90,8 @@ def train(
         batch_size: images an optimisation step, over all devices; the paper's is 32.
         device_batch_size: images that a device takes at a time; a step takes as many turns as it needs.
         val_every: epochs between validations; the last epoch always has one.
+        patience: validations without a better AP after which the run ends; by default it runs to its last epoch.
+        min_delta: by how much an AP (0 to 1) must exceed the best one to be better.
         output: run folder; by default runs/ and the name of the data set, numbered.
         weights: checkpoint to start from (ours, official, transformers, ...), unlike resume with a new schedule.
         resume: "auto", a run folder or its last.ckpt: continue that run exactly.
@@ -110,6 +115,8 @@ def train(
         "batch_size": batch_size,
         "device_batch_size": device_batch_size,
         "val_every": val_every,
+        "patience": patience,
+        "min_delta": min_delta,
         "weights": weights,
         "seed": seed,
         "precision": precision,
@@ -118,6 +125,10 @@ def train(
     for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every"):
         if (value := locals()[name]) < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if patience is not None and patience < 1:
+        raise InputError(f"patience must be at least 1 validation, got {patience}")
+    if not min_delta >= 0:
+        raise InputError(f"min_delta must be at least 0, got {min_delta}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0 to 2^32 - 1, got {seed}")
     where = _where(device, devices, precision)
@@ -203,6 +214,7 @@ def train(
                 MemoryFormat(),
                 Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
                 Publish(run, publish),
+                *([EarlyStopping(patience, min_delta)] if patience else []),
                 # after Publish, which is to see the averaged weights
                 *([WeightAverage(optim.ema_decay)] if optim.ema_decay else []),
                 ModelCheckpoint(
