@@ -8,6 +8,7 @@ per_class.csv        the best validation's table
 last.ckpt            everything that resuming needs
 best.pth, last.pth   published checkpoints, for `ddetr eval` and `ddetr predict`
 curves.png           losses and AP by step
+tensorboard/         the same rows for TensorBoard; loggers.json: the ids of the run at other services
 pictures/            validation images, truth beside prediction
 """
 
@@ -88,7 +89,7 @@ class RunFolder:
         """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong."""
         if not (self.path / CONFIG_FILE).is_file():
             return
-        before, now = _flat(yaml.safe_load((self.path / CONFIG_FILE).read_text())), _flat(_plain(config))
+        before, now = flat(yaml.safe_load((self.path / CONFIG_FILE).read_text())), flat(_plain(config))
         changed = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in (before | now)
@@ -201,9 +202,9 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _flat(config: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     """{"optim": {"lr": 1}} -> {"optim.lr": 1}"""
-    flat: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{group}{key}.") if isinstance(value, Mapping) else {f"{group}{key}": value}
-    return flat
+        values |= flat(value, f"{group}{key}.") if isinstance(value, Mapping) else {f"{group}{key}": value}
+    return values

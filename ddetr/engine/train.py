@@ -23,9 +23,11 @@ from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
+from ddetr.engine.data_wait import DataWait
 from ddetr.engine.early_stopping import EarlyStopping
 from ddetr.engine.ema import WeightAverage
 from ddetr.engine.freeze import freeze_parameters
+from ddetr.engine.loggers import Loggers, chosen_loggers
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
 from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
@@ -78,6 +80,7 @@ def train(
     max_detections: int = 100,
     log_every: int = 10,
     num_pictures: int = 12,
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] | None = None,
 ) -> RunResult:
     """Train a detector.
 
@@ -102,6 +105,7 @@ def train(
         max_detections: detections an image that the evaluation counts.
         log_every: steps between rows of train.csv.
         num_pictures: validation images that are drawn at the end, truth beside prediction.
+        loggers: what follows the run beside its tables; by default TensorBoard, which reads the run folder.
 
     Raises:
         InputError: settings, data or weights that cannot work, said before the first step.
@@ -121,6 +125,7 @@ def train(
         "seed": seed,
         "precision": precision,
         "max_detections": max_detections,
+        "loggers": loggers,
     }
     for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every"):
         if (value := locals()[name]) < 1:
@@ -131,6 +136,7 @@ def train(
         raise InputError(f"min_delta must be at least 0, got {min_delta}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0 to 2^32 - 1, got {seed}")
+    logger_names = chosen_loggers(loggers)
     where = _where(device, devices, precision)
     run, resume_file = RunFolder.choose(output, resume, Path(data.path).resolve().name)
     if resume_file is not None:
@@ -198,6 +204,7 @@ def train(
         )
         save_checkpoint(run.path / name, checkpoint)
 
+    data_wait, following = DataWait(), Loggers(logger_names if is_first_process() else [], run, config)
     with warnings.catch_warnings():
         _quiet_lightning()
         trainer = pl.Trainer(
@@ -205,15 +212,24 @@ def train(
             check_val_every_n_epoch=min(val_every, epochs),
             precision=PRECISIONS[precision],
             num_sanity_val_steps=0,
-            logger=False,
+            logger=False,  # ours are in `following`, where they can do no harm
+            profiler=data_wait,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             default_root_dir=str(run.path),
             callbacks=[
                 MemoryFormat(),
-                Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
-                Publish(run, publish),
+                following,
+                Watch(
+                    run,
+                    batch_size=batch_size,
+                    total_steps=total_steps,
+                    log_every=log_every,
+                    data_wait=data_wait,
+                    send=following.send,
+                ),
+                Publish(run, publish, following.send),
                 *([EarlyStopping(patience, min_delta)] if patience else []),
                 # after Publish, which is to see the averaged weights
                 *([WeightAverage(optim.ema_decay)] if optim.ema_decay else []),
