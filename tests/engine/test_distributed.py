@@ -89,6 +89,7 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
     assert len((both / "train.csv").read_text().splitlines()) == 1 + 2 * 2
     assert len((both / "val.csv").read_text().splitlines()) == 1 + 2
     assert len(list((both / "pictures").iterdir())) == 1
+    assert len(list((both / "tensorboard").glob("events*"))) == 1
     # the first process alone speaks
     assert done.stdout.count("Data audit") == 1
     assert done.stdout.count("What next:") == 1
