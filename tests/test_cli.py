@@ -72,6 +72,25 @@ assert not heavy, heavy
     assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
 
 
+def test_help_and_mistakes_do_not_wait_for_what_only_training_needs() -> None:
+    """Lightning, timm and torchvision take seconds to import; PyTorch, whose modules the signatures come from, one."""
+    code = """
+import sys
+from ddetr.cli import main
+for command in ("train", "eval", "predict", "demo"):
+    try:
+        main([command, "--help"])
+    except SystemExit:
+        pass
+assert main(["train", "--data", "x", "--epoch", "3"]) == 2
+heavy = {"torchvision", "timm", "lightning", "matplotlib", "scipy", "torch._dynamo"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--model.two_stage" in done.stdout
+
+
 def test_the_module_can_be_run() -> None:
     done = subprocess.run([sys.executable, "-m", "ddetr", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"ddetr {cli.__version__}\n")
@@ -155,7 +174,7 @@ def test_unknown_commands(refused: Callable[..., str], arguments: list[str], mes
         ("train --data x --devices two", "--devices: expected a whole number or null, got 'two'"),
         (
             "train --data x --model.freeze_backbone x",
-            "--model.freeze_backbone: expected one of none, stem, all or null, got 'x'",
+            "--model.freeze_backbone: expected one of none, norm, stem, all or null, got 'x'",
         ),
         ("train --data x --data.strict=maybe", "--data.strict: expected true or false, got 'maybe'"),
         ("train --data x --optim.lr -1", "lr must be at least 0, got -1.0"),

@@ -9,34 +9,26 @@ import signal
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ddetr import console, report
-from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
-from ddetr.datasets import Annotations, audit
-from ddetr.datasets.annotations import did_you_mean
-from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
-from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
+from ddetr import console
 from ddetr.engine.config import DataConfig, OptimConfig
-from ddetr.engine.data import DetectionData
-from ddetr.engine.data_wait import DataWait
-from ddetr.engine.early_stopping import EarlyStopping
-from ddetr.engine.ema import WeightAverage
 from ddetr.engine.freeze import freeze_parameters
-from ddetr.engine.loggers import Loggers, chosen_loggers
-from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
 from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
-from ddetr.engine.splits import load_splits
 from ddetr.errors import InputError
-from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
-from ddetr.optimize import onednn_matmuls
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from ddetr.datasets import Annotations
+    from ddetr.engine.data import DetectionData
+    from ddetr.engine.module import DetectionModule
+    from ddetr.evaluation import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +47,7 @@ class RunResult:
     path: Path
     data_path: Path
     image_example: Path
-    metrics: Metrics
+    metrics: "Metrics"
 
 
 def train(
@@ -110,6 +102,25 @@ def train(
     Raises:
         InputError: settings, data or weights that cannot work, said before the first step.
     """
+    # Here, since they take seconds, and the command line needs the signature alone for its help and its mistakes.
+    import lightning.pytorch as pl
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    from ddetr import report
+    from ddetr.checkpoint import Checkpoint, save_checkpoint
+    from ddetr.datasets import audit
+    from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
+    from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
+    from ddetr.engine.data import DetectionData
+    from ddetr.engine.data_wait import DataWait
+    from ddetr.engine.early_stopping import EarlyStopping
+    from ddetr.engine.ema import WeightAverage
+    from ddetr.engine.loggers import Loggers, chosen_loggers
+    from ddetr.engine.module import DetectionModule
+    from ddetr.engine.splits import load_splits
+    from ddetr.evaluation import CocoEvaluator, Metrics
+    from ddetr.optimize import onednn_matmuls
+
     config = {
         "data": asdict(data),
         "model": _complete(model or {}),
@@ -255,7 +266,11 @@ def train(
 
 
 def _fit(
-    trainer: pl.Trainer, module: DetectionModule, datamodule: DetectionData, run: RunFolder, resume_file: Path | None
+    trainer: "pl.Trainer",
+    module: "DetectionModule",
+    datamodule: "DetectionData",
+    run: RunFolder,
+    resume_file: Path | None,
 ) -> None:
     """Training; Ctrl+C stops it as it stops anything else in Python."""
     handler = signal.getsignal(signal.SIGINT)
@@ -272,6 +287,8 @@ def _fit(
 
 def _complete(model: dict[str, Any]) -> dict[str, Any]:
     """All arguments of the network but the number of classes, so that the run folder does not depend on defaults."""
+    from ddetr.datasets.annotations import did_you_mean
+
     defaults = {name: parameter.default for name, parameter in inspect.signature(DeformableDETR).parameters.items()}
     del defaults["num_classes"]
     for name in model:
@@ -286,9 +303,11 @@ def _starts_from_weights(model: dict[str, Any], weights: str | None) -> bool:
 
 
 def _build_detector(
-    model: dict[str, Any], train_set: Annotations, weights: str | None, *, is_resumed: bool
+    model: dict[str, Any], train_set: "Annotations", weights: str | None, *, is_resumed: bool
 ) -> DeformableDETR:
     """The network, with its weights where they come from a file; a resumed run brings its own."""
+    from ddetr.checkpoint import load_weights
+
     arguments = dict(model, num_classes=len(train_set.categories))
     if weights is not None or is_resumed:
         # Neither needs the download, but norms and stem are treated as what they are: trained.

@@ -1,13 +1,14 @@
-"""Backbones from timm under the official parameter names (`backbone.0.body.*`)."""
+"""Backbones from timm under the official parameter names (`backbone.0.body.*`).
+
+timm is imported where it is used: it takes seconds, which `ddetr train --help` has no use for.
+"""
 
 import difflib
 import logging
 from pathlib import Path
 from typing import Literal
 
-import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from ddetr.errors import InputError
@@ -59,6 +60,8 @@ class Backbone(nn.Module):
         if isinstance(pretrained, str):
             self._load(Path(pretrained))
         if freeze != "none":
+            from timm.layers import freeze_batch_norm_2d
+
             # A batch norm inside a whole model turns into one with fixed statistics; its parameters become buffers.
             self.body = freeze_batch_norm_2d(self.body)
             if freeze != "norm" and hasattr(self.body, "layer1"):
@@ -104,6 +107,8 @@ class Backbone(nn.Module):
 
 
 def _create(name: str, num_features: int, pretrained: bool, dilation: bool) -> nn.Module:
+    import timm
+
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise InputError(

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ddetr.boxes import box_cxcywh_to_xyxy, generalized_iou
@@ -108,6 +107,8 @@ class HungarianMatcher:
 
 
 def _assign(cost: np.ndarray, sizes: Sequence[int], device: torch.device) -> Matches:
+    from scipy.optimize import linear_sum_assignment  # here, since `ddetr train --help` has no use for it
+
     images, queries, objects = [], [], []
     for index, size in enumerate(sizes):
         pairs = cost[index, :size]  # (T_i, Q), contiguous
