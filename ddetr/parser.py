@@ -98,6 +98,8 @@ class Parser(ArgumentParser):
         file, in_file = self._from_file.get(key, ("", None))
         where = f"{file}: {key}" if file and str(in_file) == value else self._shown(key).split()[0]
         expected, choices = _described(_type_of(action))
+        if _is_list(_type_of(action)):  # ['a', 'b'], as jsonargparse shows it
+            value = ",".join(re.findall(r"'([^']*)'", value)) or value
         near = difflib.get_close_matches(value, choices, n=1)
         return f"{where}: expected {expected}, got {value!r}" + (f" (did you mean {near[0]}?)" if near else "")
 
@@ -175,6 +177,9 @@ def _described(hint: Any) -> tuple[str, list[str]]:
     if get_origin(hint) is Literal:
         choices = [str(choice) for choice in get_args(hint)]
         return f"one of {', '.join(choices)}", choices
+    if get_origin(hint) is list:
+        words, choices = _described(*get_args(hint))
+        return words.replace("one of", "any of"), choices
     if parts := _flat(get_args(hint)):
         described = [_described(part) for part in parts]
         return " or ".join(words for words, _ in described), [name for _, choices in described for name in choices]

@@ -163,6 +163,11 @@ def test_unknown_commands(refused: Callable[..., str], arguments: list[str], mes
         ("train --data x --epochs 1.5", "--epochs: expected a whole number, got '1.5'"),
         ("train --data x --epochs=1.5", "--epochs: expected a whole number, got '1.5'"),
         ("train --data x --optim.lr fast", "--optim.lr: expected a number, got 'fast'"),
+        ("train --data x --loggers", "--loggers: expected a value, got none"),
+        (
+            "train --data x --loggers wanb",
+            "--loggers: expected any of tensorboard, wandb, mlflow or null, got 'wanb' (did you mean wandb?)",
+        ),
         (
             "train --data x --optim.schedule cosin",
             "--optim.schedule: expected one of step, cosine, got 'cosin' (did you mean cosine?)",
@@ -261,6 +266,25 @@ def test_spellings(capsys: pytest.CaptureFixture) -> None:
         assert settings_of(capsys, "--data", "x", *arguments)["resume"] == "auto"
     assert settings_of(capsys, "--resume", "--data", "x")["resume"] == "auto"
     assert settings_of(capsys, "--resume", "runs/a", "--data", "x")["resume"] == "runs/a"
+
+
+def test_lists_can_be_written_with_commas(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    def freeze(*arguments: Any) -> list[str]:
+        return settings_of(capsys, "--data", "x", *arguments)["optim"]["freeze"]
+
+    assert freeze() == []
+    both = ["backbone.*", "*.norm1.*"]
+    for arguments in (
+        ["--optim.freeze", "backbone.*,*.norm1.*"],
+        ["--optim.freeze=backbone.*, *.norm1.*"],
+        ["--optim.freeze", '["backbone.*", "*.norm1.*"]'],
+    ):
+        assert freeze(*arguments) == both
+    (tmp_path / "frozen.yaml").write_text("optim:\n  freeze: ['backbone.*', '*.norm1.*']\n")
+    assert freeze("--config", tmp_path / "frozen.yaml") == both
+    assert freeze("--config", tmp_path / "frozen.yaml", "--optim.freeze", "[]") == []
+    for arguments, expected in ((["wandb,mlflow"], ["wandb", "mlflow"]), (["[]"], []), (["null"], None)):
+        assert settings_of(capsys, "--data", "x", "--loggers", *arguments)["loggers"] == expected
 
 
 def test_the_printed_config_can_be_fed_back_and_overridden(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
