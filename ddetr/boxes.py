@@ -6,7 +6,6 @@
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou
 
 __all__ = [
     "box_cxcywh_to_xyxy",
@@ -20,22 +19,35 @@ __all__ = [
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) centre form to corner form, in the same unit."""
-    return box_convert(boxes, "cxcywh", "xyxy")
+    return _converted(boxes, "cxcywh", "xyxy")
 
 
 def box_xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
     """(..., 4) corner form to centre form, in the same unit."""
-    return box_convert(boxes_xyxy, "xyxy", "cxcywh")
+    return _converted(boxes_xyxy, "xyxy", "cxcywh")
 
 
 def box_xywh_to_xyxy(boxes_xywh: Tensor) -> Tensor:
     """(..., 4) COCO's own form (left, top, width, height) to corner form, in the same unit."""
-    return box_convert(boxes_xywh, "xywh", "xyxy")
+    return _converted(boxes_xywh, "xywh", "xyxy")
 
 
 def box_xyxy_to_xywh(boxes_xyxy: Tensor) -> Tensor:
     """(..., 4) corner form to COCO's own form (left, top, width, height), in the same unit."""
-    return box_convert(boxes_xyxy, "xyxy", "xywh")
+    return _converted(boxes_xyxy, "xyxy", "xywh")
+
+
+def _converted(boxes: Tensor, before: str, after: str) -> Tensor:
+    from torchvision.ops import box_convert  # here, since it takes seconds, and `ddetr train --help` has no use for it
+
+    return box_convert(boxes, before, after)
+
+
+def box_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
+    """(T, 4), (Q, 4) -> (T, Q) intersection over union."""
+    from torchvision.ops import box_iou as pairwise
+
+    return pairwise(boxes1_xyxy, boxes2_xyxy)
 
 
 def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:

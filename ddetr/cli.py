@@ -77,7 +77,15 @@ def eval_command(parser: Parser) -> Callable[[Any], None]:
     from ddetr.engine.config import DataConfig
     from ddetr.engine.evaluate import evaluate_checkpoint
 
-    of_training = {"train_split", "train_annotations", "train_images", "augmentation", "image_size", "strict"}
+    of_training = {
+        "train_split",
+        "train_annotations",
+        "train_images",
+        "augmentation",
+        "image_size",
+        "strict",
+        "keep_empty",
+    }
     parser.usage = "ddetr eval --checkpoint FILE --data PATH [options]"
     parser.add_function_arguments(evaluate_checkpoint, skip={"data"}, sub_configs=False)
     parser.add_class_arguments(DataConfig, "data", skip=of_training, instantiate=False)
@@ -142,7 +150,7 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
     """List what is wrong with a data set, before training finds out."""
     from ddetr.engine.config import DataConfig
 
-    fields = {"augmentation", "image_size", "num_workers", "path"}
+    fields = {"augmentation", "image_size", "num_workers", "path", "keep_empty"}
     parser.usage = "ddetr data audit [options] PATH"
     parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
     parser.add_class_arguments(DataConfig, skip=fields, instantiate=False)

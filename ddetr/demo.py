@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from ddetr import console
-from ddetr.datasets import draw_shapes
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.run import free_folder
 from ddetr.engine.train import RunResult, train
@@ -40,6 +39,8 @@ def demo(
         epochs: passes over the training images.
         seed: decides the data set and the run.
     """
+    from ddetr.datasets import draw_shapes  # here, since it takes seconds, and the help has no use for it
+
     folder = Path("runs") / f"shapes-{IMAGE_SIZE}-{num_train}-{num_val}-{seed}"
     console.show(f"Drawing {num_train} + {num_val} images of shapes into {folder}")
     with console.waiting("drawing"):

@@ -1,10 +1,11 @@
 """The command line's parser: jsonargparse with messages for people.
 
 `--batch-size` is `--batch_size`, `--data PATH` is `--data.path PATH`, `--resume` alone is `--resume auto`, `--optimize`
-alone is `--optimize float32`, and a switch alone is `true`.
+alone is `--optimize float32`, a switch alone is `true`, and a list may be written `a,b`.
 """
 
 import difflib
+import json
 import re
 from argparse import SUPPRESS
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,14 +56,16 @@ class Parser(ArgumentParser):
     def _spelled_out(self, arguments: Sequence[str]) -> list[str]:
         switches = {f"--{action.dest}" for action in self._actions if _type_of(action) is bool}
         choices = {f"--{action.dest}": _described(_type_of(action))[1] for action in self._actions}
+        lists = {f"--{action.dest}" for action in self._actions if _is_list(_type_of(action))}
         out: list[str] = []
         for argument, following in zip(arguments, [*arguments[1:], "--"]):
             if not re.match(r"--[a-zA-Z]", argument):
-                out.append(argument)
+                out.append(_as_list(argument) if out and out[-1] in lists else argument)
                 continue
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
             name = SHORT.get(name, name)
+            value = _as_list(value) if name in lists else value
             out.append(name + equals + value)
             if name in switches and not equals and following.lower() not in SWITCH_VALUES:
                 out.append("true")
@@ -82,7 +85,7 @@ class Parser(ArgumentParser):
             if option is None:
                 return f"unexpected argument {words[0]!r}; {self.prog} --help lists all options"
             return f"unknown option {option}{self._hint(option.lstrip('-'), '--')}"
-        if found := re.match(r"argument (\S+): expected (?:at least )?one argument", message):
+        if found := re.match(r"argument ([^\s/:]+)\S*: expected (?:at least )?one argument", message):
             return f"{self._shown(found[1].lstrip('-')).split()[0]}: expected a value, got none"
         found = re.match(r'Parser key "([^"]+)":', message)
         values = re.findall(r"(?:Got|Given) value: (.*)", message)
@@ -95,6 +98,8 @@ class Parser(ArgumentParser):
         file, in_file = self._from_file.get(key, ("", None))
         where = f"{file}: {key}" if file and str(in_file) == value else self._shown(key).split()[0]
         expected, choices = _described(_type_of(action))
+        if _is_list(_type_of(action)):  # ['a', 'b'], as jsonargparse shows it
+            value = ",".join(re.findall(r"'([^']*)'", value)) or value
         near = difflib.get_close_matches(value, choices, n=1)
         return f"{where}: expected {expected}, got {value!r}" + (f" (did you mean {near[0]}?)" if near else "")
 
@@ -172,10 +177,24 @@ def _described(hint: Any) -> tuple[str, list[str]]:
     if get_origin(hint) is Literal:
         choices = [str(choice) for choice in get_args(hint)]
         return f"one of {', '.join(choices)}", choices
+    if get_origin(hint) is list:
+        words, choices = _described(*get_args(hint))
+        return words.replace("one of", "any of"), choices
     if parts := _flat(get_args(hint)):
         described = [_described(part) for part in parts]
         return " or ".join(words for words, _ in described), [name for _, choices in described for name in choices]
     return _KINDS.get(hint, "another type"), []
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) is list or any(get_origin(part) is list for part in get_args(hint))
+
+
+def _as_list(value: str) -> str:
+    """a,b -> ["a", "b"]; what is written as a list already, or is no value, stays."""
+    if not value or value.startswith("[") or value in ("null", "None"):
+        return value
+    return json.dumps([part.strip() for part in value.split(",") if part.strip()])
 
 
 def _flat(parts: Iterable[Any]) -> list[Any]:

@@ -39,7 +39,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_shapes(tmp_path_factory.mktemp("data") / "shapes", 8, 4, 64)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> dict[str, Any]:
     """Constructor arguments of a detector that trains in a fraction of a second."""
     return dict(TINY_MODEL)

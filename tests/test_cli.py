@@ -72,6 +72,25 @@ assert not heavy, heavy
     assert all(f"  {name} " in done.stdout for name in cli.COMMANDS)
 
 
+def test_help_and_mistakes_do_not_wait_for_what_only_training_needs() -> None:
+    """Lightning, timm and torchvision take seconds to import; PyTorch, whose modules the signatures come from, one."""
+    code = """
+import sys
+from ddetr.cli import main
+for command in ("train", "eval", "predict", "demo"):
+    try:
+        main([command, "--help"])
+    except SystemExit:
+        pass
+assert main(["train", "--data", "x", "--epoch", "3"]) == 2
+heavy = {"torchvision", "timm", "lightning", "matplotlib", "scipy", "torch._dynamo"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--model.two_stage" in done.stdout
+
+
 def test_the_module_can_be_run() -> None:
     done = subprocess.run([sys.executable, "-m", "ddetr", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"ddetr {cli.__version__}\n")
@@ -144,6 +163,11 @@ def test_unknown_commands(refused: Callable[..., str], arguments: list[str], mes
         ("train --data x --epochs 1.5", "--epochs: expected a whole number, got '1.5'"),
         ("train --data x --epochs=1.5", "--epochs: expected a whole number, got '1.5'"),
         ("train --data x --optim.lr fast", "--optim.lr: expected a number, got 'fast'"),
+        ("train --data x --loggers", "--loggers: expected a value, got none"),
+        (
+            "train --data x --loggers wanb",
+            "--loggers: expected any of tensorboard, wandb, mlflow or null, got 'wanb' (did you mean wandb?)",
+        ),
         (
             "train --data x --optim.schedule cosin",
             "--optim.schedule: expected one of step, cosine, got 'cosin' (did you mean cosine?)",
@@ -155,7 +179,7 @@ def test_unknown_commands(refused: Callable[..., str], arguments: list[str], mes
         ("train --data x --devices two", "--devices: expected a whole number or null, got 'two'"),
         (
             "train --data x --model.freeze_backbone x",
-            "--model.freeze_backbone: expected one of none, stem, all or null, got 'x'",
+            "--model.freeze_backbone: expected one of none, norm, stem, all or null, got 'x'",
         ),
         ("train --data x --data.strict=maybe", "--data.strict: expected true or false, got 'maybe'"),
         ("train --data x --optim.lr -1", "lr must be at least 0, got -1.0"),
@@ -242,6 +266,25 @@ def test_spellings(capsys: pytest.CaptureFixture) -> None:
         assert settings_of(capsys, "--data", "x", *arguments)["resume"] == "auto"
     assert settings_of(capsys, "--resume", "--data", "x")["resume"] == "auto"
     assert settings_of(capsys, "--resume", "runs/a", "--data", "x")["resume"] == "runs/a"
+
+
+def test_lists_can_be_written_with_commas(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    def freeze(*arguments: Any) -> list[str]:
+        return settings_of(capsys, "--data", "x", *arguments)["optim"]["freeze"]
+
+    assert freeze() == []
+    both = ["backbone.*", "*.norm1.*"]
+    for arguments in (
+        ["--optim.freeze", "backbone.*,*.norm1.*"],
+        ["--optim.freeze=backbone.*, *.norm1.*"],
+        ["--optim.freeze", '["backbone.*", "*.norm1.*"]'],
+    ):
+        assert freeze(*arguments) == both
+    (tmp_path / "frozen.yaml").write_text("optim:\n  freeze: ['backbone.*', '*.norm1.*']\n")
+    assert freeze("--config", tmp_path / "frozen.yaml") == both
+    assert freeze("--config", tmp_path / "frozen.yaml", "--optim.freeze", "[]") == []
+    for arguments, expected in ((["wandb,mlflow"], ["wandb", "mlflow"]), (["[]"], []), (["null"], None)):
+        assert settings_of(capsys, "--data", "x", "--loggers", *arguments)["loggers"] == expected
 
 
 def test_the_printed_config_can_be_fed_back_and_overridden(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:

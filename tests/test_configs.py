@@ -12,6 +12,8 @@ import yaml
 from ddetr.cli import train_command
 from ddetr.datasets import build_transform
 from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.engine.freeze import freeze_parameters
+from ddetr.engine.optimizer import parameter_groups
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.parser import Parser
@@ -38,6 +40,8 @@ def test_it_makes_a_model(config: Path) -> None:
         arguments["freeze_backbone"] = "stem"
     with torch.device("meta"):
         model = DeformableDETR(**arguments)
+    freeze_parameters(model, settings.optim.freeze)
+    assert parameter_groups(model, settings.optim, backbone_pretrained=settings.model.pretrained_backbone)
     assert isinstance(settings.loss, LossWeights)
     assert build_criterion(model, settings.loss).weight_dict
     assert isinstance(settings.optim, OptimConfig)
@@ -69,3 +73,65 @@ def test_its_header_holds_its_command(config: Path) -> None:
     header = re.match(r"(#.*\n)+", config.read_text())
     assert header, "say in a comment at the top what the file claims: what it is, what it costs, its command"
     assert f"ddetr train --config configs/{config.relative_to(ROOT / 'configs')}" in header[0]
+
+
+# facts.md, 1 to 7: the official code's values, whether a file spells them out or leaves them to the defaults.
+PAPER = yaml.safe_load("""
+model: {backbone: resnet50, pretrained_backbone: true, position_embedding: sine, hidden_dim: 256, nheads: 8, enc_layers: 6,
+  dec_layers: 6, dim_feedforward: 1024, dropout: 0.1, num_queries: 300, enc_n_points: 4, dec_n_points: 4, aux_loss: true}
+loss: {cls_loss_coef: 2.0, bbox_loss_coef: 5.0, giou_loss_coef: 2.0, focal_alpha: 0.25,
+  set_cost_class: 2.0, set_cost_bbox: 5.0, set_cost_giou: 2.0}
+optim: {lr: 0.0002, lr_backbone: 0.00002, lr_linear_proj_mult: 0.1, layer_decay: 1.0, freeze: [], weight_decay: 0.0001,
+  decay_norms: true, clip_max_norm: 0.1, schedule: step, lr_drop: 40, warmup_steps: 0, sgd: false, ema_decay: null}
+data: {augmentation: official, image_size: 800, keep_empty: true}
+run: {epochs: 50, batch_size: 32, precision: "32", seed: 42, max_detections: 100, val_every: 1, patience: null, weights: null}
+""")
+# facts.md, 9: (feature levels, DC5, refinement, two-stage) of each row, and its exact number of trained parameters
+ROWS = {
+    "deformable_detr_r50_single_scale": (1, False, False, False, 33_844_193),
+    "deformable_detr_r50_single_scale_dc5": (1, True, False, False, 33_844_193),
+    "deformable_detr_r50": (4, False, False, False, 39_847_265),
+    "deformable_detr_r50_plus_iterative_bbox_refinement": (4, False, True, False, 40_627_260),
+    "deformable_detr_r50_plus_plus_two_stage": (4, False, True, True, 40_959_129),
+}
+
+
+def trained_model(settings: Any, num_classes: int) -> DeformableDETR:
+    """The network as `train` makes it, without its weights."""
+    freeze = settings.model.freeze_backbone or "stem"
+    arguments = {"num_classes": num_classes, "pretrained_backbone": False, "freeze_backbone": freeze}
+    with torch.device("meta"):
+        model = DeformableDETR(**vars(settings.model) | arguments)
+    freeze_parameters(model, settings.optim.freeze)
+    return model
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_published_row_is_trained_as_published(name: str) -> None:
+    settings = read(ROOT / "configs" / f"{name}.yaml")
+    for group, values in PAPER.items():
+        found = settings if group == "run" else getattr(settings, group)
+        assert {key: getattr(found, key) for key in values} == values
+    *variant, num_parameters = ROWS[name]
+    model = settings.model
+    assert [model.num_feature_levels, model.dilation, model.with_box_refine, model.two_stage] == variant
+    parameters = trained_model(settings, 91).parameters()
+    assert sum(parameter.numel() for parameter in parameters if parameter.requires_grad) == num_parameters
+
+
+def test_the_strong_recipe_trains_what_detrex_trains() -> None:
+    """Of ResNet-50 all but the stem, with fixed batch norms; one rate for the backbone and one for the rest."""
+    settings = read(ROOT / "configs" / "strong.yaml")
+    model = trained_model(settings, 80)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"backbone.0.body.conv1.weight"}
+    assert not any("bn" in name for name, _ in model.named_parameters())
+    groups = parameter_groups(model, settings.optim, backbone_pretrained=True)
+    rates = {"rest": 1e-4, "rest.norms": 1e-4, "backbone": 1e-5, "linear_proj": 1e-4}
+    assert {group["name"]: group["lr"] for group in groups} == pytest.approx(rates)
+    assert [group["weight_decay"] for group in groups] == [1e-4, 0.0, 1e-4, 1e-4]
+    # 375,000 steps of which 300,000 have the full rate, to half an epoch
+    images_with_objects = 117_266
+    steps_per_epoch = images_with_objects // settings.batch_size
+    assert abs(settings.epochs * steps_per_epoch - 375_000) < steps_per_epoch / 2
+    assert abs(settings.optim.lr_drop * steps_per_epoch - 300_000) < steps_per_epoch / 2

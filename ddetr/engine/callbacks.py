@@ -3,19 +3,23 @@
 import logging
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ddetr import console
+from ddetr.engine.data_wait import DataWait
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.run import RunFolder
 from ddetr.evaluation import Metrics
 
 logger = logging.getLogger(__name__)
+
+Send = Callable[[Literal["train", "val"], int, Mapping[str, float | None]], None]  # see `Loggers.send`
 
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 
@@ -23,14 +27,25 @@ LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 class Watch(Callback):
     """Looks at the losses every few steps: feeds bar and train.csv."""
 
-    def __init__(self, run: RunFolder, *, batch_size: int, total_steps: int, log_every: int):
+    def __init__(
+        self,
+        run: RunFolder,
+        *,
+        batch_size: int,
+        total_steps: int,
+        log_every: int,
+        data_wait: DataWait,
+        send: Send = lambda *_: None,
+    ):
+        """data_wait: is also the trainer's profiler; send("train", step, values) hears of every row of train.csv."""
         self.run, self.batch_size, self.total_steps, self.log_every = run, batch_size, total_steps, log_every
+        self.data_wait, self.send = data_wait, send
         self._progress: Progress | None = None
         self._since = (time.perf_counter(), 0)  # when the speed was last measured, and at which step
         self._said = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
-        self._since = (time.perf_counter(), trainer.global_step)
+        self._measure_from(trainer)
         if not trainer.is_global_zero:
             return
         for name in ("train.csv", "val.csv"):
@@ -62,15 +77,23 @@ class Watch(Callback):
         values = {name: float(value) for name, value in outputs.items()}
         now, (then, step_then) = time.perf_counter(), self._since
         speed = (step - step_then) * self.batch_size / (now - then)
-        self._since = (now, step)
+        data_wait = self.data_wait.share(now - then)
+        memory = _peak_memory_mb(trainer)
+        if step_then > 0 and trainer.is_global_zero:  # the first batch waits for the loaders to start
+            self.data_wait.warn(data_wait, now - then, getattr(trainer.datamodule, "num_workers", None))
+        self._measure_from(trainer)
         if not trainer.is_global_zero:
             return
+        row = {"epoch": trainer.current_epoch, "images_per_second": round(speed, 3), "data_wait": round(data_wait, 4)}
+        row |= {"gpu_memory_mb": memory}
         self.run.append_csv(
             "train.csv",
-            {"step": step, "epoch": trainer.current_epoch, "images_per_second": round(speed, 3)}
-            | {name: f"{value:.6g}" for name, value in sorted(values.items())},
+            {"step": step} | row | {name: f"{value:.6g}" for name, value in sorted(values.items())},
         )
-        said = "  ".join(f"{name} {values[name]:.3f}" for name in LOSSES) + f"  {speed:.1f} images/s"
+        self.send("train", step, row | values)
+        said = "  ".join(f"{name} {values[name]:.3f}" for name in LOSSES)
+        said += f"  {speed:.1f} images/s  data {100 * data_wait:.0f} %"
+        said += "" if memory is None else f"  {memory / 1024:.1f} GB"
         if self._progress is not None:
             self._progress.update(self._task, said=said)
         elif now - self._said > 20 or step == self.total_steps:
@@ -91,7 +114,14 @@ class Watch(Callback):
             self._progress.update(self._task, said=f"validation {batch_idx + 1} of {trainer.num_val_batches[0]}")
 
     def on_validation_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
-        self._since = (time.perf_counter(), trainer.global_step)  # the speed is training's alone
+        self._measure_from(trainer)  # the speed is training's alone
+
+    def _measure_from(self, trainer: pl.Trainer) -> None:
+        """Speed, waits and peak of memory are measured from here to the next row."""
+        self._since = (time.perf_counter(), trainer.global_step)
+        self.data_wait.restart()
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def teardown(self, trainer: pl.Trainer, module: DetectionModule, stage: str) -> None:
         if self._progress is not None:
@@ -99,12 +129,24 @@ class Watch(Callback):
             self._progress = None
 
 
+def _peak_memory_mb(trainer: pl.Trainer) -> int | None:
+    """What PyTorch has held on the GPU at most since the last row; None on other devices."""
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    return round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
+
+
 class Publish(Callback):
     """After every validation: a row in val.csv, metrics.json, last.pth, and best.pth where the AP is the best so far."""
 
-    def __init__(self, run: RunFolder, publish: Callable[[str, DetectionModule, Metrics], None]):
-        """publish(name, module, metrics) writes a published checkpoint into the run folder."""
-        self.run, self.publish = run, publish
+    def __init__(
+        self,
+        run: RunFolder,
+        publish: Callable[[str, DetectionModule, Metrics], None],
+        send: Send = lambda *_: None,
+    ):
+        """publish(name, module, metrics) writes a published checkpoint into the run folder; send("val", step, values) hears
+        of every row of val.csv."""
+        self.run, self.publish, self.send = run, publish, send
         self.best_ap, self.best_metrics = -math.inf, {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,6 +170,7 @@ class Publish(Callback):
         if not trainer.is_global_zero:
             return
         self.run.append_csv("val.csv", place | {name: round(value, 6) for name, value in metrics.numbers().items()})
+        self.send("val", trainer.global_step, {"epoch": trainer.current_epoch, **metrics.numbers()})
         with self.run.going_on_without("metrics.json"):
             self.run.write_json("metrics.json", {"last": place | metrics.to_dict(), "best": self.best_metrics})
         for name in ["last.pth", *["best.pth"] * is_best]:

@@ -1,6 +1,6 @@
 """Settings of a run that are not the model's: read by the command line, written into the run folder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ddetr.errors import InputError
@@ -30,6 +30,8 @@ class DataConfig:
     """Training recipe: the paper's flips, scales and crops; a flip alone; or nothing."""
     image_size: int = 800
     """Short side in pixels; the paper's scales, crops and longest side (1333) follow in proportion."""
+    keep_empty: bool = True
+    """Train on images without an object too, as the official code does."""
     num_workers: int | None = None
     """Processes that load images; by default up to 4, and 0 on machines with fewer than 4 cores."""
     strict: bool = False
@@ -50,8 +52,14 @@ class OptimConfig:
     """Learning rate of the backbone; by default lr / 10 where it starts from trained weights, otherwise lr."""
     lr_linear_proj_mult: float = 0.1
     """Factor on lr for sampling offsets and reference points."""
+    layer_decay: float = 1.0
+    """Factor on lr_backbone a stage: the last stage has lr_backbone, the one before it lr_backbone * layer_decay, ..."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts that do not train: glob patterns of the official parameter names, e.g. backbone.*,transformer.encoder.*"""
     weight_decay: float = 1e-4
-    """Decoupled weight decay, of every parameter."""
+    """Decoupled weight decay, of every parameter but for decay_norms."""
+    decay_norms: bool = True
+    """Weight decay of normalisation layers too, as in the official code."""
     clip_max_norm: float = 0.1
     """Largest L2 norm of the whole gradient; 0 switches clipping off."""
     schedule: Literal["step", "cosine"] = "step"
@@ -62,11 +70,18 @@ class OptimConfig:
     """Steps over which the rates rise from zero."""
     sgd: bool = False
     """SGD with momentum 0.9 instead of AdamW."""
+    ema_decay: float | None = None
+    """Decay of a moving average of the weights, which is then what is validated and published, e.g. 0.9998; by default
+    none is kept."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "lr_backbone", "lr_linear_proj_mult", "weight_decay", "clip_max_norm", "warmup_steps"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise InputError(f"{name} must be at least 0, got {value}")
+        if not 0 < self.layer_decay <= 1:
+            raise InputError(f"layer_decay must lie in (0, 1], 1 for the same rate everywhere, got {self.layer_decay}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise InputError(f"ema_decay must lie between 0 and 1, for instance 0.9998, got {self.ema_decay}")
         if self.lr_drop < 1:
             raise InputError(f"lr_drop must be at least 1 epoch, got {self.lr_drop}")

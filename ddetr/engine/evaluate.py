@@ -2,18 +2,15 @@
 
 import json
 from pathlib import Path
-
-from torch.utils.data import DataLoader
+from typing import TYPE_CHECKING
 
 from ddetr import console
 from ddetr.atomic import make_folder, write_text
-from ddetr.datasets import DetectionDataset, available_splits, collate
-from ddetr.datasets.transforms import official_eval
 from ddetr.engine.config import DataConfig
-from ddetr.engine.splits import load_split
 from ddetr.errors import InputError
-from ddetr.evaluation import CocoEvaluator, Metrics, evaluate
-from ddetr.predictor import Predictor
+
+if TYPE_CHECKING:
+    from ddetr.evaluation import Metrics
 
 
 def evaluate_checkpoint(
@@ -25,7 +22,7 @@ def evaluate_checkpoint(
     batch_size: int = 1,
     max_detections: int = 100,
     device: str | None = None,
-) -> Metrics:
+) -> "Metrics":
     """Measure a published checkpoint on one split of a data set.
 
     Args:
@@ -40,6 +37,15 @@ def evaluate_checkpoint(
     Raises:
         InputError: no checkpoint, no such split, or no class of the checkpoint in the data.
     """
+    # Here, since they take seconds, and the command line needs the signature alone for its help and its mistakes.
+    from torch.utils.data import DataLoader
+
+    from ddetr.datasets import DetectionDataset, available_splits, collate
+    from ddetr.datasets.transforms import official_eval
+    from ddetr.engine.splits import load_split
+    from ddetr.evaluation import CocoEvaluator, evaluate
+    from ddetr.predictor import Predictor
+
     predictor = Predictor.from_checkpoint(checkpoint, device, max_detections=max_detections)
     folder = make_folder(Path(output), "--output") if output is not None else None
     if split is None and data.val_split is None and data.val_annotations is None:

@@ -5,15 +5,21 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from ddetr.engine.config import OptimConfig
+from ddetr.models.deformable_detr import DeformableDETR
 
 BACKBONE_NAMES = ("backbone.0",)
 LINEAR_PROJ_NAMES = ("reference_points", "sampling_offsets")
+NORMS = ".norms"  # ends the name of a group without weight decay
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig, *, backbone_pretrained: bool) -> list[dict]:
-    """Three disjoint groups with their rates: backbone, linear projections, everything else; empty ones are left out.
+def parameter_groups(model: DeformableDETR, config: OptimConfig, *, backbone_pretrained: bool) -> list[dict]:
+    """Disjoint groups with their rates: backbone, linear projections, everything else; empty ones are left out.
+
+    With layer_decay the backbone is a group a stage, "backbone.stage4" the last; without decay_norms the normalisation
+    layers of a group are one of their own, "rest.norms".
 
     Each is {"name", "params", "lr", "weight_decay"}; every trainable parameter is in exactly one.
     """
@@ -21,33 +27,61 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, backbone_pretrain
     if lr_backbone is None:
         lr_backbone = config.lr * 0.1 if backbone_pretrained else config.lr
     rates = {"rest": config.lr, "backbone": lr_backbone, "linear_proj": config.lr * config.lr_linear_proj_mult}
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    stages = {}
+    if config.layer_decay != 1:
+        stages = {f"backbone.0.{name}": stage for name, stage in model.backbone[0].stages().items()}
+        last = max(stages.values())
+        by_stage = {f"backbone.stage{s}": lr_backbone * config.layer_decay ** (last - s) for s in range(last + 1)}
+        rates = {"rest": config.lr, **by_stage, "linear_proj": rates["linear_proj"]}
+    norms = set() if config.decay_norms else _norm_parameters(model)
+    members: dict[str, list[nn.Parameter]] = {name + suffix: [] for name in rates for suffix in ("", NORMS)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if any(part in name for part in BACKBONE_NAMES):
-            members["backbone"].append(parameter)
-        elif any(part in name for part in LINEAR_PROJ_NAMES):
-            members["linear_proj"].append(parameter)
+            group = f"backbone.stage{stages[name]}" if stages else "backbone"
         else:
-            members["rest"].append(parameter)
-    return [
-        {"name": name, "params": params, "lr": rates[name], "weight_decay": config.weight_decay}
+            group = "linear_proj" if any(part in name for part in LINEAR_PROJ_NAMES) else "rest"
+        members[group + NORMS * (name in norms)].append(parameter)
+    groups = [
+        {
+            "name": name,
+            "params": params,
+            "lr": rates[name.removesuffix(NORMS)],
+            "weight_decay": 0.0 if name.endswith(NORMS) else config.weight_decay,
+        }
         for name, params in members.items()
         if params
     ]
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert len(grouped) == len(trainable)
+    assert set(grouped) == trainable
+    return groups
+
+
+def _norm_parameters(model: nn.Module) -> set[str]:
+    """Names of scales and shifts of normalisation layers."""
+    kinds = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+    return {
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+        for parameter, _ in module.named_parameters(recurse=False)
+    }
 
 
 def describe_groups(groups: list[dict], model: nn.Module) -> list[str]:
     """A line a group, and one for what is frozen: tensors, parameters, rate, weight decay."""
+    width = max(12, *(len(group["name"]) for group in groups))
     lines = [
-        f"{group['name']:<12} {len(group['params']):>4} tensors {sum(p.numel() for p in group['params']):>12,} parameters  "
+        f"{group['name']:<{width}} {len(group['params']):>4} tensors {sum(p.numel() for p in group['params']):>12,} parameters  "
         f"lr {group['lr']:g}  weight decay {group['weight_decay']:g}"
         for group in groups
     ]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if frozen:
-        lines.append(f"{'frozen':<12} {len(frozen):>4} tensors {sum(p.numel() for p in frozen):>12,} parameters")
+        lines.append(f"{'frozen':<{width}} {len(frozen):>4} tensors {sum(p.numel() for p in frozen):>12,} parameters")
     return lines
 
 

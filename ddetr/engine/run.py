@@ -9,6 +9,7 @@ per_class.csv        the best validation's table
 last.ckpt            everything that resuming needs; previous.ckpt is the one before
 best.pth, last.pth   published checkpoints, for `ddetr eval` and `ddetr predict`
 curves.png           losses and AP by step
+tensorboard/         the same rows for TensorBoard; loggers.json: the ids of the run at other services
 pictures/            validation images, truth beside prediction
 blackbox/            what is kept of steps that failed, for `ddetr replay`
 """
@@ -36,7 +37,8 @@ logger = logging.getLogger(__name__)
 RESUME_FILE, PREVIOUS_FILE = "last.ckpt", "previous.ckpt"
 CONFIG_FILE = "config.yaml"
 _CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
-_FREE_TO_CHANGE = {"data.num_workers", "max_bad_steps"}  # settings that decide nothing about the outcome
+# Settings that decide nothing about the outcome but when it is reached, and who hears of it.
+_FREE_TO_CHANGE = {"data.num_workers", "max_bad_steps", "patience", "min_delta", "loggers"}
 
 
 def is_first_process() -> bool:
@@ -119,7 +121,7 @@ class RunFolder:
         """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong."""
         if not (self.path / CONFIG_FILE).is_file():
             return
-        before, now = _flat(yaml.safe_load((self.path / CONFIG_FILE).read_text())), _flat(_plain(config))
+        before, now = flat(yaml.safe_load((self.path / CONFIG_FILE).read_text())), flat(_plain(config))
         changed = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
             for key in (before | now)
@@ -257,9 +259,9 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _flat(config: Mapping[str, Any], group: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], group: str = "") -> dict[str, Any]:
     """{"optim": {"lr": 1}} -> {"optim.lr": 1}"""
-    flat: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in config.items():
-        flat |= _flat(value, f"{group}{key}.") if isinstance(value, Mapping) else {f"{group}{key}": value}
-    return flat
+        values |= flat(value, f"{group}{key}.") if isinstance(value, Mapping) else {f"{group}{key}": value}
+    return values

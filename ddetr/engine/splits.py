@@ -1,9 +1,10 @@
 """The settings of a data set -> its splits, read."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
-from ddetr.datasets import Annotations, Category, load_annotations
+from ddetr.datasets import Annotations, Category, ImageTable, load_annotations
 from ddetr.datasets.load import default_splits
 from ddetr.engine.config import DataConfig
 from ddetr.errors import InputError
@@ -41,4 +42,18 @@ def load_split(
 def load_splits(data: DataConfig) -> tuple[Annotations, Annotations]:
     """Training and validation annotations; the labels of both are the training set's."""
     train = load_split(data, "train")
+    if not data.keep_empty:
+        train = without_empty_images(train)
     return train, load_split(data, "val", categories=train.categories)
+
+
+def without_empty_images(annotations: Annotations) -> Annotations:
+    """The images that have an object to learn from: one that is no ignore region.
+
+    Raises:
+        InputError: there is none.
+    """
+    images = ImageTable.from_records(record for record in annotations.images if not record.ignore.all())
+    if not len(images):
+        raise InputError(f"{annotations.name}: none of the {len(annotations.images)} images has an object to train on")
+    return replace(annotations, images=images)

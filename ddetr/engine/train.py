@@ -9,35 +9,28 @@ import signal
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 
-from ddetr import console, report
+from ddetr import console
 from ddetr.atomic import make_folder
-from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
-from ddetr.datasets import Annotations, audit
-from ddetr.datasets.annotations import did_you_mean
-from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
-from ddetr.engine.callbacks import Publish, Watch
 from ddetr.engine.config import DataConfig, OptimConfig
-from ddetr.engine.data import DetectionData
 from ddetr.engine.exactness import exactness
-from ddetr.engine.module import DetectionModule
+from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.optimizer import describe_groups, parameter_groups
-from ddetr.engine.preflight import run_preflight
-from ddetr.engine.processes import died_process
-from ddetr.engine.recorder import StepGuard
 from ddetr.engine.run import RESUME_FILE, RunFolder, is_first_process
-from ddetr.engine.saving import SaveState, StateFiles, Stopped
-from ddetr.engine.splits import load_splits
 from ddetr.errors import InputError
-from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
-from ddetr.optimize import onednn_matmuls
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from ddetr.datasets import Annotations
+    from ddetr.engine.data import DetectionData
+    from ddetr.engine.module import DetectionModule
+    from ddetr.evaluation import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +49,7 @@ class RunResult:
     path: Path
     data_path: Path
     image_example: Path
-    metrics: Metrics
+    metrics: "Metrics"
 
 
 def train(
@@ -69,6 +62,8 @@ def train(
     batch_size: int = 32,
     device_batch_size: int = 2,
     val_every: int = 1,
+    patience: int | None = None,
+    min_delta: float = 0.0,
     output: str | None = None,
     weights: str | None = None,
     resume: str | None = None,
@@ -82,6 +77,7 @@ def train(
     max_detections: int = 100,
     log_every: int = 10,
     num_pictures: int = 12,
+    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] | None = None,
     max_bad_steps: int = 10,
     preflight: bool = True,
     preflight_only: bool = False,
@@ -97,6 +93,8 @@ def train(
         batch_size: images an optimisation step, over all devices; the paper's is 32.
         device_batch_size: images that a device takes at a time; a step takes as many turns as it needs.
         val_every: epochs between validations; the last epoch always has one.
+        patience: validations without a better AP after which the run ends; by default it runs to its last epoch.
+        min_delta: by how much an AP (0 to 1) must exceed the best one to be better.
         output: run folder; by default runs/ and the name of the data set, numbered.
         weights: checkpoint to start from (ours, official, transformers, ...), unlike resume with a new schedule.
         resume: "auto", a run folder or its last.ckpt: continue that run exactly.
@@ -112,6 +110,7 @@ def train(
         max_detections: detections an image that the evaluation counts.
         log_every: steps between rows of train.csv.
         num_pictures: validation images that are drawn at the end, truth beside prediction.
+        loggers: what follows the run beside its tables; by default TensorBoard, which reads the run folder.
         max_bad_steps: steps of the run that may be skipped, and recorded in blackbox/, since their loss or gradient is not
             finite; one more, or three in a row, stop it.
         preflight: first try data, evaluation and one batch for about a minute, and stop where one of them cannot work; a
@@ -121,6 +120,27 @@ def train(
     Raises:
         InputError: settings, data or weights that cannot work, said before the first step.
     """
+    # Here, since they take seconds, and the command line needs the signature alone for its help and its mistakes.
+    import lightning.pytorch as pl
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from ddetr import report
+    from ddetr.checkpoint import Checkpoint, save_checkpoint
+    from ddetr.datasets import audit
+    from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
+    from ddetr.engine.callbacks import Publish, Watch
+    from ddetr.engine.data import DetectionData
+    from ddetr.engine.data_wait import DataWait
+    from ddetr.engine.early_stopping import EarlyStopping
+    from ddetr.engine.ema import WeightAverage
+    from ddetr.engine.loggers import Loggers, chosen_loggers
+    from ddetr.engine.module import DetectionModule
+    from ddetr.engine.recorder import StepGuard
+    from ddetr.engine.saving import SaveState, StateFiles
+    from ddetr.engine.splits import load_splits
+    from ddetr.evaluation import CocoEvaluator, Metrics
+    from ddetr.optimize import onednn_matmuls
+
     config = {
         "data": asdict(data),
         "model": _complete(model or {}),
@@ -130,6 +150,8 @@ def train(
         "batch_size": batch_size,
         "device_batch_size": device_batch_size,
         "val_every": val_every,
+        "patience": patience,
+        "min_delta": min_delta,
         "weights": weights,
         "seed": seed,
         "precision": precision,
@@ -137,14 +159,20 @@ def train(
         "tf32": tf32,
         "max_detections": max_detections,
         "max_bad_steps": max_bad_steps,
+        "loggers": loggers,
     }
     for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every", "checkpoint_every"):
         if (value := locals()[name]) is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     if max_bad_steps < 0:
         raise InputError(f"max_bad_steps must be at least 0, got {max_bad_steps}")
+    if patience is not None and patience < 1:
+        raise InputError(f"patience must be at least 1 validation, got {patience}")
+    if not min_delta >= 0:
+        raise InputError(f"min_delta must be at least 0, got {min_delta}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0 to 2^32 - 1, got {seed}")
+    logger_names = chosen_loggers(loggers)
     where = _where(device, devices, precision)
     run, resume_file = RunFolder.choose(output, resume, Path(data.path).resolve().name)
     if resume_file is not None:
@@ -170,6 +198,7 @@ def train(
     )
     pl.seed_everything(seed, verbose=False)
     detector = _build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
+    freeze_parameters(detector, optim.freeze)
     total_steps = datamodule.steps_per_epoch * epochs
     guard = StepGuard(
         run.path,
@@ -224,6 +253,7 @@ def train(
         )
         save_checkpoint(run.path / name, checkpoint)
 
+    data_wait, following = DataWait(), Loggers(logger_names if is_first_process() else [], run, config)
     with warnings.catch_warnings():
         _quiet_lightning()
         plugins: list[Any] = [StateFiles(run)]
@@ -234,15 +264,27 @@ def train(
             check_val_every_n_epoch=min(val_every, epochs),
             precision=None if len(plugins) > 1 else PRECISIONS[precision],
             num_sanity_val_steps=0,
-            logger=False,
+            logger=False,  # ours are in `following`, where they can do no harm
+            profiler=data_wait,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             default_root_dir=str(run.path),
             callbacks=[
+                following,
                 guard,
-                Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
-                Publish(run, publish),
+                Watch(
+                    run,
+                    batch_size=batch_size,
+                    total_steps=total_steps,
+                    log_every=log_every,
+                    data_wait=data_wait,
+                    send=following.send,
+                ),
+                Publish(run, publish, following.send),
+                *([EarlyStopping(patience, min_delta)] if patience else []),
+                # after Publish, which is to see the averaged weights
+                *([WeightAverage(optim.ema_decay)] if optim.ema_decay else []),
                 SaveState(run, every=checkpoint_every),
             ],
             plugins=plugins,
@@ -264,8 +306,8 @@ def train(
 
 def _preflight(
     run: RunFolder,
-    module: DetectionModule,
-    datamodule: DetectionData,
+    module: "DetectionModule",
+    datamodule: "DetectionData",
     *,
     from_nothing: bool,
     precision: str,
@@ -273,6 +315,8 @@ def _preflight(
 ) -> None:
     """Before the folder holds a run, so that the same command works once the set-up is mended. Of several processes the
     first alone comes here: the others wait for it where the process group is made, and end with it."""
+    from ddetr.engine.preflight import run_preflight
+
     autocast = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with console.waiting("preflight"):
         found = run_preflight(module, datamodule, from_nothing=from_nothing, autocast=autocast, device=device)
@@ -284,9 +328,16 @@ def _preflight(
 
 
 def _fit(
-    trainer: pl.Trainer, module: DetectionModule, datamodule: DetectionData, run: RunFolder, resume_file: Path | None
+    trainer: "pl.Trainer",
+    module: "DetectionModule",
+    datamodule: "DetectionData",
+    run: RunFolder,
+    resume_file: Path | None,
 ) -> None:
     """Training; Ctrl+C stops it as it stops anything else in Python."""
+    from ddetr.engine.processes import died_process
+    from ddetr.engine.saving import Stopped
+
     handler = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file, weights_only=True)
@@ -312,6 +363,8 @@ def _fit(
 
 def _complete(model: dict[str, Any]) -> dict[str, Any]:
     """All arguments of the network but the number of classes, so that the run folder does not depend on defaults."""
+    from ddetr.datasets.annotations import did_you_mean
+
     defaults = {name: parameter.default for name, parameter in inspect.signature(DeformableDETR).parameters.items()}
     del defaults["num_classes"]
     for name in model:
@@ -326,9 +379,11 @@ def _starts_from_weights(model: dict[str, Any], weights: str | None) -> bool:
 
 
 def _build_detector(
-    model: dict[str, Any], train_set: Annotations, weights: str | None, *, is_resumed: bool
+    model: dict[str, Any], train_set: "Annotations", weights: str | None, *, is_resumed: bool
 ) -> DeformableDETR:
     """The network, with its weights where they come from a file; a resumed run brings its own."""
+    from ddetr.checkpoint import load_weights
+
     arguments = dict(model, num_classes=len(train_set.categories))
     if weights is not None or is_resumed:
         # Neither needs the download, but norms and stem are treated as what they are: trained.
@@ -375,6 +430,8 @@ def _quiet_lightning() -> None:
         "The '.*_dataloader' does not have many workers",
         "You're resuming from a checkpoint that ended before the epoch ended",  # DetectionData knows the position
         "Grad strides do not match bucket view strides",  # of 1 x 1 convolutions, whose channels-last strides are any
+        "Found .* in eval mode at the start of training",  # the batch norms that optim.freeze names
+        "Detected call of `lr_scheduler.step",  # of the first step, where fp16's scaler leaves it out
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of PyTorch
     ):
         warnings.filterwarnings("ignore", message)

@@ -1,20 +1,21 @@
-"""Backbones from timm under the official parameter names (`backbone.0.body.*`)."""
+"""Backbones from timm under the official parameter names (`backbone.0.body.*`).
+
+timm is imported where it is used: it takes seconds, which `ddetr train --help` has no use for.
+"""
 
 import difflib
 import logging
 from pathlib import Path
 from typing import Literal
 
-import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
 from ddetr.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-FreezeBackbone = Literal["none", "stem", "all"]
+FreezeBackbone = Literal["none", "norm", "stem", "all"]
 
 # The paper's recipe starts from torchvision's first ImageNet weights, which timm keeps under these tags.
 IMAGENET_V1 = {"resnet50": "resnet50.tv_in1k", "resnet101": "resnet101.tv_in1k"}
@@ -43,8 +44,8 @@ class Backbone(nn.Module):
             pretrained: True for ImageNet weights (downloaded by timm), or the path of a file of weights in
                 torchvision's names.
             dilation: stride 1 and dilation 2 in the last stage (DC5).
-            freeze: "stem" freezes batch-norm statistics and, in ResNets, the stem and the first stage, as the official
-                code does; "all" freezes every parameter.
+            freeze: "norm" freezes batch norms, statistics and parameters; "stem" them and, in ResNets, the stem and the
+                first stage, as the official code does; "all" freezes every parameter.
 
         Raises:
             InputError: unknown model, unsuitable strides, weights that cannot be had or do not fit.
@@ -59,9 +60,11 @@ class Backbone(nn.Module):
         if isinstance(pretrained, str):
             self._load(Path(pretrained))
         if freeze != "none":
+            from timm.layers import freeze_batch_norm_2d
+
             # A batch norm inside a whole model turns into one with fixed statistics; its parameters become buffers.
             self.body = freeze_batch_norm_2d(self.body)
-            if hasattr(self.body, "layer1"):
+            if freeze != "norm" and hasattr(self.body, "layer1"):
                 _freeze(
                     p for key, p in self.body.named_parameters() if not key.startswith(("layer2", "layer3", "layer4"))
                 )
@@ -71,6 +74,22 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (N, 3, H, W) -> maps (N, C_l, H/stride_l, W/stride_l), fine to coarse."""
         return self.body(images)
+
+    def stages(self) -> dict[str, int]:
+        """Name of every parameter -> the stage that it belongs to, counted as timm counts its feature maps: 0 is all that
+        leads to the first one (in a ResNet the stem), the last is the coarsest."""
+        ends = [f"{info['module']}.".replace(".", "_") for info in self.body.feature_info.info]
+        stages: dict[str, int] = {}
+        stage, is_inside = 0, False
+        for name, module in self.body.named_modules():
+            if not name:
+                continue
+            flat = f"{name}.".replace(".", "_")  # timm names the same module stages.0 or stages_0
+            if is_inside and not flat.startswith(ends[stage]):
+                stage, is_inside = min(stage + 1, len(ends) - 1), False
+            is_inside = is_inside or flat.startswith(ends[stage])
+            stages |= {f"body.{name}.{parameter}": stage for parameter, _ in module.named_parameters(recurse=False)}
+        return stages
 
     def _load(self, path: Path) -> None:
         if not path.is_file():
@@ -88,6 +107,8 @@ class Backbone(nn.Module):
 
 
 def _create(name: str, num_features: int, pretrained: bool, dilation: bool) -> nn.Module:
+    import timm
+
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise InputError(

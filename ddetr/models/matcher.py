@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from ddetr.boxes import box_cxcywh_to_xyxy, generalized_iou
@@ -112,6 +111,8 @@ class HungarianMatcher:
 
 def _assign(cost: np.ndarray, sizes: Sequence[int], device: torch.device) -> tuple[Matches, int]:
     """The pairs, and how many of their costs were not finite."""
+    from scipy.optimize import linear_sum_assignment  # here, since `ddetr train --help` has no use for it
+
     images, queries, objects = [], [], []
     num_repaired = 0
     for index, size in enumerate(sizes):

@@ -1,15 +1,18 @@
 """The same global batches for any number of processes and workers."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from ddetr.datasets import load_annotations
 from ddetr.engine.config import DataConfig
 from ddetr.engine.data import DetectionData, EpochOrder, collate_micro
-from ddetr.engine.splits import load_split, load_splits
+from ddetr.engine.splits import load_split, load_splits, without_empty_images
 from ddetr.errors import InputError
 
 
@@ -135,6 +138,37 @@ def test_splits_and_files_can_be_named(shapes: Path) -> None:
 def test_validation_takes_its_labels_from_training(shapes: Path) -> None:
     train, val = load_splits(DataConfig(str(shapes)))
     assert val.categories == train.categories == load_annotations(shapes, "train").categories
+
+
+def test_images_without_an_object_to_learn_can_be_left_out(shapes: Path, tmp_path: Path) -> None:
+    """An image whose objects are all ignore regions teaches as little; validation keeps all its images."""
+    content = json.loads((shapes / "annotations" / "instances_train.json").read_text())
+    bare, crowd, mixed = (image["id"] for image in content["images"][:3])
+    kept = [a for a in content["annotations"] if a["image_id"] != bare]
+    for image_id in (crowd, mixed):
+        objects = [a for a in kept if a["image_id"] == image_id]
+        for annotation in objects if image_id == crowd else objects[:1]:
+            annotation["iscrowd"] = 1
+        if image_id == mixed:
+            kept.append(objects[-1] | {"id": 10_000, "iscrowd": 0})
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(shapes / "train")
+        file = tmp_path / "annotations" / f"instances_{split}.json"
+        file.write_text(json.dumps(content | {"annotations": kept}))
+    for keep_empty, expected in ((True, 8), (False, 6)):
+        train, val = load_splits(DataConfig(str(tmp_path), keep_empty=keep_empty))
+        assert (len(train.images), len(val.images)) == (expected, 8)
+    ids = {record.image_id for record in train.images}
+    assert mixed in ids
+    assert not {bare, crowd} & ids
+
+
+def test_a_training_set_without_any_object_is_refused(shapes: Path) -> None:
+    train = load_annotations(shapes, "train")
+    nothing = [replace(record, ignore=np.ones(len(record.labels), bool)) for record in train.images]
+    with pytest.raises(InputError, match="none of the 8 images has an object to train on"):
+        without_empty_images(replace(train, images=nothing))
 
 
 def test_a_negative_number_of_workers_is_refused() -> None:

@@ -42,7 +42,7 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
         write_data(shapes, tmp_path / "data"),
         tiny_model | {"dropout": 0.0},
         # not Adam, whose first steps have the size of the rate however small the gradient: noise alike
-        optim=OptimConfig(lr=0.1, sgd=True),
+        optim=OptimConfig(lr=0.1, sgd=True, ema_decay=0.5),
         epochs=2,
         batch_size=BATCH,
         device_batch_size=1,  # so that gradients are summed up before they are exchanged
@@ -79,6 +79,10 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
     for name in first:
         assert torch.allclose(first[name], second[name], rtol=0, atol=1e-5), name
 
+    states = [torch.load(run / "last.ckpt", weights_only=True) for run in (alone.path, both)]
+    for trained in zip(*(state["state_dict"].values() for state in states)):  # what is published is their average
+        assert torch.allclose(*trained, rtol=0, atol=1e-5)
+
     metrics = json.loads((both / "metrics.json").read_text())
     expected = json.loads((alone.path / "metrics.json").read_text())
     assert metrics["last"]["num_images"] == 7
@@ -90,6 +94,7 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
     assert len((both / "train.csv").read_text().splitlines()) == 1 + 2 * 2
     assert len((both / "val.csv").read_text().splitlines()) == 1 + 2
     assert len(list((both / "pictures").iterdir())) == 1
+    assert len(list((both / "tensorboard").glob("events*"))) == 1
     # the first process alone speaks
     assert done.stdout.count("Data audit") == 1
     assert done.stdout.count("What next:") == 1

@@ -1,6 +1,7 @@
 """Parameter groups and schedule against the official recipe (facts.md, 1)."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.optimizer import build_optimizer, describe_groups, lr_factor, parameter_groups
 from ddetr.errors import InputError
+from ddetr.models.backbone import Backbone
 from ddetr.models.deformable_detr import DeformableDETR
 
 
@@ -88,6 +90,76 @@ def test_the_table_names_every_group_and_what_is_frozen(models: dict[str, Deform
     assert "lr 2e-05  weight decay 0.0001" in lines[1]
 
 
+@pytest.mark.parametrize(
+    "options", [{"layer_decay": 0.5}, {"decay_norms": False}, {"layer_decay": 0.5, "decay_norms": False}]
+)
+@pytest.mark.parametrize("name", ["base", "two_stage"])
+def test_finer_groups_still_hold_every_trainable_parameter_once(
+    models: dict[str, DeformableDETR], name: str, options: dict[str, Any]
+) -> None:
+    groups = parameter_groups(models[name], OptimConfig(**options), backbone_pretrained=True)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    trainable = [id(parameter) for parameter in models[name].parameters() if parameter.requires_grad]
+    assert len(grouped) == len(set(grouped)) == len(trainable)
+    assert set(grouped) == set(trainable)
+    assert len({group["name"] for group in groups}) == len(groups)
+
+
+def test_each_stage_of_the_backbone_has_its_rate() -> None:
+    """layer_decay is a factor a stage, counted from the last; nothing else changes."""
+    with torch.device("meta"):
+        model = DeformableDETR(num_classes=91, freeze_backbone="norm")
+    config = OptimConfig(lr=1e-3, lr_backbone=1e-4, layer_decay=0.5)
+    groups = parameter_groups(model, config, backbone_pretrained=True)
+    rate_of = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    halvings = {"conv1": 4, "layer1": 3, "layer2": 2, "layer3": 1, "layer4": 0}
+    for name, parameter in model.named_parameters():
+        expected = 1e-4 if "sampling_offsets" in name or "reference_points" in name else 1e-3
+        if name.startswith("backbone.0.body."):
+            expected = 1e-4 * 0.5 ** halvings[name.split(".")[3]]
+        assert rate_of[id(parameter)] == pytest.approx(expected), name
+    lines = describe_groups(groups, model)
+    assert [line.split()[0] for line in lines] == ["rest", *(f"backbone.stage{s}" for s in range(5)), "linear_proj"]
+    assert "lr 0.0001 " in lines[5]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "first", "last"),
+    [
+        ("resnet50", ("conv1", 0), ("layer4", 4)),
+        ("regnetx_002", ("stem.bn", 0), ("s4", 4)),
+        ("convnext_tiny", ("stages_0", 0), ("stages_3", 3)),
+        ("swin_tiny_patch4_window7_224", ("patch_embed", 0), ("layers_3", 3)),
+        ("efficientnet_b0", ("conv_stem", 0), ("blocks.6", 4)),
+    ],
+)
+def test_stages_of_other_backbones(backbone: str, first: tuple[str, int], last: tuple[str, int]) -> None:
+    """timm names the modules of each family in another way; every parameter has a stage, and they do not descend."""
+    with torch.device("meta"):
+        model = Backbone(backbone, 3)
+    stages = model.stages()
+    names = [name for name, _ in model.named_parameters()]
+    assert stages.keys() == set(names)
+    for part, stage in (first, last):
+        assert {stages[name] for name in names if name.startswith(f"body.{part}.")} == {stage}
+    modules = list(dict.fromkeys(name.split(".")[1] for name in names))
+    in_order = [max(stages[name] for name in names if name.split(".")[1] == module) for module in modules]
+    assert in_order == sorted(in_order)
+
+
+def test_norms_without_weight_decay_are_the_norms_alone(models: dict[str, DeformableDETR]) -> None:
+    """As detectron2 and with it detrex: scales and shifts of norms, while other biases keep their decay."""
+    groups = parameter_groups(models["two_stage"], OptimConfig(decay_norms=False), backbone_pretrained=True)
+    decay_of = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    for name, parameter in models["two_stage"].named_parameters():
+        if parameter.requires_grad:
+            is_norm = any(part in name for part in (".norm1.", ".norm2.", ".norm3.", "_norm.")) or (
+                name.startswith("input_proj.") and name.split(".")[2] == "1"
+            )
+            assert decay_of[id(parameter)] == (0.0 if is_norm else 1e-4), name
+    assert [group["name"] for group in groups] == ["rest", "rest.norms", "backbone", "linear_proj"]
+
+
 def rates_of(config: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> list[float]:
     """The rate of every step, as the module's scheduler sets it."""
     optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}], config)
@@ -146,3 +218,9 @@ def test_adamw_has_pytorchs_own_betas() -> None:
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(wrong))} must be at least"):
         OptimConfig(**wrong)
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.5, -1.0, math.nan])
+def test_a_layer_decay_that_is_none_is_refused(factor: float) -> None:
+    with pytest.raises(InputError, match="layer_decay must lie in"):
+        OptimConfig(layer_decay=factor)
