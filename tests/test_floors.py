@@ -13,9 +13,9 @@ ROOT = Path(ddetr.__file__).parent
 FLOORS = {
     0: "errors",
     1: "atomic console padding parser boxes ops",
-    2: "datasets models metrics coco_results drawing plots",
-    3: "checkpoint evaluation detections optimize doctor",
-    4: "predictor",
+    2: "datasets models metrics matching coco_results drawing plots",
+    3: "coco_backends checkpoint detections optimize environment doctor",
+    4: "predictor evaluation",
     5: "predict_files report export",
     6: "engine",
     7: "demo serve",
