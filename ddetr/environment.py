@@ -17,7 +17,7 @@ import torch
 import ddetr
 from ddetr.ops import backends
 
-__all__ = ["commit", "describe", "environment", "machine", "process_start"]
+__all__ = ["commit", "describe", "environment", "is_running", "machine"]
 
 _PACKAGE = Path(ddetr.__file__).parent
 # What a run's outcome can depend on; those that are not installed are left out.
@@ -60,7 +60,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "packages": dict(filter(None, map(_version, _PACKAGES))),
         "host": socket.gethostname(),
         "process": os.getpid(),
-        "process_start": process_start(os.getpid()),
+        "process_start": _process_start(os.getpid()),
         "folder": os.getcwd(),
         "command": _command_line(),
     }
@@ -85,9 +85,17 @@ def commit() -> str | None:
     return head and head + (" with changes" if _git("status", "--porcelain", "--", ".") else "")
 
 
-def process_start(process: int) -> str | None:
-    """When a process of this machine started, in the kernel's own count: a later one of the same number differs. None
-    where there is no such process, or no /proc to tell."""
+def is_running(found: Mapping[str, Any]) -> bool | None:
+    """Whether the process that `environment()` described still runs; None where this machine cannot know."""
+    start = found.get("process_start")
+    if found.get("host") != socket.gethostname() or not isinstance(found.get("process"), int) or start is None:
+        return None
+    return _process_start(found["process"]) == start
+
+
+def _process_start(process: int) -> str | None:
+    """When a process started, in the kernel's own count: a later one of the same number differs. None where there is no
+    such process, or no /proc to tell."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in ("Z", "X") else fields[19]

@@ -26,7 +26,7 @@ FLOORS = {
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts.split()}
 HEAVY = {
     *("timm", "scipy", "lightning", "jsonargparse", "matplotlib", "fastapi", "onnx", "transformers", "supervision"),
-    *("hotcoco", "faster_coco_eval", "pycocotools"),
+    *("hotcoco", "faster_coco_eval", "pycocotools", "jinja2", "markupsafe"),
 }
 
 

@@ -6,6 +6,7 @@ splits.py       settings -> annotations of a split
 data.py         annotations -> batches, the same for any number of processes
 module.py       one optimisation step, one validation
 callbacks.py    progress bar, the run's tables, published checkpoints
+reporting.py    the run report after every validation
 run.py          the run folder
 train.py        `train()`: everything put together
 """

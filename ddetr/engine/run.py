@@ -9,6 +9,9 @@ last.ckpt            everything that resuming needs
 best.pth, last.pth   published checkpoints, for `ddetr eval` and `ddetr predict`
 curves.png           losses and AP by step
 pictures/            validation images, truth beside prediction
+report.html          all of it to look at, in one file (`ddetr report`)
+environment.json     machine, software, command and end of each session
+validation_*.npz     truth and detections of the last and the best validation
 """
 
 import csv

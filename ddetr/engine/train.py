@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from ddetr import console, report
+from ddetr import console
 from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
 from ddetr.datasets import Annotations, audit
 from ddetr.datasets.annotations import did_you_mean
@@ -25,6 +25,7 @@ from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
+from ddetr.engine.reporting import Report, finish
 from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
 from ddetr.engine.splits import load_splits
 from ddetr.errors import InputError
@@ -184,6 +185,7 @@ def train(
         )
         save_checkpoint(run.path / name, checkpoint)
 
+    publisher = Publish(run, publish)
     with warnings.catch_warnings():
         _quiet_lightning()
         trainer = pl.Trainer(
@@ -199,7 +201,8 @@ def train(
             callbacks=[
                 MemoryFormat(),
                 Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
-                Publish(run, publish),
+                publisher,
+                Report(run, publisher),
                 ModelCheckpoint(
                     dirpath=run.path,
                     filename=RESUME_FILE.removesuffix(".ckpt"),
@@ -214,8 +217,7 @@ def train(
         with onednn_matmuls():
             _fit(trainer, module, datamodule, run, resume_file)
     if trainer.is_global_zero:
-        report.draw_curves(run.path)
-        report.draw_pictures(run.path, val_set, num_pictures, device=where["accelerator"])
+        finish(run, num_pictures)
     # Only a run that was complete before it was resumed has had no validation now.
     metrics = module.metrics or Metrics.from_dict(json.loads((run.path / "metrics.json").read_text())["last"])
     return RunResult(run.path, Path(data.path), val_set.images[0].path, metrics)
