@@ -48,14 +48,14 @@ def chart(
     *,
     title: str,
     x_label: str = "step",
-    y_range: tuple[float, float] | None = None,
+    y_range: tuple[float, float | None] | None = None,
     log: bool = False,
     legend_values: bool = True,
 ) -> Markup | None:
     """A figure: title, plot, legend; None where no line has a point.
 
     Args:
-        y_range: of the vertical axis; by default the values decide.
+        y_range: of the vertical axis; by default the values decide, of None for the upper end too.
         log: a logarithmic vertical axis, where all values are above zero.
         legend_values: the legend has the last value of each line.
     """
@@ -67,8 +67,9 @@ def chart(
     log = log and bool((values > 0).all())
     positions = np.concatenate([line.x for line in lines])
     x_axis = linear_axis(float(np.nanmin(positions)), float(np.nanmax(positions)), most=5, tight=True)
-    low, high = y_range or (float(values.min()), float(values.max()))
-    y_axis = log_axis(low, high) if log else linear_axis(low, high, most=5, tight=y_range is not None)
+    low, high = y_range or (float(values.min()), None)
+    is_tight, high = high is not None, float(values.max()) if high is None else high
+    y_axis = log_axis(low, high) if log else linear_axis(low, high, most=5, tight=is_tight)
     parts = [_grid(x_axis, y_axis, x_label)]
     parts += [_curve(line, x_axis, y_axis) for line in lines]
     lasts = [shown(_last(line)) if legend_values else "" for line in lines]
@@ -86,9 +87,8 @@ def chart(
 
 def linear_axis(low: float, high: float, *, most: int, tight: bool = False) -> Axis:
     """Ticks at 1, 2 or 5 times a power of ten; the axis ends at ticks, or, if `tight`, at the values."""
-    if high <= low:
-        half = abs(low) / 2 or 0.5
-        low, high, tight = low - half, high + half, False
+    if high <= low:  # a single value: in the middle, or at the foot where it is zero
+        low, high, tight = (low - abs(low) / 2, low + abs(low) / 2, False) if low else (0.0, 1.0, False)
     step = 10 ** math.floor(math.log10((high - low) / most))
     step = next(step * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (step * factor) <= most)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

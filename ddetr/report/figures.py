@@ -23,25 +23,29 @@ class _Panel(NamedTuple):
     title: str
     belongs: Callable[[str], object]
     log: bool = False
-    y_range: tuple[float, float] | None = None
+    y_range: tuple[float, float | None] | None = None
 
 
 _TRAINING = (
     _Panel("Training losses", re.compile(r"loss|loss_(ce|bbox|giou)").fullmatch, log=True),
     _Panel("Learning rates", re.compile(r"lr(_.*)?").fullmatch),
     _Panel("Gradient norm", re.compile(r"grad_norm.*").fullmatch, log=True),
-    _Panel("Images a second", re.compile(r"images_per_second.*").fullmatch),
-    _Panel("Share of time waiting for data", re.compile(r"(data_)?wait(_share|_fraction)?|data_wait.*").fullmatch),
-    _Panel("Memory", re.compile(r".*memory.*").fullmatch),
+    _Panel("Images a second", re.compile(r"images_per_second.*").fullmatch, y_range=(0, None)),
+    _Panel(
+        "Share of time waiting for data",
+        re.compile(r"(data_)?wait(_share|_fraction)?|data_wait.*").fullmatch,
+        y_range=(0, None),
+    ),
+    _Panel("Memory", re.compile(r".*memory.*").fullmatch, y_range=(0, None)),
 )
 _EARLIER = tuple(
     _Panel(f"{name}, every layer", re.compile(rf"{name}(_\d+|_enc.*|_dn.*)").fullmatch, log=True)
     for name in ("loss_ce", "loss_bbox", "loss_giou")
 )
 _VALIDATION = (
-    _Panel("Validation AP", re.compile(r"AP(50|75)?").fullmatch, y_range=(0, 1)),
-    _Panel("AP by size of the objects", re.compile(r"AP[sml]").fullmatch, y_range=(0, 1)),
-    _Panel("Average recall", re.compile(r"AR\w*").fullmatch, y_range=(0, 1)),
+    _Panel("Validation AP", re.compile(r"AP(50|75)?").fullmatch, y_range=(0, None)),
+    _Panel("AP by size of the objects", re.compile(r"AP[sml]").fullmatch, y_range=(0, None)),
+    _Panel("Average recall", re.compile(r"AR\w*").fullmatch, y_range=(0, None)),
 )
 _NO_CURVES = {"step", "epoch"}
 
