@@ -8,7 +8,7 @@ checkpoint/     weights on disk, ours and others'
 evaluation.py   COCO's metrics over a predict function
 optimize.py     a faster copy of a trained network
 predictor.py    images -> named objects in pixels
-report.py       curves and pictures of a run
+report/         what a run shows for itself: one HTML file, curves, pictures
 engine/         training, on Lightning
 demo.py         the whole way on drawn shapes
 bench/          what is timed, and against what

@@ -108,12 +108,15 @@ def test_help_tells_defaults_and_choices(ddetr: Callable[..., Outcome], capsys: 
     [
         (
             ["tran"],
-            "no command 'tran' (did you mean train?): expected one of demo, train, eval, predict, data audit, bench op",
+            "no command 'tran' (did you mean train?): expected one of demo, train, eval, predict, report, data audit, bench op",
         ),
         (["data"], "ddetr data: expected a command, one of: audit"),
         (["bench"], "ddetr bench: expected a command, one of: op"),
         (["bench", "operator"], "ddetr bench: expected a command, one of: op"),
-        (["--epochs"], "no command '--epochs': expected one of demo, train, eval, predict, data audit, bench op"),
+        (
+            ["--epochs"],
+            "no command '--epochs': expected one of demo, train, eval, predict, report, data audit, bench op",
+        ),
     ],
 )
 def test_unknown_commands(refused: Callable[..., str], arguments: list[str], message: str) -> None:
@@ -386,7 +389,16 @@ def test_train_says_where_everything_is_and_what_next(
     line = ["train", "--config", "some.yaml", "--data", shapes, "--data.image_size", "64", "--data.num_workers", "0"]
     outcome = ddetr(*line, "--epochs", "1", "--batch-size", "4", "--num-pictures", "1", "--output", "a run", *MODEL)
     assert outcome.code == 0, outcome.err
-    for name in ("best.pth", "metrics.json", "per_class.csv", "train.csv", "val.csv", "curves.png", "pictures"):
+    for name in (
+        "best.pth",
+        "metrics.json",
+        "per_class.csv",
+        "train.csv",
+        "val.csv",
+        "curves.png",
+        "pictures",
+        "report.html",
+    ):
         assert (tmp_path / "a run" / name).exists()
         assert f"a run/{name}" in outcome.out
     assert "Data audit" in outcome.out

@@ -118,10 +118,11 @@ def shown(value: float) -> str:
         return "-"
     if value == 0:
         return "0"
-    if 0.001 <= abs(value) < 10_000:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    mantissa, _, power = f"{value:.2g}".partition("e")
-    return f"{mantissa}e{int(power)}" if power else f"{value:,.0f}"
+    if 1000 <= abs(value) < 10_000_000:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}" if 0.001 <= abs(value) < 1000 else f"{value:.2g}"
+    mantissa, _, power = text.partition("e")
+    return f"{mantissa}e{int(power)}" if power else mantissa
 
 
 def _tick(value: float) -> str:

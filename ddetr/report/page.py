@@ -94,12 +94,14 @@ def render(run: RunFiles) -> str:
 def _built(section: str, build: Callable[[RunFiles], dict[str, Any]], run: RunFiles) -> dict[str, Any]:
     """A file of another version may hold anything: what it breaks is one section, not the report."""
     try:
-        return {"problem": ""} | build(run)
+        return {"problem": "", "there": False, "data_name": ""} | build(run)
     except Exception as error:
         logger.warning("report of %s, %s: %s: %s", run.path, section, type(error).__name__, error)
         logger.debug("", exc_info=True)
         return {
-            "problem": f"This section could not be made from the files that are here ({type(error).__name__}: {error})."
+            "there": False,
+            "data_name": "",
+            "problem": f"This section could not be made from the files that are here ({type(error).__name__}: {error}).",
         }
 
 
@@ -116,14 +118,14 @@ def _summary(run: RunFiles) -> dict[str, Any]:
             cards.append(("Best F1", _score(best.get("f1")), f"at score threshold {best['threshold']:.2f}"))
     if last and last.get("step") != best.get("step"):
         cards.append(("Last AP", _score(last.get("AP")), f"epoch {_counted(last)}, step {last.get('step', 0):,}"))
-    if run.training:
+    if "loss" in run.training:
         cards.append(("Loss", shown(float(run.training["loss"][-1])), f"at step {int(run.training['step'][-1]):,}"))
     if not math.isnan(run.seconds):
         sessions = len(run.sessions)
         note = f"in {sessions} sessions" if sessions > 1 else "validations included"
         cards.append(("Time", _duration(run.seconds), note))
-    if "images_per_second" in run.training:
-        speed = run.training["images_per_second"]
+    speed = run.training.get("images_per_second", np.zeros(0))
+    if np.isfinite(speed).any():
         cards.append(("Images a second", shown(float(np.nanmedian(speed))), "median of training"))
     began = run.sessions[0].get("began") if run.sessions else None
     seen = run.sessions[-1].get("seen") if run.sessions else None
@@ -264,6 +266,7 @@ def _environment(run: RunFiles) -> dict[str, Any]:
         "system": "System",
         "kernel": "Kernel",
         "python": "Python",
+        "torch": "PyTorch",
         "ddetr": "ddetr",
         "commit": "Commit",
         "backend": "Operator's back end",
@@ -271,7 +274,7 @@ def _environment(run: RunFiles) -> dict[str, Any]:
     }
     rows = [(label, str(found[key])) for key, label in labels.items() if found.get(key) is not None]
     packages = found.get("packages") or {}
-    rows += [(name, str(version)) for name, version in packages.items()]
+    rows += [(name, str(version)) for name, version in packages.items() if name != "torch"]
     return {"rows": rows, "sessions": sessions}
 
 
@@ -310,4 +313,6 @@ def _score(value: Any) -> str:
 
 
 def _percent(value: Any) -> str:
-    return f"{100 * value:.0f} %" if isinstance(value, int | float) and math.isfinite(value) else "-"
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return "-"
+    return f"{100 * value:.{0 if value == 0 or value >= 0.1 else 1}f} %"

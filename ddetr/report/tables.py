@@ -83,11 +83,17 @@ def confusion(analysis: Analysis, names: list[str]) -> dict[str, Any]:
         matrix, labels = folded, [*(names[i] for i in chosen), f"{num_classes - len(chosen)} other classes"]
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     last = len(labels)
+
+    def kind(i: int, j: int) -> str:
+        if i != j:
+            return "wrong"
+        return "right" if i < len(chosen) else "mixed"  # the other classes: their own confusions too
+
     rows = [
         {
             "name": labels[i] if i < last else "background",
             "cells": [
-                {"count": int(matrix[i, j]), "share": round(float(share[i, j]), 3), "right": i == j and i < len(chosen)}
+                {"count": int(matrix[i, j]), "share": round(float(share[i, j]), 3), "kind": kind(i, j)}
                 for j in range(last + 1)
             ],
         }
@@ -95,9 +101,14 @@ def confusion(analysis: Analysis, names: list[str]) -> dict[str, Any]:
     ]
     flat = np.argsort(-between, axis=None, kind="stable")[:MOST_PAIRS]
     pairs = [
-        {"truth": names[i], "prediction": names[j], "count": int(between[i, j]), "share": between[i, j] / max(1, total)}
+        {
+            "truth": names[i],
+            "prediction": names[j],
+            "count": int(between[i, j]),
+            "share": between[i, j] / analysis.num_objects[i],
+        }
         for i, j in zip(*np.unravel_index(flat, between.shape))
-        if between[i, j] and (total := int(analysis.num_objects[i])) >= 0
+        if between[i, j]
     ]
     return {"columns": [*labels, "missed"], "rows": rows, "pairs": pairs, "is_partial": num_classes > MOST_CLASSES}
 

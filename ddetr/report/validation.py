@@ -94,7 +94,7 @@ class Validation:
             InputError: no such file, or a damaged one.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 columns = {name: file[name] for name in file.files}
             about = json.loads(columns["about"].tobytes())
             names = columns["paths"].tobytes().split(b"\0") if len(columns["image_ids"]) else []

@@ -75,7 +75,8 @@ def whole_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 def test_a_run_leaves_everything(tiny_run: RunResult, shapes: Path) -> None:
     run = tiny_run.path
-    expected = "config.yaml audit.json train.csv val.csv metrics.json per_class.csv last.ckpt best.pth last.pth curves.png pictures"
+    expected = "config.yaml audit.json train.csv val.csv metrics.json per_class.csv last.ckpt best.pth last.pth curves.png pictures "
+    expected += "report.html environment.json validation_best.npz validation_last.npz"
     assert {path.name for path in run.iterdir()} == set(expected.split())
     assert sorted(path.name for path in (run / "pictures").iterdir()) == ["000000.png", "000007.png"]
     assert all(path.stat().st_size > 1000 for path in [run / "curves.png", *(run / "pictures").iterdir()])
