@@ -20,6 +20,7 @@ from ddetr.ops import backends
 __all__ = ["commit", "describe", "environment", "is_running", "machine"]
 
 _PACKAGE = Path(ddetr.__file__).parent
+_NVIDIA = Path("/proc/driver/nvidia/version")
 # What a run's outcome can depend on; those that are not installed are left out.
 _PACKAGES = (
     *("torch", "torchvision", "lightning", "timm", "numpy", "scipy", "pillow", "triton"),
@@ -122,7 +123,7 @@ def _version(package: str) -> tuple[str, str] | None:
 def _driver() -> str | None:
     """Of NVIDIA's GPUs, as the kernel module says; None where it does not."""
     try:
-        first = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
+        first = _NVIDIA.read_text(encoding="utf-8").splitlines()[0]
     except (OSError, IndexError):
         return None
     return next((word for word in first.split() if word[0].isdigit() and "." in word), None)

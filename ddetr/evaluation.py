@@ -176,9 +176,8 @@ class CocoEvaluator:
         objects = Objects(image[order], *(column[order] for column in columns))
         found = [self._found.get(image_id, _NOTHING) for image_id in chosen]
         image = np.repeat(np.arange(len(found)), [len(one.scores) for one in found])
-        columns = (
-            np.concatenate([nothing, *parts]) for nothing, *parts in zip(*(one[:3] for one in (_NOTHING, *found)))
-        )
+        names = ("boxes_xywh", "scores", "labels")
+        columns = (np.concatenate([getattr(one, name) for one in (_NOTHING, *found)]) for name in names)
         return image_ids, objects, Found(image, *columns)
 
     def _add(self, image_id: int, found: _ImageFound) -> None:

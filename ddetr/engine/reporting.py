@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from ddetr.engine.callbacks import Publish
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.run import RunFolder
+from ddetr.engine.run import RunFolder, is_first_process
 from ddetr.environment import environment
 from ddetr.report import RunFiles, Validation, best_or_last, draw_curves, draw_pictures, write_report
 from ddetr.report.validation import BEST_FILE, LAST_FILE
@@ -108,6 +108,19 @@ def finish(run: RunFolder, num_pictures: int) -> None:
     for what, step in steps.items():
         with harmless(what):
             step()
+
+
+@contextmanager
+def last_word(run: RunFolder) -> Iterator[None]:
+    """A run that is stopped in the block, by an error or by hand, says so in its report. The checkpoint of the end is
+    written by then."""
+    try:
+        yield
+    except BaseException:
+        if is_first_process():
+            with harmless("report.html"):
+                write_report(RunFiles.read(run.path))
+        raise
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
-from ddetr.engine.reporting import Report, finish
+from ddetr.engine.reporting import Report, finish, last_word
 from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
 from ddetr.engine.splits import load_splits
 from ddetr.errors import InputError
@@ -214,7 +214,7 @@ def train(
             ],
             **where,
         )
-        with onednn_matmuls():
+        with onednn_matmuls(), last_word(run):
             _fit(trainer, module, datamodule, run, resume_file)
     if trainer.is_global_zero:
         finish(run, num_pictures)
