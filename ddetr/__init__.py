@@ -5,10 +5,11 @@ ops/            multi-scale deformable attention, the operator
 datasets/       COCO, VOC and YOLO folders -> annotations, audit, samples, batches
 models/         the network, its matching and its losses
 checkpoint/     weights on disk, ours and others'
-evaluation.py   COCO's metrics over a predict function
+evaluation.py   COCO's metrics over a predict function; matching.py, metrics.py, coco_backends.py are its parts
+environment.py  machine and software, beside every run and figure
 optimize.py     a faster copy of a trained network
 predictor.py    images -> named objects in pixels
-report.py       curves and pictures of a run
+report/         what a run shows for itself: one HTML file, curves, pictures
 engine/         training, on Lightning
 demo.py         the whole way on drawn shapes
 bench/          what is timed, and against what

@@ -64,6 +64,7 @@ checkpoint   {path / "best.pth"}
 metrics      {path / "metrics.json"}, {path / "per_class.csv"}, {path / "train.csv"}, {path / "val.csv"}
 curves       {path / "curves.png"}
 pictures     {path / "pictures"}
+report       {path / "report.html"}
 
 What next:
   ddetr predict --checkpoint {checkpoint} {image} --output predictions
@@ -142,6 +143,26 @@ def predict_command(parser: Parser) -> Callable[[Any], None]:
             console.show(f"not read     {path}: {reason}")
         if done.failures and not done.num_images:
             raise InputError(f"none of the {len(done.failures)} images could be read")
+
+    return run
+
+
+def report_command(parser: Parser) -> Callable[[Any], None]:
+    """Show a run: one HTML file, made anew from its folder."""
+    parser.usage = "ddetr report [options] RUN"
+    parser.add_argument("run", type=str, help="run folder, also of an unfinished run or of an older version")
+
+    def run(settings: Any) -> None:
+        from ddetr.report import RunFiles, write_report
+
+        files = RunFiles.read(Path(settings.run))
+        try:
+            path = write_report(files)
+        except OSError as error:
+            raise InputError(f"the report cannot be written into {files.path} ({error.strerror or error})") from error
+        console.show(f"report       {path}")
+        for name, reason in files.missing:
+            console.show(f"left out     {name} {reason}")
 
     return run
 
@@ -228,6 +249,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
     "eval": eval_command,
     "predict": predict_command,
     "replay": replay_command,
+    "report": report_command,
     "data audit": audit_command,
     "bench op": bench_op_command,
 }

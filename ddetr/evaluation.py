@@ -13,9 +13,6 @@ The arithmetic is a library's (hotcoco, faster-coco-eval or pycocotools: they ag
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -25,22 +22,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddetr.boxes import box_xywh_to_xyxy, box_xyxy_to_xywh
+from ddetr.boxes import box_xyxy_to_xywh
+from ddetr.coco_backends import BACKENDS, Backend
 from ddetr.coco_results import coco_results, read_coco_results
-from ddetr.datasets.annotations import Annotations, Category, ImageRecord
+from ddetr.datasets.annotations import Annotations, Category, ImageTable
 from ddetr.errors import InputError
-from ddetr.metrics import ClassMetrics, Metrics, best_threshold, match_detections
+from ddetr.matching import Found, Objects, match_detections
+from ddetr.metrics import ClassMetrics, Metrics, best_threshold
 
-__all__ = ["ClassMetrics", "CocoEvaluator", "Metrics", "detections_to_coco_results", "evaluate", "read_coco_results"]
+__all__ = [
+    "BACKENDS",
+    "ClassMetrics",
+    "CocoEvaluator",
+    "Metrics",
+    "detections_to_coco_results",
+    "evaluate",
+    "read_coco_results",
+]
 
 log = logging.getLogger(__name__)
 
-# name for the user: (module of COCO, module of COCOeval, class of COCOeval), fastest first
-BACKENDS = {
-    "hotcoco": ("hotcoco", "hotcoco", "COCOeval"),
-    "faster-coco-eval": ("faster_coco_eval", "faster_coco_eval", "COCOeval_faster"),
-    "pycocotools": ("pycocotools.coco", "pycocotools.cocoeval", "COCOeval"),
-}
 Detections = dict[str, Tensor]  # what PostProcess returns for an image: scores (k,), labels (k,), boxes (k, 4) xyxy px
 
 
@@ -58,11 +59,14 @@ class CocoEvaluator:
             raise InputError(f"max_detections must be at least 1, got {max_detections}.")
         self.annotations = annotations
         self.max_detections = max_detections
-        self.backend, self._coco_class, self._eval_class = _load_backend(backend)
-        self._index = {record.image_id: i for i, record in enumerate(annotations.images)}
-        if len(self._index) != len(annotations.images):
+        self._backend = Backend(backend)
+        self.backend = self._backend.name
+        images = annotations.images
+        self.images = images if isinstance(images, ImageTable) else ImageTable.from_records(images)
+        self._index = {image_id: i for i, image_id in enumerate(self.images.image_ids.tolist())}
+        if len(self._index) != len(self.images):
             raise InputError(f"Image ids must differ: {annotations.name} has repeated ones.")
-        self._found: dict[int, _Found] = {}
+        self._found: dict[int, _ImageFound] = {}
 
     def update(self, image_ids: Iterable[int], detections: Sequence[Detections]) -> None:
         """Takes the detections of some images; an image that was seen before keeps its first ones.
@@ -72,8 +76,8 @@ class CocoEvaluator:
         image_ids = [int(image_id) for image_id in image_ids]
         if len(image_ids) != len(detections):
             raise InputError(f"Expected detections for {len(image_ids)} images, got {len(detections)}.")
-        for image_id, image_detections in zip(image_ids, detections):
-            self._add(image_id, _to_found(image_detections))
+        for image_id, found in zip(image_ids, _to_found(detections)):
+            self._add(image_id, found)
 
     def update_coco_results(self, results: Sequence[dict[str, Any]]) -> None:
         """Takes a list in COCO's results format (`read_coco_results`), with the annotations' own category ids."""
@@ -95,7 +99,9 @@ class CocoEvaluator:
             rows.setdefault(image_id, []).append(([left, top, width, height], score, label_of[category_id]))
         for image_id, image_rows in rows.items():
             boxes_xywh, scores, labels = zip(*image_rows)
-            found = _Found(np.array(boxes_xywh, np.float32), np.array(scores, np.float32), np.array(labels, np.int64))
+            found = _ImageFound(
+                np.array(boxes_xywh, np.float32), np.array(scores, np.float32), np.array(labels, np.int64)
+            )
             self._add(image_id, found)
 
     def coco_results(self) -> list[dict[str, Any]]:
@@ -125,14 +131,14 @@ class CocoEvaluator:
         The first state that has an image wins, also over this process's own: so all processes that merge the same
         list compute the same numbers, bit for bit, and agree on which checkpoint is the best.
         """
-        merged: dict[int, _Found] = {}
+        merged: dict[int, _ImageFound] = {}
         for state in states:
             ends = np.cumsum(state["num_detections"])
             for i, image_id in enumerate(state["image_ids"].tolist()):
                 if image_id not in merged:
                     rows = slice(ends[i] - state["num_detections"][i], ends[i])
                     columns = (state[name][rows] for name in ("boxes_xywh", "scores", "labels"))
-                    merged[image_id] = _Found(*columns, num_non_finite=int(state["num_non_finite"][i]))
+                    merged[image_id] = _ImageFound(*columns, num_non_finite=int(state["num_non_finite"][i]))
         self._found = {**self._found, **merged}
 
     def reset(self) -> None:
@@ -151,13 +157,30 @@ class CocoEvaluator:
         missing = len(self._index) - len(self._found)
         if missing and not partial:
             log.warning("%d of %d images got no detections: their objects count as missed.", missing, len(self._index))
-        ids = sorted(self._found if partial else self._index)
-        records = [self.annotations.images[self._index[image_id]] for image_id in ids]
-        found = [self._found.get(image_id, _NOTHING) for image_id in ids]
-        precision, recall = self._accumulate(records, found)
-        return self._summarise(precision, recall, records, found)
+        image_ids, objects, found = self.gathered(partial)
+        num_classes, most = len(self.annotations.categories), self.max_detections
+        limits = (1, min(10, most), most)
+        precision, recall = self._backend.accumulate(objects, found, len(image_ids), num_classes, limits)
+        return self._summarise(precision, recall, objects, found, len(image_ids))
 
-    def _add(self, image_id: int, found: _Found) -> None:
+    def gathered(self, partial: bool = False) -> tuple[np.ndarray, Objects, Found]:
+        """(I,) ids of the images in ascending order, with all their objects and detections."""
+        chosen = sorted(self._found if partial else self._index)
+        image_ids = np.array(chosen, dtype=np.int64)
+        place = np.full(len(self.images), -1, dtype=np.int64)  # of each image of the annotations in `image_ids`
+        place[[self._index[image_id] for image_id in chosen]] = np.arange(len(chosen))
+        image = np.repeat(place, np.diff(self.images.offsets))
+        order = np.argsort(image, kind="stable")
+        order = order[image[order] >= 0]
+        columns = (self.images.boxes_xyxy, self.images.labels, self.images.area, self.images.ignore)
+        objects = Objects(image[order], *(column[order] for column in columns))
+        found = [self._found.get(image_id, _NOTHING) for image_id in chosen]
+        image = np.repeat(np.arange(len(found)), [len(one.scores) for one in found])
+        names = ("boxes_xywh", "scores", "labels")
+        columns = (np.concatenate([getattr(one, name) for one in (_NOTHING, *found)]) for name in names)
+        return image_ids, objects, Found(image, *columns)
+
+    def _add(self, image_id: int, found: _ImageFound) -> None:
         if image_id not in self._index:
             raise InputError(f"Image id {image_id} is not in {self.annotations.name}: evaluate on its own images.")
         if image_id in self._found:
@@ -171,43 +194,11 @@ class CocoEvaluator:
         finite = np.isfinite(found.scores) & np.isfinite(found.boxes_xywh).all(axis=1)
         if not finite.all():
             columns = (column[finite] for column in (found.boxes_xywh, found.scores, found.labels))
-            found = _Found(*columns, num_non_finite=int((~finite).sum()))
+            found = _ImageFound(*columns, num_non_finite=int((~finite).sum()))
         self._found[image_id] = found
 
-    def _accumulate(self, records: list[ImageRecord], found: list[_Found]) -> tuple[np.ndarray, np.ndarray]:
-        """precision (10 IoUs, 101 recalls, K, 4 areas, 3 limits) and recall (10, K, 4, 3); -1 is undefined."""
-        num_classes = len(self.annotations.categories)
-        if not records or not num_classes:
-            return np.full((10, 101, num_classes, 4, 3), -1.0), np.full((10, num_classes, 4, 3), -1.0)
-        images = [{"id": r.image_id, "width": r.size_hw[1], "height": r.size_hw[0]} for r in records]
-        # labels serve as category ids here: no data set's own ids can be repeated, negative or strings then
-        categories = [{"id": label, "name": c.name} for label, c in enumerate(self.annotations.categories)]
-        truth: list[dict[str, Any]] = []
-        detected: list[dict[str, Any]] = []
-        for record, one in zip(records, found):
-            boxes_xywh = box_xyxy_to_xywh(torch.from_numpy(record.boxes_xyxy.astype(np.float64))).tolist()
-            columns = (record.labels.tolist(), record.area.tolist(), record.ignore.tolist())
-            for box, label, area, ignore in zip(boxes_xywh, *columns):
-                truth.append(_coco_object(len(truth) + 1, record.image_id, label, box, area, iscrowd=int(ignore)))
-            for box, score, label in zip(one.boxes_xywh.tolist(), one.scores.tolist(), one.labels.tolist()):
-                area = box[2] * box[3]
-                detected.append(_coco_object(len(detected) + 1, record.image_id, label, box, area, 0, score=score))
-        most = self.max_detections
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-            coco_truth, coco_detected = self._coco_class(), self._coco_class()
-            for coco, objects in ((coco_truth, truth), (coco_detected, detected)):
-                coco.dataset = {"info": {}, "images": images, "categories": categories, "annotations": objects}
-                coco.createIndex()
-            evaluation = self._eval_class(coco_truth, coco_detected, iouType="bbox")
-            evaluation.params.imgIds = [record.image_id for record in records]
-            evaluation.params.catIds = list(range(num_classes))
-            evaluation.params.maxDets = [1, min(10, most), most]
-            evaluation.evaluate()
-            evaluation.accumulate()
-        return np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
-
     def _summarise(
-        self, precision: np.ndarray, recall: np.ndarray, records: list[ImageRecord], found: list[_Found]
+        self, precision: np.ndarray, recall: np.ndarray, objects: Objects, found: Found, num_images: int
     ) -> Metrics:
         every, at_50, at_75 = slice(None), 0, 5  # of the IoU thresholds 0.50, 0.55, ... 0.95
         numbers = {
@@ -222,25 +213,28 @@ class CocoEvaluator:
             numbers[f"AP{size}"] = _mean(precision[..., area, -1])
             numbers[f"AR{size}"] = _mean(recall[..., area, -1])
         num_classes = len(self.annotations.categories)
-        counted = [record.labels[~record.ignore] for record in records]
-        num_objects = np.bincount(np.concatenate([np.zeros(0, np.int64), *counted]), minlength=num_classes)
+        num_objects = np.bincount(objects.labels[~objects.ignore], minlength=num_classes)
         per_class = []
         for label, category in enumerate(self.annotations.categories):
             ap, ap50, ap75 = (_mean(precision[ious, :, label, 0, -1]) for ious in (every, at_50, at_75))
             ar = _mean(recall[:, label, 0, -1])
+            sizes = (_mean(precision[:, :, label, area, -1]) for area in (1, 2, 3))
             row = (label, category.category_id, category.name, int(num_objects[label]), ap, ap50, ap75, ar)
-            per_class.append(ClassMetrics(*row))
-        threshold, f1 = _threshold(records, found, num_objects)
+            per_class.append(ClassMetrics(*row, *sizes))
+        counts, correct = match_detections(found, objects)
+        columns = (found.scores[counts], found.labels[counts], correct[counts])
+        threshold, f1 = best_threshold(*columns, num_objects)
         return Metrics(
             **numbers,
             per_class=per_class,
             threshold=threshold,
             f1=f1,
-            num_images=len(records),
+            num_images=num_images,
             num_objects=int(num_objects.sum()),
-            num_detections=sum(len(one.scores) for one in found),
+            num_detections=len(found.scores),
             max_detections=self.max_detections,
             backend=self.backend,
+            curves=precision[[at_50, at_75], :, :, 0, -1],
         )
 
 
@@ -283,14 +277,13 @@ def detections_to_coco_results(
 ) -> list[dict[str, Any]]:
     """Detections in COCO's results format, an image each, with labels turned into the data set's own ids."""
     results = []
-    for image_id, image_detections in zip(image_ids, detections, strict=True):
-        found = _to_found(image_detections)
+    for image_id, found in zip(image_ids, _to_found(detections), strict=True):
         category_ids = [categories[label].category_id for label in found.labels.tolist()]
         results.extend(coco_results(int(image_id), found.boxes_xywh, found.scores, category_ids))
     return results
 
 
-class _Found(NamedTuple):
+class _ImageFound(NamedTuple):
     """The detections of an image: k of them."""
 
     boxes_xywh: np.ndarray  # (k, 4) float32
@@ -299,53 +292,35 @@ class _Found(NamedTuple):
     num_non_finite: int = 0  # left out of the k
 
 
-_NOTHING = _Found(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+_NOTHING = _ImageFound(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
-def _to_found(detections: Detections) -> _Found:
-    boxes_xyxy, scores, labels = (detections[name].detach().cpu() for name in ("boxes", "scores", "labels"))
-    if boxes_xyxy.shape != (len(scores), 4) or scores.ndim != 1 or labels.shape != scores.shape:
-        shapes = f"{tuple(boxes_xyxy.shape)}, {tuple(scores.shape)} and {tuple(labels.shape)}"
-        raise InputError(f"Expected boxes (k, 4), scores (k,) and labels (k,), got {shapes}.")
-    boxes_xywh = box_xyxy_to_xywh(boxes_xyxy.float())
-    return _Found(boxes_xywh.numpy(), scores.float().numpy().copy(), labels.long().numpy().copy())
-
-
-def _coco_object(object_id: int, image_id: int, label: int, box_xywh: list[float], area: float, iscrowd: int, **more):
-    place = {"id": object_id, "image_id": image_id, "category_id": label}
-    return {**place, "bbox": box_xywh, "area": area, "iscrowd": iscrowd, **more}
-
-
-def _threshold(records: list[ImageRecord], found: list[_Found], num_objects: np.ndarray) -> tuple[float, float]:
-    scores, labels, correct = [_NOTHING.scores], [_NOTHING.labels], [np.zeros(0, bool)]
-    for record, one in zip(records, found):
-        boxes_xyxy = box_xywh_to_xyxy(torch.from_numpy(one.boxes_xywh))
-        objects = (torch.tensor(record.boxes_xyxy), record.labels, record.ignore)
-        counts, is_correct = match_detections(boxes_xyxy, one.scores, one.labels, *objects)
-        scores.append(one.scores[counts])
-        labels.append(one.labels[counts])
-        correct.append(is_correct[counts])
-    return best_threshold(np.concatenate(scores), np.concatenate(labels), np.concatenate(correct), num_objects)
+def _to_found(detections: Sequence[Detections]) -> list[_ImageFound]:
+    """Those of several images at once: one copy from the device for all of them, not three for each."""
+    for one in detections:
+        if (
+            one["boxes"].shape != (len(one["scores"]), 4)
+            or one["scores"].ndim != 1
+            or one["labels"].shape != one["scores"].shape
+        ):
+            shapes = ", ".join(str(tuple(one[name].shape)) for name in ("boxes", "scores"))
+            raise InputError(
+                f"Expected boxes (k, 4), scores (k,) and labels (k,), got {shapes} and {tuple(one['labels'].shape)}."
+            )
+    if not detections:
+        return []
+    boxes_xyxy, scores, labels = (
+        torch.cat([one[name].detach() for one in detections]).cpu() for name in ("boxes", "scores", "labels")
+    )
+    boxes_xywh = box_xyxy_to_xywh(boxes_xyxy.float()).numpy()
+    ends = np.cumsum([len(one["scores"]) for one in detections])[:-1]
+    columns = (np.split(column, ends) for column in (boxes_xywh, scores.float().numpy(), labels.long().numpy()))
+    return [_ImageFound(*(column.copy() for column in image)) for image in zip(*columns)]
 
 
 def _mean(values: np.ndarray) -> float:
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else math.nan
-
-
-def _load_backend(backend: str) -> tuple[str, type, type]:
-    if backend != "auto" and backend not in BACKENDS:
-        raise InputError(f"Unknown evaluation backend {backend!r}: expected auto, {', '.join(BACKENDS)}.")
-    for name in BACKENDS if backend == "auto" else (backend,):
-        coco_module, eval_module, eval_class = BACKENDS[name]
-        try:
-            coco = importlib.import_module(coco_module)
-            return name, coco.COCO, getattr(importlib.import_module(eval_module), eval_class)
-        except ImportError as error:
-            log.debug("%s is not usable: %s", name, error)
-    if backend == "auto":
-        raise InputError(f"Evaluation needs one of {', '.join(BACKENDS)}, and none is installed: pip install hotcoco")
-    raise InputError(f"The evaluation backend {backend} is not installed: pip install {backend}, or use auto.")
 
 
 def _shortened(values: Sequence[object], most: int = 10) -> str:

@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
-from torchvision.ops import box_area, box_iou
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["METRIC_NAMES", "ClassMetrics", "Metrics", "best_threshold", "match_detections"]
+__all__ = ["METRIC_NAMES", "ClassMetrics", "Metrics", "best_threshold"]
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -31,6 +29,9 @@ class ClassMetrics:
     AP50: float
     AP75: float
     AR100: float
+    APs: float = math.nan  # of small, medium and large objects; files of older versions lack them
+    APm: float = math.nan
+    APl: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Metrics:
     num_detections: int
     max_detections: int
     backend: str
+    # (2, 101, K) precision at IoU 0.5 and 0.75 over the recalls 0, 0.01, ... 1, -1 where undefined: in no JSON
+    curves: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     def numbers(self) -> dict[str, float]:
         """The twelve alone, by name, in COCO's order."""
@@ -68,13 +71,15 @@ class Metrics:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON values; NaN becomes None, since JSON has no NaN."""
-        return _without_nan(asdict(self))
+        values = asdict(self)
+        del values["curves"]
+        return _without_nan(values)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Metrics:
         """What `to_dict` made; other keys are left out."""
         rows = [ClassMetrics(**_with_nan(ClassMetrics, row)) for row in values["per_class"]]
-        return cls(**{**_with_nan(cls, values), "per_class": rows})
+        return cls(**{**_with_nan(cls, values), "per_class": rows, "curves": None})
 
     def render(self, per_class: bool = True) -> RenderableType:
         """Tables for `rich.print`: the twelve numbers and, unless switched off, a row a class."""
@@ -114,48 +119,19 @@ def best_threshold(
     if not present.any():
         return math.nan, math.nan
     thresholds = np.arange(1, 100) / 100
-    f1 = np.zeros(len(thresholds))
-    for i, threshold in enumerate(thresholds):
-        kept = scores >= threshold
-        num_found = np.bincount(labels[kept], minlength=len(num_objects))
-        num_correct = np.bincount(labels[kept & correct], minlength=len(num_objects))
-        f1[i] = (2 * num_correct[present] / (num_found + num_objects)[present]).mean()
+    num_passed = np.searchsorted(thresholds, scores, side="right")  # (k,) of the thresholds, ascending
+
+    def num_kept(mask: np.ndarray) -> np.ndarray:  # (K, 99) detections of each class at each threshold
+        size = len(num_objects) * (len(thresholds) + 1)
+        counts = np.bincount(labels[mask] * (len(thresholds) + 1) + num_passed[mask], minlength=size)
+        return counts.reshape(len(num_objects), -1)[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+
+    found, right = num_kept(np.ones(len(scores), bool))[present], num_kept(correct)[present]
+    f1 = (2 * right / (found + num_objects[present, None])).mean(axis=0)
     if f1.max() == 0:
         return math.nan, 0.0
     best = np.flatnonzero(f1 >= f1.max() - 1e-9)
     return float(thresholds[best[len(best) // 2]]), float(f1.max())  # the middle of equals: farthest from a change
-
-
-def match_detections(
-    boxes_xyxy: Tensor,
-    scores: np.ndarray,
-    labels: np.ndarray,
-    objects_xyxy: Tensor,
-    object_labels: np.ndarray,
-    ignore: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Matches the k detections of an image with its n objects at IoU 0.5, for `best_threshold`.
-
-    Correct is, of the detections that overlap an object most, the one of the highest score. COCO lets the others try
-    the next object; for a threshold the difference is nothing, and this needs no loop over detections.
-
-    Returns which detections count (k,), those in ignore regions do not, and which are correct (k,).
-    """
-    counts, correct = np.ones(len(labels), bool), np.zeros(len(labels), bool)
-    same_class = labels[:, None] == object_labels[None]  # (k, n)
-    if not same_class.any():
-        return counts, correct
-    iou = np.where(same_class, box_iou(boxes_xyxy, objects_xyxy).numpy(), 0.0)
-    overlap = np.where(ignore, 0.0, iou)
-    hits = np.flatnonzero(overlap.max(axis=1) >= 0.5)
-    hits = hits[np.argsort(-scores[hits], kind="stable")]
-    _, first = np.unique(overlap[hits].argmax(axis=1), return_index=True)
-    correct[hits[first]] = True
-    # COCO measures an ignore region by the part of the detection inside it: |A and B| = IoU (|A| + |B|) / (1 + IoU)
-    area, object_area = box_area(boxes_xyxy).numpy()[:, None], box_area(objects_xyxy).numpy()[None]
-    inside = iou * (area + object_area) / (1 + iou) / np.maximum(area, 1e-9)
-    in_ignored = np.where(ignore, inside, 0.0).max(axis=1) >= 0.5
-    return correct | ~in_ignored, correct
 
 
 def _shown(number: float) -> str:
@@ -163,7 +139,8 @@ def _shown(number: float) -> str:
 
 
 def _with_nan(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {field.name: math.nan if values[field.name] is None else values[field.name] for field in fields(kind)}
+    known = {field.name: values.get(field.name) for field in fields(kind)}
+    return {name: math.nan if value is None else value for name, value in known.items()}
 
 
 def _without_nan(value: Any) -> Any:

@@ -429,7 +429,16 @@ def test_train_says_where_everything_is_and_what_next(
     line = ["train", "--config", "some.yaml", "--data", shapes, "--data.image_size", "64", "--data.num_workers", "0"]
     outcome = ddetr(*line, "--epochs", "1", "--batch-size", "4", "--num-pictures", "1", "--output", "a run", *MODEL)
     assert outcome.code == 0, outcome.err
-    for name in ("best.pth", "metrics.json", "per_class.csv", "train.csv", "val.csv", "curves.png", "pictures"):
+    for name in (
+        "best.pth",
+        "metrics.json",
+        "per_class.csv",
+        "train.csv",
+        "val.csv",
+        "curves.png",
+        "pictures",
+        "report.html",
+    ):
         assert (tmp_path / "a run" / name).exists()
         assert f"a run/{name}" in outcome.out
     assert "Data audit" in outcome.out

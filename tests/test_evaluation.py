@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.ops import box_iou
 
 from ddetr.coco_results import read_coco_results
 from ddetr.datasets.annotations import Annotations, Category, ImageRecord
 from ddetr.errors import InputError
-from ddetr.evaluation import BACKENDS, CocoEvaluator, detections_to_coco_results, evaluate
-from ddetr.metrics import METRIC_NAMES, best_threshold, match_detections
+from ddetr.evaluation import BACKENDS, CocoEvaluator, Metrics, detections_to_coco_results, evaluate
+from ddetr.matching import Found, Objects, match_detections, overlapping_pairs
+from ddetr.metrics import METRIC_NAMES, best_threshold
 
 MODULES = {name: modules[0].split(".")[0] for name, modules in BACKENDS.items()}
 INSTALLED = [name for name, module in MODULES.items() if importlib.util.find_spec(module)]
@@ -473,11 +475,101 @@ def test_best_threshold_by_hand():
 
 
 def test_match_detections_by_hand():
-    objects = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 80, 40]])
-    boxes = torch.tensor([[0.0, 0, 10, 9], [0, 0, 10, 10], [20, 0, 30, 10], [42, 2, 50, 10], [60, 60, 70, 70]])
-    scores, labels = np.array([0.9, 0.8, 0.7, 0.6, 0.5]), np.array([0, 0, 0, 0, 0])
-    counts, correct = match_detections(
-        boxes, scores, labels, objects, np.array([0, 1, 0]), ignore=np.array([False, False, True])
+    objects_xyxy = np.array([[0.0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 80, 40], [0, 0, 10, 10]])
+    boxes_xyxy = np.array(
+        [[0.0, 0, 10, 9], [0, 0, 10, 10], [20, 0, 30, 10], [42, 2, 50, 10], [60, 60, 70, 70], [0, 0, 10, 10]]
     )
-    assert correct.tolist() == [True, False, False, False, False]  # double, wrong class, in a crowd, nowhere
-    assert counts.tolist() == [True, True, True, False, True]
+    found = Found(
+        np.array([0, 0, 0, 0, 0, 1]), to_xywh(boxes_xyxy), np.array([0.9, 0.8, 0.7, 0.6, 0.5, 0.1]), np.zeros(6, int)
+    )
+    ignore = np.array([False, False, True, False])
+    objects = Objects(np.array([0, 0, 0, 1]), objects_xyxy, np.array([0, 1, 0, 0]), np.ones(4), ignore)
+    counts, correct = match_detections(found, objects)
+    # double of a better one, wrong class, in a crowd, nowhere, the object of another image
+    assert correct.tolist() == [True, False, False, False, False, True]
+    assert counts.tolist() == [True, True, True, False, True, True]
+
+
+def to_xywh(boxes_xyxy):
+    return np.concatenate([boxes_xyxy[:, :2], boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]], axis=1).astype(np.float32)
+
+
+@pytest.mark.parametrize("at_once", [1, 50, 10**6])
+@pytest.mark.parametrize("same_class", [True, False])
+def test_overlapping_pairs_equal_a_plain_loop(monkeypatch, at_once, same_class):
+    monkeypatch.setattr("ddetr.matching._PAIRS_AT_ONCE", at_once)
+    annotations = make_annotations(num_images=8)
+    evaluator = CocoEvaluator(annotations)
+    evaluator.update(ids_of(annotations), make_detections(annotations, per_image=10))
+    _, objects, found = evaluator.gathered()
+    expected = []
+    for k, (image, box, label) in enumerate(zip(found.image, found.boxes_xyxy, found.labels)):
+        for n in np.flatnonzero((objects.image == image) & ((objects.labels == label) | (not same_class))):
+            iou = box_iou(torch.tensor(box)[None], torch.tensor(objects.boxes_xyxy[n]).double()[None]).item()
+            sides = np.minimum(box[2:], objects.boxes_xyxy[n, 2:]) - np.maximum(box[:2], objects.boxes_xyxy[n, :2])
+            inside = sides.clip(0).prod() / (box[2:] - box[:2]).prod()
+            if objects.ignore[n] and inside >= 0.5:
+                expected.append((k, n, 0.0, inside))
+            elif not objects.ignore[n] and iou >= 0.1:
+                expected.append((k, n, iou, 0.0))
+    pairs = overlapping_pairs(found, objects, 0.1, same_class=same_class)
+    assert len(expected) > 20
+    np.testing.assert_allclose(np.column_stack(pairs), expected, rtol=1e-6)
+
+
+def test_gathered_is_by_image_id_and_may_be_partial():
+    annotations = make_annotations(num_images=6)
+    evaluator = CocoEvaluator(annotations)
+    some = [4, 2]
+    detections = make_detections(annotations, per_image=3)
+    evaluator.update([annotations.images[i].image_id for i in some], [detections[i] for i in some])
+    image_ids, objects, found = evaluator.gathered(partial=True)
+    assert image_ids.tolist() == [annotations.images[i].image_id for i in (2, 4)]
+    np.testing.assert_array_equal(objects.boxes_xyxy[objects.image == 1], annotations.images[4].boxes_xyxy)
+    np.testing.assert_array_equal(found.scores[found.image == 0], detections[2]["scores"].numpy())
+    image_ids, objects, found = evaluator.gathered()
+    assert len(image_ids) == 6
+    assert len(objects.labels) == sum(len(record.labels) for record in annotations.images)
+    assert set(found.image.tolist()) == set(some)
+
+
+@needs_pycocotools
+@every_backend
+def test_sizes_by_class_equal_pycocotools(backend):
+    annotations = make_annotations(num_images=60)
+    detections = make_detections(annotations)
+    metrics = compute(annotations, detections, backend=backend)
+    evaluation = pycocotools_eval(coco_json(annotations), exact_results(annotations, detections))
+    precision = evaluation.eval["precision"]
+    for label, row in enumerate(metrics.per_class):
+        for area, name in enumerate(("APs", "APm", "APl"), start=1):
+            values = precision[:, :, label, area, -1]
+            expected = math.nan if values.max() == -1 else values[values > -1].mean()
+            assert getattr(row, name) == pytest.approx(expected, abs=1e-9, nan_ok=True), (row.name, name)
+    np.testing.assert_allclose(metrics.curves, precision[[0, 5], :, :, 0, -1], atol=1e-9)
+    assert "curves" not in metrics.to_dict()
+    assert Metrics.from_dict(metrics.to_dict()).per_class[0].APm == metrics.per_class[0].APm
+
+
+def test_metrics_of_older_versions_can_be_read():
+    values = compute(annotations := make_annotations(), make_detections(annotations)).to_dict()
+    for row in values["per_class"]:
+        del row["APs"], row["APm"], row["APl"]
+    assert math.isnan(Metrics.from_dict(values).per_class[0].APs)
+
+
+def test_best_threshold_equals_a_plain_loop():
+    rng = np.random.default_rng(0)
+    scores = rng.random(500).astype(np.float32).round(2)
+    labels, correct = rng.integers(0, 4, 500), rng.random(500) < 0.5
+    num_objects = np.array([200, 90, 0, 130])
+    f1 = []
+    for threshold in np.arange(1, 100) / 100:
+        of_class = []
+        for label in (0, 1, 3):
+            kept = (scores.astype(np.float64) >= threshold) & (labels == label)
+            of_class.append(2 * (kept & correct).sum() / (kept.sum() + num_objects[label]))
+        f1.append(np.mean(of_class))
+    threshold, best = best_threshold(scores, labels, correct, num_objects)
+    assert best == pytest.approx(max(f1), abs=1e-12)
+    assert f1[round(100 * threshold) - 1] == pytest.approx(max(f1), abs=1e-9)

@@ -13,9 +13,9 @@ ROOT = Path(ddetr.__file__).parent
 FLOORS = {
     0: "errors",
     1: "atomic console padding parser boxes ops",
-    2: "datasets models metrics coco_results drawing plots",
-    3: "checkpoint evaluation detections optimize doctor",
-    4: "predictor",
+    2: "datasets models metrics matching coco_results drawing plots",
+    3: "coco_backends checkpoint detections optimize environment doctor",
+    4: "predictor evaluation",
     5: "predict_files report export",
     6: "engine",
     7: "demo serve",
@@ -26,7 +26,7 @@ FLOORS = {
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts.split()}
 HEAVY = {
     *("timm", "scipy", "lightning", "jsonargparse", "matplotlib", "fastapi", "onnx", "transformers", "supervision"),
-    *("hotcoco", "faster_coco_eval", "pycocotools"),
+    *("hotcoco", "faster_coco_eval", "pycocotools", "jinja2", "markupsafe"),
 }
 
 

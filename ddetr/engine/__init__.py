@@ -14,6 +14,7 @@ early_stopping.py   the end of a run whose AP no longer rises
 data_wait.py    how long training waits for data
 loggers.py      TensorBoard, Weights & Biases, MLflow
 callbacks.py    progress bar, the run's tables, published checkpoints
+reporting.py    the run report after every validation
 run.py          the run folder
 preflight.py    a run's set-up tried before its first step: preflight_data.py, preflight_model.py; preflight_causes.py
 replay.py       a recorded step computed again

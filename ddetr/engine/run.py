@@ -12,6 +12,9 @@ curves.png           losses and AP by step
 tensorboard/         the same rows for TensorBoard; loggers.json: the ids of the run at other services
 pictures/            validation images, truth beside prediction
 blackbox/            what is kept of steps that failed, for `ddetr replay`
+report.html          all of it to look at, in one file (`ddetr report`)
+environment.json     machine, software, command and end of each session
+validation_*.npz     truth and detections of the last and the best validation
 """
 
 import csv

@@ -124,7 +124,6 @@ def train(
     import lightning.pytorch as pl
     from lightning.pytorch.plugins import MixedPrecision
 
-    from ddetr import report
     from ddetr.checkpoint import Checkpoint, save_checkpoint
     from ddetr.datasets import audit
     from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
@@ -136,6 +135,7 @@ def train(
     from ddetr.engine.loggers import Loggers, chosen_loggers
     from ddetr.engine.module import DetectionModule
     from ddetr.engine.recorder import StepGuard
+    from ddetr.engine.reporting import Report, finish, last_word
     from ddetr.engine.saving import SaveState, StateFiles
     from ddetr.engine.splits import load_splits
     from ddetr.evaluation import CocoEvaluator, Metrics
@@ -254,6 +254,7 @@ def train(
         save_checkpoint(run.path / name, checkpoint)
 
     data_wait, following = DataWait(), Loggers(logger_names if is_first_process() else [], run, config)
+    publisher = Publish(run, publish, following.send)
     with warnings.catch_warnings():
         _quiet_lightning()
         plugins: list[Any] = [StateFiles(run)]
@@ -281,7 +282,8 @@ def train(
                     data_wait=data_wait,
                     send=following.send,
                 ),
-                Publish(run, publish, following.send),
+                publisher,
+                Report(run, publisher),
                 *([EarlyStopping(patience, min_delta)] if patience else []),
                 # after Publish, which is to see the averaged weights
                 *([WeightAverage(optim.ema_decay)] if optim.ema_decay else []),
@@ -291,13 +293,10 @@ def train(
             enable_checkpointing=False,
             **where,
         )
-        with onednn_matmuls(), exactness(deterministic=deterministic, tf32=tf32):
+        with onednn_matmuls(), exactness(deterministic=deterministic, tf32=tf32), last_word(run):
             _fit(trainer, module, datamodule, run, resume_file)
     if trainer.is_global_zero:
-        with run.going_on_without("curves.png"):
-            report.draw_curves(run.path)
-        with run.going_on_without("pictures"):
-            report.draw_pictures(run.path, val_set, num_pictures, device=where["accelerator"])
+        finish(run, num_pictures)
         run.check_written()
     # Only a run that was complete before it was resumed has had no validation now.
     metrics = module.metrics or Metrics.from_dict(json.loads((run.path / "metrics.json").read_text())["last"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr import cli
+from ddetr import cli, environment
 from ddetr.bench import growth, op, record, sides, tables
 from ddetr.bench.sizes import SIZES, Size, chosen_sizes, compulsory_bytes, make_inputs, num_sampled_rows, pyramid
 from ddetr.bench.timing import Clock, cuda_clock, interleaved
@@ -368,7 +368,7 @@ def test_exponents() -> None:
 
 def test_the_commit_is_only_that_of_our_own_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert record.commit() is None or re.fullmatch(r"[0-9a-f]{4,}( with changes)?", record.commit())
-    monkeypatch.setattr(record, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(environment, "_PACKAGE", tmp_path)
     assert record.commit() is None
 
 

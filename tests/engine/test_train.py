@@ -76,8 +76,8 @@ def whole_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 def test_a_run_leaves_everything(tiny_run: RunResult, shapes: Path) -> None:
     run = tiny_run.path
     expected = (
-        "config.yaml audit.json preflight.json train.csv val.csv metrics.json per_class.csv last.ckpt previous.ckpt best.pth "
-        "last.pth curves.png pictures tensorboard"
+        "config.yaml audit.json preflight.json environment.json train.csv val.csv metrics.json per_class.csv last.ckpt "
+        "previous.ckpt best.pth last.pth validation_best.npz validation_last.npz curves.png pictures report.html tensorboard"
     )
     assert {path.name for path in run.iterdir()} == set(expected.split())
     assert sorted(path.name for path in (run / "pictures").iterdir()) == ["000000.png", "000007.png"]

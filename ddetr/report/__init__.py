@@ -1,0 +1,20 @@
+"""What a run shows for itself, made from what lies in its folder: the model is never run for it.
+
+validation.py   what a validation leaves: truth and detections, in one file
+analysis.py     detections against truth: confusion matrix, kinds of errors, a score an image
+run_files.py    everything else in a run folder, however old, unfinished or damaged
+charts.py       inline SVG
+figures.py      which curves there are
+tables.py       which tables
+pictures.py     truth beside prediction
+curves.py       curves.png
+page.py         report.html, with page.html and style.css
+"""
+
+from ddetr.report.curves import draw_curves
+from ddetr.report.page import REPORT_FILE, write_report
+from ddetr.report.pictures import draw_pictures
+from ddetr.report.run_files import RunFiles
+from ddetr.report.validation import Validation, best_or_last
+
+__all__ = ["REPORT_FILE", "RunFiles", "Validation", "best_or_last", "draw_curves", "draw_pictures", "write_report"]

@@ -1,0 +1,166 @@
+"""What lies in a run folder, however old, unfinished or damaged: what cannot be read is missing, with its reason."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from ddetr.environment import is_running
+from ddetr.errors import InputError
+from ddetr.report.validation import BEST_FILE, LAST_FILE, Validation
+
+Table = dict[str, np.ndarray]  # column -> a number a row, NaN where the cell is empty
+
+# file: what is missing without it; of a folder that has none of these no report can be made
+_PARTS = {
+    "config.yaml": "the settings",
+    "environment.json": "machine, software and command line; runs of older versions did not write it",
+    "audit.json": "what was found in the data",
+    "metrics.json": "the metrics; they come with the first validation",
+    "train.csv": "the curves of training",
+    "val.csv": "the curves of validation",
+}
+
+
+@dataclass
+class RunFiles:
+    """A run as its folder tells it; a part that is not there is empty, and `missing` says why."""
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    sessions: list[dict[str, Any]] = field(default_factory=list)  # of training: one, and one more each time it resumed
+    audit: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    training: Table = field(default_factory=dict)
+    validation: Table = field(default_factory=dict)
+    detections: Validation | None = None
+    missing: list[tuple[str, str]] = field(default_factory=list)  # (file, why)
+
+    @classmethod
+    def read(cls, path: Path) -> RunFiles:
+        """
+        Raises:
+            InputError: no such folder, or one without any file of a run.
+        """
+        if not path.is_dir():
+            raise InputError(f"expected a run folder, but {path} is {'a file' if path.exists() else 'not there'}")
+        if not any((path / name).is_file() for name in _PARTS):
+            raise InputError(
+                f"{path} is no run folder: it has none of {', '.join(_PARTS)}. A run folder is what --output of "
+                "`ddetr train` named"
+            )
+        run = cls(path)
+        run.config = run._mapping("config.yaml", yaml.safe_load)
+        sessions = run._mapping("environment.json", json.loads).get("sessions")
+        run.sessions = [one for one in sessions if isinstance(one, dict)] if isinstance(sessions, list) else []
+        run.audit = run._mapping("audit.json", json.loads)
+        run.metrics = run._mapping("metrics.json", json.loads)
+        run.training = run._table("train.csv")
+        run.validation = run._table("val.csv")
+        run.detections = run._detections()
+        return run
+
+    @property
+    def state(self) -> tuple[str, str]:
+        """("running", "finished", "stopped" or "unknown", what else is known of it)."""
+        if not self.sessions:
+            return "unknown", "no environment.json says whether the run has ended"
+        last = self.sessions[-1]
+        step, total = last.get("step"), last.get("total_steps")
+        state, reason = str(last.get("state", "unknown")), str(last.get("reason") or "")
+        if state == "running":
+            about = last.get("environment")
+            alive = is_running(about) if isinstance(about, Mapping) else None
+            if alive is False:
+                state, reason = "stopped", "its process is gone and left no word: killed, or the machine went down"
+            elif alive is None:
+                reason = (
+                    f"or killed: its process is on another machine; last sign of life {shown_time(last.get('seen'))}"
+                )
+        where = f"step {step:,} of {total:,}" if isinstance(step, int) and isinstance(total, int) else ""
+        return state, "; ".join(filter(None, (where, reason)))
+
+    @property
+    def seconds(self) -> float:
+        """Of all sessions together, as far as each has given a sign of life; NaN where nothing is known."""
+        total = [s["seen"] - s["began"] for s in self.sessions if _are_numbers(s.get("seen"), s.get("began"))]
+        return float(sum(total)) if total else math.nan
+
+    def _mapping(self, name: str, parse: Any) -> dict[str, Any]:
+        try:
+            value = parse((self.path / name).read_text(encoding="utf-8"))
+            if not isinstance(value, dict):
+                raise ValueError("it does not hold what it should")
+            return value
+        except FileNotFoundError:
+            self.missing.append((name, f"not there: {_PARTS[name]}"))
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            self.missing.append((name, f"can't be read ({_first_line(error)}): {_PARTS[name]}"))
+        return {}
+
+    def _table(self, name: str) -> Table:
+        """A row that was half written when the run was killed is left out, and so is what is no number."""
+        try:
+            text = (self.path / name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            self.missing.append((name, f"not there: {_PARTS[name]}"))
+            return {}
+        except OSError as error:
+            self.missing.append((name, f"can't be read ({_first_line(error)}): {_PARTS[name]}"))
+            return {}
+        whole = text[: text.rfind("\n") + 1]  # a last line without its end may have lost digits
+        header, *rows = list(csv.reader(whole.replace("\0", "").splitlines())) or [[]]
+        fitting = [row for row in rows if len(row) == len(header)]
+        if len(fitting) < len(rows):
+            number = len(rows) - len(fitting)
+            self.missing.append((name, f"{number} of its {len(rows)} rows do not fit its header and are left out"))
+        columns = {column: np.array([_number(row[i]) for row in fitting]) for i, column in enumerate(header)}
+        steps = columns.get("step")
+        if steps is None or not np.isfinite(steps).any():
+            return {}
+        usable = np.isfinite(steps)
+        order = np.flatnonzero(usable)[np.argsort(steps[usable], kind="stable")]
+        return {column: values[order] for column, values in columns.items()}
+
+    def _detections(self) -> Validation | None:
+        reasons = []
+        for name in (BEST_FILE, LAST_FILE):
+            if not (self.path / name).is_file():
+                continue
+            try:
+                return Validation.load(self.path / name)
+            except InputError as error:
+                reasons.append((name, str(error)))
+        self.missing += reasons or [(BEST_FILE, "not there: the detections of a validation; older versions left none")]
+        return None
+
+
+def shown_time(seconds: Any) -> str:
+    """A time as a person of this machine reads it."""
+    if not _are_numbers(seconds):
+        return "unknown"
+    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+
+
+def _are_numbers(*values: Any) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

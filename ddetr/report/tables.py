@@ -1,0 +1,226 @@
+"""The report's tables: AP by class and size, confusions, errors, findings, settings, files."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from ddetr.metrics import METRIC_NAMES
+from ddetr.report.analysis import ERROR_KINDS, Analysis
+from ddetr.report.validation import Validation
+
+MOST_CLASSES = 16  # of a whole confusion matrix; beyond, the most confused ones
+MOST_PAIRS = 12
+PLACES_SHOWN = 3
+CLASS_COLUMNS = ("AP", "AP50", "AP75", "AR100", "APs", "APm", "APl")
+_SIZES = (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, math.inf))  # COCO's, in pixels^2
+
+# What the files of a run folder are, in the order in which a person wants them.
+FILES = {
+    "best.pth": "published checkpoint of the best validation, for ddetr eval and ddetr predict",
+    "last.pth": "published checkpoint of the last validation",
+    "last.ckpt": "everything that --resume needs",
+    "metrics.json": "metrics of the last and the best validation",
+    "per_class.csv": "the best validation's table by class",
+    "train.csv": "a row every few steps",
+    "val.csv": "a row a validation",
+    "curves.png": "losses and AP by step",
+    "pictures": "validation images, truth beside prediction",
+    "config.yaml": "all settings, readable by ddetr train --config",
+    "environment.json": "machine, software and command line of each session",
+    "audit.json": "what was found in the data",
+    "validation_best.npz": "truth and detections of the best validation",
+    "validation_last.npz": "truth and detections of the last validation",
+}
+
+
+def ap_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """COCO's twelve numbers of the best and the last validation."""
+    rows = []
+    for which in ("best", "last"):
+        values = metrics.get(which)
+        if isinstance(values, Mapping) and values:
+            rows.append({"which": which, "step": values.get("step"), "values": [values.get(n) for n in METRIC_NAMES]})
+    return rows
+
+
+def class_rows(metrics: Mapping[str, Any], detections: Validation | None) -> list[dict[str, Any]]:
+    """A row a class: number of objects, of each size where the truth is there, and the metrics of the best validation."""
+    best = metrics.get("best") or metrics.get("last") or {}
+    by_size = _objects_by_size(detections) if detections else {}
+    return [
+        {
+            "name": row["name"] or f"class {row['label']}",
+            "num_objects": row["num_objects"],
+            "sizes": by_size.get((row["category_id"], row["name"])),
+            "values": [row.get(column) for column in CLASS_COLUMNS],
+        }
+        for row in best.get("per_class", ())
+    ]
+
+
+def confusion(analysis: Analysis, names: list[str]) -> dict[str, Any]:
+    """The matrix, of many classes the most confused ones and the rest together; and the most frequent confusions."""
+    matrix = analysis.confusion
+    num_classes = len(names)
+    between = matrix[:-1, :-1] * (1 - np.eye(num_classes, dtype=np.int64))
+    chosen = np.arange(num_classes)
+    labels = list(names)
+    if num_classes > MOST_CLASSES:
+        most = np.argsort(-(between.sum(axis=0) + between.sum(axis=1)), kind="stable")[: MOST_CLASSES - 1]
+        chosen = np.sort(most)
+        groups = np.full(num_classes + 1, len(chosen))  # of each class the row that it goes to
+        groups[chosen] = np.arange(len(chosen))
+        groups[num_classes] = len(chosen) + 1
+        folded = np.zeros((len(chosen) + 2,) * 2, np.int64)
+        np.add.at(folded, (groups[:, None], groups[None]), matrix)
+        matrix, labels = folded, [*(names[i] for i in chosen), f"{num_classes - len(chosen)} other classes"]
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    last = len(labels)
+
+    def kind(i: int, j: int) -> str:
+        if i != j:
+            return "wrong"
+        return "right" if i < len(chosen) else "mixed"  # the other classes: their own confusions too
+
+    rows = [
+        {
+            "name": labels[i] if i < last else "background",
+            "cells": [
+                {"count": int(matrix[i, j]), "share": round(float(share[i, j]), 3), "kind": kind(i, j)}
+                for j in range(last + 1)
+            ],
+        }
+        for i in range(last + 1)
+    ]
+    flat = np.argsort(-between, axis=None, kind="stable")[:MOST_PAIRS]
+    pairs = [
+        {
+            "truth": names[i],
+            "prediction": names[j],
+            "count": int(between[i, j]),
+            "share": between[i, j] / analysis.num_objects[i],
+        }
+        for i, j in zip(*np.unravel_index(flat, between.shape))
+        if between[i, j]
+    ]
+    return {"columns": [*labels, "missed"], "rows": rows, "pairs": pairs, "is_partial": num_classes > MOST_CLASSES}
+
+
+def errors(analysis: Analysis, names: list[str]) -> dict[str, Any]:
+    """Numbers by kind, and by class."""
+    totals = {kind: int(analysis.errors[kind].sum()) for kind in ERROR_KINDS}
+    most = max(1, *totals.values())
+    num_objects, num_found = int(analysis.num_objects.sum()), int(analysis.num_found.sum())
+    num_correct = int(analysis.num_correct.sum())
+    return {
+        "num_objects": num_objects,
+        "num_found": num_found,
+        "num_correct": num_correct,
+        "precision": num_correct / num_found if num_found else math.nan,
+        "recall": num_correct / num_objects if num_objects else math.nan,
+        "kinds": [
+            {"kind": kind, "what": what, "count": totals[kind], "bar": totals[kind] / most}
+            for kind, what in ERROR_KINDS.items()
+        ],
+        "classes": [
+            {
+                "name": name,
+                "num_objects": int(analysis.num_objects[label]),
+                "num_correct": int(analysis.num_correct[label]),
+                "precision": _ratio(analysis.num_correct[label], analysis.num_found[label]),
+                "recall": _ratio(analysis.num_correct[label], analysis.num_objects[label]),
+                "kinds": [int(analysis.errors[kind][label]) for kind in ERROR_KINDS],
+            }
+            for label, name in enumerate(names)
+            if analysis.num_objects[label] or analysis.num_found[label]
+        ],
+    }
+
+
+def findings(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A row a kind of finding, with the first places."""
+    return [
+        {
+            "action": group["action"],
+            "kind": group["kind"],
+            "count": group["count"],
+            "places": [f"{place['where']}: {place['message']}" for place in group["places"][:PLACES_SHOWN]],
+            "more": max(0, len(group["places"]) - PLACES_SHOWN),
+        }
+        for group in audit.get("findings", ())
+    ]
+
+
+def settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(group, its settings as YAML spells them), those of the run itself first."""
+    groups: dict[str, list[tuple[str, str]]] = {"run": []}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            groups[key] = list(_flat(value))
+        else:
+            groups["run"].append((key, _spelled(value)))
+    return [(group, rows) for group, rows in groups.items() if rows]
+
+
+def files(run: Path) -> list[dict[str, str]]:
+    """Links to what lies in the folder, known files first."""
+    known = [name for name in FILES if (run / name).exists()]
+    others = sorted(entry.name for entry in os.scandir(run) if entry.name not in FILES and entry.name[0] != ".")
+    rows = []
+    for name in [*known, *others]:
+        path = run / name
+        if name == "report.html":
+            continue
+        is_folder = path.is_dir()
+        size = f"{len(os.listdir(path))} files" if is_folder else shown_bytes(path.stat().st_size)
+        href = quote(os.fsencode(name)) + ("/" if is_folder else "")
+        # "./": a name with a colon would be taken for a scheme
+        rows.append(
+            {"name": name + ("/" if is_folder else ""), "href": f"./{href}", "size": size, "what": FILES.get(name, "")}
+        )
+    return rows
+
+
+def shown_bytes(size: float) -> str:
+    """With the unit that gives the fewest digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            break
+        size /= 1000
+    return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+
+
+def _objects_by_size(validation: Validation) -> dict[tuple[int, str], list[int]]:
+    counted = ~validation.objects.ignore
+    labels, area = validation.objects.labels[counted], validation.objects.area[counted]
+    num_classes = len(validation.categories)
+    columns = [np.bincount(labels[(area >= low) & (area < high)], minlength=num_classes) for _, low, high in _SIZES]
+    rows = np.column_stack(columns).tolist()
+    return {(category.category_id, category.name): row for category, row in zip(validation.categories, rows)}
+
+
+def _ratio(part: int, whole: int) -> float:
+    return float(part / whole) if whole else math.nan
+
+
+def _flat(values: Mapping[str, Any], group: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{group}{key}.")
+        else:
+            yield f"{group}{key}", _spelled(value)
+
+
+def _spelled(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return "[" + ", ".join(_spelled(one) for one in value) + "]"
+    return str(value)
