@@ -1,7 +1,7 @@
 """The official training recipe step by step, as the paper's code and its descendants run it: Pillow's images, float tensors.
 
 The other side of `ddetr bench data`: decode, flip, resize, crop, resize with Pillow, boxes with PyTorch, then `to_tensor`
-and `normalize`. It draws the same random numbers as our recipe, so that sizes, boxes and labels must agree.
+and `normalize`. What is done to an image, the `View`, is drawn as in our recipe, so that sizes, boxes and labels must agree.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 from ddetr.boxes import box_xyxy_to_cxcywh
 from ddetr.datasets import ImageRecord
 from ddetr.datasets.dataset import seeded
-from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Recipe
+from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Crop, Recipe, View
 
 Target = dict[str, Any]
 
@@ -33,7 +33,7 @@ def plain_sample(record: ImageRecord, recipe: Recipe, seed: int) -> tuple[Tensor
             "image_id": torch.tensor(record.image_id),
             "orig_size": torch.tensor([image.height, image.width]),
         }
-        image, target = _augment(image, target, recipe)
+        image, target = _augment(image, target, recipe.draw((image.height, image.width)))
     tensor = F.normalize(F.to_tensor(image), IMAGENET_MEAN, IMAGENET_STD)
     sides = torch.tensor([image.width, image.height, image.width, image.height], dtype=torch.float32)
     target["boxes"] = box_xyxy_to_cxcywh(target["boxes"]) / sides
@@ -41,40 +41,28 @@ def plain_sample(record: ImageRecord, recipe: Recipe, seed: int) -> tuple[Tensor
     return tensor, target
 
 
-def _augment(image: Image.Image, target: Target, recipe: Recipe) -> tuple[Image.Image, Target]:
-    if recipe.flip and torch.rand(1).item() < recipe.flip:
+def _augment(image: Image.Image, target: Target, view: View) -> tuple[Image.Image, Target]:
+    if view.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         mirrored = target["boxes"][:, [2, 1, 0, 3]] * torch.tensor([-1, 1, -1, 1])
         target["boxes"] = mirrored + torch.tensor([image.width, 0, image.width, 0])
-    if recipe.crop and torch.rand(1).item() >= 1 - recipe.crop:
-        image, target = _resize(image, target, recipe.crop_short_sides, None)
-        image, target = _crop(image, target, *recipe.crop_range)
-    return _resize(image, target, recipe.short_sides, recipe.max_size)
+    if view.crop is not None:
+        image, target = _resize(image, target, view.crop.of_hw)
+        image, target = _crop(image, target, view.crop)
+    return _resize(image, target, view.out_hw)
 
 
-def _resize(
-    image: Image.Image, target: Target, short_sides: tuple[int, ...], max_size: int | None
-) -> tuple[Image.Image, Target]:
-    short_side = short_sides[_between(0, len(short_sides) - 1)] if len(short_sides) > 1 else short_sides[0]
-    short, long = sorted(image.size)
-    if max_size is not None and long / short * short_side > max_size:
-        short_side = int(round(max_size * short / long))
-    if short == short_side:
+def _resize(image: Image.Image, target: Target, size_hw: tuple[int, int]) -> tuple[Image.Image, Target]:
+    if image.size[::-1] == size_hw:
         return image, target
-    if image.width < image.height:
-        size = (short_side, int(short_side * image.height / image.width))
-    else:
-        size = (int(short_side * image.width / image.height), short_side)
-    resized = image.resize(size, Image.Resampling.BILINEAR)
+    resized = image.resize(size_hw[::-1], Image.Resampling.BILINEAR)
     x, y = (new / old for new, old in zip(resized.size, image.size))
     boxes = target["boxes"] * torch.tensor([x, y, x, y])
     return resized, {**target, "boxes": boxes, "area": target["area"] * (x * y)}
 
 
-def _crop(image: Image.Image, target: Target, least: int, most: int) -> tuple[Image.Image, Target]:
-    width = _between(min(least, image.width), min(most, image.width))
-    height = _between(min(least, image.height), min(most, image.height))
-    top, left = _between(0, image.height - height), _between(0, image.width - width)
+def _crop(image: Image.Image, target: Target, crop: Crop) -> tuple[Image.Image, Target]:
+    _, top, left, height, width = crop
     boxes = target["boxes"] - torch.tensor([left, top, left, top])
     boxes = torch.minimum(boxes.view(-1, 2, 2), torch.tensor([width, height])).clamp(min=0)  # (n, corner, xy)
     keep = (boxes[:, 1] > boxes[:, 0]).all(dim=1)
@@ -82,7 +70,3 @@ def _crop(image: Image.Image, target: Target, least: int, most: int) -> tuple[Im
     target = {**target, "boxes": boxes.view(-1, 4), "area": area}
     target.update({name: target[name][keep] for name in ("boxes", "labels", "area", "iscrowd")})
     return image.crop((left, top, left + width, top + height)), target
-
-
-def _between(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, (1,)).item())

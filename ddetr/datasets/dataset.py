@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ddetr.boxes import box_xyxy_to_cxcywh
+from ddetr.boxes import box_xyxy_to_cxcywh, relative_boxes
 from ddetr.datasets.annotations import Annotations, Category, ImageRecord
 from ddetr.datasets.images import read_image
-from ddetr.datasets.transforms import normalize_images
+from ddetr.datasets.transforms import Recipe, normalize_images, view_of_image, view_of_objects
 from ddetr.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,10 @@ class DetectionDataset(Dataset):
         raise InputError(f"None of the {len(self)} images of {self.annotations.name} can be read.")
 
     def _load(self, record: ImageRecord) -> tuple[Tensor, dict[str, Tensor]]:
-        image = tv_tensors.Image(read_image(record.path, record.size_hw))
-        keep = ~record.ignore
+        pixels, keep = read_image(record.path, record.size_hw), ~record.ignore
+        if isinstance(self.transform, Recipe):
+            return self._view(pixels, record, keep, self.transform)
+        image = tv_tensors.Image(pixels)
         canvas_size = (image.shape[1], image.shape[2])
         boxes = torch.from_numpy(record.boxes_xyxy[keep])  # indexing with a mask copies: the record stays untouched
         target: dict[str, Any] = {
@@ -109,6 +111,26 @@ class DetectionDataset(Dataset):
             image, target = self.transform(image, target)
         target = {**target, "image_id": torch.tensor(record.image_id), "orig_size": torch.tensor(record.size_hw)}
         return self._finish(torch.as_tensor(image).as_subclass(Tensor), target)
+
+    def _view(
+        self, pixels: Tensor, record: ImageRecord, keep: np.ndarray, recipe: Recipe
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `recipe(image, target)` and `_finish` would give, without a fifth of a millisecond of small tensors."""
+        view = recipe.draw(record.size_hw)
+        boxes, area, kept = view_of_objects(record.boxes_xyxy[keep], record.area[keep], view, record.size_hw)
+        labels = record.labels[keep] if kept is None else record.labels[keep][kept]
+        target = {
+            "boxes": relative_boxes(boxes, view.out_hw),
+            "labels": labels,
+            "area": area,
+            "iscrowd": np.zeros(len(labels), np.int64),
+            "image_id": np.array(record.image_id),
+            "orig_size": np.array(record.size_hw),
+            "size": np.array(view.out_hw),
+        }
+        target = {name: torch.from_numpy(values) for name, values in target.items()}
+        image = view_of_image(pixels, view)
+        return normalize_images(image) if self.normalize else image, target
 
     def _finish(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         height, width = image.shape[1:]

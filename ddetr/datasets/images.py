@@ -111,7 +111,9 @@ def fast_jpeg_decoder() -> Callable[[bytes], Tensor] | None:
 
     def decode(data: bytes) -> Tensor:
         pixels = torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, False)  # 3: RGB
-        return pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # a copy only if another version is not interleaved
+        return (
+            pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        )  # a copy only if another version is not interleaved
 
     ramp = np.linspace(0, 255, 24 * 40 * 3).reshape(24, 40, 3).astype(np.uint8)
     file = io.BytesIO()

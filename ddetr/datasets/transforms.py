@@ -36,7 +36,7 @@ PAPER_MAX_SIZE = 1333
 PAPER_CROP_SCALES = (400, 500, 600)
 PAPER_CROP_RANGE = (384, 600)
 
-_EXTRA_OUTPUTS = 8  # a side: among so many places nearly always one falls within a tenth of a source pixel's border
+_EXTRA_OUTPUTS = 8  # a side, to choose from: see whole_pixels
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -83,31 +83,31 @@ class Recipe:
 
     def draw(self, size_hw: tuple[int, int], generator: torch.Generator | None = None) -> View:
         """A view of an image of this (h, w); from PyTorch's own generator if none is given."""
-
-        def chance(probability: float) -> bool:
-            return probability > 0 and torch.rand((), generator=generator).item() < probability
-
-        def between(low: int, high: int) -> int:  # both included
-            return int(torch.randint(low, high + 1, (), generator=generator).item())
-
-        def one_of(lengths: Sequence[int]) -> int:
-            return lengths[between(0, len(lengths) - 1)] if len(lengths) > 1 else lengths[0]
-
-        flip, crop = chance(self.flip), None
-        if self.crop > 0 and not chance(1 - self.crop):  # the official choice: below it is the plain resize
-            full_height, full_width = of_hw = resized_hw(size_hw, one_of(self.crop_short_sides))
+        flip, plain, crop_side, width, height, top, left, side = torch.rand(
+            8, generator=generator
+        ).tolist()  # in [0, 1)
+        crop = None
+        if plain >= 1 - self.crop:
+            full_height, full_width = of_hw = resized_hw(size_hw, _one_of(self.crop_short_sides, crop_side))
             low, high = self.crop_range
             # an image smaller than the smallest crop, which the paper's sizes never meet, is kept whole on that side
-            width = between(min(low, full_width), min(high, full_width))
-            height = between(min(low, full_height), min(high, full_height))
-            top, left = between(0, full_height - height), between(0, full_width - width)
+            width = _between(min(low, full_width), min(high, full_width), width)
+            height = _between(min(low, full_height), min(high, full_height), height)
+            top, left = _between(0, full_height - height, top), _between(0, full_width - width, left)
             crop, size_hw = Crop(of_hw, top, left, height, width), (height, width)
-        return View(flip, crop, resized_hw(size_hw, one_of(self.short_sides), self.max_size))
+        return View(flip < self.flip, crop, resized_hw(size_hw, _one_of(self.short_sides, side), self.max_size))
 
     def __call__(self, image: Tensor, target: dict[str, Any]) -> Sample:
-        view = self.draw((image.shape[-2], image.shape[-1]))
-        target = view_of_target(target, view, (image.shape[-2], image.shape[-1]))
-        return view_of_image(image, view), target
+        size_hw = (image.shape[-2], image.shape[-1])
+        view = self.draw(size_hw)
+        boxes, area = (target[name].as_subclass(Tensor).numpy() for name in ("boxes", "area"))
+        boxes, area, keep = view_of_objects(boxes, area, view, size_hw)
+        target = dict(target)
+        if keep is not None:
+            kept = torch.from_numpy(keep)
+            target.update({name: target[name][kept] for name in ("labels", "iscrowd") if name in target})
+        target["boxes"] = tv_tensors.BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=view.out_hw)
+        return view_of_image(image, view), {**target, "area": torch.from_numpy(area)}
 
 
 def view_of_image(image: Tensor, view: View) -> Tensor:
@@ -132,30 +132,40 @@ def view_of_image(image: Tensor, view: View) -> Tensor:
     return resized[:, top : top + height, left : left + width]
 
 
-def view_of_target(target: dict[str, Any], view: View, size_hw: tuple[int, int]) -> dict[str, Any]:
-    """The target of an image of (h, w), as the recipe's steps change it one after another."""
-    # numpy: a dozen small operations, each of which costs PyTorch five times as much
-    boxes, area = (target[name].as_subclass(Tensor).numpy() for name in ("boxes", "area"))
-    target = dict(target)
+def view_of_objects(
+    boxes_xyxy: np.ndarray, area: np.ndarray, view: View, size_hw: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Boxes (n, 4) and areas (n,) in an image of (h, w), as the recipe's steps change them one after another; and the mask
+    of the objects that a crop kept, None without one.
+
+    In numpy: these are a dozen small operations, each of which costs PyTorch five times as much.
+    """
+    boxes, keep = boxes_xyxy, None
     if view.flip:
         boxes = np.array([size_hw[1], 0, size_hw[1], 0], np.float32) + boxes[:, [2, 1, 0, 3]] * _MIRROR
     if view.crop is not None:
         of_hw, top, left, height, width = view.crop
         if of_hw != size_hw:
             boxes = boxes * _scale(size_hw, of_hw)
-        boxes = (boxes - np.array([left, top, left, top], np.float32)).clip(min=0)
+        boxes = np.maximum(boxes - np.array([left, top, left, top], np.float32), np.float32(0))
         boxes = np.minimum(boxes, np.array([width, height, width, height], np.float32))
-        keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
+        keep = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         boxes = boxes[keep]
-        area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-        kept = torch.from_numpy(keep)
-        target.update({name: target[name][kept] for name in ("labels", "iscrowd") if name in target})
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         size_hw = (height, width)
     if view.out_hw != size_hw:
         boxes = boxes * _scale(size_hw, view.out_hw)
         area = area * np.float32((view.out_hw[0] / size_hw[0]) * (view.out_hw[1] / size_hw[1]))
-    target["boxes"] = tv_tensors.BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=view.out_hw)
-    return {**target, "area": torch.from_numpy(area)}
+    return boxes, area, keep
+
+
+def _between(low: int, high: int, chance: float) -> int:
+    """One of low..high, both included; chance is uniform in [0, 1)."""
+    return low + int(chance * (high - low + 1))
+
+
+def _one_of(lengths: Sequence[int], chance: float) -> int:
+    return lengths[_between(0, len(lengths) - 1, chance)]
 
 
 class Span(NamedTuple):
@@ -170,8 +180,7 @@ class Span(NamedTuple):
 
 def whole_pixels(start: float, length: float, num_outputs: int, limit: int) -> Span:
     """The window start..start + length of `limit` pixels, as whole pixels: it is made larger by as many outputs (0 to 8)
-    as bring each border nearest to a border between pixels, and moved there: by at most half a pixel, usually by less than
-    a tenth."""
+    as bring each border nearest to a border between pixels, and moved there: by at most half a pixel, in the mean by 0.07."""
     step, stop = length / num_outputs, start + length
 
     def off(position: float) -> float:
