@@ -344,7 +344,7 @@ def test_padded_shapes_hold_every_batch_of_the_recipe():
                 assert width <= worst[1] + 1
                 assert any(height <= h and width <= w for h, w in shapes)
     assert worst_padded_hw(800) == (1333, 1333)
-    assert padded_shapes(800, 3) == [(1344, 1344), (800, 1344), (1344, 800)]
+    assert padded_shapes(800, 3) == [(1344, 1344), (800, 1216), (1216, 800)]
     assert padded_shapes(16, 3) == [(32, 32)]  # all three are the same
     for count in (0, MAX_PADDED_SHAPES + 1):
         with pytest.raises(InputError, match="padded_shapes must lie in 1 to"):
