@@ -68,6 +68,7 @@ def eval_command(parser: Parser) -> Callable[[Any], None]:
     from ddetr.engine.evaluate import evaluate_checkpoint
 
     of_training = {"train_split", "train_annotations", "train_images", "augmentation", "image_size", "strict"}
+    of_training |= {"buckets", "padded_shapes", "on_bad_image"}
     parser.usage = "ddetr eval --checkpoint FILE --data PATH [options]"
     parser.add_function_arguments(evaluate_checkpoint, skip={"data"}, sub_configs=False)
     parser.add_class_arguments(DataConfig, "data", skip=of_training, instantiate=False)
@@ -132,7 +133,7 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
     """List what is wrong with a data set, before training finds out."""
     from ddetr.engine.config import DataConfig
 
-    fields = {"augmentation", "image_size", "num_workers", "path"}
+    fields = {"augmentation", "image_size", "buckets", "padded_shapes", "num_workers", "on_bad_image", "path"}
     parser.usage = "ddetr data audit [options] PATH"
     parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
     parser.add_class_arguments(DataConfig, skip=fields, instantiate=False)

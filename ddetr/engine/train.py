@@ -27,6 +27,7 @@ from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
 from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
 from ddetr.engine.splits import load_splits
+from ddetr.engine.workers import explained
 from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.models.criterion import LossWeights
@@ -227,7 +228,8 @@ def _fit(
     """Training; Ctrl+C stops it as it stops anything else in Python."""
     handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file)
+        with explained():  # the death of a loader is told wherever the training process is
+            trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file)
     except SystemExit:  # Lightning's answer to Ctrl+C, which it also switches off
         if not trainer.interrupted:
             raise
