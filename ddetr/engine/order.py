@@ -82,7 +82,7 @@ def similar_together(sizes_hw: Sequence[tuple[int, int]], device_batch_size: int
     """
     share = len(sizes_hw) // world_size
     full, rest = divmod(share, device_batch_size)
-    lengths = [device_batch_size] * (full * world_size) + [rest] * (world_size if rest else 0)
+    lengths = [device_batch_size] * (full * world_size) + ([rest] * world_size if rest else [])
     left = sorted(range(len(sizes_hw)), key=lambda place: (-sizes_hw[place][0] * sizes_hw[place][1], place))
     groups = []
     for length in lengths:
@@ -101,9 +101,9 @@ def similar_together(sizes_hw: Sequence[tuple[int, int]], device_batch_size: int
         groups.append((height * width * length, group))
     shares: list[list[int]] = [[] for _ in range(world_size)]
     pixels = [0] * world_size
-    for begin, end in ((0, full * world_size), (full * world_size, len(groups))):
-        quota = len(shares[0]) + (share - rest if begin == 0 else rest)
-        for cost, group in sorted(groups[begin:end], key=lambda pair: -pair[0]):
+    num_full = full * world_size
+    for dealt, quota in ((groups[:num_full], share - rest), (groups[num_full:], share)):
+        for cost, group in sorted(dealt, key=lambda pair: -pair[0]):
             rank = min((r for r in range(world_size) if len(shares[r]) < quota), key=pixels.__getitem__)
             shares[rank] += group
             pixels[rank] += cost
