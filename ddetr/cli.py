@@ -194,6 +194,20 @@ def bench_op_command(parser: Parser) -> Callable[[Any], None]:
     return run
 
 
+def bench_data_command(parser: Parser) -> Callable[[Any], None]:
+    """Time the training loader, with and without worker processes, beside the plain Pillow recipe."""
+    from ddetr.bench.data import bench_data
+
+    parser.usage = "ddetr bench data --data PATH [options]"
+    parser.add_function_arguments(bench_data, sub_configs=False)
+    parser.add_group_of_options("data")
+
+    def run(settings: Any) -> None:
+        bench_data(**vars(settings))
+
+    return run
+
+
 COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
     "demo": demo_command,
     "train": train_command,
@@ -201,6 +215,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
     "predict": predict_command,
     "data audit": audit_command,
     "bench op": bench_op_command,
+    "bench data": bench_data_command,
 }
 
 

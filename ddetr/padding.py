@@ -20,15 +20,17 @@ def pad_images(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]] = ())
     if not images:
         raise ValueError("expected at least one image, got an empty list")
     height, width = padded_hw([(image.shape[-2], image.shape[-1]) for image in images], shapes)
-    channels = images[0].shape[0]
-    if images[0].stride(0) == 1:  # interleaved, as decoders give them: seven times as fast to copy as into planes
-        batch = images[0].new_zeros(len(images), height, width, channels).permute(0, 3, 1, 2)
+    first, channels = images[0], images[0].shape[0]
+    if first.stride(0) == 1:  # interleaved, as decoders give them: seven times as fast to copy as into planes
+        batch = first.new_empty(len(images), height, width, channels).permute(0, 3, 1, 2)
     else:
-        batch = images[0].new_zeros(len(images), channels, height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=images[0].device)
+        batch = first.new_empty(len(images), channels, height, width)
+    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=first.device)
     for image, slot, slot_mask in zip(images, batch, mask):
         h, w = image.shape[-2:]
         slot[:, :h, :w].copy_(image)
+        slot[:, :h, w:] = 0
+        slot[:, h:] = 0
         slot_mask[:h, :w] = False
     return batch, mask
 

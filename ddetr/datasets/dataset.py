@@ -107,7 +107,11 @@ class DetectionDataset(Dataset):
         )
 
     def _load(self, record: ImageRecord) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels, keep = read_image(record.path, record.size_hw), ~record.ignore
+        return self.augmented(record, read_image(record.path, record.size_hw))
+
+    def augmented(self, record: ImageRecord, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sample of an image that was read already; pixels (3, h, w) uint8 of the record's `size_hw`."""
+        keep = ~record.ignore
         if isinstance(self.transform, Recipe):
             return self._view(pixels, record, keep, self.transform)
         image = tv_tensors.Image(pixels)

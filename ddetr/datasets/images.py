@@ -74,6 +74,14 @@ def read_image(path: str | PathLike, size_hw: tuple[int, int] | None = None) -> 
     """
     try:
         data = Path(path).read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return decode_image(data, path, size_hw)
+
+
+def decode_image(data: bytes, path: str | PathLike, size_hw: tuple[int, int] | None = None) -> Tensor:
+    """The same of a file's bytes; `path` is for messages."""
+    try:
         header = read_header(io.BytesIO(data))
         turn = _EXIF_TURNS.get(header.orientation)
         if size_hw is not None and header.upright_hw != tuple(size_hw):

@@ -162,7 +162,7 @@ class DetectionData(pl.LightningDataModule):
             world_size=trainer.world_size,
             start=self.start,
             device_batch_size=self.device_batch_size,
-            size_of=self._size_of if self.buckets else None,
+            size_of=self.size_of if self.buckets else None,
         )
         return Loader(
             self.train_set,
@@ -186,7 +186,7 @@ class DetectionData(pl.LightningDataModule):
             **self._loader_options(),
         )
 
-    def _size_of(self, index: int, seed: int) -> tuple[int, int]:
+    def size_of(self, index: int, seed: int) -> tuple[int, int]:
         """(h, w) that the recipe will give an image; nothing is loaded."""
         size_hw = self.train_set.annotations.images[index].size_hw
         return self.train_set.transform.draw(size_hw, torch.Generator().manual_seed(seed)).out_hw

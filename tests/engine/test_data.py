@@ -129,7 +129,7 @@ def test_buckets_know_the_shapes_before_anything_is_loaded(shapes: Path) -> None
     data = loaders(shapes, buckets=True)
     for index, seed in EpochOrder(8, 4, seed=3):
         image, _ = data.train_set[index, seed]
-        assert data._size_of(index, seed) == tuple(image.shape[1:])
+        assert data.size_of(index, seed) == tuple(image.shape[1:])
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])
