@@ -195,7 +195,7 @@ def bench_op_command(parser: Parser) -> Callable[[Any], None]:
 
 
 def bench_data_command(parser: Parser) -> Callable[[Any], None]:
-    """Time the training loader, with and without worker processes, beside the plain Pillow recipe."""
+    """Time the training loader beside the plain Pillow recipe."""
     from ddetr.bench.data import bench_data
 
     parser.usage = "ddetr bench data --data PATH [options]"

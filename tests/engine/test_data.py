@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from ddetr.datasets import load_annotations, padded_shapes
 from ddetr.engine.config import DataConfig
 from ddetr.engine.data import DetectionData, EpochOrder, Loaded, collate_micro
 from ddetr.engine.splits import load_split, load_splits
+from ddetr.engine.train import train
 from ddetr.engine.workers import available_cores, default_num_workers, explained
 from ddetr.errors import InputError
 from ddetr.ops import ms_deform_attn
@@ -284,6 +286,34 @@ def test_a_bad_file_stops_validation_and_training_that_wants_to(
         assert "Traceback" not in str(caught.value)
 
 
+def test_a_run_with_everything_on(
+    shapes: Path,
+    damaged: Callable[..., Path],
+    tiny_model: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Buckets, fixed shapes, a worker and a bad file in a real run: its last step is reached, the file is named."""
+    name = image_names(shapes, "train")[5]
+    config = DataConfig(str(damaged(name)), image_size=64, num_workers=1, buckets=True, padded_shapes=3)
+    caplog.set_level("INFO", "ddetr")
+    result = train(
+        config,
+        tiny_model,
+        epochs=2,
+        batch_size=4,
+        device_batch_size=2,
+        output=str(tmp_path / "run"),
+        log_every=1,
+        num_pictures=0,
+    )
+    steps = (result.path / "train.csv").read_text().splitlines()[1:]
+    assert len(steps) == 4
+    told = [record.getMessage() for record in caplog.records if "Another image stands in" in record.getMessage()]
+    assert len(told) == 1
+    assert name in told[0]
+
+
 # ---- loader processes ------------------------------------------------------------------------------------------------
 
 
@@ -303,11 +333,12 @@ def test_loaders_outlive_the_schedulers_sigterm(shapes: Path) -> None:
     """It goes to every process of the job; the training process still has to save."""
     loader = loaders(shapes, num_workers=2, batch_size=2).train_dataloader()
     steps = iter(loader)
-    next(steps)
+    for _ in range(2):  # one of each: both have started
+        next(steps)
     pids = [worker.pid for worker in loader._iterator._workers]
     subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
     subprocess.run(["kill", "-INT", *map(str, pids)], check=True)
-    assert len(list(steps)) == 3
+    assert len(list(steps)) == 2
     for worker in loader._iterator._workers:
         worker.terminate()  # from the training process: at once
         worker.join(10)
