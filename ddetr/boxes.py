@@ -4,6 +4,7 @@
 `boxes_xyxy` is (left, top, right, bottom), `boxes_xywh` is (left, top, width, height).
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ __all__ = [
     "box_xyxy_to_cxcywh",
     "box_xyxy_to_xywh",
     "generalized_iou",
+    "relative_boxes",
 ]
 
 
@@ -25,6 +27,13 @@ def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
 def box_xyxy_to_cxcywh(boxes_xyxy: Tensor) -> Tensor:
     """(..., 4) corner form to centre form, in the same unit."""
     return _converted(boxes_xyxy, "xyxy", "cxcywh")
+
+
+def relative_boxes(boxes_xyxy: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """(n, 4) corner form in pixels of an image of (h, w) to `boxes`; numpy, which is quicker for a few boxes."""
+    low, high = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+    sides = np.array([size_hw[1], size_hw[0]] * 2, dtype=boxes_xyxy.dtype)
+    return np.concatenate([(low + high) / 2, high - low], axis=1) / sides
 
 
 def box_xywh_to_xyxy(boxes_xywh: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ def eval_command(parser: Parser) -> Callable[[Any], None]:
         "strict",
         "keep_empty",
     }
+    of_training |= {"buckets", "padded_shapes", "on_bad_image"}
     parser.usage = "ddetr eval --checkpoint FILE --data PATH [options]"
     parser.add_function_arguments(evaluate_checkpoint, skip={"data"}, sub_configs=False)
     parser.add_class_arguments(DataConfig, "data", skip=of_training, instantiate=False)
@@ -171,7 +172,16 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
     """List what is wrong with a data set, before training finds out."""
     from ddetr.engine.config import DataConfig
 
-    fields = {"augmentation", "image_size", "num_workers", "path", "keep_empty"}
+    fields = {
+        "augmentation",
+        "image_size",
+        "buckets",
+        "padded_shapes",
+        "num_workers",
+        "on_bad_image",
+        "path",
+        "keep_empty",
+    }
     parser.usage = "ddetr data audit [options] PATH"
     parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
     parser.add_class_arguments(DataConfig, skip=fields, instantiate=False)
@@ -242,6 +252,20 @@ def replay_command(parser: Parser) -> Callable[[Any], None]:
     return lambda settings: console.show(replay(**vars(settings)).render())
 
 
+def bench_data_command(parser: Parser) -> Callable[[Any], None]:
+    """Time the training loader beside the plain Pillow recipe."""
+    from ddetr.bench.data import bench_data
+
+    parser.usage = "ddetr bench data --data PATH [options]"
+    parser.add_function_arguments(bench_data, sub_configs=False)
+    parser.add_group_of_options("data")
+
+    def run(settings: Any) -> None:
+        bench_data(**vars(settings))
+
+    return run
+
+
 COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
     "demo": demo_command,
     "train": train_command,
@@ -252,6 +276,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
     "report": report_command,
     "data audit": audit_command,
     "bench op": bench_op_command,
+    "bench data": bench_data_command,
 }
 
 

@@ -256,7 +256,7 @@ def keep_freed_memory() -> bool:
 
     Fresh pages cost about 1 ms/MB in virtual machines, which is a third of the time of a detector that works in large
     temporaries; the process holds 10 to 25 % more memory. It counts for the whole process and can't be undone, so
-    nothing here calls it by itself, but for `ddetr predict --optimize`.
+    nothing here calls it by itself, but for `ddetr predict --optimize` and the processes that load training images.
 
     Returns:
         Whether the system has such a setting.

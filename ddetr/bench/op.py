@@ -1,8 +1,7 @@
 """`ddetr bench op`: the operator against other implementations, checked before they are timed."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +19,7 @@ from ddetr.bench.timing import (
     copy_bandwidth,
     cpu_clock,
     cuda_clock,
+    fixed_threads,
     gigabytes_per_second,
     in_inference_mode,
     interleaved,
@@ -88,7 +88,7 @@ def bench_op(
         raise InputError("--sizes none leaves nothing to measure: add --growth, or name some sizes")
     dtypes = _DTYPES["auto"][device] if dtype == "auto" else _DTYPES[dtype]
     folder = make_folder(Path(output), "--output") if output else None
-    with _threads(threads):
+    with fixed_threads(threads):
         clock = cpu_clock(threads) if device == "cpu" else cuda_clock(where)
         report: dict[str, Any] = {
             "machine": record.machine(where),
@@ -224,13 +224,3 @@ def _name(dtype: torch.dtype) -> str:
 
 def _nan_last(error: float) -> float:
     return error if error == error else float("inf")
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -4,6 +4,7 @@ import inspect
 import json
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ def command_line(name: str, function: Callable[..., Any], settings: Mapping[str,
     """The shortest command with these settings; where the results went is left out."""
     defaults = {key: value.default for key, value in inspect.signature(function).parameters.items()}
     chosen = {key: value for key, value in settings.items() if value != defaults[key] and key != "output"}
+    data = chosen.pop("data", None)
+    if is_dataclass(data):  # --data PATH, and its other settings where they were changed
+        changed = {f"data.{f.name}": getattr(data, f.name) for f in fields(data) if getattr(data, f.name) != f.default}
+        chosen = {"data": changed.pop("data.path"), **changed, **chosen}
     words = [word for key, value in chosen.items() for word in (f"--{key}", _spelled(value))]
     return shlex.join(["ddetr", *name.split(), *words])
 

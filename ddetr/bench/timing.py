@@ -3,7 +3,8 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -100,3 +101,14 @@ def copy_bandwidth(device: torch.device, clock: Clock) -> float:
 def gigabytes_per_second(num_bytes: int, milliseconds: float) -> float:
     """10^9 bytes a second."""
     return num_bytes / milliseconds / 1e6
+
+
+@contextmanager
+def fixed_threads(count: int) -> Iterator[None]:
+    """In it, PyTorch works with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

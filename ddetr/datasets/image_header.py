@@ -20,10 +20,12 @@ _STANDALONE_MARKERS = frozenset([0x01, *range(0xD0, 0xD9)])
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """Size of the pixels as stored, and the EXIF orientation (1..8) that turns them upright."""
+    """Size of the pixels as stored, the EXIF orientation (1..8) that turns them upright, and whether the file is a JPEG of
+    the usual kind: 8 bits, grey or three colours."""
 
     stored_hw: tuple[int, int]
     orientation: int
+    is_usual_jpeg: bool = False
 
     @property
     def upright_hw(self) -> tuple[int, int]:
@@ -58,10 +60,10 @@ def _read_jpeg(file: BinaryIO) -> ImageHeader:
             continue
         length = struct.unpack(">H", file.read(2))[0] - 2
         if code in _START_OF_FRAME:
-            _precision, height, width = struct.unpack(">BHH", file.read(5))
+            precision, height, width, components = struct.unpack(">BHHB", file.read(6))
             if not (height and width):
                 raise ValueError("the JPEG states no size")
-            return ImageHeader((height, width), orientation)
+            return ImageHeader((height, width), orientation, precision == 8 and components in (1, 3))
         if code == 0xE1:
             segment = file.read(length)
             if segment[:6] == b"Exif\x00\x00":

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ddetr.datasets.transforms import padded_shapes
 from ddetr.errors import InputError
 
 
@@ -32,14 +33,25 @@ class DataConfig:
     """Short side in pixels; the paper's scales, crops and longest side (1333) follow in proportion."""
     keep_empty: bool = True
     """Train on images without an object too, as the official code does."""
+    buckets: bool = False
+    """Sort the images of each step into micro-batches of similar shape, to save padding; a step has the same images. It
+    helps where --device_batch_size is at least 2 and well below --batch_size."""
+    padded_shapes: int | None = None
+    """Pad batches to one of so many shapes (1 to 12), for torch.compile and cuDNN; by default to their largest sides."""
     num_workers: int | None = None
-    """Processes that load images; by default up to 4, and 0 on machines with fewer than 4 cores."""
+    """Processes that load images; by default up to 4, as many as there are cores to spare, and 0 for training on a
+    processor with fewer than 4."""
+    on_bad_image: Literal["skip", "raise"] = "skip"
+    """A training image that cannot be read: "skip" reports it and lets another one stand in, up to 1 % of the images;
+    "raise" stops. Validation always stops."""
     strict: bool = False
     """Refuse to train where the audit repaired or dropped anything."""
 
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 0:
             raise InputError(f"num_workers must be at least 0, got {self.num_workers}")
+        if self.padded_shapes is not None:
+            padded_shapes(self.image_size, self.padded_shapes)  # refuses a number that is out of range
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,9 @@ class Stopped(SystemExit):
         super().__init__(0 if is_lightnings and not trainer.is_global_zero else 128 + signum)
         self.signum = signum
 
+    def __str__(self) -> str:
+        return signal.Signals(self.signum).name
+
 
 @dataclass
 class Requests:

@@ -336,10 +336,12 @@ def _fit(
     """Training; Ctrl+C stops it as it stops anything else in Python."""
     from ddetr.engine.processes import died_process
     from ddetr.engine.saving import Stopped
+    from ddetr.engine.workers import explained
 
     handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file, weights_only=True)
+        with explained():  # the death of a loader is told wherever the training process is
+            trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file, weights_only=True)
     except Stopped as stop:
         logger.info(
             "stopped by %s at step %d; the same command with --resume goes on",

@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
+from ddetr.datasets import images
 from ddetr.datasets.images import image_header, image_size_hw, read_image, rgb_from_pillow
 from ddetr.errors import InputError
 
@@ -145,3 +148,114 @@ def test_headers_of_real_images_agree_with_pillow(shared_data):
     ]:
         with Image.open(path) as image:
             assert image_size_hw(path) == image.size[::-1]
+
+
+# ---- both decoders of JPEG files -------------------------------------------------------------------------------------
+
+
+def outcome(path, monkeypatch, fast):
+    """The pixels, or the message; of torchvision's decoder or of Pillow alone."""
+    with monkeypatch.context() as patch:
+        if not fast:
+            patch.setattr(images, "fast_jpeg_decoder", lambda: None)
+        try:
+            return as_array(read_image(path)).tobytes()
+        except InputError as error:
+            return str(error)
+
+
+def damaged(data, rng):
+    """A few ways in which files are broken: cut, bytes changed, a piece missing, something else appended."""
+    bytes_changed = bytearray(data)
+    for place in rng.integers(len(data) // 2, len(data), 6):
+        bytes_changed[place] = rng.integers(256)
+    middle = len(data) // 2
+    yield from (data[: len(data) - 2], data[: int(0.6 * len(data))], data[:200], bytes(bytes_changed))
+    yield from (
+        data[:middle] + data[middle + 500 :],
+        data + b"and more",
+        data[:middle] + bytes(64) + data[middle + 64 :],
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_torchvisions_decoder_keeps_the_policy(tmp_path, monkeypatch, shared_data):
+    assert images.fast_jpeg_decoder() is not None, "this torchvision has no decoder that agrees with Pillow"
+    with Image.open(sorted((shared_data / "coco_tiny/val2017").iterdir())[3]) as file:
+        photo = file.convert("RGB").crop((40, 40, 237, 190))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds = {
+        "plain": (photo, {}),
+        "progressive": (photo, {"progressive": True}),
+        "420": (photo, {"subsampling": 2, "quality": 60}),
+        "422": (photo, {"subsampling": 1}),
+        "444": (photo, {"subsampling": 0, "quality": 98}),
+        "rgb": (photo, {"keep_rgb": True}),
+        "grey": (photo.convert("L"), {}),
+        "cmyk": (photo.convert("CMYK"), {}),
+        "turned": (photo, {"exif": exif}),
+        "one": (photo.crop((0, 0, 1, 1)), {}),
+    }
+    rng = np.random.default_rng(0)
+    decoded = 0
+    for name, (image, options) in kinds.items():
+        path = tmp_path / f"{name}.jpg"
+        image.save(path, **options)
+        for number, data in enumerate([path.read_bytes(), *damaged(path.read_bytes(), rng)]):
+            path.write_bytes(data)
+            fast = outcome(path, monkeypatch, fast=True)
+            assert fast == outcome(path, monkeypatch, fast=False), f"{name}, damage {number}"
+            assert number or not isinstance(fast, str), fast
+            decoded += not isinstance(fast, str)
+    assert len(kinds) < decoded < 8 * len(kinds)
+
+
+def test_real_jpegs_are_pillows_to_the_bit(shared_data):
+    paths = [
+        *sorted((shared_data / "coco_tiny").glob("*/*.jpg"))[:20],
+        *sorted((shared_data / "bccd/JPEGImages").iterdir())[:3],
+    ]
+    for path in paths:
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(as_array(read_image(path)), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("wrong", ["absent", "other pixels", "refuses"])
+def test_pillow_decodes_where_torchvision_does_not(tmp_path, monkeypatch, write_image, wrong):
+    path = write_image(tmp_path / "a.jpg")
+    want = as_array(read_image(path))
+
+    def decode(data, mode, apply_exif):
+        if wrong == "refuses":
+            raise RuntimeError("no")
+        return torch.zeros(3, 24, 40, dtype=torch.uint8)
+
+    operators = SimpleNamespace() if wrong == "absent" else SimpleNamespace(decode_jpeg=decode)
+    monkeypatch.setattr(torch.ops, "image", operators)
+    images.fast_jpeg_decoder.cache_clear()
+    try:
+        assert images.fast_jpeg_decoder() is None
+        np.testing.assert_array_equal(as_array(read_image(path)), want)
+    finally:
+        images.fast_jpeg_decoder.cache_clear()
+
+
+def test_decoding_a_jpeg_says_nothing(tmp_path, write_image, recwarn):
+    """torchvision announces the end of its decoders at each call of the public function."""
+    read_image(write_image(tmp_path / "a.jpg"))
+    assert not recwarn.list
+
+
+def test_images_are_interleaved_in_memory(tmp_path, write_image):
+    for name in ("a.jpg", "a.png"):
+        assert read_image(write_image(tmp_path / name)).stride() == (1, 64 * 3, 3)
+    assert read_image(write_image(tmp_path / "turned.jpg", orientation=6)).stride() == (1, 48 * 3, 3)
+
+
+def test_enormous_jpegs_stay_pillows_business(tmp_path, monkeypatch, write_image):
+    """Its limit on pixels protects against files that claim to be huge."""
+    path = write_image(tmp_path / "a.jpg", size_wh=(64, 48))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(InputError, match="exceeds limit"):
+        read_image(path)

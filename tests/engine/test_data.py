@@ -1,19 +1,29 @@
 """The same global batches for any number of processes and workers."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from ddetr.datasets import load_annotations
+from ddetr.datasets import load_annotations, padded_shapes
 from ddetr.engine.config import DataConfig
-from ddetr.engine.data import DetectionData, EpochOrder, collate_micro
+from ddetr.engine.data import DetectionData, EpochOrder, Loaded, collate_micro
 from ddetr.engine.splits import load_split, load_splits, without_empty_images
+from ddetr.engine.train import train
+from ddetr.engine.workers import available_cores, default_num_workers, explained
 from ddetr.errors import InputError
+from ddetr.ops import ms_deform_attn
 
 
 def batches_of(
@@ -64,19 +74,87 @@ def loaders(
     return data
 
 
-def test_samples_do_not_depend_on_the_number_of_workers(shapes: Path) -> None:
+def assert_same(step: list, other_step: list) -> None:
+    for (images, mask, targets), (other_images, other_mask, other_targets) in zip(step, other_step, strict=True):
+        assert torch.equal(images, other_images)
+        assert (mask is None and other_mask is None) or torch.equal(mask, other_mask)
+        for target, other in zip(targets, other_targets, strict=True):
+            assert target.keys() == other.keys()
+            assert all(torch.equal(target[name], other[name]) for name in target)
+            assert all(target[name].dtype == other[name].dtype for name in target)
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_samples_do_not_depend_on_the_number_of_workers(shapes: Path, buckets: bool) -> None:
     torch.manual_seed(0)
-    plain = list(loaders(shapes).train_dataloader())
+    plain = list(loaders(shapes, buckets=buckets).train_dataloader())
     torch.manual_seed(1)
-    with_workers = list(loaders(shapes, num_workers=2).train_dataloader())
+    with_workers = list(loaders(shapes, num_workers=2, buckets=buckets).train_dataloader())
     assert len(plain) == len(with_workers) == 2
     for step, other_step in zip(plain, with_workers):
-        for (images, mask, targets), (other_images, other_mask, other_targets) in zip(step, other_step, strict=True):
-            assert torch.equal(images, other_images)
-            assert (mask is None and other_mask is None) or torch.equal(mask, other_mask)
-            for target, other in zip(targets, other_targets, strict=True):
-                assert target.keys() == other.keys()
-                assert all(torch.equal(target[name], other[name]) for name in target)
+        assert_same(step, other_step)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "buckets", "world_size"), [(0, False, 1), (0, True, 2), (2, False, 2), (2, True, 1)]
+)
+def test_an_epoch_resumed_in_the_middle_gives_the_rest_of_its_batches(
+    shapes: Path, num_workers: int, buckets: bool, world_size: int
+) -> None:
+    for rank in range(world_size):
+        options = {"batch_size": 2, "num_workers": num_workers, "buckets": buckets}
+        options |= {"rank": rank, "world_size": world_size}
+        loader = loaders(shapes, **options).train_dataloader()
+        loader.batch_sampler.sampler.set_epoch(1)  # as Lightning does it
+        whole = list(loader)
+        assert len(whole) == 4
+        resumed = loaders(shapes, **options)
+        resumed.start = (1, 3)
+        loader = resumed.train_dataloader()
+        assert len(loader) == 4  # Lightning counts on the epoch's length
+        loader.batch_sampler.sampler.set_epoch(1)
+        rest = list(loader)
+        assert len(rest) == 1
+        assert_same(rest[0], whole[3])
+        loader.batch_sampler.sampler.set_epoch(2)
+        assert len(list(loader)) == 4
+
+
+def test_batches_loaded_before_the_start_are_not_loaded(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, read = loaders(shapes, batch_size=2), []
+    load = data.train_set._load
+    monkeypatch.setattr(data.train_set, "_load", lambda record: (read.append(record.image_id), load(record))[1])
+    data.start = (0, 3)
+    assert len(list(data.train_dataloader())) == 1
+    assert len(read) == 2
+
+
+def test_buckets_know_the_shapes_before_anything_is_loaded(shapes: Path) -> None:
+    data = loaders(shapes, buckets=True)
+    for index, seed in EpochOrder(8, 4, seed=3):
+        image, _ = data.train_set[index, seed]
+        assert data.size_of(index, seed) == tuple(image.shape[1:])
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+def test_batches_have_one_of_the_padded_shapes(shapes: Path, count: int) -> None:
+    data = loaders(shapes, padded_shapes=count, batch_size=4)
+    allowed = padded_shapes(64, count)
+    seen = set()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for step in loader:
+            for images, mask, targets in step if isinstance(step, list) else [step]:
+                seen.add(tuple(images.shape[2:]))
+                for i, target in enumerate(targets):
+                    height, width = target["size"].tolist()
+                    assert mask is None or mask[i].sum() == mask[i].numel() - height * width
+    assert seen <= set(allowed)
+    assert count == 1 or len(seen) > 1
+
+
+def test_a_wrong_number_of_padded_shapes_is_refused() -> None:
+    with pytest.raises(InputError, match="padded_shapes must lie in 1 to 12, got 13"):
+        DataConfig("x", padded_shapes=13)
 
 
 def test_a_step_is_cut_into_micro_batches_each_padded_by_itself() -> None:
@@ -174,3 +252,201 @@ def test_a_training_set_without_any_object_is_refused(shapes: Path) -> None:
 def test_a_negative_number_of_workers_is_refused() -> None:
     with pytest.raises(InputError, match="num_workers must be at least 0"):
         DataConfig("x", num_workers=-1)
+
+
+# ---- files that can't be read ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def damaged(shapes: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the data set in which some images are none."""
+
+    def damage(*names: str) -> Path:
+        root = tmp_path / "damaged"
+        shutil.copytree(shapes, root)
+        for name in names:
+            (root / name).write_bytes((root / name).read_bytes()[:300])
+        return root
+
+    return damage
+
+
+def image_names(root: Path, split: str) -> list[str]:
+    return [f"{split}/{path.name}" for path in sorted((root / split).iterdir())]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_file_does_not_stop_training_and_is_told_once(
+    shapes: Path, damaged: Callable[..., Path], caplog: pytest.LogCaptureFixture, num_workers: int
+) -> None:
+    name = image_names(shapes, "train")[2]
+    root = damaged(name)
+    epochs = []
+    for _ in range(2):
+        data = loaders(root, num_workers=num_workers)
+        loader = data.train_dataloader()
+        epochs.append([])
+        for epoch in range(2):
+            loader.batch_sampler.sampler.set_epoch(epoch)
+            epochs[-1] += list(loader)
+        assert list(data.unreadable) == [str(root / name)]
+    assert len(epochs[0]) == 4
+    for step, other in zip(*epochs):
+        assert_same(step, other)
+    told = [record.getMessage() for record in caplog.records if "Another image stands in" in record.getMessage()]
+    assert len(told) == 2  # once for each of the two runs, though it was met in both epochs
+    assert name in told[0]
+    assert "unreadable so far: 1 of 8" in told[0]
+
+
+def test_too_many_bad_files_stop_training(shapes: Path, damaged: Callable[..., Path]) -> None:
+    data = loaders(damaged(*image_names(shapes, "train")[:2]), num_workers=1)
+    with pytest.raises(InputError, match="2 of the 8 training images can't be read, more than 1; the last: .*--decode"):
+        list(data.train_dataloader())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_file_stops_validation_and_training_that_wants_to(
+    shapes: Path, damaged: Callable[..., Path], num_workers: int
+) -> None:
+    """With one sentence, from a worker as well."""
+    train_name, val_name = image_names(shapes, "train")[0], image_names(shapes, "val")[0]
+    data = loaders(damaged(train_name, val_name), num_workers=num_workers, on_bad_image="raise")
+    for loader, name in ((data.train_dataloader(), train_name), (data.val_dataloader(), val_name)):
+        with pytest.raises(InputError, match=f"{name} can't be read: ") as caught:
+            list(loader)
+        assert "\n" not in str(caught.value)
+        assert "Traceback" not in str(caught.value)
+
+
+def test_a_run_with_everything_on(
+    shapes: Path,
+    damaged: Callable[..., Path],
+    tiny_model: dict[str, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Buckets, fixed shapes, a worker and a bad file in a real run: its last step is reached, the file is named."""
+    name = image_names(shapes, "train")[5]
+    config = DataConfig(str(damaged(name)), image_size=64, num_workers=1, buckets=True, padded_shapes=3)
+    caplog.set_level("INFO", "ddetr")
+    result = train(
+        config,
+        tiny_model,
+        epochs=2,
+        batch_size=4,
+        device_batch_size=2,
+        output=str(tmp_path / "run"),
+        log_every=1,
+        num_pictures=0,
+    )
+    steps = (result.path / "train.csv").read_text().splitlines()[1:]
+    assert len(steps) == 4
+    told = [record.getMessage() for record in caplog.records if "Another image stands in" in record.getMessage()]
+    assert len(told) == 1
+    assert name in told[0]
+
+
+# ---- loader processes ------------------------------------------------------------------------------------------------
+
+
+def test_targets_do_not_take_shared_memory(shapes: Path) -> None:
+    """Seven small tensors an image, each a file descriptor, would pass the limit of open files."""
+    loader = loaders(shapes, num_workers=1).train_dataloader()
+    packed = next(iter(super(type(loader), loader).__iter__()))
+    assert isinstance(packed, Loaded)
+    assert all(isinstance(values, np.ndarray) for _, _, targets in packed.batch for values in targets[0].values())
+    for images, _, targets in next(iter(loader)):
+        assert images.is_shared()
+        assert all(isinstance(values, torch.Tensor) and not values.is_shared() for values in targets[0].values())
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system cannot tell who sent a signal")
+def test_loaders_outlive_the_schedulers_sigterm(shapes: Path) -> None:
+    """It goes to every process of the job; the training process still has to save."""
+    loader = loaders(shapes, num_workers=2, batch_size=2).train_dataloader()
+    steps = iter(loader)
+    for _ in range(2):  # one of each: both have started
+        next(steps)
+    pids = [worker.pid for worker in loader._iterator._workers]
+    subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
+    subprocess.run(["kill", "-INT", *map(str, pids)], check=True)
+    assert len(list(steps)) == 2
+    for worker in loader._iterator._workers:
+        worker.terminate()  # from the training process: at once
+        worker.join(10)
+        assert worker.exitcode == 0
+
+
+def test_a_dead_loader_is_told_with_its_cures(shapes: Path) -> None:
+    loader = loaders(shapes, num_workers=1, batch_size=2).train_dataloader()
+
+    def load() -> None:
+        with explained():
+            for _ in loader:
+                os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+                time.sleep(0.2)
+
+    with pytest.raises(InputError, match=r"images died \(Killed\).*shared memory.*--data.num_workers \(0 loads"):
+        load()
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    for error in (RuntimeError("CUDA out of memory"), InputError("plain")):
+        with pytest.raises(type(error)) as caught, explained():
+            raise error
+        assert caught.value is error
+
+
+def test_loading_after_the_kernel_used_threads(shapes: Path) -> None:
+    """Threads do not survive a fork: workers must neither wait for those of the kernel nor for PyTorch's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        value = torch.rand(1, 600, 4, 8)
+        locations, weights = torch.rand(1, 600, 4, 1, 4, 2), torch.full((1, 600, 4, 1, 4), 0.25)
+        ms_deform_attn(value, [(20, 30)], locations, weights)
+        torch.rand(400, 400) @ torch.rand(400, 400)
+        assert len(list(loaders(shapes, num_workers=2).train_dataloader())) == 2
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "processes", "cores", "expected"),
+    [
+        (True, 1, 16, 4),
+        (True, 1, 4, 3),
+        (True, 1, 2, 1),
+        (True, 1, 1, 1),
+        (True, 8, 16, 1),
+        (False, 1, 2, 0),
+        (False, 1, 16, 4),
+        (False, 4, 8, 0),
+    ],
+)
+def test_default_number_of_workers(on_gpu: bool, processes: int, cores: int, expected: int) -> None:
+    assert default_num_workers(on_gpu=on_gpu, processes=processes, cores=cores) == expected
+
+
+def test_cores_are_those_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    assert available_cores(tmp_path) == 12
+    own = tmp_path / "proc/self/cgroup"
+    own.parent.mkdir(parents=True)
+    own.write_text("0::/job\n")
+    job = tmp_path / "sys/fs/cgroup/job"
+    job.mkdir(parents=True)
+    (job / "cpu.max").write_text("max 100000\n")
+    assert available_cores(tmp_path) == 12
+    (job / "cpu.max").write_text("250000 100000\n")
+    assert available_cores(tmp_path) == 3
+    (tmp_path / "sys/fs/cgroup/cpu.max").write_text("200000 100000\n")
+    assert available_cores(tmp_path) == 2
+    old = tmp_path / "old"
+    (old / "sys/fs/cgroup/cpu").mkdir(parents=True)
+    for name, value in (("cpu.cfs_quota_us", "400000"), ("cpu.cfs_period_us", "100000")):
+        (old / "sys/fs/cgroup/cpu" / name).write_text(value)
+    assert available_cores(old) == 4
+    (old / "sys/fs/cgroup/cpu/cpu.cfs_quota_us").write_text("-1")
+    assert available_cores(old) == 12
