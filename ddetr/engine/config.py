@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ddetr.datasets.transforms import padded_shapes
 from ddetr.errors import InputError
 
 
@@ -51,6 +50,8 @@ class DataConfig:
         if self.num_workers is not None and self.num_workers < 0:
             raise InputError(f"num_workers must be at least 0, got {self.num_workers}")
         if self.padded_shapes is not None:
+            from ddetr.datasets.transforms import padded_shapes  # slow to import
+
             padded_shapes(self.image_size, self.padded_shapes)  # refuses a number that is out of range
 
 

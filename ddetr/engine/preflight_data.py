@@ -19,7 +19,7 @@ from ddetr.datasets import Annotations, DetectionDataset
 from ddetr.datasets.annotations import ImageRecord
 from ddetr.datasets.dataset import seeded
 from ddetr.detections import Detections
-from ddetr.engine.data import DetectionData, collate_whole
+from ddetr.engine.data import DetectionData, collate_micro
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.preflight_causes import explain_boxes, explain_evaluation, explain_labels
 from ddetr.evaluation import CocoEvaluator
@@ -177,7 +177,7 @@ def check_evaluation(module: DetectionModule, data: DetectionData, num_queries: 
     records = {}
     for start in range(0, len(places), data.device_batch_size):
         chunk = places[start : start + data.device_batch_size]
-        batch = collate_whole([dataset[index] for index in chunk])
+        [batch] = collate_micro([dataset[index] for index in chunk], len(chunk))
         oracle.targets = batch[2]
         probe.validation_step(batch, start)
         records |= {annotations.images[index].image_id: annotations.images[index] for index in chunk}

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddetr.datasets import DetectionDataset
 from ddetr.engine.bundle import module_of
-from ddetr.engine.data import DetectionData, collate_whole
+from ddetr.engine.data import DetectionData, collate_micro
 from ddetr.engine.finite import MicroBatch, micro_losses
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import build_optimizer, parameter_groups
@@ -277,7 +277,7 @@ def fixed_batch(data: DetectionData) -> MicroBatch | None:
     still: DetectionDataset = copy.copy(train)
     still.transform = data.val_set.transform
     places = images_with_objects(train.annotations)[: min(2, data.device_batch_size)]
-    return collate_whole([still[index] for index in places]) if places else None
+    return collate_micro([still[index] for index in places], len(places))[0] if places else None
 
 
 def _on(batch: MicroBatch, device: str) -> MicroBatch:
