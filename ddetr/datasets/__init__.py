@@ -27,7 +27,7 @@ from ddetr.datasets.dataset import DetectionDataset, sample_seed
 from ddetr.datasets.images import image_size_hw, read_image, rgb_from_pillow
 from ddetr.datasets.load import available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.shapes import draw_shapes
-from ddetr.datasets.transforms import build_transform, normalize_images
+from ddetr.datasets.transforms import build_transform, normalize_images, padded_shapes, worst_padded_hw
 
 __all__ = [
     "Annotations",
@@ -48,7 +48,9 @@ __all__ = [
     "image_size_hw",
     "load_annotations",
     "normalize_images",
+    "padded_shapes",
     "read_image",
     "rgb_from_pillow",
     "sample_seed",
+    "worst_padded_hw",
 ]

@@ -7,6 +7,7 @@ images a fifth the size. Randomness is drawn from PyTorch's generator alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -92,6 +93,28 @@ def resized_hw(size_hw: tuple[int, int], short_side: int, max_size: int | None =
     if width < height:
         return int(short_side * height / width), short_side
     return short_side, int(short_side * width / height)
+
+
+def worst_padded_hw(image_size: int = PAPER_SIZE) -> tuple[int, int]:
+    """(H, W) of the largest batch that a recipe can make: the long side both ways, as when an image that lies meets one
+    that stands. (An image thinner than 1:4 passes its limit by the few pixels that the official rounding adds.)"""
+    longest = scaled(PAPER_MAX_SIZE, image_size)
+    return longest, longest
+
+
+# (H, W) by name: S the short side, M a 4:3 photograph's long one, L the limit of the long side; t S is a small scale.
+# The first holds everything; each further one saves the most padding of COCO's images, given those before it.
+_SHAPE_RATIOS = {"S": 1.0, "M": 4 / 3, "L": PAPER_MAX_SIZE / PAPER_SIZE}
+_SHAPE_ORDER = ("LL", "SL", "LS", "MM", "SM", "MS", "SS")
+MAX_PADDED_SHAPES = len(_SHAPE_ORDER)
+
+
+def padded_shapes(image_size: int = PAPER_SIZE, count: int = 3) -> list[tuple[int, int]]:
+    """At most `count` shapes (H, W), multiples of 32, of which one holds any batch of a recipe; the worst comes first."""
+    if not 1 <= count <= MAX_PADDED_SHAPES:
+        raise InputError(f"padded_shapes must lie in 1 to {MAX_PADDED_SHAPES}, got {count}")
+    sides = {name: math.ceil(round(ratio * image_size) / 32) * 32 for name, ratio in _SHAPE_RATIOS.items()}
+    return list(dict.fromkeys((sides[height], sides[width]) for height, width in _SHAPE_ORDER[:count]))
 
 
 class ResizeShortSide(v2.Transform):
