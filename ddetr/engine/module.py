@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ddetr.datasets import normalize_images, sample_seed
+from ddetr.engine.compile import CompiledForward
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.data import MicroBatch
 from ddetr.engine.optimizer import build_optimizer, lr_factor, parameter_groups
@@ -40,9 +41,12 @@ class DetectionModule(pl.LightningModule):
         steps_per_epoch: int,
         total_steps: int,
         seed: int,
+        compiled: CompiledForward | None = None,
     ):
+        """compiled: the model's forward pass in training, where it is a compiled one."""
         super().__init__()
         self.automatic_optimization = False
+        self.compiled = compiled
         self.model, self.criterion, self.optim, self.evaluator = model, criterion, optim, evaluator
         self.postprocess = PostProcess(evaluator.max_detections)
         self.backbone_pretrained = backbone_pretrained
@@ -72,7 +76,7 @@ class DetectionModule(pl.LightningModule):
             for index, (images, mask, targets) in enumerate(batch):
                 is_last = index == len(batch) - 1
                 with nullcontext() if is_last else self._without_gradient_exchange():
-                    losses = self.criterion(self.model(normalize_images(images, mask), mask), targets, num_boxes)
+                    losses = self.criterion(self.run_model(images, mask), targets, num_boxes)
                     total = self.criterion.total(losses)
                     self.manual_backward(total)
                 for name, value in {"loss": total, **losses}.items():
@@ -83,6 +87,11 @@ class DetectionModule(pl.LightningModule):
         rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
         self.lr_schedulers().step()
         return logged | {"grad_norm": self._grad_norm} | rates
+
+    def run_model(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """uint8 images (N, 3, H, W) and their mask -> the model's outputs, in training."""
+        forward = self.model if self.compiled is None else self.compiled
+        return forward(normalize_images(images, mask), mask)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient of the whole model, after any scaler has restored its size."""
