@@ -1,7 +1,7 @@
 """torch.compile of the training step's forward pass, on a fixed set of padded shapes.
 
-Every new shape of a batch costs a compilation of a minute or more, so that there must be few: images are padded to the
-shapes of `ddetr.datasets.padded_shapes`. What has another shape after all (an image of extreme proportions) runs eagerly.
+Every new shape of a batch costs a compilation of a minute or more, so that there must be few: batches are padded to the
+shapes of `ddetr.datasets.padded_shapes`. What fits into none of them (an image of extreme proportions) runs eagerly.
 """
 
 import logging
@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddetr.errors import InputError
+from ddetr.padding import padded_hw
 
 logger = logging.getLogger(__name__)
 
@@ -25,13 +27,13 @@ BATCH_SIZES = 2  # that the micro-batches of a run have: full ones, and what is 
 class CompiledForward:
     """`model(images, mask)` in training, compiled as one graph for each shape; the model itself stays as it is.
 
-    Not a module: names of parameters, copies of the model (EMA) and evaluation know nothing of it. A batch without a mask
-    gets one in which nothing is padded, which would otherwise be one more graph a shape.
+    Not a module: names of parameters, copies of the model (EMA) and evaluation know nothing of it. A batch is padded
+    further to the smallest shape that holds it, and always has a mask: none would be one more graph a shape.
     """
 
     def __init__(self, model: nn.Module, shapes_hw: Sequence[tuple[int, int]]):
         """shapes_hw: the (H, W) that are compiled, each for up to `BATCH_SIZES` batch sizes."""
-        self.model, self.shapes_hw = model, frozenset(shapes_hw)
+        self.model, self.shapes_hw = model, tuple(shapes_hw)
         self.limit = len(self.shapes_hw) * BATCH_SIZES
         self.seen: set[tuple[int, ...]] = set()  # (n, H, W) that were compiled
         self._eager: set[tuple[int, ...]] = set()
@@ -44,7 +46,8 @@ class CompiledForward:
         Raises:
             InputError: the compiler failed, or would have compiled more often than there are shapes.
         """
-        size = (images.shape[0], *images.shape[-2:])
+        n, _, h, w = images.shape
+        size = (n, *padded_hw([(h, w)], self.shapes_hw))
         if size not in self.seen:
             if size[1:] not in self.shapes_hw or len(self.seen) == self.limit:
                 if size not in self._eager:
@@ -54,7 +57,10 @@ class CompiledForward:
             logger.info("compiling for batches of %d x %d x %d: this step takes a minute or more", *size)
             self.seen.add(size)
         if mask is None:
-            mask = torch.zeros(size, dtype=torch.bool, device=images.device)
+            mask = torch.zeros(n, h, w, dtype=torch.bool, device=images.device)
+        if size[1:] != (h, w):
+            margins = (0, size[2] - w, 0, size[1] - h)
+            images, mask = F.pad(images, margins), F.pad(mask, margins, value=True)
         try:
             return self._compiled(images, mask)
         except _compiler_errors() as error:

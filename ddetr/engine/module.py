@@ -16,6 +16,7 @@ from ddetr.datasets import normalize_images, sample_seed
 from ddetr.engine.compile import CompiledForward
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.data import MicroBatch
+from ddetr.engine.memory import explained_out_of_memory
 from ddetr.engine.optimizer import build_optimizer, lr_factor, parameter_groups
 from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.models.criterion import SetCriterion, global_num_boxes
@@ -75,7 +76,8 @@ class DetectionModule(pl.LightningModule):
             optimizer.zero_grad()
             for index, (images, mask, targets) in enumerate(batch):
                 is_last = index == len(batch) - 1
-                with nullcontext() if is_last else self._without_gradient_exchange():
+                exchange = nullcontext() if is_last else self._without_gradient_exchange()
+                with exchange, explained_out_of_memory(images, targets):
                     losses = self.criterion(self.run_model(images, mask), targets, num_boxes)
                     total = self.criterion.total(losses)
                     self.manual_backward(total)
@@ -103,7 +105,8 @@ class DetectionModule(pl.LightningModule):
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         images, mask, targets = batch
-        outputs = self.model(normalize_images(images, mask), mask)
+        with explained_out_of_memory(images, targets):
+            outputs = self.model(normalize_images(images, mask), mask)
         sizes_hw = torch.stack([target["orig_size"] for target in targets])
         self.evaluator.update([int(target["image_id"]) for target in targets], self.postprocess(outputs, sizes_hw))
 

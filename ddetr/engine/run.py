@@ -29,7 +29,7 @@ from ddetr.errors import InputError
 RESUME_FILE = "last.ckpt"
 CONFIG_FILE = "config.yaml"
 _CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
-_FREE_TO_CHANGE = {"data.num_workers"}  # settings that decide nothing about the outcome
+_FREE_TO_CHANGE = {"data.num_workers", "activation_checkpointing"}  # settings that decide nothing about the outcome
 
 
 def is_first_process() -> bool:

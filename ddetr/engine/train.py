@@ -17,15 +17,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ddetr import console, report
 from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
-from ddetr.datasets import Annotations, audit
+from ddetr.datasets import Annotations, audit, padded_shapes, worst_padded_hw
 from ddetr.datasets.annotations import did_you_mean
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
+from ddetr.engine.batch_size import PAPER_BATCH_SIZE, BatchSize, MemoryPlan, resolve
 from ddetr.engine.callbacks import MemoryFormat, Publish, Watch
+from ddetr.engine.compile import DEFAULT_SHAPES, CompiledForward, check_compiler
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData
+from ddetr.engine.memory import use_expandable_segments
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
-from ddetr.engine.run import RESUME_FILE, RunFolder, check_training_state, is_first_process
+from ddetr.engine.run import CONFIG_FILE, RESUME_FILE, RunFolder, check_training_state, is_first_process
 from ddetr.engine.splits import load_splits
 from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics
@@ -60,14 +63,16 @@ def train(
     optim: OptimConfig = OptimConfig(),
     *,
     epochs: int = 50,
-    batch_size: int = 32,
-    device_batch_size: int = 2,
+    batch_size: BatchSize = PAPER_BATCH_SIZE,
+    device_batch_size: BatchSize = 2,
     val_every: int = 1,
     output: str | None = None,
     weights: str | None = None,
     resume: str | None = None,
     seed: int = 42,
     precision: Literal["32", "bf16", "fp16"] = "32",
+    activation_checkpointing: bool = False,
+    compile: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     devices: int | None = None,
     max_detections: int = 100,
@@ -82,14 +87,19 @@ def train(
         loss: weights of losses and matching costs.
         optim: optimiser and schedule.
         epochs: passes over the training images.
-        batch_size: images an optimisation step, over all devices; the paper's is 32.
-        device_batch_size: images that a device takes at a time; a step takes as many turns as it needs.
+        batch_size: images an optimisation step, over all devices; the paper's is 32, which "auto" is too, with
+            device_batch_size auto.
+        device_batch_size: images that a device takes at a time; a step takes as many turns as it needs. "auto" tries out
+            how many fit into its memory, with the largest images that there can be.
         val_every: epochs between validations; the last epoch always has one.
         output: run folder; by default runs/ and the name of the data set, numbered.
         weights: checkpoint to start from (ours, official, transformers, ...), unlike resume with a new schedule.
         resume: "auto", a run folder or its last.ckpt: continue that run exactly.
         seed: decides initial weights, order and augmentation.
         precision: "32", or "bf16" or "fp16" mixed with 32.
+        activation_checkpointing: compute the layers of encoder and decoder twice instead of keeping what they computed:
+            less memory, more time, the same gradients.
+        compile: torch.compile the model, for a few padded shapes; the first steps of each take minutes.
         device: "auto" takes CUDA where it is available.
         devices: processes; by default all GPUs, or one on the CPU; under torchrun its number.
         max_detections: detections an image that the evaluation counts.
@@ -111,15 +121,25 @@ def train(
         "weights": weights,
         "seed": seed,
         "precision": precision,
+        "activation_checkpointing": activation_checkpointing,
+        "compile": compile,
         "max_detections": max_detections,
     }
-    for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every"):
+    for name in ("epochs", "val_every", "log_every"):
         if (value := locals()[name]) < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     if not 0 <= seed < 2**32:
         raise InputError(f"seed must lie in 0 to 2^32 - 1, got {seed}")
     where = _where(device, devices, precision)
+    if compile:
+        check_compiler(where["accelerator"])
+    if where["accelerator"] == "cuda":
+        use_expandable_segments()
     run, resume_file = RunFolder.choose(output, resume, Path(data.path).resolve().name)
+    batch_size, device_batch_size = resolve(
+        batch_size, device_batch_size, None if resume_file is None else run.path / CONFIG_FILE
+    )
+    config |= {"batch_size": batch_size, "device_batch_size": device_batch_size}
     if resume_file is not None:
         check_training_state(resume_file)
         run.check_unchanged(config)
@@ -139,11 +159,22 @@ def train(
         more = f", and {others} more findings in the table above" if others else ""
         raise InputError(f"the audit refused the data set: {first.where}: {first.message}{more}")
 
+    is_settled = device_batch_size != "auto"  # otherwise it is at the start of the fit
     datamodule = DetectionData(
-        train_set, val_set, data, batch_size=batch_size, device_batch_size=device_batch_size, seed=seed
+        train_set,
+        val_set,
+        data,
+        batch_size=batch_size,
+        device_batch_size=device_batch_size if is_settled else 1,
+        seed=seed,
     )
     pl.seed_everything(seed, verbose=False)
     detector = _build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
+    detector.transformer.set_activation_checkpointing(activation_checkpointing)
+    worst_hw, compiled = worst_padded_hw(data.image_size), None
+    if compile:
+        shapes = padded_shapes(data.image_size, DEFAULT_SHAPES)
+        worst_hw, compiled = shapes[0], CompiledForward(detector, shapes)
     total_steps = datamodule.steps_per_epoch * epochs
     module = DetectionModule(
         detector,
@@ -154,6 +185,7 @@ def train(
         steps_per_epoch=datamodule.steps_per_epoch,
         total_steps=total_steps,
         seed=seed,
+        compiled=compiled,
     )
     if is_first_process():
         run.start(config)
@@ -184,6 +216,17 @@ def train(
         )
         save_checkpoint(run.path / name, checkpoint)
 
+    def settle(size: int) -> None:
+        if is_first_process():
+            run.write_yaml(CONFIG_FILE, config | {"device_batch_size": size})
+
+    memory_plan = MemoryPlan(
+        worst_hw,
+        num_objects=max((len(record.labels) for record in train_set.images), default=1),
+        precision=precision,
+        optimizer_states=1 if optim.sgd else 2,
+        settle=None if is_settled else settle,
+    )
     with warnings.catch_warnings():
         _quiet_lightning()
         trainer = pl.Trainer(
@@ -198,6 +241,7 @@ def train(
             default_root_dir=str(run.path),
             callbacks=[
                 MemoryFormat(),
+                memory_plan,
                 Watch(run, batch_size=batch_size, total_steps=total_steps, log_every=log_every),
                 Publish(run, publish),
                 ModelCheckpoint(
