@@ -38,7 +38,11 @@ class CompiledForward:
         self.seen: set[tuple[int, ...]] = set()  # (n, H, W) that were compiled
         self._eager: set[tuple[int, ...]] = set()
         _prepare_dynamo(self.limit)
-        self._compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=BACKEND)
+
+        def run(images: Tensor, mask: Tensor) -> dict[str, Any]:  # compiling a module leaves attributes on it
+            return model(images, mask)
+
+        self._compiled = torch.compile(run, fullgraph=True, dynamic=False, backend=BACKEND)
 
     def __call__(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """images (N, 3, H, W) normalised, mask (N, H, W) or None -> the model's outputs.
