@@ -175,6 +175,9 @@ def train(
     if compile:
         shapes = padded_shapes(data.image_size, DEFAULT_SHAPES)
         worst_hw, compiled = shapes[0], CompiledForward(detector, shapes)
+        if is_first_process():
+            listed = ", ".join(f"{h} x {w}" for h, w in shapes)
+            logger.info("compile: batches are padded to %d shapes: %s", len(shapes), listed)
     total_steps = datamodule.steps_per_epoch * epochs
     module = DetectionModule(
         detector,

@@ -5,8 +5,12 @@ Dynamo traces as it does in training; what it hands the graph to is a back end t
 
 import copy
 import logging
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from ddetr.checkpoint import load_checkpoint
 from ddetr.engine import compile as engine_compile
 from ddetr.engine.compile import CompiledForward, check_compiler
+from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.engine.train import train
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
@@ -166,3 +173,83 @@ def test_a_machine_without_a_compiler_is_refused_first(monkeypatch: pytest.Monke
     monkeypatch.setattr("shutil.which", lambda *_: None)
     with pytest.raises(InputError, match="compiler, and none was found"):
         check_compiler("cpu")
+
+
+def settings(shapes: Path, tiny_model: dict[str, Any], weights: Path) -> dict[str, Any]:
+    return {
+        "data": DataConfig(str(shapes), augmentation="none", image_size=64, num_workers=0),
+        "model": tiny_model | {"dropout": 0.0},
+        "optim": OptimConfig(lr=0.1, sgd=True),
+        "weights": str(weights),
+        "compile": True,
+        "epochs": 1,
+        "batch_size": 4,
+        "log_every": 1,
+        "num_pictures": 0,
+    }
+
+
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")
+def test_a_run_compiles_and_says_so(
+    shapes: Path,
+    tiny_run: Any,
+    tiny_model: dict[str, Any],
+    tmp_path: Path,
+    graphs: list[torch.fx.GraphModule],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its validation, whose shapes are any, compiles nothing; its checkpoint is that of any run."""
+    caplog.set_level("INFO", logger="ddetr")
+    run = train(**settings(shapes, tiny_model, tiny_run.path / "last.pth"), output=str(tmp_path / "run"))
+    assert len(graphs) == 1
+    assert [message for message in caplog.messages if message.startswith("compil")] == [
+        "compile: batches are padded to 3 shapes: 128 x 128, 64 x 128, 128 x 64",
+        "compiling for batches of 2 x 64 x 128: this step takes a minute or more",
+    ]
+    checkpoint = load_checkpoint(run.path / "last.pth").model
+    assert checkpoint.keys() == load_checkpoint(tiny_run.path / "last.pth").model.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")
+def test_two_compiled_processes_are_one(
+    shapes: Path, tiny_run: Any, tiny_model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under DDP, with checkpointed layers, through the compiler's autograd."""
+    monkeypatch.setattr(engine_compile, "BACKEND", "aot_eager")
+    common = settings(shapes, tiny_model, tiny_run.path / "last.pth") | {"activation_checkpointing": True}
+    alone = train(**common, device_batch_size=1, output=str(tmp_path / "alone"))
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\nfrom ddetr.engine import compile\ncompile.BACKEND = 'aot_eager'\n"
+        "from ddetr.cli import main\nsys.exit(main())\n"
+    )
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "train"]
+    options = ["--config", str(alone.path / "config.yaml"), "--output", str(tmp_path / "both"), "--num_pictures", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *command, *options], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "compiling for batches of 1 x 64 x 128" in done.stderr
+    one, both = (load_checkpoint(tmp_path / name / "last.pth").model for name in ("alone", "both"))
+    start = load_checkpoint(tiny_run.path / "last.pth").model
+    assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-3
+    for name in one:
+        assert torch.allclose(one[name], both[name], rtol=0, atol=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_real_compiler_gives_the_eager_losses_and_gradients(
+    small: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_compile, "BACKEND", "inductor")
+    check_compiler("cpu")
+    model = make(small | {"dropout": 0.0, "with_box_refine": True})
+    model.transformer.set_activation_checkpointing(True)
+    criterion = build_criterion(model)
+    expected, expected_gradients = losses_and_gradients(model, model, criterion, *batch(SHAPES[0]))
+    losses, gradients = losses_and_gradients(CompiledForward(model, SHAPES), model, criterion, *batch(SHAPES[0]))
+    assert losses == pytest.approx(expected, rel=1e-4)
+    whole = sum(gradient.square().sum() for gradient in expected_gradients.values()).sqrt()
+    for name, gradient in gradients.items():
+        assert (gradient - expected_gradients[name]).norm() <= 1e-5 * whole, name
