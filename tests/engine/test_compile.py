@@ -207,7 +207,7 @@ def test_a_run_compiles_and_says_so(
         "compiling for batches of 2 x 64 x 128: this step takes a minute or more",
     ]
     checkpoint = load_checkpoint(run.path / "last.pth").model
-    assert checkpoint.keys() == load_checkpoint(tiny_run.path / "last.pth").model.keys()
+    assert checkpoint.keys() <= load_checkpoint(tiny_run.path / "last.pth").model.keys()
 
 
 @pytest.mark.slow
