@@ -208,7 +208,6 @@ def bench_train_command(parser: Parser) -> Callable[[Any], None]:
     parser.add_class_arguments(DeformableDETR, "model", skip={"num_classes"}, instantiate=False)
     parser.add_group_of_options("data", "loss", "optim", "model")
     parser.set_defaults({f"model.{name}": value for name, value in DEFAULT_MODEL.items()} | {"data.path": ""})
-    parser.required_args.discard("data.path")  # random images need none
 
     def run(settings: Any) -> None:
         arguments = dict(vars(settings))

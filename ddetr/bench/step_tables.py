@@ -1,6 +1,6 @@
 """The figures of `ddetr bench train` for people: tables of the terminal, and a markdown file for benchmarks/results/."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -22,26 +22,31 @@ def header(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def of_engine(report: Mapping[str, Any]) -> str:
+    """The engine's step, in a line."""
+    return f"a step of the engine, data included: {_summary(report['engine'])}"
+
+
 def split(report: Mapping[str, Any]) -> Table:
-    """Where the time of the engine's step goes."""
+    """Where the time of that step goes."""
     engine = report["engine"]
-    table = _table(f"a step of the engine: {_summary(engine)}", "", "ms", "share")
+    table = _table("", "ms", "share")
     for name, milliseconds in engine["ms"].items():
         table.add_row(name, f"{milliseconds:.1f}", f"{100 * engine['share'][name]:.1f} %")
     return table
 
 
 def sides(report: Mapping[str, Any]) -> Table:
-    """The same step by others."""
-    table = _table("the same step, batches in memory", "", "ms a step", "images/s", "times ours", "peak memory")
+    """The same step by others, on batches that are in memory."""
+    table = _table("", "ms a step", "images/s", "times ours", "peak memory")
     for row in report["sides"]:
         table.add_row(*_cells(row))
     return table
 
 
-def left_out(report: Mapping[str, Any]) -> Iterator[str]:
+def left_out(report: Mapping[str, Any]) -> list[str]:
     """A line for each side that could not run."""
-    return (f"left out: {row['side']}: {row['reason']}" for row in report["left_out"])
+    return [f"left out: {row['side']}: {row['reason']}" for row in report["left_out"]]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -55,7 +60,9 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"- Machine: {machine}.",
         f"- Command: `{report['command']}`: medians of {report['steps']} steps after {report['warmup']}.",
         f"- {settings}.",
-        f"- The engine's step, data included: {_summary(engine)}.",
+        f"- A{of_engine(report)[1:]}. The CPU's memory is the whole process's."
+        if device == "CPU"
+        else f"- A{of_engine(report)[1:]}.",
         *(f"- {name} {value} is left out." for name, value in report["not_measured"].items()),
         "",
         "| part of a step | ms | share |",
@@ -82,8 +89,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [row["side"], f"{row['step_ms']:.0f}", f"{row['images_per_s']:.2f}", ratio, peak]
 
 
-def _table(title: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in headings:
         table.add_column(heading, justify="left" if not heading else "right")
     return table

@@ -190,13 +190,15 @@ def bench_train(
     console.show("\n".join(step_tables.header(report)))
     with console.waiting("the engine's steps"):
         report["engine"], batches = engine(plan, steps, warmup, keep=compared_batches)
+    console.show("\n" + step_tables.of_engine(report))
     console.show(step_tables.split(report))
     plan.batches = plan.batches or batches
     report["sides"], report["left_out"] = compare(plan, chosen, steps, warmup) if chosen != [OURS] else ([], [])
     if report["sides"]:
-        console.show("")
+        console.show(f"\nthe same step on {compared_batches} batches that are in memory")
         console.show(step_tables.sides(report))
-    console.show("\n".join(step_tables.left_out(report)))
+    for line in step_tables.left_out(report):
+        console.show(line)
     if folder:
         record.save_json(folder / "train.json", report)
         write_text(folder / "train.md", step_tables.markdown(report))
