@@ -213,8 +213,6 @@ def bench_train_command(parser: Parser) -> Callable[[Any], None]:
         arguments = dict(vars(settings))
         arguments.pop("config")
         arguments["model"] = dict(vars(arguments["model"]))
-        if not arguments["data"].path and not arguments["synthetic"]:
-            raise InputError("ddetr bench train needs --data PATH or --synthetic HEIGHTxWIDTH")
         bench_train(**arguments, command=shlex.join(["ddetr", *sys.argv[1:]]))
 
     return run

@@ -6,7 +6,7 @@ sides.py    the implementations, ours and others', and why one is not there
 growth.py   how the cost grows with queries, points, levels and image size
 tables.py   its figures for people
 train.py    `ddetr bench train`: the engine's training step, and the same step by others
-split.py    where the time of that step goes; peak.py its memory, step_tables.py its figures for people
+peak.py     the memory of that step; step_tables.py its figures for people
 official.py that step as the official recipe has it; huggingface.py as transformers has it
 timing.py   interleaved medians: CPU time of the thread, wall time, CUDA events
 record.py   machine, commit and command beside every figure, and the files

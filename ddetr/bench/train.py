@@ -5,14 +5,11 @@ import logging
 import re
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning.pytorch as pl
 import torch
 
 from ddetr import console
@@ -21,9 +18,7 @@ from ddetr.bench import record, step_tables
 from ddetr.bench.official import official_step
 from ddetr.bench.peak import Peak
 from ddetr.bench.sides import reason_of
-from ddetr.bench.split import REGIONS, Split
 from ddetr.datasets import Annotations, Category, padded_shapes
-from ddetr.engine.callbacks import MemoryFormat
 from ddetr.engine.compile import DEFAULT_SHAPES, CompiledForward, check_compiler
 from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.data import DetectionData, MicroBatch
@@ -31,12 +26,12 @@ from ddetr.engine.memory import use_expandable_segments
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups
 from ddetr.engine.splits import load_split
+from ddetr.engine.step_split import REGIONS, Split, run_steps
 from ddetr.engine.train import DEFAULT_MODEL, PRECISIONS, train
 from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
-from ddetr.optimize import onednn_matmuls
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +74,7 @@ class Plan:
         return self.model.get("freeze_backbone") == "stem"
 
     @property
-    def categories(self) -> list[Category]:
+    def categories(self) -> tuple[Category, ...]:
         return self.train_set.categories
 
     def detector(self) -> DeformableDETR:
@@ -230,24 +225,18 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
     )
     peak = Peak(plan.device)
     split = Split(warmup, peak.start, keep)
-    with warnings.catch_warnings(), _quiet(), onednn_matmuls():
-        warnings.simplefilter("ignore")
-        trainer = pl.Trainer(
-            accelerator=plan.device.type,
-            devices=1,
-            precision=PRECISIONS[plan.precision],
-            max_steps=steps + warmup,
-            max_epochs=-1,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            callbacks=[MemoryFormat(), split],
-        )
-        trainer.fit(module, datamodule=_Timed(plan, split, steps + warmup))
+
+    def make_loader(trainer: Any) -> Any:
+        """The engine's own, or batches that are there."""
+        if plan.batches is not None:
+            return [plan.batches[index % len(plan.batches)] for index in range(steps + warmup)]
+        sizes = {"batch_size": plan.batch_size, "device_batch_size": plan.device_batch_size}
+        data = DetectionData(plan.train_set, plan.train_set, plan.data, **sizes, seed=0)
+        data.trainer = trainer
+        return data.train_dataloader()
+
+    precision = PRECISIONS[plan.precision]
+    run_steps(module, make_loader, split, steps=steps + warmup, precision=precision, device=plan.device.type)
     rows = split.rows()
     total = [sum(row.values()) for row in rows]
     found = {
@@ -262,29 +251,6 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
     return found, split.kept
 
 
-class _Timed(pl.LightningDataModule):
-    """The engine's loader, or batches that are there, with a stop watch on the waits."""
-
-    def __init__(self, plan: Plan, split: Split, count: int):
-        super().__init__()
-        self.plan, self.split, self.count = plan, split, count
-
-    def train_dataloader(self) -> Any:
-        if self.plan.batches is not None:
-            batches = self.plan.batches
-            return self.split.loader([batches[index % len(batches)] for index in range(self.count)])
-        data = DetectionData(
-            self.plan.train_set,
-            self.plan.train_set,
-            self.plan.data,
-            batch_size=self.plan.batch_size,
-            device_batch_size=self.plan.device_batch_size,
-            seed=0,
-        )
-        data.trainer = self.trainer
-        return self.split.loader(data.train_dataloader())
-
-
 def compare(plan: Plan, chosen: list[str], steps: int, warmup: int) -> tuple[list[dict], list[dict]]:
     """Rows of the sides on the same batches, which are there before the clock starts; and who is left out, and why."""
     rows, left_out = [], []
@@ -293,7 +259,7 @@ def compare(plan: Plan, chosen: list[str], steps: int, warmup: int) -> tuple[lis
             with console.waiting(f"{name}'s steps"):
                 if name == OURS:
                     found, _ = engine(plan, steps, warmup)
-                    row = {"step_ms": found["step_ms"], "peak_bytes": found["peak_bytes"]}
+                    row = {name: found[name] for name in ("step_ms", "steps_ms", "peak_bytes", "last_loss")}
                 else:
                     row = _loop(_SIDES[name](plan), plan, steps, warmup)
         except Exception as error:  # others' packages fail in every way there is
@@ -345,12 +311,12 @@ _SIDES: dict[str, Callable[[Plan], Callable[[list[MicroBatch]], float]]] = {
 def _data(data: DataConfig | None, synthetic: str | None) -> tuple[DataConfig, Annotations]:
     """What the batches are made from; for random images a data set of COCO's classes without any image."""
     if synthetic is None:
-        if data is None:
+        if data is None or not data.path:
             raise InputError("bench train needs --data PATH, or --synthetic HEIGHTxWIDTH")
         with console.waiting(f"reading {data.path}"):
             return data, load_split(data, "train")
-    categories = [Category(number + 1, f"class {number}") for number in range(80)]
-    return data or DataConfig("synthetic"), Annotations("synthetic", [], categories)
+    categories = tuple(Category(number + 1, f"class {number}") for number in range(80))
+    return data or DataConfig("synthetic"), Annotations("synthetic", "coco", categories, [])
 
 
 def _random_batch(plan: Plan, size_hw: tuple[int, int], seed: int) -> list[MicroBatch]:
@@ -396,17 +362,3 @@ def _device(name: str) -> torch.device:
         raise InputError("--device cuda: PyTorch sees no CUDA device here; --device cpu measures on the processor")
     use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
     return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's tips and greetings."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")]
-    levels = [one.level for one in loggers]
-    try:
-        for one in loggers:
-            one.setLevel(logging.ERROR)
-        yield
-    finally:
-        for one, level in zip(loggers, levels):
-            one.setLevel(level)

@@ -4,7 +4,9 @@ On a GPU the marks are CUDA events, which cost no waiting: what a region gets is
 gaps included in which the device waits for Python.
 """
 
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +15,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from ddetr.engine.callbacks import MemoryFormat
 from ddetr.engine.module import DetectionModule
+from ddetr.optimize import onednn_matmuls
 
 DATA_WAIT, TO_DEVICE, FORWARD, MATCHING = "data wait", "host to device", "forward", "matching"
 LOSSES, BACKWARD, OPTIMIZER, REST = "losses", "backward", "optimiser", "the rest"
@@ -138,3 +142,65 @@ class _TimedLoader:
             if len(self.split.kept) < self.split.keep:
                 self.split.kept.append(batch)
             yield batch
+
+
+class _Batches(pl.LightningDataModule):
+    def __init__(self, make_loader: Callable[[pl.Trainer], Any], split: Split):
+        super().__init__()
+        self.make_loader, self.split = make_loader, split
+
+    def train_dataloader(self) -> Any:
+        return self.split.loader(self.make_loader(self.trainer))
+
+
+def run_steps(
+    module: DetectionModule,
+    make_loader: Callable[[pl.Trainer], Any],
+    split: Split,
+    *,
+    steps: int,
+    precision: str,
+    device: str,
+) -> None:
+    """Train for so many steps under a stop watch, on one device.
+
+    Args:
+        module: what is trained.
+        make_loader: trainer -> batches as a training loader gives them.
+        split: the watch, which has the times afterwards.
+        steps: with those of the warm-up.
+        precision: Lightning's name.
+        device: "cpu" or "cuda".
+    """
+    with warnings.catch_warnings(), _quiet(), onednn_matmuls():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            accelerator=device,
+            devices=1,
+            precision=precision,
+            max_steps=steps,
+            max_epochs=-1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[MemoryFormat(), split],
+        )
+        trainer.fit(module, datamodule=_Batches(make_loader, split))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's tips and greetings."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero")]
+    levels = [one.level for one in loggers]
+    try:
+        for one in loggers:
+            one.setLevel(logging.ERROR)
+        yield
+    finally:
+        for one, level in zip(loggers, levels):
+            one.setLevel(level)
