@@ -195,7 +195,7 @@ def bench_op_command(parser: Parser) -> Callable[[Any], None]:
 
 
 def bench_train_command(parser: Parser) -> Callable[[Any], None]:
-    """Time training steps: where they spend their time, and the same steps by others."""
+    """Time training steps, part by part, and the same steps by others."""
     from ddetr.bench.train import bench_train
     from ddetr.engine.train import DEFAULT_MODEL, train
     from ddetr.models.deformable_detr import DeformableDETR

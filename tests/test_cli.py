@@ -108,12 +108,15 @@ def test_help_tells_defaults_and_choices(ddetr: Callable[..., Outcome], capsys: 
     [
         (
             ["tran"],
-            "no command 'tran' (did you mean train?): expected one of demo, train, eval, predict, data audit, bench op",
+            "no command 'tran' (did you mean train?): expected one of demo, train, eval, predict, data audit, bench op, bench train",
         ),
         (["data"], "ddetr data: expected a command, one of: audit"),
-        (["bench"], "ddetr bench: expected a command, one of: op"),
-        (["bench", "operator"], "ddetr bench: expected a command, one of: op"),
-        (["--epochs"], "no command '--epochs': expected one of demo, train, eval, predict, data audit, bench op"),
+        (["bench"], "ddetr bench: expected a command, one of: op, train"),
+        (["bench", "operator"], "ddetr bench: expected a command, one of: op, train"),
+        (
+            ["--epochs"],
+            "no command '--epochs': expected one of demo, train, eval, predict, data audit, bench op, bench train",
+        ),
     ],
 )
 def test_unknown_commands(refused: Callable[..., str], arguments: list[str], message: str) -> None:

@@ -173,7 +173,7 @@ def train(
     detector.transformer.set_activation_checkpointing(activation_checkpointing)
     worst_hw, compiled = worst_padded_hw(data.image_size), None
     if compile:
-        shapes = padded_shapes(data.image_size, DEFAULT_SHAPES)
+        shapes = padded_shapes(data.image_size, getattr(data, "padded_shapes", None) or DEFAULT_SHAPES)
         worst_hw, compiled = shapes[0], CompiledForward(detector, shapes)
         if is_first_process():
             listed = ", ".join(f"{h} x {w}" for h, w in shapes)
