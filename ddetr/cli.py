@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 the input is wrong (one sentence says what); 1 the program
 """
 
 import difflib
+import inspect
 import json
 import os
 import shlex
@@ -266,6 +267,30 @@ def bench_data_command(parser: Parser) -> Callable[[Any], None]:
     return run
 
 
+def bench_train_command(parser: Parser) -> Callable[[Any], None]:
+    """Time training steps, part by part, and the same steps by others."""
+    from ddetr.bench.train import bench_train
+    from ddetr.engine.train import DEFAULT_MODEL, train
+    from ddetr.models.deformable_detr import DeformableDETR
+
+    parser.usage = "ddetr bench train (--data PATH | --synthetic HEIGHTxWIDTH) [options of bench train and of train]"
+    parser.add_argument("--config", action="config", help="YAML file of a training run; later options win")
+    own = ["steps", "warmup", "sides", "compared_batches", "synthetic", "output"]
+    parser.add_function_arguments(bench_train, skip=set(inspect.signature(bench_train).parameters) - set(own))
+    parser.add_function_arguments(train, skip={"model", "output"}, sub_configs=False)
+    parser.add_class_arguments(DeformableDETR, "model", skip={"num_classes"}, instantiate=False)
+    parser.add_group_of_options("data", "loss", "optim", "model")
+    parser.set_defaults({f"model.{name}": value for name, value in DEFAULT_MODEL.items()} | {"data.path": ""})
+
+    def run(settings: Any) -> None:
+        arguments = dict(vars(settings))
+        arguments.pop("config")
+        arguments["model"] = dict(vars(arguments["model"]))
+        bench_train(**arguments, command=shlex.join(["ddetr", *sys.argv[1:]]))
+
+    return run
+
+
 COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
     "demo": demo_command,
     "train": train_command,
@@ -277,6 +302,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
     "data audit": audit_command,
     "bench op": bench_op_command,
     "bench data": bench_data_command,
+    "bench train": bench_train_command,
 }
 
 

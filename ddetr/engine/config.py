@@ -1,9 +1,15 @@
 """Settings of a run that are not the model's: read by the command line, written into the run folder."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
 
 from ddetr.errors import InputError
+
+BatchSize = int | Literal["auto"]
+PAPER_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -98,3 +104,24 @@ class OptimConfig:
             raise InputError(f"ema_decay must lie between 0 and 1, for instance 0.9998, got {self.ema_decay}")
         if self.lr_drop < 1:
             raise InputError(f"lr_drop must be at least 1 epoch, got {self.lr_drop}")
+
+
+def resolve_batch_sizes(
+    batch_size: BatchSize, device_batch_size: BatchSize, resumed: Path | None
+) -> tuple[int, BatchSize]:
+    """The sizes of a run: the paper's batch where it is "auto", whose micro-batches then are too.
+
+    resumed: settings of the run that is continued, which hold the sizes that "auto" once was.
+
+    Raises:
+        InputError: a number below 1.
+    """
+    before: dict[str, Any] = yaml.safe_load(resumed.read_text()) if resumed is not None and resumed.is_file() else {}
+    if batch_size == "auto":
+        batch_size, device_batch_size = before.get("batch_size", PAPER_BATCH_SIZE), "auto"
+    if device_batch_size == "auto":
+        device_batch_size = before.get("device_batch_size", "auto")
+    for name, value in (("batch_size", batch_size), ("device_batch_size", device_batch_size)):
+        if value != "auto" and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    return batch_size, device_batch_size

@@ -138,7 +138,6 @@ class DetectionData(pl.LightningDataModule):
         self.batch_size, self.device_batch_size, self.seed = batch_size, device_batch_size, seed
         self.shapes = () if data.padded_shapes is None else padded_shapes(data.image_size, data.padded_shapes)
         self.buckets, self.num_workers = data.buckets, data.num_workers
-        self._collate = partial(collate_micro, size=device_batch_size, shapes=self.shapes)
         if len(self.train_set) < batch_size:
             raise InputError(
                 f"{train.name} has {len(self.train_set)} images, fewer than one batch of {batch_size}: "
@@ -167,7 +166,7 @@ class DetectionData(pl.LightningDataModule):
         return Loader(
             self.train_set,
             batch_sampler=BatchSampler(order, self.batch_size // trainer.world_size, drop_last=True),
-            collate_fn=PackingCollate(self._collate, self._found),
+            collate_fn=PackingCollate(self._collate(), self._found),
             report=self._report,
             **self._loader_options(),
         )
@@ -188,11 +187,14 @@ class DetectionData(pl.LightningDataModule):
             self.val_set,
             sampler=share,
             batch_size=self.device_batch_size,
-            collate_fn=PackingCollate(self._collate, Unreadable()),
+            collate_fn=PackingCollate(self._collate(), Unreadable()),
             report=self._report,
             single=True,
             **self._loader_options(),
         )
+
+    def _collate(self) -> Callable[..., list[MicroBatch]]:
+        return partial(collate_micro, size=self.device_batch_size, shapes=self.shapes)
 
     def size_of(self, index: int, seed: int) -> tuple[int, int]:
         """(h, w) that the recipe will give an image; nothing is loaded."""

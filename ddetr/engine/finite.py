@@ -5,7 +5,7 @@ its batch norms, which the caller keeps (`NormStatistics`), and no `.grad` is to
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -21,7 +21,7 @@ MicroBatch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]  # as in ddet
 
 
 def micro_losses(
-    model: nn.Module, criterion: SetCriterion, micro_batch: MicroBatch, num_boxes: float
+    model: Callable[..., dict[str, Any]], criterion: SetCriterion, micro_batch: MicroBatch, num_boxes: float
 ) -> dict[str, Tensor]:
     """The losses of one micro-batch of a training step: what is trained on, recorded, replayed and checked is this."""
     images, mask, targets = micro_batch

@@ -14,9 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ddetr.datasets import normalize_images, sample_seed
+from ddetr.engine.compile import CompiledForward
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.data import MicroBatch
 from ddetr.engine.finite import micro_losses
+from ddetr.engine.memory import explained_out_of_memory
 from ddetr.engine.optimizer import build_optimizer, lr_factor, parameter_groups
 from ddetr.engine.processes import gathered, summed
 from ddetr.engine.recorder import StepGuard
@@ -45,11 +47,14 @@ class DetectionModule(pl.LightningModule):
         steps_per_epoch: int,
         total_steps: int,
         seed: int,
+        compiled: CompiledForward | None = None,
         guard: StepGuard | None = None,
     ):
-        """guard: what is done about steps that are not finite; by default ten are skipped and none is recorded."""
+        """compiled: the model's forward pass in training, where it is a compiled one; guard: what is done about steps that
+        are not finite, by default ten are skipped and none is recorded."""
         super().__init__()
         self.automatic_optimization = False
+        self.compiled = compiled
         self.model, self.criterion, self.optim, self.evaluator = model, criterion, optim, evaluator
         # Convolutions run channels-last: faster wherever there are matrix units, and on CPUs. Here, since
         # DistributedDataParallel mixes up the first gradients where it is done after the model was wrapped.
@@ -87,8 +92,9 @@ class DetectionModule(pl.LightningModule):
             optimizer.zero_grad()
             for index, micro_batch in enumerate(batch):
                 is_last = index == len(batch) - 1
-                with nullcontext() if is_last else self._without_gradient_exchange():
-                    losses = micro_losses(self.model, self.criterion, micro_batch, num_boxes)
+                exchange = nullcontext() if is_last else self._without_gradient_exchange()
+                with exchange, explained_out_of_memory(micro_batch[0], micro_batch[2]):
+                    losses = micro_losses(self.run_model, self.criterion, micro_batch, num_boxes)
                     total = self.criterion.total(losses)
                     self.manual_backward(total)
                 for name, value in {"loss": total, **losses}.items():
@@ -103,6 +109,10 @@ class DetectionModule(pl.LightningModule):
         self.lr_schedulers().step()
         return logged | {"grad_norm": self._grad_norm} | rates
 
+    def run_model(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
+        """Normalised images (N, 3, H, W) and their mask -> the model's outputs, in training."""
+        return (self.compiled or self.model)(images, mask)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient of the whole model, after any scaler has restored its size."""
         self._grad_norm = clip_grad_norm_(self.model.parameters(), self.optim.clip_max_norm or math.inf)
@@ -113,7 +123,8 @@ class DetectionModule(pl.LightningModule):
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         images, mask, targets = batch
-        outputs = self.model(normalize_images(images, mask), mask)
+        with explained_out_of_memory(images, targets):
+            outputs = self.model(normalize_images(images, mask), mask)
         sizes_hw = torch.stack([target["orig_size"] for target in targets])
         self.evaluator.update([int(target["image_id"]) for target in targets], self.postprocess(outputs, sizes_hw))
 

@@ -41,7 +41,9 @@ RESUME_FILE, PREVIOUS_FILE = "last.ckpt", "previous.ckpt"
 CONFIG_FILE = "config.yaml"
 _CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
 # Settings that decide nothing about the outcome but when it is reached, and who hears of it.
-_FREE_TO_CHANGE = {"data.num_workers", "data.on_bad_image", "max_bad_steps", "patience", "min_delta", "loggers"}
+_FREE_TO_CHANGE = {
+    "data.num_workers", "data.on_bad_image", "activation_checkpointing", "max_bad_steps", "patience", "min_delta", "loggers"
+}  # fmt: skip
 
 
 def is_first_process() -> bool:

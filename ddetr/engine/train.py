@@ -5,9 +5,8 @@ import json
 import logging
 import math
 import os
-import signal
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,19 +14,16 @@ import torch
 
 from ddetr import console
 from ddetr.atomic import make_folder
-from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.engine.config import PAPER_BATCH_SIZE, BatchSize, DataConfig, OptimConfig, resolve_batch_sizes
 from ddetr.engine.exactness import exactness
 from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.optimizer import describe_groups, parameter_groups
-from ddetr.engine.run import RESUME_FILE, RunFolder, is_first_process
+from ddetr.engine.run import CONFIG_FILE, RESUME_FILE, RunFolder, is_first_process
 from ddetr.errors import InputError
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 
 if TYPE_CHECKING:
-    import lightning.pytorch as pl
-
-    from ddetr.datasets import Annotations
     from ddetr.engine.data import DetectionData
     from ddetr.engine.module import DetectionModule
     from ddetr.evaluation import Metrics
@@ -59,8 +55,8 @@ def train(
     optim: OptimConfig = OptimConfig(),
     *,
     epochs: int = 50,
-    batch_size: int = 32,
-    device_batch_size: int = 2,
+    batch_size: BatchSize = PAPER_BATCH_SIZE,
+    device_batch_size: BatchSize = 2,
     val_every: int = 1,
     patience: int | None = None,
     min_delta: float = 0.0,
@@ -69,6 +65,8 @@ def train(
     resume: str | None = None,
     seed: int = 42,
     precision: Literal["32", "bf16", "fp16"] = "32",
+    activation_checkpointing: bool = False,
+    compile: bool = False,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     devices: int | None = None,
     checkpoint_every: int | None = None,
@@ -90,8 +88,10 @@ def train(
         loss: weights of losses and matching costs.
         optim: optimiser and schedule.
         epochs: passes over the training images.
-        batch_size: images an optimisation step, over all devices; the paper's is 32.
-        device_batch_size: images that a device takes at a time; a step takes as many turns as it needs.
+        batch_size: images an optimisation step, over all devices; the paper's is 32, which "auto" is too, with
+            device_batch_size auto.
+        device_batch_size: images that a device takes at a time; a step takes as many turns as it needs. "auto" tries out
+            how many fit into its memory, with the largest images that there can be.
         val_every: epochs between validations; the last epoch always has one.
         patience: validations without a better AP after which the run ends; by default it runs to its last epoch.
         min_delta: by how much an AP (0 to 1) must exceed the best one to be better.
@@ -101,6 +101,9 @@ def train(
         seed: decides initial weights, order and augmentation.
         precision: "32", or "bf16" or "fp16" mixed with 32: sampling locations, position encoding, matching and losses are
             float32 in all of them.
+        activation_checkpointing: compute the layers of encoder and decoder twice instead of keeping what they computed:
+            less memory, more time, the same gradients.
+        compile: torch.compile the model, for a few padded shapes; the first steps of each take minutes.
         device: "auto" takes CUDA where it is available.
         devices: processes; by default all GPUs, or one on the CPU; under torchrun its number.
         checkpoint_every: steps between saves of last.ckpt, which --resume continues from; by default every ten minutes. An
@@ -125,14 +128,19 @@ def train(
     from lightning.pytorch.plugins import MixedPrecision
 
     from ddetr.checkpoint import Checkpoint, save_checkpoint
-    from ddetr.datasets import audit
+    from ddetr.datasets import audit, padded_shapes, worst_padded_hw
     from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
+    from ddetr.engine.batch_size import MemoryPlan
     from ddetr.engine.callbacks import Publish, Watch
+    from ddetr.engine.compile import DEFAULT_SHAPES, CompiledForward, check_compiler
     from ddetr.engine.data import DetectionData
     from ddetr.engine.data_wait import DataWait
+    from ddetr.engine.detector import build_detector, starts_from_weights
     from ddetr.engine.early_stopping import EarlyStopping
     from ddetr.engine.ema import WeightAverage
+    from ddetr.engine.fit import fit, quiet_lightning
     from ddetr.engine.loggers import Loggers, chosen_loggers
+    from ddetr.engine.memory import use_expandable_segments
     from ddetr.engine.module import DetectionModule
     from ddetr.engine.recorder import StepGuard
     from ddetr.engine.reporting import Report, finish, last_word
@@ -141,6 +149,8 @@ def train(
     from ddetr.evaluation import CocoEvaluator, Metrics
     from ddetr.optimize import onednn_matmuls
 
+    if compile and data.padded_shapes is None:
+        data = replace(data, padded_shapes=DEFAULT_SHAPES)
     config = {
         "data": asdict(data),
         "model": _complete(model or {}),
@@ -157,11 +167,13 @@ def train(
         "precision": precision,
         "deterministic": deterministic,
         "tf32": tf32,
+        "activation_checkpointing": activation_checkpointing,
+        "compile": compile,
         "max_detections": max_detections,
         "max_bad_steps": max_bad_steps,
         "loggers": loggers,
     }
-    for name in ("epochs", "batch_size", "device_batch_size", "val_every", "log_every", "checkpoint_every"):
+    for name in ("epochs", "val_every", "log_every", "checkpoint_every"):
         if (value := locals()[name]) is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     if max_bad_steps < 0:
@@ -174,7 +186,15 @@ def train(
         raise InputError(f"seed must lie in 0 to 2^32 - 1, got {seed}")
     logger_names = chosen_loggers(loggers)
     where = _where(device, devices, precision)
+    if compile:
+        check_compiler(where["accelerator"])
+    if where["accelerator"] == "cuda":
+        use_expandable_segments()
     run, resume_file = RunFolder.choose(output, resume, Path(data.path).resolve().name)
+    batch_size, device_batch_size = resolve_batch_sizes(
+        batch_size, device_batch_size, None if resume_file is None else run.path / CONFIG_FILE
+    )
+    config |= {"batch_size": batch_size, "device_batch_size": device_batch_size}
     if resume_file is not None:
         run.check_unchanged(config)
     with console.waiting(f"reading {data.path}"):
@@ -193,12 +213,26 @@ def train(
         more = f", and {others} more findings in the table above" if others else ""
         raise InputError(f"the audit refused the data set: {first.where}: {first.message}{more}")
 
+    is_settled = device_batch_size != "auto"  # otherwise it is at the start of the fit
     datamodule = DetectionData(
-        train_set, val_set, data, batch_size=batch_size, device_batch_size=device_batch_size, seed=seed
+        train_set,
+        val_set,
+        data,
+        batch_size=batch_size,
+        device_batch_size=device_batch_size if is_settled else 1,
+        seed=seed,
     )
     pl.seed_everything(seed, verbose=False)
-    detector = _build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
+    detector = build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
     freeze_parameters(detector, optim.freeze)
+    detector.transformer.set_activation_checkpointing(activation_checkpointing)
+    worst_hw, compiled = worst_padded_hw(data.image_size), None
+    if data.padded_shapes is not None:
+        shapes = padded_shapes(data.image_size, data.padded_shapes)
+        worst_hw, compiled = shapes[0], CompiledForward(detector, shapes) if compile else None
+        if is_first_process():
+            listed = ", ".join(f"{h} x {w}" for h, w in shapes)
+            logger.info("batches are padded to %d shapes: %s", len(shapes), listed)
     total_steps = datamodule.steps_per_epoch * epochs
     guard = StepGuard(
         run.path,
@@ -212,10 +246,11 @@ def train(
         build_criterion(detector, loss),
         optim,
         CocoEvaluator(val_set, max_detections),
-        backbone_pretrained=_starts_from_weights(config["model"], weights),
+        backbone_pretrained=starts_from_weights(config["model"], weights),
         steps_per_epoch=datamodule.steps_per_epoch,
         total_steps=total_steps,
         seed=seed,
+        compiled=compiled,
         guard=guard,
     )
     if (preflight or preflight_only) and resume_file is None and is_first_process():
@@ -255,8 +290,21 @@ def train(
 
     data_wait, following = DataWait(), Loggers(logger_names if is_first_process() else [], run, config)
     publisher = Publish(run, publish, following.send)
+
+    def settle(size: int) -> None:
+        if is_first_process():
+            run.write_yaml(CONFIG_FILE, config | {"device_batch_size": size})
+
+    memory_plan = MemoryPlan(
+        worst_hw,
+        num_objects=max((len(record.labels) for record in train_set.images), default=1),
+        precision=precision,
+        optimizer_states=1 if optim.sgd else 2,
+        copies=1 if optim.ema_decay else 0,
+        settle=None if is_settled else settle,
+    )
     with warnings.catch_warnings():
-        _quiet_lightning()
+        quiet_lightning()
         plugins: list[Any] = [StateFiles(run)]
         if precision == "fp16" and where["accelerator"] == "cpu":  # Lightning by itself takes bfloat16 there
             plugins.append(MixedPrecision("16-mixed", "cpu"))
@@ -273,6 +321,7 @@ def train(
             default_root_dir=str(run.path),
             callbacks=[
                 following,
+                memory_plan,
                 guard,
                 Watch(
                     run,
@@ -294,7 +343,7 @@ def train(
             **where,
         )
         with onednn_matmuls(), exactness(deterministic=deterministic, tf32=tf32), last_word(run):
-            _fit(trainer, module, datamodule, run, resume_file)
+            fit(trainer, module, datamodule, run, resume_file)
     if trainer.is_global_zero:
         finish(run, num_pictures)
         run.check_written()
@@ -326,42 +375,6 @@ def _preflight(
         raise InputError(found.refusal())
 
 
-def _fit(
-    trainer: "pl.Trainer",
-    module: "DetectionModule",
-    datamodule: "DetectionData",
-    run: RunFolder,
-    resume_file: Path | None,
-) -> None:
-    """Training; Ctrl+C stops it as it stops anything else in Python."""
-    from ddetr.engine.processes import died_process
-    from ddetr.engine.saving import Stopped
-    from ddetr.engine.workers import explained
-
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        with explained():  # the death of a loader is told wherever the training process is
-            trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file, weights_only=True)
-    except Stopped as stop:
-        logger.info(
-            "stopped by %s at step %d; the same command with --resume goes on",
-            signal.Signals(stop.signum).name,
-            trainer.global_step,
-        )
-        raise
-    except (RuntimeError, ConnectionError) as error:
-        if trainer.world_size > 1 and (died := died_process(trainer, error)):
-            raise ChildProcessError(died) from error
-        raise
-    except SystemExit:  # Lightning's answer to Ctrl+C, which it also switches off
-        if not trainer.interrupted:
-            raise
-        signal.signal(signal.SIGINT, handler)
-        if (run.path / RESUME_FILE).is_file():
-            logger.info("stopped; the same command with --resume goes on from the last saved state")
-        raise KeyboardInterrupt from None
-
-
 def _complete(model: dict[str, Any]) -> dict[str, Any]:
     """All arguments of the network but the number of classes, so that the run folder does not depend on defaults."""
     from ddetr.datasets.annotations import did_you_mean
@@ -373,30 +386,6 @@ def _complete(model: dict[str, Any]) -> dict[str, Any]:
             why = " It comes from the data." if name == "num_classes" else did_you_mean(name, defaults)
             raise InputError(f"model: {name!r} is no setting that can be made.{why}")
     return defaults | DEFAULT_MODEL | model
-
-
-def _starts_from_weights(model: dict[str, Any], weights: str | None) -> bool:
-    return bool(weights or model["pretrained_backbone"])
-
-
-def _build_detector(
-    model: dict[str, Any], train_set: "Annotations", weights: str | None, *, is_resumed: bool
-) -> DeformableDETR:
-    """The network, with its weights where they come from a file; a resumed run brings its own."""
-    from ddetr.checkpoint import load_weights
-
-    arguments = dict(model, num_classes=len(train_set.categories))
-    if weights is not None or is_resumed:
-        # Neither needs the download, but norms and stem are treated as what they are: trained.
-        if arguments["freeze_backbone"] is None and _starts_from_weights(model, weights):
-            arguments["freeze_backbone"] = "stem"
-        arguments["pretrained_backbone"] = False
-    detector = DeformableDETR(**arguments)
-    if weights is not None and not is_resumed:
-        loaded = load_weights(detector, weights, categories=train_set.categories)
-        if is_first_process():
-            console.show(loaded.render())
-    return detector
 
 
 def _where(device: str, devices: int | None, precision: str) -> dict[str, Any]:
@@ -418,21 +407,3 @@ def _where(device: str, devices: int | None, precision: str) -> dict[str, Any]:
         "num_nodes": num_nodes,
         "strategy": strategy,
     }
-
-
-def _quiet_lightning() -> None:
-    """What Lightning says that does not apply here: the folder, the workers and the logger are chosen by ddetr."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # It alone says which process has died where the others wait for it, before it ends them.
-    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
-    for message in (
-        "Checkpoint directory .* exists and is not empty",
-        "The '.*_dataloader' does not have many workers",
-        "You're resuming from a checkpoint that ended before the epoch ended",  # DetectionData knows the position
-        "Grad strides do not match bucket view strides",  # of 1 x 1 convolutions, whose channels-last strides are any
-        "Found .* in eval mode at the start of training",  # the batch norms that optim.freeze names
-        "Detected call of `lr_scheduler.step",  # of the first step, where fp16's scaler leaves it out
-        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of PyTorch
-    ):
-        warnings.filterwarnings("ignore", message)

@@ -8,10 +8,11 @@ as (w, h); `_unact` means before the sigmoid.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddetr.models.attention import MSDeformAttn
 from ddetr.models.heads import refine_boxes
@@ -57,18 +58,32 @@ class DeformableTransformerEncoderLayer(nn.Module):
         return self.norm2(src + self.dropout3(self.linear2(hidden)))
 
 
-class DeformableTransformerEncoder(nn.Module):
+class LayerStack(nn.Module):
+    """Layers one after the other, whose activations the backward pass can compute again instead of keeping them."""
+
     def __init__(self, layers: Sequence[nn.Module]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.activation_checkpointing = False
 
+    def run(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """layer(*inputs); with `activation_checkpointing`, in training, only `inputs` are kept for the backward pass.
+
+        Random states are kept too, so that dropout drops the same when the layer runs again.
+        """
+        if self.activation_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+
+class DeformableTransformerEncoder(LayerStack):
     def forward(
         self, src: Tensor, pos: Tensor, spatial_shapes: SpatialShapes, valid_ratios: Tensor, mask: Tensor | None
     ) -> Tensor:
         """src, pos (N, S, C) -> memory (N, S, C)."""
         reference_points = cell_centres(spatial_shapes, valid_ratios)[:, :, None] * valid_ratios[:, None]
         for layer in self.layers:
-            src = layer(src, pos, reference_points, spatial_shapes, mask)  # (N, S, C)
+            src = self.run(layer, src, pos, reference_points, spatial_shapes, mask)  # (N, S, C)
         return src
 
 
@@ -106,10 +121,9 @@ class DeformableTransformerDecoderLayer(nn.Module):
         return self.norm3(tgt + self.dropout4(self.linear2(hidden)))
 
 
-class DeformableTransformerDecoder(nn.Module):
+class DeformableTransformerDecoder(LayerStack):
     def __init__(self, layers: Sequence[nn.Module], with_box_refine: bool):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
+        super().__init__(layers)
         self.with_box_refine = with_box_refine
 
     def forward(
@@ -128,7 +142,7 @@ class DeformableTransformerDecoder(nn.Module):
         for layer, box_head in zip(self.layers, bbox_embed):
             ratios = valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)  # (N, L, 2 or 4)
             reference_points_in_levels = reference_points[:, :, None] * ratios[:, None]
-            tgt = layer(tgt, query_pos, reference_points_in_levels, memory, spatial_shapes, mask)  # (N, Q, C)
+            tgt = self.run(layer, tgt, query_pos, reference_points_in_levels, memory, spatial_shapes, mask)  # (N, Q, C)
             boxes = refine_boxes(box_head(tgt), reference_points)  # (N, Q, 4)
             states.append(tgt)
             boxes_per_layer.append(boxes)
@@ -174,6 +188,10 @@ class DeformableTransformer(nn.Module):
         else:
             self.reference_points = nn.Linear(d_model, 2)
         self._reset_parameters()
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Whether training computes the activations of encoder and decoder layers twice instead of keeping them."""
+        self.encoder.activation_checkpointing = self.decoder.activation_checkpointing = enabled
 
     def _reset_parameters(self) -> None:
         for parameter in self.parameters():

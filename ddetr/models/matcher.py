@@ -4,6 +4,7 @@ Deformable DETR).
 Shapes: N batch, Q predictions of a set, K classes, T the most objects an image of the batch, G sets.
 """
 
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddetr.boxes import box_cxcywh_to_xyxy, generalized_iou
+from ddetr.boxes import box_cxcywh_to_xyxy
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,26 @@ class PaddedTargets(NamedTuple):
             labels[index, :size] = target["labels"]
             boxes[index, :size] = target["boxes"]
         return cls(labels, boxes, sizes)
+
+    def is_compact(self) -> bool:
+        """Whether so little is padding that leaving it out would cost more than computing it."""
+        return len(self.sizes) * self.labels.shape[1] <= 1.25 * sum(self.sizes)
+
+    def starts(self) -> list[int]:
+        """Row of each image's first object: with padding where that `is_compact`, and without it elsewhere."""
+        if self.is_compact():
+            return (
+                list(range(0, self.labels.numel(), self.labels.shape[1]))
+                if self.labels.numel()
+                else [0] * len(self.sizes)
+            )
+        return list(itertools.accumulate(self.sizes, initial=0))[:-1]
+
+    def indices(self) -> tuple[Tensor, Tensor]:
+        """Image and place in it of every object, (M,) each."""
+        pairs = [(image, place) for image, size in enumerate(self.sizes) for place in range(size)]
+        images, places = torch.tensor(pairs, dtype=torch.long, device=self.labels.device).view(-1, 2).unbind(1)
+        return images, places
 
 
 class Matches(NamedTuple):
@@ -73,17 +94,21 @@ class HungarianMatcher:
         Returns:
             `Matches` of each set; every object is matched where there are as many predictions.
         """
-        costs = [self._cost(outputs, targets) for outputs, targets in sets]  # G x (N, T, Q)
-        device = device or costs[0].device
+        device = device or sets[0][0]["pred_logits"].device
+        groups = _groups(sets)
+        costs = [self._cost(*_stacked([sets[index] for index in group])) for group in groups]  # each (G*R, Q)
         flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
-        matches, start = [], 0
-        for cost, (_, targets) in zip(costs, sets):
-            host = flat[start : start + cost.numel()].reshape(cost.shape)
+        found: dict[int, np.ndarray] = {}  # (3, n) of each set
+        start = 0
+        for cost, group in zip(costs, groups):
+            host = flat[start : start + cost.numel()].reshape(len(group), -1, cost.shape[-1])  # (G, R, Q)
             start += cost.numel()
-            assigned, num_repaired = _assign(host, targets.sizes, device)
-            self.num_repaired += num_repaired
-            matches.append(assigned)
-        return matches
+            for index, rows in zip(group, host):
+                found[index], num_repaired = _assign(rows, sets[index][1])
+                self.num_repaired += num_repaired
+        pairs = [found[index] for index in range(len(sets))]
+        on_device = torch.from_numpy(np.concatenate(pairs, axis=1)).to(device)
+        return [Matches(*rows) for rows in on_device.split([rows.shape[1] for rows in pairs], dim=1)]
 
     def __call__(self, outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """The official interface: for each image (indices of predictions, indices of objects), int64 on the CPU."""
@@ -94,29 +119,94 @@ class HungarianMatcher:
         ]
 
     def _cost(self, outputs: dict[str, Any], targets: PaddedTargets) -> Tensor:
-        """(N, T, Q) in float32; the columns of padding objects mean nothing."""
-        logits = outputs["pred_logits"].float().transpose(1, 2)  # (N, K, Q)
-        boxes = outputs["pred_boxes"].float()
-        num_queries = boxes.shape[1]
+        """(R, Q) in float32; R are the rows of `targets.starts()`, of which those of padding objects mean nothing.
+
+        Written for few and contiguous temporaries: each is as large as the result, and on a CPU they are what it costs.
+        """
+        logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
+        n, q, _ = logits.shape
+        # Eight rows of numbers a prediction or object: cx, cy, w, h, left, top, right, bottom.
+        predicted = torch.cat((boxes, box_cxcywh_to_xyxy(boxes)), dim=-1).transpose(1, 2).contiguous()  # (N, 8, Q)
+        wanted = torch.cat((targets.boxes, box_cxcywh_to_xyxy(targets.boxes)), dim=-1)  # (N, T, 8)
         # Only the columns of the classes at hand: the class cost of the others is never read.
-        p = logits.gather(1, targets.labels[..., None].expand(-1, -1, num_queries)).sigmoid()  # (N, T, Q)
-        negative = (1 - self.focal_alpha) * p**2 * -(1 - p + 1e-8).log()
-        positive = self.focal_alpha * (1 - p) ** 2 * -(p + 1e-8).log()
-        l1 = torch.cdist(targets.boxes, boxes, p=1)
-        giou = generalized_iou(
-            box_cxcywh_to_xyxy(targets.boxes)[:, :, None], box_cxcywh_to_xyxy(boxes)[:, None]
-        )  # (N, T, Q)
-        return self.set_cost_class * (positive - negative) + self.set_cost_bbox * l1 - self.set_cost_giou * giou
+        if targets.is_compact():
+            p = logits.transpose(1, 2).gather(1, targets.labels[..., None].expand(-1, -1, q)).sigmoid_()  # (N, T, Q)
+            predicted = predicted[:, :, None]  # (N, 8, 1, Q)
+        else:
+            images, objects = targets.indices()
+            p = logits.transpose(1, 2)[images, targets.labels[images, objects]].sigmoid_()  # (M, Q)
+            predicted = predicted[images]  # (M, 8, Q)
+            wanted = wanted[images, objects]  # (M, 8)
+        predicted, wanted = predicted.unbind(1), wanted[..., None].unbind(-2)
+
+        scratch = torch.empty_like(p)
+        cost = self._class_cost(p, scratch).mul_(self.set_cost_class)
+        distance = (predicted[0] - wanted[0]).abs_()
+        for side in (1, 2, 3):
+            distance += torch.sub(predicted[side], wanted[side], out=scratch).abs_()
+        cost.add_(distance, alpha=self.set_cost_bbox)
+        giou = _generalized_iou(predicted[4:], wanted[4:], distance, scratch)
+        return cost.sub_(giou, alpha=self.set_cost_giou).view(-1, q)
+
+    def _class_cost(self, p: Tensor, scratch: Tensor) -> Tensor:
+        """Focal-style cost of probabilities, which are overwritten with it."""
+        other = 1 - p
+        negative = (other + 1e-8).log_().neg_().mul_(torch.mul(p, p, out=scratch).mul_(1 - self.focal_alpha))
+        return p.add_(1e-8).log_().neg_().mul_(other.square_().mul_(self.focal_alpha)).sub_(negative)
 
 
-def _assign(cost: np.ndarray, sizes: Sequence[int], device: torch.device) -> tuple[Matches, int]:
-    """The pairs, and how many of their costs were not finite."""
+def _generalized_iou(a: Sequence[Tensor], b: Sequence[Tensor], out: Tensor, scratch: Tensor) -> Tensor:
+    """`ddetr.boxes.generalized_iou` of left, top, right, bottom that broadcast to `out`, which is overwritten with it."""
+    tiny = torch.finfo(out.dtype).tiny
+    torch.minimum(a[2], b[2], out=out).sub_(torch.maximum(a[0], b[0], out=scratch)).clamp_(min=0)
+    height = torch.minimum(a[3], b[3]).sub_(torch.maximum(a[1], b[1], out=scratch)).clamp_(min=0)
+    intersection = out.mul_(height)
+    areas = [(right - left) * (bottom - top) for left, top, right, bottom in (a, b)]
+    union = torch.add(*areas, out=height).sub_(intersection).clamp_(min=tiny)
+    hull = torch.maximum(a[2], b[2], out=scratch).sub_(torch.minimum(a[0], b[0])).clamp_(min=0)
+    hull_height = torch.maximum(a[3], b[3]).sub_(torch.minimum(a[1], b[1])).clamp_(min=0)
+    hull.mul_(hull_height).clamp_(min=tiny)
+    return intersection.div_(union).sub_(torch.sub(hull, union, out=hull_height).div_(hull))
+
+
+def _groups(sets: Sequence[tuple[dict[str, Any], PaddedTargets]]) -> list[list[int]]:
+    """Which sets are computed at once.
+
+    A GPU takes those of one shape together: its time is that of the launches. A CPU takes one after the other, whose
+    costs fit into its cache.
+    """
+    if sets[0][0]["pred_logits"].device.type == "cpu":
+        return [[index] for index in range(len(sets))]
+    return _alike(sets)
+
+
+def _alike(sets: Sequence[tuple[dict[str, Any], PaddedTargets]]) -> list[list[int]]:
+    """Sets of the same objects and the same shape."""
+    groups: dict[Any, list[int]] = {}
+    for index, (outputs, targets) in enumerate(sets):
+        logits = outputs["pred_logits"]
+        groups.setdefault((id(targets), logits.shape, logits.dtype), []).append(index)
+    return list(groups.values())
+
+
+def _stacked(group: Sequence[tuple[dict[str, Any], PaddedTargets]]) -> tuple[dict[str, Any], PaddedTargets]:
+    """Sets of the same objects as one of G*N images."""
+    if len(group) == 1:
+        return group[0]
+    count, targets = len(group), group[0][1]
+    outputs = {name: torch.cat([outputs[name] for outputs, _ in group]) for name in ("pred_logits", "pred_boxes")}
+    repeated = PaddedTargets(targets.labels.repeat(count, 1), targets.boxes.repeat(count, 1, 1), targets.sizes * count)
+    return outputs, repeated
+
+
+def _assign(cost: np.ndarray, targets: PaddedTargets) -> tuple[np.ndarray, int]:
+    """Costs (R, Q) -> rows of image, query and object of each pair, (3, n) int64, and how many costs were not finite."""
     from scipy.optimize import linear_sum_assignment  # here, since `ddetr train --help` has no use for it
 
     images, queries, objects = [], [], []
     num_repaired = 0
-    for index, size in enumerate(sizes):
-        pairs = cost[index, :size]  # (T_i, Q), contiguous
+    for index, (start, size) in enumerate(zip(targets.starts(), targets.sizes)):
+        pairs = cost[start : start + size]  # (T_i, Q), contiguous
         finite = np.isfinite(pairs)
         if not finite.all():
             logger.warning(
@@ -132,5 +222,4 @@ def _assign(cost: np.ndarray, sizes: Sequence[int], device: torch.device) -> tup
         images.append(np.full(len(matched_objects), index))
         queries.append(matched_queries)
         objects.append(matched_objects)
-    index_rows = np.stack([np.concatenate(rows) for rows in (images, queries, objects)]).astype(np.int64)
-    return Matches(*torch.from_numpy(index_rows).to(device)), num_repaired
+    return np.stack([np.concatenate(rows) for rows in (images, queries, objects)]).astype(np.int64), num_repaired

@@ -1,0 +1,364 @@
+"""`ddetr bench train`: where the time of the engine's own training step goes, and the same step by others."""
+
+import inspect
+import logging
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ddetr import console
+from ddetr.atomic import make_folder, write_text
+from ddetr.bench import record, step_tables
+from ddetr.bench.official import official_step
+from ddetr.bench.peak import Peak
+from ddetr.bench.sides import reason_of
+from ddetr.datasets import Annotations, Category, padded_shapes
+from ddetr.engine.compile import DEFAULT_SHAPES, CompiledForward, check_compiler
+from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.engine.data import DetectionData, MicroBatch
+from ddetr.engine.memory import use_expandable_segments
+from ddetr.engine.module import DetectionModule
+from ddetr.engine.optimizer import parameter_groups
+from ddetr.engine.splits import load_split
+from ddetr.engine.step_split import REGIONS, Split, run_steps
+from ddetr.engine.train import DEFAULT_MODEL, PRECISIONS, train
+from ddetr.errors import InputError
+from ddetr.evaluation import CocoEvaluator
+from ddetr.models.criterion import LossWeights
+from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+
+logger = logging.getLogger(__name__)
+
+OURS, OFFICIAL, TRANSFORMERS = "ours", "official", "transformers"
+DESCRIPTIONS = {
+    OURS: "ddetr's engine: DetectionModule.training_step under Lightning, with the options given",
+    OFFICIAL: "a plain reading of the official recipe on our network: grid_sample, a cross-image matching for each layer, "
+    "AdamW without fused kernels, float32",
+    TRANSFORMERS: "Hugging Face's DeformableDetrForObjectDetection of the same sizes with its own loss and AdamW, at the "
+    "precision given",
+}
+# Options of `train` that are measured, and those that do nothing to a step; of others it is said that they are left out.
+_IDLE = {
+    *("data", "model", "loss", "optim", "batch_size", "device_batch_size", "precision", "device"),
+    *("activation_checkpointing", "compile"),
+    *("epochs", "val_every", "weights", "resume", "seed", "max_detections", "log_every", "num_pictures", "devices"),
+}
+
+
+@dataclass
+class Plan:
+    """What is measured: settings of a run, made whole."""
+
+    data: DataConfig
+    model: dict[str, Any]
+    loss: LossWeights
+    optim: OptimConfig
+    batch_size: int
+    device_batch_size: int
+    precision: str
+    device: torch.device
+    activation_checkpointing: bool
+    compile: bool
+    train_set: Annotations = field(repr=False)
+    size_hw: tuple[int, int] | None  # of random images
+    batches: list[list[MicroBatch]] | None = field(default=None, repr=False)  # instead of a loader's
+
+    @property
+    def is_pretrained(self) -> bool:
+        return self.model.get("freeze_backbone") == "stem"
+
+    @property
+    def categories(self) -> tuple[Category, ...]:
+        return self.train_set.categories
+
+    def detector(self) -> DeformableDETR:
+        torch.manual_seed(0)
+        return DeformableDETR(**self.model | {"num_classes": len(self.categories)})
+
+
+def bench_train(
+    data: DataConfig | None = None,
+    model: Mapping[str, Any] | None = None,
+    loss: LossWeights = LossWeights(),
+    optim: OptimConfig = OptimConfig(),
+    *,
+    batch_size: int | Literal["auto"] = 32,
+    device_batch_size: int | Literal["auto"] = 2,
+    precision: Literal["32", "bf16", "fp16"] = "32",
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    steps: int = 10,
+    warmup: int = 2,
+    sides: str = "ours,official,transformers",
+    compared_batches: int = 2,
+    synthetic: str | None = None,
+    output: str | None = None,
+    command: str = "",
+    **others: Any,
+) -> dict[str, Any]:
+    """Time training steps.
+
+    Args:
+        data, model, loss, optim, batch_size, device_batch_size, precision, activation_checkpointing, compile, device: as
+            in `train`; sizes must be numbers.
+        steps: measured steps.
+        warmup: steps before them.
+        sides: "ours" alone, or with "official" and "transformers" on the same batches.
+        compared_batches: batches that the sides take turns with.
+        synthetic: HEIGHTxWIDTH of random images in place of data, which then costs no time.
+        output: folder for train.json and train.md.
+        command: how this was called.
+        others: further options of `train`, which are named where they would change a step and are not measured.
+
+    Returns:
+        What train.json holds.
+
+    Raises:
+        InputError: no data, or settings that can't be measured.
+    """
+    for name, number in (("steps", steps), ("warmup", warmup), ("compared_batches", compared_batches)):
+        if number < 1:
+            raise InputError(f"--{name}: expected at least 1, got {number}")
+    chosen = [name.strip() for name in sides.split(",")]
+    if unknown := set(chosen) - set(DESCRIPTIONS):
+        raise InputError(f"--sides: expected some of {', '.join(DESCRIPTIONS)}, got {', '.join(sorted(unknown))}")
+    if "auto" in (batch_size, device_batch_size):
+        raise InputError(
+            "bench train measures sizes that are given: --batch_size and --device_batch_size are numbers here"
+        )
+    where = _device(device)
+    if compile:
+        check_compiler(where.type)
+    if where.type == "cuda":
+        use_expandable_segments()
+    folder = make_folder(Path(output), "--output") if output else None
+    size_hw = _size(synthetic)
+    config, train_set = _data(data, synthetic)
+    network = {**DEFAULT_MODEL, **(model or {})}
+    if network["pretrained_backbone"]:  # nothing is downloaded, but norms and stem are treated as if it had been
+        network |= {"pretrained_backbone": False, "freeze_backbone": network.get("freeze_backbone") or "stem"}
+    plan = Plan(
+        config,
+        network,
+        loss,
+        optim,
+        batch_size,
+        device_batch_size,
+        precision,
+        where,
+        activation_checkpointing,
+        compile,
+        train_set,
+        size_hw,
+    )
+    if size_hw:
+        plan.batches = [_random_batch(plan, size_hw, seed) for seed in range(compared_batches)]
+    report: dict[str, Any] = {
+        "machine": record.machine(where),
+        "command": command or "ddetr.bench.train.bench_train",
+        "device": where.type,
+        "threads": torch.get_num_threads() if where.type == "cpu" else None,
+        "settings": {
+            "images": f"random, {synthetic}" if synthetic else f"{train_set.name}, image_size {config.image_size}",
+            "batch_size": batch_size,
+            "device_batch_size": device_batch_size,
+            "precision": precision,
+            "activation_checkpointing": activation_checkpointing,
+            "compile": compile,
+            "model": network,
+        },
+        "steps": steps,
+        "warmup": warmup,
+        "compared_batches": compared_batches,
+        "not_measured": _not_measured(others),
+        "descriptions": {name: DESCRIPTIONS[name] for name in chosen},
+    }
+    for name, value in report["not_measured"].items():
+        logger.warning("%s %s is an option of training that this measurement leaves out", name, value)
+    console.show("\n".join(step_tables.header(report)))
+    with console.waiting("the engine's steps"):
+        report["engine"], batches = engine(plan, steps, warmup, keep=compared_batches)
+    console.show("\n" + step_tables.of_engine(report))
+    console.show(step_tables.split(report))
+    plan.batches = plan.batches or batches
+    report["sides"], report["left_out"] = compare(plan, chosen, steps, warmup) if chosen != [OURS] else ([], [])
+    if report["sides"]:
+        console.show(f"\nthe same step on {compared_batches} batches that are in memory")
+        console.show(step_tables.sides(report))
+    for line in step_tables.left_out(report):
+        console.show(line)
+    if folder:
+        record.save_json(folder / "train.json", report)
+        write_text(folder / "train.md", step_tables.markdown(report))
+        console.show(f"saved in {folder}: train.json, train.md")
+    return report
+
+
+def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str, Any], list[list[MicroBatch]]]:
+    """Measured steps of the engine: milliseconds by region (medians), images/s over all of them, peak memory; and the
+    first `keep` batches."""
+    model = plan.detector()
+    model.transformer.set_activation_checkpointing(plan.activation_checkpointing)
+    compiled = None
+    if plan.compile:
+        shapes = padded_shapes(plan.data.image_size, getattr(plan.data, "padded_shapes", None) or DEFAULT_SHAPES)
+        if plan.batches is not None:
+            shapes = list(dict.fromkeys(tuple(images.shape[-2:]) for batch in plan.batches for images, _, _ in batch))
+        compiled = CompiledForward(model, shapes)
+    module = DetectionModule(
+        model,
+        build_criterion(model, plan.loss),
+        plan.optim,
+        CocoEvaluator(plan.train_set),
+        backbone_pretrained=plan.is_pretrained,
+        steps_per_epoch=max(1, len(plan.train_set.images) // plan.batch_size),
+        total_steps=steps + warmup,
+        seed=0,
+        compiled=compiled,
+    )
+    peak = Peak(plan.device)
+    split = Split(warmup, peak.start, keep)
+
+    def make_loader(trainer: Any) -> Any:
+        """The engine's own, or batches that are there."""
+        if plan.batches is not None:
+            return [plan.batches[index % len(plan.batches)] for index in range(steps + warmup)]
+        sizes = {"batch_size": plan.batch_size, "device_batch_size": plan.device_batch_size}
+        data = DetectionData(plan.train_set, plan.train_set, plan.data, **sizes, seed=0)
+        data.trainer = trainer
+        return data.train_dataloader()
+
+    precision = PRECISIONS[plan.precision]
+    run_steps(module, make_loader, split, steps=steps + warmup, precision=precision, device=plan.device.type)
+    rows = split.rows()
+    total = [sum(row.values()) for row in rows]
+    found = {
+        "ms": {name: statistics.median(row[name] for row in rows) for name in REGIONS},
+        "share": {name: sum(row[name] for row in rows) / sum(total) for name in REGIONS},
+        "step_ms": statistics.median(total),
+        "steps_ms": total,
+        "images_per_s": 1000 * plan.batch_size * len(rows) / sum(total),
+        "peak_bytes": peak.bytes(),
+        "last_loss": split.last_loss,
+    }
+    return found, split.kept
+
+
+def compare(plan: Plan, chosen: list[str], steps: int, warmup: int) -> tuple[list[dict], list[dict]]:
+    """Rows of the sides on the same batches, which are there before the clock starts; and who is left out, and why."""
+    rows, left_out = [], []
+    for name in (side for side in DESCRIPTIONS if side in chosen):
+        try:
+            with console.waiting(f"{name}'s steps"):
+                if name == OURS:
+                    found, _ = engine(plan, steps, warmup)
+                    row = {name: found[name] for name in ("step_ms", "steps_ms", "peak_bytes", "last_loss")}
+                else:
+                    row = _loop(_SIDES[name](plan), plan, steps, warmup)
+        except Exception as error:  # others' packages fail in every way there is
+            if name == OURS:
+                raise
+            logger.debug("%s", name, exc_info=error)
+            left_out.append({"side": name, "reason": reason_of(error)})
+            continue
+        rows.append({"side": name, "images_per_s": 1000 * plan.batch_size / row["step_ms"], **row})
+    if rows and rows[0]["side"] == OURS:
+        for row in rows:
+            row["ratio"] = row["step_ms"] / rows[0]["step_ms"]  # how many times as long as ours
+    return rows, left_out
+
+
+def _loop(step: Callable[[list[MicroBatch]], float], plan: Plan, steps: int, warmup: int) -> dict[str, Any]:
+    peak, times, loss = Peak(plan.device), [], 0.0
+    wait = torch.cuda.synchronize if plan.device.type == "cuda" else lambda: None
+    for index in range(warmup + steps):
+        if index == warmup:
+            peak.start()
+        wait()
+        start = time.perf_counter()
+        loss = step(plan.batches[index % len(plan.batches)])
+        wait()
+        times.append(1000 * (time.perf_counter() - start))
+    measured = times[warmup:]
+    return {"step_ms": statistics.median(measured), "steps_ms": measured, "peak_bytes": peak.bytes(), "last_loss": loss}
+
+
+def _official(plan: Plan) -> Callable[[list[MicroBatch]], float]:
+    model = plan.detector().to(plan.device).train()
+    groups = parameter_groups(model, plan.optim, backbone_pretrained=plan.is_pretrained)
+    return official_step(model, plan.loss, groups, plan.optim, plan.device)
+
+
+def _transformers(plan: Plan) -> Callable[[list[MicroBatch]], float]:
+    from ddetr.bench.huggingface import transformers_step
+
+    return transformers_step(plan.detector(), plan.optim, plan.precision, plan.device)
+
+
+_SIDES: dict[str, Callable[[Plan], Callable[[list[MicroBatch]], float]]] = {
+    OFFICIAL: _official,
+    TRANSFORMERS: _transformers,
+}
+
+
+def _data(data: DataConfig | None, synthetic: str | None) -> tuple[DataConfig, Annotations]:
+    """What the batches are made from; for random images a data set of COCO's classes without any image."""
+    if synthetic is None:
+        if data is None or not data.path:
+            raise InputError("bench train needs --data PATH, or --synthetic HEIGHTxWIDTH")
+        with console.waiting(f"reading {data.path}"):
+            return data, load_split(data, "train")
+    categories = tuple(Category(number + 1, f"class {number}") for number in range(80))
+    return data or DataConfig("synthetic"), Annotations("synthetic", "coco", categories, [])
+
+
+def _random_batch(plan: Plan, size_hw: tuple[int, int], seed: int) -> list[MicroBatch]:
+    """Random images that fill all but a margin of the batch, with ten objects each."""
+    generator = torch.Generator().manual_seed(seed)
+    h, w = size_hw
+    batch = []
+    for start in range(0, plan.batch_size, plan.device_batch_size):
+        n = min(plan.device_batch_size, plan.batch_size - start)
+        images = torch.randint(256, (n, 3, h, w), dtype=torch.uint8, generator=generator)
+        mask = torch.zeros(n, h, w, dtype=torch.bool)
+        mask[0, :, w - w // 16 :] = True
+        targets = [
+            {
+                "labels": torch.randint(len(plan.categories), (10,), generator=generator),
+                "boxes": torch.rand(10, 4, generator=generator) * 0.4 + 0.1,
+            }
+            for _ in range(n)
+        ]
+        batch.append((images, mask, targets))
+    return batch
+
+
+def _size(synthetic: str | None) -> tuple[int, int] | None:
+    if synthetic is None:
+        return None
+    found = re.fullmatch(r"(\d+)x(\d+)", synthetic)
+    if found is None or min(map(int, found.groups())) < 32:
+        raise InputError(f"--synthetic: expected HEIGHTxWIDTH in pixels, such as 800x1066, got {synthetic!r}")
+    return int(found[1]), int(found[2])
+
+
+def _not_measured(others: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of training that are set, that would change a step, and that this measurement knows nothing of."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    return {
+        f"--{name}": value for name, value in others.items() if name not in _IDLE and value != defaults.get(name, value)
+    }
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no CUDA device here; --device cpu measures on the processor")
+    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")

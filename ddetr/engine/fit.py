@@ -1,0 +1,67 @@
+"""Lightning's loop, with its ways of ending told as a person would, and without what it says that does not apply here."""
+
+import logging
+import signal
+import warnings
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from ddetr.engine.data import DetectionData
+from ddetr.engine.module import DetectionModule
+from ddetr.engine.processes import died_process
+from ddetr.engine.run import RESUME_FILE, RunFolder
+from ddetr.engine.saving import Stopped
+from ddetr.engine.workers import explained
+
+logger = logging.getLogger(__name__)
+
+
+def fit(
+    trainer: pl.Trainer,
+    module: DetectionModule,
+    datamodule: DetectionData,
+    run: RunFolder,
+    resume_file: Path | None,
+) -> None:
+    """Training; Ctrl+C stops it as it stops anything else in Python."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with explained():  # the death of a loader is told wherever the training process is
+            trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file, weights_only=True)
+    except Stopped as stop:
+        logger.info(
+            "stopped by %s at step %d; the same command with --resume goes on",
+            signal.Signals(stop.signum).name,
+            trainer.global_step,
+        )
+        raise
+    except (RuntimeError, ConnectionError) as error:
+        if trainer.world_size > 1 and (died := died_process(trainer, error)):
+            raise ChildProcessError(died) from error
+        raise
+    except SystemExit:  # Lightning's answer to Ctrl+C, which it also switches off
+        if not trainer.interrupted:
+            raise
+        signal.signal(signal.SIGINT, handler)
+        if (run.path / RESUME_FILE).is_file():
+            logger.info("stopped; the same command with --resume goes on from the last saved state")
+        raise KeyboardInterrupt from None
+
+
+def quiet_lightning() -> None:
+    """What Lightning says that does not apply here: the folder, the workers and the logger are chosen by ddetr."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # It alone says which process has died where the others wait for it, before it ends them.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    for message in (
+        "Checkpoint directory .* exists and is not empty",
+        "The '.*_dataloader' does not have many workers",
+        "You're resuming from a checkpoint that ended before the epoch ended",  # DetectionData knows the position
+        "Grad strides do not match bucket view strides",  # of 1 x 1 convolutions, whose channels-last strides are any
+        "Found .* in eval mode at the start of training",  # the batch norms that optim.freeze names
+        "Detected call of `lr_scheduler.step",  # of the first step, where fp16's scaler leaves it out
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of PyTorch
+    ):
+        warnings.filterwarnings("ignore", message)

@@ -1,0 +1,320 @@
+"""Memory of a training step: what it will take, what the device has, and what to say when it was not enough.
+
+The estimate runs the step on fake tensors, which have shapes and no data: a second or two, on any machine. It counts
+what PyTorch's operations return; working space inside of them (convolutions) and fragmentation come on top.
+"""
+
+import copy
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ddetr.datasets import normalize_images
+from ddetr.errors import InputError
+from ddetr.models.criterion import SetCriterion
+from ddetr.models.matcher import HungarianMatcher, Matches, PaddedTargets
+
+logger = logging.getLogger(__name__)
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtype by --precision
+CURES = (
+    "a smaller --device_batch_size (or auto), --activation_checkpointing true, --precision bf16 or a smaller "
+    "--data.image_size needs less"
+)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a step on micro-batches of `batch` images of height x width, padding included."""
+
+    batch: int
+    height: int
+    width: int
+    parameters: int  # with buffers
+    gradients: int
+    optimizer: int
+    copies: int  # of parameters or gradients, for EMA and for the exchange between processes
+    activations: int  # kept for the backward pass
+    peak: int  # activations and what the step computes with, at most
+
+    @property
+    def total(self) -> int:
+        return self.lasting + self.peak
+
+    @property
+    def lasting(self) -> int:
+        """What stays from step to step, whatever the batch."""
+        return self.parameters + self.gradients + self.optimizer + self.copies
+
+    def describe(self) -> str:
+        """In a line."""
+        parts = {
+            "parameters": self.parameters,
+            "gradients": self.gradients,
+            "optimiser": self.optimizer,
+            "copies (EMA, exchange)": self.copies,
+            f"activations of {self.batch} x {self.height} x {self.width} px": self.activations,
+            "working space": self.peak - self.activations,
+        }
+        listed = ", ".join(f"{name} {readable(size)}" for name, size in parts.items() if size)
+        return f"memory of a step with the largest images, estimated: {readable(self.total)} ({listed})"
+
+
+def estimate_memory(
+    model: nn.Module,
+    criterion: SetCriterion,
+    *,
+    batch: int,
+    size_hw: tuple[int, int],
+    num_objects: int = 100,
+    precision: str = "32",
+    optimizer_states: int = 2,
+    copies: int = 0,
+) -> MemoryEstimate:
+    """What a training step takes, by running it on fake tensors.
+
+    Args:
+        model: the detector, in training, on its device, with activation checkpointing as it shall be; it is not changed.
+        criterion: its losses.
+        batch: images of a micro-batch.
+        size_hw: its padded (H, W).
+        num_objects: objects an image.
+        precision: "32", "bf16" or "fp16".
+        optimizer_states: tensors that the optimiser keeps for each parameter; AdamW two.
+        copies: whole copies of the trained parameters beside that: one for EMA, one of the gradients for DDP.
+    """
+    device = next(model.parameters()).device
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    with FakeTensorMode():
+        stand_ins = {id(t): _without_data(t) for t in (*model.parameters(), *model.buffers())}
+        step = _Step(copy.deepcopy(model, stand_ins), criterion)  # deepcopy takes them for copies that it has made
+        for parameter in step.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None  # of a micro-batch before
+        own = [*step.parameters(), *step.buffers(), *(p.grad for p in step.parameters() if p.grad is not None)]
+        dtype = AUTOCAST.get(precision)
+        # On the CPU there are no rules for float16; those for bfloat16 keep as many bytes.
+        dtype = torch.bfloat16 if device.type == "cpu" and dtype is not None else dtype
+        with LiveBytes(own) as live, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            step(*make_batch(batch, size_hw, num_objects, device), live)
+    return MemoryEstimate(
+        batch,
+        *size_hw,
+        parameters=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+        gradients=trained,
+        optimizer=optimizer_states * trained,
+        copies=copies * trained,
+        activations=step.activations,
+        peak=live.peak,
+    )
+
+
+def make_batch(
+    n: int, size_hw: tuple[int, int], num_objects: int, device: torch.device
+) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+    """A micro-batch as it comes from the loader."""
+    images = torch.zeros(n, 3, *size_hw, dtype=torch.uint8, device=device)
+    mask = torch.zeros(n, *size_hw, dtype=torch.bool, device=device)
+    labels = torch.zeros(num_objects, dtype=torch.long, device=device)
+    boxes = torch.full((num_objects, 4), 0.5, device=device)
+    return images, mask, [{"labels": labels, "boxes": boxes} for _ in range(n)]
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside the block: bytes of the tensors that operations have made and that are still there (`now`), and their peak."""
+
+    def __init__(self, uncounted: Iterable[Tensor] = ()):
+        """uncounted: tensors that were there before; operations may return views of them."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._storages: dict[int, weakref.ref] = {}  # by address: views share one
+        self._uncounted = {tensor.untyped_storage()._cdata for tensor in uncounted}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self._add(result.untyped_storage())
+        return results
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage._cdata, storage.nbytes()
+        if address in self._storages or address in self._uncounted:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            self.now -= size
+            del self._storages[address]
+
+        self._storages[address] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _Step(nn.Module):
+    """Forward and backward pass of a micro-batch, as `DetectionModule.training_step` does it."""
+
+    def __init__(self, model: nn.Module, criterion: SetCriterion):
+        super().__init__()
+        self.model = model
+        self.criterion = copy.copy(criterion)
+        self.criterion.matcher = _AnyMatch()  # the right one needs numbers
+        self.activations = 0
+
+    def forward(self, images: Tensor, mask: Tensor, targets: list[dict[str, Tensor]], live: LiveBytes) -> None:
+        losses = self.criterion(self.model(normalize_images(images, mask), mask), targets, num_boxes=1.0)
+        total = self.criterion.total(losses)
+        self.activations = live.now
+        with torch.autograd.set_multithreading_enabled(False):
+            total.backward()
+
+
+class _AnyMatch(HungarianMatcher):
+    """Gives each object a prediction, after computing the costs for nothing but their memory."""
+
+    @torch.no_grad()
+    def match_sets(
+        self, sets: Sequence[tuple[dict[str, Any], PaddedTargets]], device: torch.device | None = None
+    ) -> list[Matches]:
+        matches = []
+        for outputs, targets in sets:
+            self._cost(outputs, targets)
+            device = outputs["pred_logits"].device
+            counts = [min(size, outputs["pred_logits"].shape[1]) for size in targets.sizes]
+            images = torch.cat([torch.full((count,), i, device=device) for i, count in enumerate(counts)])
+            order = torch.cat([torch.arange(count, device=device) for count in counts])
+            matches.append(Matches(images, order, order))
+        return matches
+
+
+def free_and_total(device: torch.device, root: Path = Path("/")) -> tuple[int, int] | None:
+    """Bytes that this process could still take on the device, and that it has; None where nobody says.
+
+    On the CPU the limits of control groups count (containers), `root` is where /proc and /sys are looked for.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    found = []
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
+        found.append((kilobytes["MemAvailable"] * 1024, kilobytes["MemTotal"] * 1024))
+    except (OSError, KeyError, ValueError, IndexError):
+        pass
+    found += _cgroup_limits(root)
+    if not found:
+        return None
+    return max(0, min(free for free, _ in found)), min(total for _, total in found)
+
+
+def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
+    """(free, limit) of each control group around this process that has a limit, versions 2 and 1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    places = [Path("sys/fs/cgroup")]  # what a container sees of its own group
+    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
+        if controllers == "":
+            places += [Path("sys/fs/cgroup", *Path(path).parts[1:i]) for i in range(2, len(Path(path).parts) + 1)]
+        elif "memory" in controllers.split(","):
+            parts = Path(path).parts
+            places += [Path("sys/fs/cgroup/memory", *parts[1:i]) for i in range(1, len(parts) + 1)]
+    for place in places:
+        for limit_name, usage_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            try:
+                limit = int((root / place / limit_name).read_text())  # "max" where there is none
+                usage = int((root / place / usage_name).read_text())
+            except (OSError, ValueError):
+                continue
+            if limit < 1 << 60:  # version 1 says "none" by a number near 2^63
+                yield limit - usage + _reclaimable(root / place), limit
+
+
+def _reclaimable(group: Path) -> int:
+    """Bytes of cached files, which count as used and are given back when memory is short."""
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+@contextmanager
+def explained_out_of_memory(images: Tensor, targets: Sequence[dict[str, Tensor]]) -> Iterator[None]:
+    """Turns PyTorch's error into one that says what did not fit and what helps.
+
+    Raises:
+        InputError: the block ran out of memory; PyTorch's error is its cause, and its first line in the log.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
+            raise
+        logger.error("%s: %s", type(error).__name__, str(error).strip().partition("\n")[0])
+        logger.debug("where the memory ran out:", exc_info=error)
+        n, _, height, width = images.shape
+        num_objects = sum(len(target["labels"]) for target in targets)
+        memory = free_and_total(images.device)
+        used = f", {readable(memory[1] - memory[0])} of {readable(memory[1])} in use" if memory else ""
+        fragments = ""
+        if images.device.type == "cuda" and "expandable_segments:True" not in _allocator_settings():
+            fragments = "; against fragmentation set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+        raise InputError(
+            f"out of memory on {images.device} with a batch of {n} images of {height} x {width} px and {num_objects} "
+            f"objects{used}: {CURES}{fragments}"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch could not allocate, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def use_expandable_segments() -> bool:
+    """Let the CUDA allocator grow its segments: batches of changing shapes fragment fixed ones.
+
+    Before CUDA starts, where the user has not set the allocator himself, and on Linux, which alone can do it. Processes
+    started from this one inherit it. Returns whether it was set.
+    """
+    if _allocator_settings() or torch.cuda.is_initialized() or sys.platform != "linux":
+        return False
+    os.environ[_allocator_variable()] = "expandable_segments:True"
+    return True
+
+
+def _allocator_settings() -> str:
+    """What the user, or `use_expandable_segments`, has set, under the new name or the old one."""
+    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+
+
+def _allocator_variable() -> str:
+    """PyTorch 2.9 gave the variable a new name, and warns of the old one."""
+    major, minor = (int(part) for part in version("torch").split(".")[:2])
+    return "PYTORCH_ALLOC_CONF" if (major, minor) >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"
+
+
+def readable(num_bytes: int) -> str:
+    """1.5 GiB, 312 MiB."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"
