@@ -201,8 +201,6 @@ def _stacked(group: Sequence[tuple[dict[str, Any], PaddedTargets]]) -> tuple[dic
 
 def _assign(cost: np.ndarray, targets: PaddedTargets) -> tuple[np.ndarray, int]:
     """Costs (R, Q) -> rows of image, query and object of each pair, (3, n) int64, and how many costs were not finite."""
-    from scipy.optimize import linear_sum_assignment  # here, since `ddetr train --help` has no use for it
-
     images, queries, objects = [], [], []
     num_repaired = 0
     for index, (start, size) in enumerate(zip(targets.starts(), targets.sizes)):
@@ -223,3 +221,11 @@ def _assign(cost: np.ndarray, targets: PaddedTargets) -> tuple[np.ndarray, int]:
         queries.append(matched_queries)
         objects.append(matched_objects)
     return np.stack([np.concatenate(rows) for rows in (images, queries, objects)]).astype(np.int64), num_repaired
+
+
+def linear_sum_assignment(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The one-to-one assignment of least total cost: row and column indices (scipy's, which is slow to import and which
+    `ddetr train --help` has no use for)."""
+    from scipy.optimize import linear_sum_assignment as solve
+
+    return solve(cost)

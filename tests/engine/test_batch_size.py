@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets import load_annotations
 from ddetr.engine import batch_size
-from ddetr.engine.batch_size import MemoryPlan, even_size, largest_that_fits, probe_step, resolve
-from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.engine.batch_size import MemoryPlan, even_size, largest_that_fits, probe_step
+from ddetr.engine.config import DataConfig, OptimConfig, resolve_batch_sizes
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.train import train
 from ddetr.errors import InputError
@@ -210,14 +210,14 @@ def test_auto_is_the_run_with_the_number_it_finds(
 
 
 def test_auto_is_the_papers_batch(tmp_path: Path) -> None:
-    assert resolve("auto", 2, None) == (32, "auto")
-    assert resolve(16, "auto", None) == (16, "auto")
-    assert resolve(16, 2, None) == (16, 2)
+    assert resolve_batch_sizes("auto", 2, None) == (32, "auto")
+    assert resolve_batch_sizes(16, "auto", None) == (16, "auto")
+    assert resolve_batch_sizes(16, 2, None) == (16, 2)
     before = tmp_path / "config.yaml"
     before.write_text("batch_size: 24\ndevice_batch_size: 6\n")
-    assert resolve("auto", 2, before) == (24, 6)
-    assert resolve(16, "auto", before) == (16, 6)
-    assert resolve(16, 2, before) == (16, 2)
+    assert resolve_batch_sizes("auto", 2, before) == (24, 6)
+    assert resolve_batch_sizes(16, "auto", before) == (16, 6)
+    assert resolve_batch_sizes(16, 2, before) == (16, 2)
     for sizes in ((0, 2), (8, 0)):
         with pytest.raises(InputError, match="must be at least 1, got 0"):
-            resolve(*sizes, None)
+            resolve_batch_sizes(*sizes, None)
