@@ -180,7 +180,7 @@ class _Step(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor, targets: list[dict[str, Tensor]], live: LiveBytes) -> None:
         losses = self.criterion(self.model(normalize_images(images, mask), mask), targets, num_boxes=1.0)
-        total = self.criterion.total(losses)
+        total = sum(losses[name] * weight for name, weight in self.criterion.weight_dict.items())
         self.activations = live.now
         with torch.autograd.set_multithreading_enabled(False):
             total.backward()
