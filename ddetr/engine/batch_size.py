@@ -89,8 +89,9 @@ class MemoryPlan(Callback):
             return min(most, CPU_MOST, int((SHARE * free / here - (2 * one - two)) // max(two - one, 1)))
         reserved = torch.cuda.memory_reserved(module.device)
         # A probe has the weights and makes gradients; what lasts beside them comes with the first steps.
-        estimate = self._estimate(trainer, module, 1)
-        budget = int(SHARE * (free + reserved)) - (estimate.lasting - estimate.parameters)
+        trained = sum(p.numel() * p.element_size() for p in module.model.parameters() if p.requires_grad)
+        lasting = trained * (1 + self.optimizer_states + self.copies + (trainer.world_size > 1))
+        budget = int(SHARE * (free + reserved)) - lasting
 
         def used(batch: int) -> int:
             return probe_step(trainer, module, batch, self.size_hw, self.num_objects)

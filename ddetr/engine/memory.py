@@ -35,6 +35,15 @@ CURES = (
     "--data.image_size needs less"
 )
 
+# What those who allocate beside PyTorch's own allocator say: the CPU's, cuBLAS, cuDNN, CUDA itself, Triton.
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
+)
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -180,7 +189,7 @@ class _Step(nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor, targets: list[dict[str, Tensor]], live: LiveBytes) -> None:
         losses = self.criterion(self.model(normalize_images(images, mask), mask), targets, num_boxes=1.0)
-        total = self.criterion.total(losses)
+        total = sum(losses[name] * weight for name, weight in self.criterion.weight_dict.items())
         self.activations = live.now
         with torch.autograd.set_multithreading_enabled(False):
             total.backward()
@@ -289,7 +298,7 @@ def explained_out_of_memory(images: Tensor, targets: Sequence[dict[str, Tensor]]
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch could not allocate, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
 
 
 def use_expandable_segments() -> bool:

@@ -157,7 +157,13 @@ CUDA_ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\nmore li
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError(CUDA_ERROR), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate")]
+    "error",
+    [
+        torch.OutOfMemoryError(CUDA_ERROR),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("ms_deform_attn failed in triton: RuntimeError: Triton Error [CUDA]: out of memory"),
+    ],
 )
 def test_out_of_memory_names_the_batch_and_what_helps(error: RuntimeError, caplog: pytest.LogCaptureFixture) -> None:
     images = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)
