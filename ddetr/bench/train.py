@@ -208,7 +208,7 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
     model.transformer.set_activation_checkpointing(plan.activation_checkpointing)
     compiled = None
     if plan.compile:
-        shapes = padded_shapes(plan.data.image_size, getattr(plan.data, "padded_shapes", None) or DEFAULT_SHAPES)
+        shapes = padded_shapes(plan.data.image_size, plan.data.padded_shapes or DEFAULT_SHAPES)
         if plan.batches is not None:
             shapes = list(dict.fromkeys(tuple(images.shape[-2:]) for batch in plan.batches for images, _, _ in batch))
         compiled = CompiledForward(model, shapes)

@@ -129,8 +129,8 @@ class RunFolder:
         before, now = flat(yaml.safe_load((self.path / CONFIG_FILE).read_text())), flat(_plain(config))
         changed = [
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-            for key in (before | now)
-            if before.get(key) != now.get(key) and key not in _FREE_TO_CHANGE
+            for key in before  # a setting that came with a later version had its default then
+            if before[key] != now.get(key) and key not in _FREE_TO_CHANGE
         ]
         if changed:
             raise InputError(
