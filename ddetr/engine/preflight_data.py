@@ -22,6 +22,7 @@ from ddetr.detections import Detections
 from ddetr.engine.data import DetectionData, collate_micro
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.preflight_causes import explain_boxes, explain_evaluation, explain_labels
+from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator
 from ddetr.models.criterion import SetCriterion
 
@@ -65,6 +66,8 @@ def check_training_targets(dataset: DetectionDataset, criterion: SetCriterion, s
     """Through the augmentation: every target's label is its object's, and its box lies on it in the image."""
     name = "training targets"
     expected = "labels of the annotations, boxes inside the image and on the object, through the augmentation"
+    skips, dataset = dataset.on_error != "raise", copy.copy(dataset)
+    dataset.on_error = "raise"  # no other image may stand in for a damaged one here
     numbered = copy.copy(dataset)
     numbered.annotations = replace(dataset.annotations, images=_Numbered(dataset.annotations.images))
     num_objects, off_marker, num_marked = 0, 0, 0
@@ -72,7 +75,12 @@ def check_training_targets(dataset: DetectionDataset, criterion: SetCriterion, s
     for index in places:
         record = dataset.annotations.images[index]
         where = f"image {record.image_id} ({record.path})"
-        _, target = dataset[index, seed]
+        try:
+            _, target = dataset[index, seed]
+        except InputError:
+            if not skips:
+                raise
+            continue  # training reports it, and goes on
         _, numbers = numbered[index, seed]
         labels, objects = target["labels"].numpy(), numbers["labels"].numpy()
         num_objects += len(labels)

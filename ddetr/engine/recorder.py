@@ -22,6 +22,7 @@ from ddetr.datasets import Annotations
 from ddetr.engine.bundle import Step, image_ids, module_of, write_bundle
 from ddetr.engine.finite import MicroBatch, NotFinite, find_non_finite, non_finite_parameters
 from ddetr.engine.processes import agree, gathered
+from ddetr.errors import InputError
 
 if TYPE_CHECKING:
     from ddetr.engine.module import DetectionModule
@@ -186,6 +187,8 @@ class StepGuard(Callback):
         """Never raises: the error itself is what must reach the user."""
         if self.run is None:
             return
+        if isinstance(error, InputError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # what happened, in place of what is said of it
         try:
             now.norms.restore()
             place = module_of(error.__traceback__, now.module.model)

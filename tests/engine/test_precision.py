@@ -27,6 +27,7 @@ def settings(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
         "device_batch_size": 4,
         "log_every": 1,
         "num_pictures": 0,
+        "preflight": False,
     }
 
 

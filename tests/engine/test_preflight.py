@@ -198,7 +198,10 @@ def test_labels_shifted_by_one_are_caught(set_up: Callable[..., SetUp]) -> None:
 
 
 def test_boxes_as_corners_are_caught(set_up: Callable[..., SetUp], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ddetr.datasets.dataset.box_xyxy_to_cxcywh", lambda boxes: boxes)
+    monkeypatch.setattr(
+        "ddetr.datasets.dataset.relative_boxes",
+        lambda corners, size_hw: corners / np.array([size_hw[1], size_hw[0]] * 2, dtype=corners.dtype),
+    )
     checks = looked_at(set_up())
     assert checks["validation targets"].status == "failed"
     assert "corners (xyxy), where centre and size" in checks["validation targets"].cause
@@ -217,8 +220,8 @@ def test_swapped_sizes_are_caught(set_up: Callable[..., SetUp], monkeypatch: pyt
 
 def test_boxes_in_pixels_are_caught(set_up: Callable[..., SetUp]) -> None:
     module, data = set_up()
-    data.val_set._finish = _in_pixels(data.val_set._finish)
-    data.train_set._finish = _in_pixels(data.train_set._finish)
+    data.val_set.augmented = _in_pixels(data.val_set.augmented)
+    data.train_set.augmented = _in_pixels(data.train_set.augmented)
     checks = looked_at((module, data))
     assert checks["training targets"].status == checks["validation targets"].status == "failed"
     assert "pixels" in checks["training targets"].cause
@@ -226,11 +229,11 @@ def test_boxes_in_pixels_are_caught(set_up: Callable[..., SetUp]) -> None:
 
 
 def _in_pixels(original: Callable) -> Callable:
-    def finish(image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        image, target = original(image, target)
+    def augmented(record: Any, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        image, target = original(record, pixels)
         return image, {**target, "boxes": target["boxes"] * 64}
 
-    return finish
+    return augmented
 
 
 @pytest.mark.parametrize("what", ["image alone", "boxes alone"])

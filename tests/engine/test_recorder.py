@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ddetr import cli
 from ddetr.checkpoint import load_checkpoint
@@ -26,6 +27,7 @@ from ddetr.engine.module import DetectionModule
 from ddetr.engine.recorder import StepGuard
 from ddetr.engine.replay import replay
 from ddetr.engine.train import train
+from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
@@ -356,9 +358,10 @@ def test_costs_that_the_matcher_repaired_are_reported(
 
     def spoiled(self: HungarianMatcher, outputs: Any, targets: Any) -> Tensor:
         cost = original(self, outputs, targets)
-        calls.append(1)
-        if len(calls) == 1 and cost.shape[1]:
-            cost[0, 0, 0] = float("nan")
+        if type(cost) is Tensor:  # not that of the estimate of the memory
+            calls.append(1)
+        if len(calls) == 1 and cost.shape[0]:
+            cost[0, 0] = float("nan")
         return cost
 
     monkeypatch.setattr(HungarianMatcher, "_cost", spoiled)
@@ -391,12 +394,16 @@ def test_out_of_memory_is_recorded_and_not_tried_again(
 
     calls = []
 
-    def full(*_: Any) -> None:
+    forward = MSDeformAttn.forward
+
+    def full(*arguments: Any) -> Any:
+        if isinstance(arguments[1], FakeTensor):  # the estimate of the memory
+            return forward(*arguments)
         calls.append(1)
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(MSDeformAttn, "forward", full)
-    with pytest.raises(torch.cuda.OutOfMemoryError):
+    with pytest.raises(InputError, match="out of memory on cpu with a batch of 1 images"):
         train(**settings)
     assert len(calls) == 1
     (bundle,) = run_bundles(Path(settings["output"]))

@@ -76,7 +76,7 @@ def whole_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 def test_a_run_leaves_everything(tiny_run: RunResult, shapes: Path) -> None:
     run = tiny_run.path
     expected = (
-        "config.yaml audit.json preflight.json environment.json train.csv val.csv metrics.json per_class.csv last.ckpt "
+        "config.yaml audit.json environment.json train.csv val.csv metrics.json per_class.csv last.ckpt "
         "previous.ckpt best.pth last.pth validation_best.npz validation_last.npz curves.png pictures report.html tensorboard"
     )
     assert {path.name for path in run.iterdir()} == set(expected.split())
@@ -265,7 +265,8 @@ def test_a_broken_loss_stops_the_run_and_spares_its_checkpoint(
     original, calls = SetCriterion.total, []
 
     def broken(self: SetCriterion, losses: dict[str, torch.Tensor]) -> torch.Tensor:
-        calls.append(1)
+        if type(losses["loss_ce"]) is torch.Tensor:  # not those of the estimate of the memory
+            calls.append(1)
         return original(self, losses) * (float("nan") if len(calls) > STEPS * 2 else 1.0)
 
     monkeypatch.setattr(SetCriterion, "total", broken)
