@@ -363,9 +363,10 @@ def _preflight(
 ) -> None:
     """Before the folder holds a run, so that the same command works once the set-up is mended. Of several processes the
     first alone comes here: the others wait for it where the process group is made, and end with it."""
+    from ddetr.engine.memory import AUTOCAST
     from ddetr.engine.preflight import run_preflight
 
-    autocast = {"32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    autocast = AUTOCAST.get(precision)
     with console.waiting("preflight"):
         found = run_preflight(module, datamodule, from_nothing=from_nothing, autocast=autocast, device=device)
     console.show(found.render())
