@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
@@ -26,6 +25,7 @@ from ddetr.engine.memory import (
     readable,
 )
 from ddetr.engine.module import DetectionModule
+from ddetr.engine.processes import gathered
 from ddetr.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class MemoryPlan(Callback):
     def on_fit_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
         if self.settle is not None:
             share = trainer.datamodule.batch_size // trainer.world_size
-            limit = self._agreed(self._limit(trainer, module, share), module.device)
+            limit = min(gathered(self._limit(trainer, module, share)))  # all cut their batches alike
             if limit < 1:
                 raise InputError(
                     f"device_batch_size auto: not even one image of {self.size_hw[0]} x {self.size_hw[1]} px fits into "
@@ -123,15 +123,6 @@ class MemoryPlan(Callback):
         logger.info("%s%s", estimate.describe(), free)
         if memory is not None and estimate.total - estimate.parameters > memory[0]:
             logger.warning("that is more than is free: %s", CURES)
-
-    @staticmethod
-    def _agreed(limit: int, device: torch.device) -> int:
-        """The least of all processes, so that all cut their batches alike."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return limit
-        least = torch.tensor([limit], device=device)
-        dist.all_reduce(least, op=dist.ReduceOp.MIN)
-        return int(least)
 
 
 def largest_that_fits(used: Callable[[int], int], budget: int, most: int) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets import load_annotations
 from ddetr.engine import batch_size
 from ddetr.engine.batch_size import MemoryPlan, even_size, largest_that_fits, probe_step
-from ddetr.engine.config import DataConfig, OptimConfig, resolve_batch_sizes
+from ddetr.engine.config import OptimConfig, resolve_batch_sizes
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.train import train
 from ddetr.errors import InputError
@@ -124,14 +123,13 @@ def test_a_cpu_is_estimated(monkeypatch: pytest.MonkeyPatch, free: int, expected
 
 
 def test_all_processes_take_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    def all_reduce(tensor: Tensor, op: Any) -> None:
-        assert op == dist.ReduceOp.MIN
-        tensor.clamp_(max=3)  # what another process has found
-
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "all_reduce", all_reduce)
-    assert MemoryPlan._agreed(7, torch.device("cpu")) == 3
-    assert MemoryPlan._agreed(2, torch.device("cpu")) == 2
+    settled: list[int] = []
+    the_plan = plan(settle=settled.append)
+    monkeypatch.setattr(MemoryPlan, "_limit", lambda *_: 7)
+    monkeypatch.setattr(batch_size, "gathered", lambda limit: [limit, 3])
+    trainer, module = stand_ins("cpu", share=32)
+    the_plan.on_fit_start(trainer, module)
+    assert settled == [3]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -175,26 +173,15 @@ def test_a_probe_touches_nothing(shapes: Path, tiny_model: dict[str, Any], check
     assert fired == []
 
 
-def settings(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "data": DataConfig(str(shapes), image_size=64, num_workers=0),
-        "model": tiny_model | {"dropout": 0.1},
-        "optim": OptimConfig(lr=1e-3),
-        "batch_size": 8,
-        "log_every": 1,
-        "num_pictures": 0,
-    }
-
-
 def test_auto_is_the_run_with_the_number_it_finds(
-    shapes: Path, tiny_model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is settled stands in the run's settings, decides nothing else, and holds when the run goes on elsewhere."""
-    common = settings(shapes, tiny_model) | {"epochs": 2}
+    short_run |= {"batch_size": 8}
     monkeypatch.setattr(MemoryPlan, "_limit", lambda *_: 3)
-    train(**common, device_batch_size="auto", output=str(tmp_path / "auto"))
+    train(**short_run | {"device_batch_size": "auto"}, output=str(tmp_path / "auto"))
     assert yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["device_batch_size"] == 3
-    train(**common, device_batch_size=3, output=str(tmp_path / "number"))
+    train(**short_run | {"device_batch_size": 3}, output=str(tmp_path / "number"))
     one, other = (load_checkpoint(tmp_path / name / "last.pth").model for name in ("auto", "number"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -202,10 +189,10 @@ def test_auto_is_the_run_with_the_number_it_finds(
         raise AssertionError("probed again")
 
     monkeypatch.setattr(MemoryPlan, "_limit", probed)
-    again = train(**common, device_batch_size="auto", resume=str(tmp_path / "auto"))
+    again = train(**short_run | {"device_batch_size": "auto"}, resume=str(tmp_path / "auto"))
     assert yaml.safe_load((again.path / "config.yaml").read_text())["device_batch_size"] == 3
     with pytest.raises(InputError, match="device_batch_size was 3 and is"):
-        train(**common, device_batch_size=2, resume=str(tmp_path / "auto"))
+        train(**short_run | {"device_batch_size": 2}, resume=str(tmp_path / "auto"))
 
 
 def test_auto_is_the_papers_batch(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.engine.config import OptimConfig
 from ddetr.engine.early_stopping import EarlyStopping
 from ddetr.engine.run import RunFolder
 from ddetr.engine.train import train
@@ -43,19 +43,16 @@ def test_when_a_run_ends(aps: list[float], patience: int, min_delta: float, expe
 
 
 @pytest.fixture
-def settings(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
+def settings(short_run: dict[str, Any], tiny_model: dict[str, Any]) -> dict[str, Any]:
     """Nothing is learnt: every validation is as good as the first one."""
-    return {
-        "data": DataConfig(str(shapes), image_size=64, num_workers=0),
+    return short_run | {
         "model": tiny_model | {"freeze_backbone": "norm"},
         "optim": OptimConfig(lr=0.0, weight_decay=0.0),
         "epochs": 4,
         "patience": 1,
         "batch_size": 8,
         "device_batch_size": 8,
-        "log_every": 1,
         "num_pictures": 1,
-        "preflight": False,  # which refuses a rate of nothing
     }
 
 

@@ -165,17 +165,8 @@ def test_steps_that_the_scaler_leaves_out_are_no_updates(shapes: Path, tiny_mode
 
 
 @pytest.fixture
-def settings(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "data": DataConfig(str(shapes), image_size=64, num_workers=0),
-        "model": tiny_model | {"dropout": 0.1},
-        "optim": OptimConfig(lr=1e-2, ema_decay=0.9),
-        "epochs": EPOCHS,
-        "batch_size": 4,
-        "device_batch_size": 2,
-        "log_every": 1,
-        "num_pictures": 0,
-    }
+def settings(short_run: dict[str, Any]) -> dict[str, Any]:
+    return short_run | {"optim": OptimConfig(lr=1e-2, ema_decay=0.9), "epochs": EPOCHS}
 
 
 def test_what_is_published_is_the_average_and_what_was_measured(

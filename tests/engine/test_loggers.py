@@ -11,7 +11,6 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ddetr.engine.callbacks import Watch
-from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.loggers import chosen_loggers
 from ddetr.engine.train import train
 from ddetr.errors import InputError
@@ -20,18 +19,9 @@ STEPS, VALIDATIONS = [1, 2, 3, 4, 5, 6], [2, 4, 6]
 
 
 @pytest.fixture
-def settings(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
+def settings(short_run: dict[str, Any], tiny_model: dict[str, Any]) -> dict[str, Any]:
     """Three epochs of two steps."""
-    return {
-        "data": DataConfig(str(shapes), image_size=64, num_workers=0),
-        "model": tiny_model,
-        "optim": OptimConfig(lr=1e-3),
-        "epochs": 3,
-        "batch_size": 4,
-        "device_batch_size": 4,
-        "log_every": 1,
-        "num_pictures": 0,
-    }
+    return short_run | {"model": tiny_model, "epochs": 3, "device_batch_size": 4}
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import torch
 
 import ddetr.models.attention
 from ddetr.checkpoint import load_checkpoint
-from ddetr.engine.config import DataConfig, OptimConfig
 from ddetr.engine.exactness import exactness
 from ddetr.engine.train import train
 from ddetr.models.criterion import SetCriterion
@@ -17,18 +16,9 @@ from ddetr.models.matcher import HungarianMatcher
 
 
 @pytest.fixture
-def settings(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "data": DataConfig(str(shapes), image_size=64, num_workers=0),
-        "model": tiny_model | {"dropout": 0.1, "two_stage": True},
-        "optim": OptimConfig(lr=1e-3),
-        "epochs": 1,
-        "batch_size": 8,
-        "device_batch_size": 4,
-        "log_every": 1,
-        "num_pictures": 0,
-        "preflight": False,
-    }
+def settings(short_run: dict[str, Any]) -> dict[str, Any]:
+    model = short_run["model"] | {"two_stage": True}
+    return short_run | {"model": model, "epochs": 1, "batch_size": 8, "device_batch_size": 4}
 
 
 def first_losses(run: Path) -> dict[str, float]:

@@ -419,18 +419,9 @@ def test_a_data_set_that_cannot_be_read_is_a_failed_check(set_up: Callable[..., 
 
 
 @pytest.fixture
-def settings(oblong: Path, tiny_model: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    return {
-        "data": DataConfig(str(oblong), image_size=64, num_workers=0),
-        "model": tiny_model | {"dropout": 0.1},
-        "optim": OptimConfig(lr=1e-3),
-        "epochs": 1,
-        "batch_size": 2,
-        "device_batch_size": 2,
-        "num_pictures": 0,
-        "log_every": 1,
-        "output": str(tmp_path / "run"),
-    }
+def settings(short_run: dict[str, Any], oblong: Path, tmp_path: Path) -> dict[str, Any]:
+    data = DataConfig(str(oblong), image_size=64, num_workers=0)
+    return short_run | {"data": data, "epochs": 1, "batch_size": 2, "preflight": True, "output": str(tmp_path / "run")}
 
 
 def test_a_run_with_preflight_is_the_run_without(settings: dict[str, Any], tmp_path: Path) -> None:

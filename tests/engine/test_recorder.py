@@ -36,20 +36,10 @@ STEPS = 4  # of an epoch
 
 
 @pytest.fixture
-def settings(shapes: Path, tiny_model: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+def settings(short_run: dict[str, Any], shapes: Path, tmp_path: Path) -> dict[str, Any]:
     """Eight steps of two micro-batches with batch norms and dropout."""
-    return {
-        "data": DataConfig(str(shapes), augmentation="plain", image_size=64, num_workers=0),
-        "model": tiny_model | {"dropout": 0.1},
-        "optim": OptimConfig(lr=1e-3),
-        "epochs": 2,
-        "batch_size": 2,
-        "device_batch_size": 1,
-        "log_every": 1,
-        "num_pictures": 0,
-        "preflight": False,
-        "output": str(tmp_path / "run"),
-    }
+    data = DataConfig(str(shapes), augmentation="plain", image_size=64, num_workers=0)
+    return short_run | {"data": data, "batch_size": 2, "device_batch_size": 1, "output": str(tmp_path / "run")}
 
 
 @pytest.fixture

@@ -26,19 +26,9 @@ EPOCHS, STEPS = 3, 2  # of the short runs: epochs, and steps an epoch
 
 
 @pytest.fixture
-def settings(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
-    """A run of six steps with all that draws random numbers: augmentation and dropout; its rate changes an epoch."""
-    return {
-        "data": DataConfig(str(shapes), image_size=64, num_workers=0),
-        "model": tiny_model | {"dropout": 0.1},
-        "optim": OptimConfig(lr=1e-3, lr_drop=1),
-        "epochs": EPOCHS,
-        "batch_size": 4,
-        "device_batch_size": 2,
-        "log_every": 1,
-        "num_pictures": 0,
-        "preflight": False,
-    }
+def settings(short_run: dict[str, Any]) -> dict[str, Any]:
+    """Six steps whose rate changes an epoch."""
+    return short_run | {"optim": OptimConfig(lr=1e-3, lr_drop=1), "epochs": EPOCHS}
 
 
 def rows(path: Path) -> list[dict[str, str]]:
