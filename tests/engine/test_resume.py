@@ -167,9 +167,10 @@ def test_a_full_disk_is_reported_and_the_run_goes_on(configuration: Path, undist
     assert perform([[whole, ["at_step", 7, TERM]]])[0] == [128 + TERM]
     before = (run / "last.ckpt").read_bytes()
     codes, said = perform([[[*whole, "--resume"], ["full_disk", 20_000]]])
+    said = " ".join(said.split())  # where lines are broken depends on how long the run's path is
     assert codes == [2]  # all that could be done was done, but not everything is on disk
     assert "last.ckpt could not be written (File too large; " in said
-    assert "what was there before is intact and the run goes on" in " ".join(said.split())
+    assert "what was there before is intact and the run goes on" in said
     assert "the run has come to its end, but in" in said
     assert all(f"{name} (File too large)" in said.partition("come to its end")[2] for name in ("last.ckpt", "last.pth"))
     assert (run / "last.ckpt").read_bytes() == before
