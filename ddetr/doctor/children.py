@@ -101,7 +101,9 @@ def _how_it_ended(code: int, err: bytes) -> str | None:
     said = f": {lines[-1][:300]}" if lines else ""
     if code < 0:
         with contextlib.suppress(ValueError):
-            name = {9: "killed, often for lack of memory", 11: "segmentation fault"}.get(-code, signal.Signals(-code).name)
+            name = {9: "killed, often for lack of memory", 11: "segmentation fault"}.get(
+                -code, signal.Signals(-code).name
+            )
             return f"the process died ({name}){said if code != -9 else ''}"
         return f"the process died (signal {-code}){said}"
     return f"the process ended with code {code}{said}"

@@ -73,7 +73,8 @@ class PyTorch:
     nccl: str | None = None
     triton: str | None = None
     torchvision: str | None = None
-    torchvision_needs: str | None = None  # the torch version that its package asks for
+    torchvision_needs: str | None = None  # the torch that its package asks for: "==2.6.0"
+    torchvision_fits: bool | None = None  # whether that is the one that is here
     torchvision_error: str | None = None
     nms_error: str | None = None
 

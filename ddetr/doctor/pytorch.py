@@ -1,7 +1,6 @@
 """What the installed PyTorch says of itself. Runs in a child: an import can crash, and CUDA must not be touched here."""
 
 import importlib.metadata
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -98,13 +97,22 @@ def _dotted(version: Any) -> str:
 def _torchvision() -> dict[str, Any]:
     try:
         children.tell(torchvision=importlib.metadata.version("torchvision"))
-        needs = [re.match(r"torch\s*\(?==\s*([^\s,;)]+)", line) for line in importlib.metadata.requires("torchvision") or []]
-        children.tell(torchvision_needs=next((found[1] for found in needs if found), None))
+        _tell("doing_requirement", _requirement)
     except importlib.metadata.PackageNotFoundError:
         return {"torchvision_error": "it is not installed"}
     import torchvision
 
     return {"torchvision": str(torchvision.__version__)}
+
+
+def _requirement() -> dict[str, Any]:
+    """The torch that torchvision's package asks for, and whether it is the one that is here."""
+    from packaging.requirements import Requirement
+
+    requirements = map(Requirement, importlib.metadata.requires("torchvision") or [])
+    needs = next(requirement.specifier for requirement in requirements if requirement.name == "torch")
+    here = importlib.metadata.version("torch")
+    return {"torchvision_needs": str(needs), "torchvision_fits": needs.contains(here, prereleases=True)}
 
 
 def _nms() -> dict[str, Any]:

@@ -15,7 +15,7 @@ def published() -> dict[str, Any]:
 
 
 def number(version: str) -> tuple[int, ...]:
-    """"550.54.15" -> (550, 54, 15); what follows the numbers is left out, so "2.6.0+cu124" -> (2, 6, 0)."""
+    """ "550.54.15" -> (550, 54, 15); what follows the numbers is left out, so "2.6.0+cu124" -> (2, 6, 0)."""
     return tuple(int(part) for part in re.findall(r"\d+", re.match(r"[\d.]*", version)[0]))  # type: ignore[index]
 
 
@@ -61,12 +61,12 @@ def capability_number(capability: str) -> tuple[int, int]:
 
 
 def architecture(capability: str) -> str:
-    """"8.6" -> "sm_86"."""
+    """ "8.6" -> "sm_86"."""
     return "sm_" + capability.replace(".", "")
 
 
 def range_of(architectures: list[str]) -> str:
-    """"sm_50 to sm_90", in the order of their numbers."""
+    """ "sm_50 to sm_90", in the order of their numbers."""
     kernels = [name for name in architectures if re.fullmatch(r"sm_\d+[af]?", name)]
     kernels.sort(key=lambda name: int(re.sub(r"\D", "", name)))
     if not kernels:
