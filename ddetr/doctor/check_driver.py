@@ -10,6 +10,7 @@ from ddetr.doctor.versions import (
     capability_number,
     install_command,
     least_driver,
+    limits_of,
     number,
     range_of,
     runs_on,
@@ -276,8 +277,7 @@ def _kernel_row(facts: Facts, capability: str, built: list[str]) -> Row:
             "leave the cache where it is (~/.nv), or install a newer PyTorch: "
             + (install_command(capability, facts.driver.version) or "pip install --upgrade torch torchvision"),
         )
-    lowest = min(capability_number(name.split("_")[1][:-1] + "." + name[-1]) for name in _plain(built))
-    highest = max(capability_number(name.split("_")[1][:-1] + "." + name[-1]) for name in _plain(built))
+    lowest, highest = limits_of(built)
     names = ", ".join(sorted({gpu.name for gpu in facts.gpus if gpu.capability == capability}))
     command = install_command(capability, facts.driver.version)
     if capability_number(capability) > highest:
@@ -299,7 +299,3 @@ def _kernel_row(facts: Facts, capability: str, built: list[str]) -> Row:
         else "no PyTorch that ddetr runs with has kernels for it: use the CPU (ddetr doctor --cpu) or a newer GPU",
         Cause.GPU_TOO_OLD,
     )
-
-
-def _plain(built: list[str]) -> list[str]:
-    return [name.rstrip("af") for name in built if name.startswith("sm_")] or ["sm_00"]

@@ -66,7 +66,8 @@ def container(root: Path) -> str:
         return "podman"
     if (root / ".dockerenv").exists():
         return "docker"
-    return "container" if os.environ.get("container") or "/docker/" in _read(root / "proc/1/cgroup") else ""
+    named = os.environ.get("container")  # noqa: SIM112  (systemd's and podman's name for it)
+    return "container" if named or "/docker/" in _read(root / "proc/1/cgroup") else ""
 
 
 def look_at_limits() -> Limits:

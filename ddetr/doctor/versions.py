@@ -65,13 +65,17 @@ def architecture(capability: str) -> str:
     return "sm_" + capability.replace(".", "")
 
 
+def limits_of(architectures: list[str]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The least and the greatest capability that there are binary kernels for; (0, 0) twice where there are none."""
+    found = [re.fullmatch(r"sm_(\d+)(\d)[af]?", name) for name in architectures]
+    numbers = [(int(match[1]), int(match[2])) for match in found if match] or [(0, 0)]
+    return min(numbers), max(numbers)
+
+
 def range_of(architectures: list[str]) -> str:
-    """ "sm_50 to sm_90", in the order of their numbers."""
-    kernels = [name for name in architectures if re.fullmatch(r"sm_\d+[af]?", name)]
-    kernels.sort(key=lambda name: int(re.sub(r"\D", "", name)))
-    if not kernels:
-        return "no GPU"
-    return kernels[0] if len(kernels) == 1 else f"{kernels[0]} to {kernels[-1]}"
+    """ "sm_50 to sm_90"."""
+    least, greatest = ("sm_{}{}".format(*limit) for limit in limits_of(architectures))
+    return "no GPU" if greatest == "sm_00" else least if least == greatest else f"{least} to {greatest}"
 
 
 def install_command(capability: str | None, driver: str | None) -> str | None:
