@@ -284,8 +284,8 @@ def _kernel_row(facts: Facts, capability: str, built: list[str]) -> Row:
         return broken(
             SECTION,
             "kernels",
-            f"{names} ({arch}) is newer than this PyTorch: {has}, so the first computation would fail with "
-            "'no kernel image is available'",
+            f"{names} ({arch}) is newer than this PyTorch, which has kernels for {range_of(built)}: the first computation "
+            "would fail with 'no kernel image is available'",
             f"install a PyTorch with kernels for it: {command or 'pip install --upgrade torch torchvision'}",
             Cause.GPU_TOO_NEW,
         )
@@ -293,7 +293,7 @@ def _kernel_row(facts: Facts, capability: str, built: list[str]) -> Row:
     return broken(
         SECTION,
         "kernels",
-        f"{names} ({arch}) {gap} this PyTorch: {has}",
+        f"{names} ({arch}) {gap} this PyTorch, which has kernels for {range_of(built)}",
         f"install a PyTorch with kernels for it: {command}"
         if command
         else "no PyTorch that ddetr runs with has kernels for it: use the CPU (ddetr doctor --cpu) or a newer GPU",

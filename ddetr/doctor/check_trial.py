@@ -17,6 +17,8 @@ def check_trial(facts: Facts) -> list[Row]:
         done = list(steps)
         if passed := [step for step in done if step.passed]:
             text = "; ".join(f"{step.name} ({step.detail})" if step.detail else step.name for step in passed)
+            if device == "cpu" and facts.gpus and not facts.cpu:
+                text += "; the GPUs are not tried before the above is mended"
             rows.append(ok(SECTION, device, text))
         rows.extend(_failed(step, facts) for step in done if not step.passed)
     return rows

@@ -22,12 +22,18 @@ def shown(diagnosis: Diagnosis, *, as_json: bool, brief: bool, terminal: bool) -
     """What `ddetr doctor` prints, one after the other."""
     if as_json:
         yield json.dumps(diagnosis.to_dict(), indent=1)
-    elif brief:
-        yield "\n".join(in_brief(diagnosis))
-    else:
-        yield table(diagnosis.rows) if terminal else "\n".join(lines(diagnosis.rows))
-        yield "\n" + summary(diagnosis)
-        yield "Next: ddetr data audit PATH looks at a data set, ddetr preflight --data PATH at a training set-up."
+        return
+    rows = diagnosis.rows
+    if brief:
+        rows = [row for row in rows if row.state != "ok"]
+        yield headline(diagnosis)
+    if rows:
+        yield table(rows) if terminal else "\n".join(lines(rows))
+    if brief:
+        yield f"{summary(diagnosis)} `ddetr doctor` shows and tries everything."
+        return
+    yield "\n" + summary(diagnosis)
+    yield "Next: ddetr data audit PATH looks at a data set, ddetr preflight --data PATH at a training set-up."
 
 
 def table(rows: list[Row]) -> Group:
@@ -74,8 +80,8 @@ def summary(diagnosis: Diagnosis) -> str:
     return f"{verdict} Exit code {cause.code} ({cause.title})."
 
 
-def in_brief(diagnosis: Diagnosis) -> Iterator[str]:
-    """A line on what this is, a line for each row that is not ok, and the verdict."""
+def headline(diagnosis: Diagnosis) -> str:
+    """What machine this is, in a line."""
     facts = diagnosis.facts
     torch = facts.pytorch
     parts = [facts.machine.system, f"Python {facts.machine.python}"]
@@ -84,9 +90,7 @@ def in_brief(diagnosis: Diagnosis) -> Iterator[str]:
         parts.append(f"driver {facts.driver.version}")
     names = [gpu.name for gpu in facts.gpus]
     parts.append(f"{_number(len(names), 'GPU')}: {', '.join(sorted(set(names)))}" if names else "no GPU")
-    yield f"ddetr doctor: {'; '.join(parts)}"
-    yield from (line(row) for row in diagnosis.rows if row.state != "ok")
-    yield summary(diagnosis) + " `ddetr doctor` shows and tries everything."
+    return f"ddetr doctor: {'; '.join(parts)}"
 
 
 def _number(count: int, noun: str) -> str:

@@ -124,9 +124,10 @@ def test_warnings_alone_exit_with_0(command: Callable[..., tuple[int, str]]) -> 
         "ddetr doctor: Debian GNU/Linux 13 (trixie), x86_64; Python 3.13.5; PyTorch 2.6.0+cu124; "
     )
     assert lines[0].endswith("driver 570.86.10; 1 GPU: NVIDIA A100-SXM4-80GB")
-    assert lines[1].startswith("  warning  shared memory")
+    assert lines[1] == "Limits"
+    assert lines[2].startswith("  warning  shared memory")
     assert lines[-1].startswith("Fit for work: 0 broken, 1 warning. Exit code 0 (ok).")
-    assert len(lines) == 4
+    assert len(lines) == 5
 
 
 def test_json_of_a_fault(command: Callable[..., tuple[int, str]]) -> None:
@@ -162,6 +163,7 @@ def test_gathering_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None
     def fail() -> None:
         raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
 
+    monkeypatch.setattr(diagnosis.pytorch, "look", lambda: gpu_facts().pytorch)
     monkeypatch.setattr(diagnosis.machine, "look_at_limits", fail)
     found = diagnosis.examine(cpu=True, compute=False)
     (row,) = [row for row in found.rows if row.state == "broken"]

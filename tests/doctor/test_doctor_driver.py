@@ -92,7 +92,7 @@ def test_a_driver_through_the_whole_command(
     """Beside the PyTorch of our image, which is written down."""
     fake_driver(**answers)
     torch_there = gpu_facts().pytorch
-    torch_there.gpus = []
+    torch_there.gpus, torch_there.available = [], "CU_INIT" not in answers
     monkeypatch.setattr(diagnosis.pytorch, "look", lambda: torch_there)
     code = cli.main(["doctor", "--json", "--brief"])
     found = json.loads(capsys.readouterr().out)
