@@ -21,6 +21,7 @@ importlib.import_module("ddetr.doctor.children").open_channel()
 importlib.import_module(sys.argv[2]).main(json.loads(sys.argv[3]))
 """
 _channel = 1
+_running: set[subprocess.Popen] = set()
 
 
 class Outcome(NamedTuple):
@@ -53,6 +54,7 @@ def run(
         )
     except OSError as error:
         return Outcome([], f"no process could be started ({error.strerror or error})")
+    _running.add(child)
     try:
         out, err = child.communicate(timeout=timeout)
         problem = _how_it_ended(child.returncode, err)
@@ -63,7 +65,15 @@ def run(
     except BaseException:
         _kill(child)
         raise
+    finally:
+        _running.discard(child)
     return Outcome(list(_events(out)), problem)
+
+
+def stop_all() -> None:
+    """End what runs in other threads: an interrupt reaches only the main one, and none of the children."""
+    for child in list(_running):
+        _kill(child)
 
 
 def open_channel() -> None:

@@ -5,11 +5,13 @@ import platform
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import ddetr
 from ddetr.doctor.facts import Folder, Hardware, Limits, Machine
 
+_PATIENCE = 20  # seconds for a folder
 # Where the image mounts them.
 DATA, OUTPUT = "/workspace/data", "/workspace/output"
 _NVIDIA_VENDOR, _DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")  # VGA controller, 3D controller
@@ -91,7 +93,17 @@ def look_at_limits() -> Limits:
 def look_at_folder(path: str, *, asked_for: bool, to_write: bool) -> Folder:
     """A folder to read from or to write to; for one to write to that is not there yet, the space where it would be."""
     folder = Folder(path=path, asked_for=asked_for)
-    place = Path(path).expanduser()
+    looking = threading.Thread(target=_look_into, args=(folder, to_write), daemon=True)
+    looking.start()
+    looking.join(_PATIENCE)
+    if looking.is_alive():
+        return Folder(path=path, asked_for=asked_for, exists=True, is_folder=True, error=f"no answer in {_PATIENCE} s")
+    return folder
+
+
+def _look_into(folder: Folder, to_write: bool) -> None:
+    """In a thread: a network file system whose server is gone blocks whoever asks it."""
+    place = Path(folder.path).expanduser()
     try:
         folder.exists, folder.is_folder = place.exists(), place.is_dir()
         existing = next(parent for parent in (place, *place.resolve().parents) if parent.exists())
@@ -103,7 +115,6 @@ def look_at_folder(path: str, *, asked_for: bool, to_write: bool) -> Folder:
         folder.readable = folder.exists and os.access(place, os.R_OK | (os.X_OK if folder.is_folder else 0))
     except OSError as error:
         folder.error = error.strerror or str(error)
-    return folder
 
 
 def _can_write(folder: Path) -> bool:

@@ -10,19 +10,22 @@ from ddetr.doctor.facts import Gpu, PyTorch
 
 
 def look(timeout: float = 120) -> PyTorch:
-    """PyTorch, as a child sees it."""
-    outcome = children.run(__name__, timeout=timeout)
-    found: dict[str, Any] = {}
-    for event in outcome.events:
-        found.update(event)
-    if outcome.problem:  # it died in whatever it announced last
-        doing = found.get("doing")
-        found.update({"state": "fails", "error": outcome.problem} if doing == "torch" else {})
-        if doing in ("cuda_error", "torchvision_error", "nms_error", "cudnn_error"):
-            found[doing] = outcome.problem
-    found.pop("doing", None)
-    gpus = [Gpu(**gpu) for gpu in found.pop("gpus", [])]
-    return PyTorch(**({"state": "fails", "error": outcome.problem} | found), gpus=gpus)
+    """PyTorch, as a child sees it. A part in which the child dies is left out by the next one, so that the rest is known."""
+    found: dict[str, Any] = {"state": "fails"}
+    died: dict[str, str] = {}
+    while True:
+        outcome = children.run(__name__, sorted(died), timeout=timeout)
+        for event in outcome.events:
+            found.update(event)
+        part = found.pop("doing", None)
+        if outcome.problem is None:
+            break
+        if part not in _PARTS or part in died:
+            found.update(state="fails", error=outcome.problem)
+            break
+        died[part] = outcome.problem
+    found.update({part: problem for part, problem in died.items() if part.endswith("_error")})
+    return PyTorch(**found | {"gpus": [Gpu(**gpu) for gpu in found.get("gpus", [])]})
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -40,23 +43,20 @@ def main(arguments: Sequence[str]) -> None:
     # get_arch_list() is empty where there is no GPU; what it reads is not.
     flags = getattr(torch._C, "_cuda_getArchFlags", lambda: None)() or ""
     children.tell(architectures=torch.cuda.get_arch_list() or flags.split())
-    _tell("cuda_error", _gpus)
-    _tell("cudnn_error", lambda: {"cudnn": _cudnn(torch.backends.cudnn.version())})
-    _tell("doing_nccl", lambda: {"nccl": _dotted(torch.cuda.nccl.version()) if torch.version.cuda else None})
-    _tell("doing_triton", lambda: {"triton": importlib.metadata.version("triton")})
-    _tell("torchvision_error", _torchvision)
-    _tell("nms_error", _nms)
+    for part, what in _PARTS.items():
+        if part not in arguments:
+            _tell(part, what)
     children.tell(doing=None)
 
 
-def _tell(key: str, what: Callable[[], dict[str, Any]]) -> None:
-    """What `what` finds; under `key` the error that it ends with, where that is a fact."""
-    children.tell(doing=key)
+def _tell(part: str, what: Callable[[], dict[str, Any]]) -> None:
+    """What `what` finds; the error that it ends with where that is a fact: under the part's name, if it is `..._error`."""
+    children.tell(doing=part)
     try:
         children.tell(**what())
     except BaseException as error:
-        if not key.startswith("doing"):
-            children.tell(**{key: children.sentence(error)})
+        if part.endswith("_error"):
+            children.tell(**{part: children.sentence(error)})
 
 
 def _gpus() -> dict[str, Any]:
@@ -67,11 +67,13 @@ def _gpus() -> dict[str, Any]:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
         found: dict[str, Any] = {"available": available, "count": torch.cuda.device_count()}
+    children.tell(**found)
     if caught:
         found["cuda_error"] = " ".join(str(caught[0].message).split())
     if not available:
+        if torch.version.cuda and not caught:
+            torch.cuda.init()  # says why not
         return found
-    children.tell(**found)
     current = torch.cuda.current_device()
     children.tell(current=current, name=torch.cuda.get_device_name(current))
     all_properties = [torch.cuda.get_device_properties(index) for index in range(found["count"])]
@@ -81,23 +83,32 @@ def _gpus() -> dict[str, Any]:
     return {"gpus": gpus}
 
 
-def _cudnn(version: int | None) -> str | None:
+def _cudnn() -> dict[str, Any]:
     """92400 -> "9.24.0"; until cuDNN 8: 8902 -> "8.9.2"."""
+    import torch
+
+    version = torch.backends.cudnn.version()
     if not version:
-        return None
-    major = version // 10000 if version >= 90000 else version // 1000
-    rest = version - major * (10000 if version >= 90000 else 1000)
-    return f"{major}.{rest // 100}.{rest % 100}"
+        return {"cudnn": None}
+    major, rest = divmod(version, 10000 if version >= 90000 else 1000)
+    return {"cudnn": f"{major}.{rest // 100}.{rest % 100}"}
 
 
-def _dotted(version: Any) -> str:
-    return ".".join(map(str, version)) if isinstance(version, tuple) else str(version)
+def _nccl() -> dict[str, Any]:
+    import torch
+
+    version = torch.cuda.nccl.version() if torch.version.cuda else None
+    return {"nccl": ".".join(map(str, version)) if isinstance(version, tuple) else version}
+
+
+def _triton() -> dict[str, Any]:
+    return {"triton": importlib.metadata.version("triton")}
 
 
 def _torchvision() -> dict[str, Any]:
     try:
         children.tell(torchvision=importlib.metadata.version("torchvision"))
-        _tell("doing_requirement", _requirement)
+        _tell("requirement", _requirement)
     except importlib.metadata.PackageNotFoundError:
         return {"torchvision_error": "it is not installed"}
     import torchvision
@@ -122,3 +133,13 @@ def _nms() -> dict[str, Any]:
     boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
     kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist()
     return {"nms_error": None if kept == [0, 2] else f"it kept the boxes {kept} where 0 and 2 are right"}
+
+
+_PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "cudnn_error": _cudnn,
+    "nccl": _nccl,
+    "triton": _triton,
+    "torchvision_error": _torchvision,
+    "nms_error": _nms,
+    "cuda_error": _gpus,
+}

@@ -23,7 +23,11 @@ def try_devices(num_gpus: int, *, timeout: float = 300) -> list[Step]:
     """Every step on every GPU and the exchange between them; on a machine without any, on the CPU."""
     devices = [f"cuda:{index}" for index in range(num_gpus)] or ["cpu"]
     with ThreadPoolExecutor(len(devices)) as pool:
-        found = list(pool.map(lambda device: try_device(device, timeout=timeout), devices))
+        try:
+            found = list(pool.map(lambda device: try_device(device, timeout=timeout), devices))
+        except BaseException:
+            children.stop_all()
+            raise
     steps = [step for steps in found for step in steps]
     if num_gpus > 1:
         steps += [try_all_reduce(["cuda"] * num_gpus, timeout=timeout)]

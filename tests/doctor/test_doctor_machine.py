@@ -1,6 +1,7 @@
 """What the operating system shows, from made-up roots of a file system."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,20 @@ def test_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os, "listdir", refuse)
     found = machine.look_at_folder(str(tmp_path), asked_for=True, to_write=False)
     assert (found.exists, found.readable, found.error) == (True, False, "Permission denied")
+
+
+def test_a_file_system_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = threading.Event()
+
+    def wait(path: str) -> list[str]:
+        answer.wait(60)
+        return []
+
+    monkeypatch.setattr(os, "listdir", wait)
+    monkeypatch.setattr(machine, "_PATIENCE", 0.2)
+    found = machine.look_at_folder(str(tmp_path), asked_for=True, to_write=False)
+    answer.set()
+    assert (found.readable, found.error) == (False, "no answer in 0.2 s")
 
 
 def test_limits_of_this_machine() -> None:

@@ -1,5 +1,6 @@
 """What is computed on a device: it passes where all is well, and finds an operator that is wrong."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,6 +131,42 @@ def test_several_gpus_are_tried_and_then_their_exchange(monkeypatch: pytest.Monk
     monkeypatch.setattr(trial, "try_device", lambda device, timeout: [SimpleNamespace(device=device, timeout=timeout)])
     monkeypatch.setattr(trial, "try_all_reduce", lambda devices, timeout: SimpleNamespace(device=devices))
     assert [step.device for step in trial.try_devices(2)] == ["cuda:0", "cuda:1", ["cuda", "cuda"]]
+
+
+@pytest.mark.parametrize(("error", "tried"), [(RuntimeError("CUDA error: illegal"), 2), (trial._WrongError("off"), 5)])
+def test_after_an_error_of_cuda_nothing_else_is_tried(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, tried: int
+) -> None:
+    def fail(device: torch.device) -> str:
+        raise error
+
+    for name in ("_allocation", "_convolution", "_operator", "_nms"):
+        monkeypatch.setattr(trial, name, lambda device: "well")
+    monkeypatch.setattr(trial, "_matrix_products", fail)
+    events: list[dict[str, Any]] = []
+    monkeypatch.setattr(trial.children, "tell", lambda **event: events.append(event))
+    trial.main(["cuda:0"])
+    steps = [event for event in events if "passed" in event]
+    assert [step["name"] for step in steps] == list(trial.GPU_STEPS)[:tried]
+    assert [step["name"] for step in steps if not step["passed"]] == ["matrix product"]
+
+
+def test_an_interrupt_ends_the_children(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """It reaches the main thread, while others wait for them."""
+    monkeypatch.syspath_prepend(str(request.path.parent))
+    waiting = threading.Event()
+
+    def try_device(device: str, timeout: float) -> list[Any]:
+        if device == "cuda:0":
+            while not trial.children._running:
+                waiting.wait(0.05)
+            raise KeyboardInterrupt
+        return [trial.children.run("doctor_child", ["hang"], timeout=timeout)]
+
+    monkeypatch.setattr(trial, "try_device", try_device)
+    with pytest.raises(KeyboardInterrupt):
+        trial.try_devices(2, timeout=250)
+    assert not trial.children._running
 
 
 @pytest.mark.gpu
