@@ -192,10 +192,20 @@ def _not_loaded(facts: Facts) -> Row:
 
 
 def _gpu_rows(facts: Facts) -> list[Row]:
-    """GPUs of the same kind in one row."""
+    """GPUs of the same kind in one row; those whose memory others hold in a row each."""
     kinds = Counter(_named(gpu) for gpu in facts.gpus)
     rows = [ok(SECTION, "GPU", f"{count} x {name}" if count > 1 else name) for name, count in kinds.items()]
-    return rows or [ok(SECTION, "GPU", "NVML does not name the GPUs")]
+    rows = rows or [ok(SECTION, "GPU", "NVML does not name the GPUs")]
+    shown, there = facts.pytorch.count, len(facts.driver.gpus)
+    if "CUDA_VISIBLE_DEVICES" in facts.variables and 0 < shown < there:
+        value = facts.variables["CUDA_VISIBLE_DEVICES"]
+        rows.append(ok(SECTION, "GPU", f"CUDA_VISIBLE_DEVICES={value} shows {shown} of {there}"))
+    for index, gpu in enumerate(facts.driver.gpus):
+        if gpu.memory_free is not None and gpu.memory_total and gpu.memory_free < gpu.memory_total / 5:
+            total = gpu.memory_total / 2**30
+            text = f"others hold {total - gpu.memory_free / 2**30:.0f} of {total:.0f} GiB of GPU {index}: training may not fit"
+            rows.append(warning(SECTION, "GPU memory", text, f"nvidia-smi -i {index} names the programs that hold it"))
+    return rows
 
 
 def _named(gpu: Gpu) -> str:

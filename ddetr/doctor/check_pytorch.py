@@ -20,9 +20,7 @@ def check_answer(facts: Facts) -> list[Row]:
     if torch.state != "works":
         return [ok(ANSWER, "CUDA available?", "nobody to ask: see PyTorch below")]
     if not torch.available:
-        return [
-            ok(ANSWER, "CUDA available?", "no (torch.cuda.is_available() is False); GPUs: 0, current: none, name: none")
-        ]
+        return [ok(ANSWER, "CUDA available?", "no; how many GPUs: 0; which is current: none; its name: none")]
     return [
         ok(ANSWER, "CUDA available?", "yes"),
         ok(ANSWER, "how many GPUs?", str(torch.count)),

@@ -44,8 +44,8 @@ def _failed(step: Step, facts: Facts) -> Row:
 
 def _of_computation(step: Step) -> str:
     index = step.device.partition(":")[2]
-    if "out of memory" in step.detail.lower():
-        return f"another program holds the GPU's memory: nvidia-smi -i {index} names it"
+    if any(word in step.detail.lower() for word in ("out of memory", "busy or unavailable")):
+        return f"another program holds the GPU or its memory: nvidia-smi -i {index} names it"
     if "no answer" in step.detail:
         return f"see whether another program keeps it busy: nvidia-smi -i {index}; a GPU that hangs needs a reboot of the host"
     others = "leave it out: CUDA_VISIBLE_DEVICES=<the others>"

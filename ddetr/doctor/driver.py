@@ -16,7 +16,7 @@ _NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 _CUDA = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
-def look(timeout: float = 30) -> Driver:
+def look(timeout: float = 20) -> Driver:
     """The driver, as a child sees it."""
     outcome = children.run(__name__, timeout=timeout)
     found: dict[str, Any] = {}

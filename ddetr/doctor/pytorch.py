@@ -9,7 +9,7 @@ from ddetr.doctor import children
 from ddetr.doctor.facts import Gpu, PyTorch
 
 
-def look(timeout: float = 120) -> PyTorch:
+def look(timeout: float = 90) -> PyTorch:
     """PyTorch, as a child sees it. A part in which the child dies is left out by the next one, so that the rest is known."""
     found: dict[str, Any] = {"state": "fails"}
     died: dict[str, str] = {}

@@ -93,7 +93,10 @@ def install_command(capability: str | None, driver: str | None) -> str | None:
             continue
         if driver_takes(variant["driver_minimum"]):
             pins = f"torch=={versions['torch']} torchvision=={versions['torchvision']}"
-            return f"uv pip install --reinstall --torch-backend={name} {pins} (the image: make image VARIANT={name})"
+            image = f"make image VARIANT={name}" + (
+                "" if variant["locked"] else " TORCH_INDEX=<PyTorch's own index of it>"
+            )
+            return f"uv pip install --reinstall --torch-backend={name} {pins} (the image: {image})"
     first = versions["first_toolkits"]["toolkits"].get(architecture(capability)) if capability else None
     if first is None or number(first) < (12, 8):
         return None

@@ -188,5 +188,6 @@ def test_a_real_gpu(doctor: Callable[..., Any]) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     done = doctor("--json")
-    states = {(row["name"], row["state"]) for row in done.found["rows"] if row["section"] == "Tried"}
-    assert states == {(f"cuda:{index}", "ok") for index in range(torch.cuda.device_count())}
+    states = {row["name"]: row["state"] for row in done.found["rows"] if row["section"] == "Tried"}
+    assert {f"cuda:{index}" for index in range(torch.cuda.device_count())} <= set(states)
+    assert set(states.values()) == {"ok"}

@@ -177,6 +177,22 @@ def test_hidden_gpus() -> None:
     assert only_fault(facts).cause is Cause.GPUS_HIDDEN
 
 
+def test_some_gpus_are_hidden_on_purpose() -> None:
+    facts = gpu_facts(count=4)
+    facts.pytorch.count, facts.pytorch.gpus, facts.variables = 1, [A100], {"CUDA_VISIBLE_DEVICES": "2"}
+    rows = check(facts)
+    assert [row for row in rows if row.state != "ok"] == []
+    assert "CUDA_VISIBLE_DEVICES=2 shows 1 of 4" in [row.text for row in rows]
+
+
+def test_a_gpu_whose_memory_others_hold() -> None:
+    facts = gpu_facts(count=2)
+    facts.driver.gpus = [A100, Gpu(name=A100.name, capability="8.0", memory_total=80 * GIB, memory_free=2 * GIB)]
+    row = only_fault(facts, "warning")
+    assert "others hold 78 of 80 GiB of GPU 1" in row.text
+    assert "nvidia-smi -i 1" in row.to_do
+
+
 # --- the driver and this PyTorch
 
 
@@ -485,6 +501,7 @@ def test_output(changes: dict[str, object], state: str, text: str) -> None:
     ("step", "detail", "cause", "to_do"),
     [
         ("allocation", "OutOfMemoryError: CUDA out of memory.", Cause.COMPUTATION, "nvidia-smi -i 1 names it"),
+        ("allocation", "CUDA-capable device(s) is/are busy or unavailable", Cause.COMPUTATION, "nvidia-smi -i 1"),
         ("matrix product", "the product in tf32 is off by 3.1e-01", Cause.COMPUTATION, "dmesg | grep -i xid"),
         ("convolution", "no answer within 300 s", Cause.COMPUTATION, "reboot of the host"),
         ("operator", "the gradient of value is off by 1.0e+00", Cause.OPERATOR, "export DDETR_OPS=reference"),
