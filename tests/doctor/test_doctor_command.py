@@ -31,7 +31,7 @@ def test_a_pytorch_that_is_not_there_or_broken(doctor: Callable[..., Any], tmp_p
     source, code, said = BROKEN_TORCH[fault]
     (tmp_path / "shadow" / "torch").mkdir(parents=True)
     (tmp_path / "shadow" / "torch" / "__init__.py").write_text(source)
-    done = doctor("--cpu", shadow=tmp_path / "shadow")
+    done = doctor("--cpu", "--output", str(tmp_path), shadow=tmp_path / "shadow")
     assert done.code == code, done
     assert done.err == ""
     assert said in done.out
@@ -73,8 +73,8 @@ def test_this_machine_in_one_screen(doctor: Callable[..., Any], tmp_path: Path) 
     assert "ddetr data audit PATH" in lines[-1]
 
 
-def test_json_is_for_programs(doctor: Callable[..., Any]) -> None:
-    done = doctor("--json", "--cpu", "--brief")
+def test_json_is_for_programs(doctor: Callable[..., Any], tmp_path: Path) -> None:
+    done = doctor("--json", "--cpu", "--brief", "--output", str(tmp_path))
     assert done.err == ""
     assert set(done.found) == {"exit_code", "exit_name", "rows", "facts"}
     assert (done.code, done.found["exit_code"], done.found["exit_name"]) == (0, 0, "ok")
@@ -159,13 +159,13 @@ def test_wrong_input_is_2(capsys: pytest.CaptureFixture) -> None:
     assert "unknown option --datta (did you mean --data?)" in capsys.readouterr().err
 
 
-def test_gathering_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gathering_that_raises_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail() -> None:
         raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
 
     monkeypatch.setattr(diagnosis.pytorch, "look", lambda: gpu_facts().pytorch)
     monkeypatch.setattr(diagnosis.machine, "look_at_limits", fail)
-    found = diagnosis.examine(cpu=True, compute=False)
+    found = diagnosis.examine(cpu=True, compute=False, output=str(tmp_path))
     (row,) = [row for row in found.rows if row.state == "broken"]
     assert (row.name, row.cause) == ("limits", Cause.CHECK_FAILED)
     assert "invalid start byte" in row.text

@@ -86,6 +86,7 @@ def test_a_driver_through_the_whole_command(
     fake_driver: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
+    tmp_path: Path,
     answers: dict[str, Any],
     name: str,
 ) -> None:
@@ -94,7 +95,7 @@ def test_a_driver_through_the_whole_command(
     torch_there = gpu_facts().pytorch
     torch_there.gpus, torch_there.available = [], "CU_INIT" not in answers
     monkeypatch.setattr(diagnosis.pytorch, "look", lambda: torch_there)
-    code = cli.main(["doctor", "--json", "--brief"])
+    code = cli.main(["doctor", "--json", "--brief", "--output", str(tmp_path)])
     found = json.loads(capsys.readouterr().out)
     assert found["exit_name"] == name, found["rows"]
     assert code == found["exit_code"]
