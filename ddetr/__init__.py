@@ -7,6 +7,7 @@ models/         the network, its matching and its losses
 checkpoint/     weights on disk, ours and others'
 evaluation.py   COCO's metrics over a predict function; matching.py, metrics.py, coco_backends.py are its parts
 environment.py  machine and software, beside every run and figure
+doctor/         whether this machine, its GPUs and its PyTorch truly work
 optimize.py     a faster copy of a trained network
 predictor.py    images -> named objects in pixels
 report/         what a run shows for itself: one HTML file, curves, pictures

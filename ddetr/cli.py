@@ -1,6 +1,7 @@
 """The command line: `ddetr COMMAND`. The signatures of the functions are the interface.
 
-Exit codes: 0 done; 2 the input is wrong (one sentence says what); 1 the program failed; 130 interrupted.
+Exit codes: 0 done; 2 the input is wrong (one sentence says what); 1 the program failed; 130 interrupted; those of
+`ddetr doctor` are in ddetr/doctor/causes.py.
 """
 
 import difflib
@@ -291,7 +292,37 @@ def bench_train_command(parser: Parser) -> Callable[[Any], None]:
     return run
 
 
-COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
+def doctor_command(parser: Parser) -> Callable[[Any], int]:
+    """Tell whether this machine, its GPUs and its PyTorch truly work."""
+    from ddetr.doctor.causes import table
+
+    parser.usage = "ddetr doctor [options]"
+    parser.add_argument("--data", type=str | None, default=None, help="data folder to look at, or the image's own")
+    parser.add_argument("--output", type=str | None, default=None, help="folder that runs are to be written to")
+    parser.add_argument("--cpu", type=bool, default=False, help="no GPU is expected: look at none")
+    parser.add_argument("--json", type=bool, default=False, help="all that was found, for programs")
+    parser.add_argument(
+        "--brief", type=bool, default=False, help="only what is not well, and nothing computed: for the head of a log"
+    )
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the computations on a device")
+    parser.after_help = f"exit codes (the lowest of those that apply):\n{table()}"
+
+    def run(settings: Any) -> int:
+        from ddetr.doctor.diagnosis import examine
+        from ddetr.doctor.rendering import shown
+
+        options = dict(vars(settings))
+        as_json, brief = options.pop("json"), options.pop("brief")
+        with console.waiting("looking at this machine, then computing on it"):
+            diagnosis = examine(**options, compute=not brief)
+        for renderable in shown(diagnosis, as_json=as_json, brief=brief, terminal=console.is_terminal()):
+            console.show(renderable)
+        return diagnosis.exit_code
+
+    return run
+
+
+COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
     "demo": demo_command,
     "train": train_command,
     "preflight": preflight_command,
@@ -299,6 +330,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], None]]] = {
     "predict": predict_command,
     "replay": replay_command,
     "report": report_command,
+    "doctor": doctor_command,
     "data audit": audit_command,
     "bench op": bench_op_command,
     "bench data": bench_data_command,
@@ -314,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     console.set_up_logging()
     try:
-        parse(arguments)()
+        return parse(arguments)() or 0
     except InputError as error:
         console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
@@ -324,10 +356,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.err.print("ddetr: interrupted")
         return 130
-    return 0
 
 
-def parse(arguments: Sequence[str]) -> Callable[[], None]:
+def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
     """The checked command line as something to call; `--help` of a command exits instead.
 
     Raises:

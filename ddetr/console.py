@@ -21,6 +21,11 @@ def show(renderable: Any) -> None:
     _out.print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
 
 
+def is_terminal() -> bool:
+    """Whether standard output goes to somebody who watches, not to a file or a program."""
+    return _out.is_terminal
+
+
 def set_up_logging() -> None:
     """ddetr's messages on standard error, one a line."""
     handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)

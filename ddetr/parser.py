@@ -33,6 +33,7 @@ class Parser(ArgumentParser):
         # Without allow_abbrev=False a mistyped option could be silently taken for another.
         super().__init__(prog=f"ddetr {command}", description=description, allow_abbrev=False)
         self._from_file: dict[str, tuple[str, Any]] = {}  # option -> the file that sets it and the value there
+        self.after_help = ""  # text for the end of --help, as it stands
 
     def read(self, arguments: Sequence[str]) -> Namespace:
         """Arguments -> settings, dataclasses made."""
@@ -50,6 +51,9 @@ class Parser(ArgumentParser):
             if f"--{name}" in SHORT:
                 action.metavar, action.help = "PATH", f"the same as {SHORT[f'--{name}']} PATH"
 
+    def format_help(self) -> str:
+        return super().format_help() + (f"\n{self.after_help}\n" if self.after_help else "")
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise InputError(self._explained(message)) from ex
 
@@ -64,7 +68,8 @@ class Parser(ArgumentParser):
                 continue
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
-            name = SHORT.get(name, name)
+            if SHORT.get(name) in self._option_string_actions:
+                name = SHORT.get(name, name)
             value = _as_list(value) if name in lists else value
             out.append(name + equals + value)
             if name in switches and not equals and following.lower() not in SWITCH_VALUES:

@@ -100,13 +100,14 @@ def _chosen(device_type: str) -> str:
         if problem := _problem(name):
             raise RuntimeError(f"{VARIABLE}={name}, but {problem}; {CURE}")
         return name
+    log = _log.info if device_type != "cuda" or torch.cuda.is_available() else _log.debug  # nobody asks for absent ones
     for name in serves:
         problem = _problem(name)
         if problem is None and not (device_type == "cuda" and name == "embedding_bag"):  # not measured there
-            _log.info("ms_deform_attn on %s: %s (%s)", device_type, name, _detail(name))
+            log("ms_deform_attn on %s: %s (%s)", device_type, name, _detail(name))
             return name
         if problem is not None:
-            _log.info("ms_deform_attn on %s: not %s: %s", device_type, name, problem)
+            log("ms_deform_attn on %s: not %s: %s", device_type, name, problem)
     raise AssertionError("the reference is always there")
 
 

@@ -241,3 +241,11 @@ def test_out_of_memory_stays_what_it_is(breaking, monkeypatch):
     monkeypatch.setattr(Breaking, "error", torch.OutOfMemoryError("CUDA out of memory"))  # programs catch it by type
     with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
         breaking(5)
+
+
+def test_nothing_is_logged_of_a_device_that_is_not_there(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level("INFO", "ddetr"):
+        backends()
+    assert caplog.messages
+    assert not [message for message in caplog.messages if "on cuda" in message]
