@@ -1,8 +1,8 @@
 """`ddetr bench train`: it measures the engine's own step, every side does the same work, and nothing is left out unsaid."""
 
 import json
-import shlex
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path

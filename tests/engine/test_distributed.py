@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -151,17 +152,21 @@ def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(two_process_
 def test_torchrun_names_the_process_that_died(two_process_config: Path, tmp_path: Path) -> None:
     done = launch(two_process_config, tmp_path / "run", ["at_step", 3, KILL, 1], launcher=TORCHRUN)
     assert done.returncode != 0
-    assert "process 0 of 2 has lost another one" in done.stderr
+    # The other process says so too, unless torchrun, which sees it first on a busy machine, has ended it by then.
+    assert "process 0 of 2 has lost another one" in done.stderr or "Sending process" in done.stderr, done.stderr
     assert "rank      : 1 (local_rank: 1)" in done.stderr
     assert "exitcode  : -9" in done.stderr
 
 
 def test_without_a_launcher_the_message_names_the_process_that_died(two_process_config: Path, tmp_path: Path) -> None:
-    """Lightning starts the second process itself."""
+    """Lightning starts the second process itself. Every five seconds it looks after it, and may be the first to see."""
     done = launch(two_process_config, tmp_path / "run", ["at_step", 3, KILL, 1], "--devices", "2", launcher=[])
-    assert done.returncode == 1, done.stderr
-    assert "ddetr: error: process 1 of 2 (pid " in done.stderr
-    assert "has ended with exit code -9" in done.stderr
+    if done.returncode == -KILL:
+        assert re.search(r"\[rank: 1\] Child process with PID \d+ terminated with code -9", done.stderr), done.stderr
+    else:
+        assert done.returncode == 1, done.stderr
+        assert "ddetr: error: process 1 of 2 (pid " in done.stderr
+        assert "has ended with exit code -9" in done.stderr
 
 
 def test_without_a_launcher_both_stop_at_a_signal_to_the_first(two_process_config: Path, tmp_path: Path) -> None:
