@@ -71,7 +71,7 @@ def demo(
     )
 
 
-def small_demo(output: str, *, num_train: int = 800, num_val: int = 60, epochs: int = 6, seed: int = 0) -> RunResult:
+def small_demo(output: str, *, num_train: int = 800, num_val: int = 60, epochs: int = 8, seed: int = 0) -> RunResult:
     """The same in about a minute on two cores: smaller images, a smaller network, a weaker detector.
 
     Args:
