@@ -50,25 +50,8 @@ def demo(
         epochs: passes over the training images.
         seed: decides the data set and the run.
     """
-    from ddetr.datasets import draw_shapes  # here, since it takes seconds, and the help has no use for it
-
-    folder = Path("runs") / f"shapes-{IMAGE_SIZE}-{num_train}-{num_val}-{seed}"
-    console.show(f"Drawing {num_train} + {num_val} images of shapes into {folder}")
-    with console.waiting("drawing"):
-        draw_shapes(folder, num_train, num_val, IMAGE_SIZE, seed)
     path = Path(output) if output else free_folder(Path("runs"), "demo")
-    return train(
-        DataConfig(path=str(folder), augmentation="plain", image_size=IMAGE_SIZE),
-        MODEL,
-        optim=OPTIM,
-        epochs=epochs,
-        batch_size=8,
-        device_batch_size=8,
-        devices=1,
-        output=str(path),
-        seed=seed,
-        preflight=False,  # for runs longer than this one
-    )
+    return _train_on_shapes(path, Path("runs"), IMAGE_SIZE, num_train, num_val, MODEL, OPTIM, epochs, 8, seed)
 
 
 def small_demo(output: str, *, num_train: int = 800, num_val: int = 60, epochs: int = 8, seed: int = 0) -> RunResult:
@@ -81,19 +64,39 @@ def small_demo(output: str, *, num_train: int = 800, num_val: int = 60, epochs: 
         epochs: passes over the training images.
         seed: decides the data set and the run.
     """
-    from ddetr.datasets import draw_shapes
+    path = Path(output)
+    return _train_on_shapes(
+        path, path.parent, SMALL_IMAGE_SIZE, num_train, num_val, SMALL_MODEL, SMALL_OPTIM, epochs, 16, seed
+    )
 
-    folder = Path(output).parent / f"shapes-{SMALL_IMAGE_SIZE}-{num_train}-{num_val}-{seed}"
-    draw_shapes(folder, num_train, num_val, SMALL_IMAGE_SIZE, seed)
+
+def _train_on_shapes(
+    output: Path,
+    beside: Path,
+    image_size: int,
+    num_train: int,
+    num_val: int,
+    model: dict[str, Any],
+    optim: OptimConfig,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+) -> RunResult:
+    from ddetr.datasets import draw_shapes  # here, since it takes seconds, and the help has no use for it
+
+    folder = beside / f"shapes-{image_size}-{num_train}-{num_val}-{seed}"
+    console.show(f"Drawing {num_train} + {num_val} images of shapes into {folder}")
+    with console.waiting("drawing"):
+        draw_shapes(folder, num_train, num_val, image_size, seed)
     return train(
-        DataConfig(path=str(folder), augmentation="plain", image_size=SMALL_IMAGE_SIZE),
-        SMALL_MODEL,
-        optim=SMALL_OPTIM,
+        DataConfig(path=str(folder), augmentation="plain", image_size=image_size),
+        model,
+        optim=optim,
         epochs=epochs,
-        batch_size=16,
-        device_batch_size=16,
+        batch_size=batch_size,
+        device_batch_size=batch_size,
         devices=1,
-        output=output,
+        output=str(output),
         seed=seed,
-        preflight=False,
+        preflight=False,  # for runs longer than this one
     )
