@@ -133,7 +133,7 @@ def test_03_trains_stops_and_goes_on(folder: Path) -> None:
     assert [session["state"] for session in sessions] == ["stopped", "finished"]
     with (run / "val.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(50, 401, 50))
-    assert json.loads((run / "metrics.json").read_text())["last"]["AP50"] > 0.35
+    assert json.loads((run / "metrics.json").read_text())["last"]["AP50"] > 0.5
     assert "COCO metrics: 60 images" in done.text("resume-run")
     assert "report.html" in done.text("report-show")
 
