@@ -3,13 +3,14 @@
 # make lint    set up, then check the style
 # make wheel   set up, then build dist/ddetr-*.whl for this platform, or for another: make wheel PLATFORM=linux-aarch64
 # make lock    renew requirements/dev.lock
+# make notebooks-strip    take the outputs out of the notebooks, before a commit
 
 PYTHON ?= python3
 VENV ?= .venv
 PLATFORM = host
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint wheel lock
+.PHONY: setup demo test lint wheel lock notebooks-strip
 
 setup: $(VENV)/.done
 
@@ -39,3 +40,6 @@ LOCK = uv pip compile --universal --python-version 3.10 --generate-hashes --no-h
 lock:
 	$(LOCK) requirements/bootstrap.in -o requirements/bootstrap.lock
 	$(LOCK) --extra test --group build pyproject.toml requirements/dev.in -o requirements/dev.lock
+
+notebooks-strip: setup
+	$(BIN)/python notebooks/strip.py

@@ -2,13 +2,12 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.status import Status
 
 _out = Console()
 err = Console(stderr=True)
@@ -34,9 +33,9 @@ def set_up_logging() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries a file, before our own error says why
 
 
-def waiting(what: str) -> Status:
-    """A context that shows, to whoever watches, what is being done while it takes its time."""
-    return err.status(what)
+def waiting(what: str) -> AbstractContextManager[Any]:
+    """A context that shows, to whoever watches a terminal, what is being done while it takes its time."""
+    return err.status(what) if err.is_terminal else nullcontext()  # a notebook would want widgets for it, and warn
 
 
 @contextmanager

@@ -41,3 +41,24 @@ logging.getLogger("other").warning("a warning")
     assert len(lines) == 2
     assert lines[0].endswith("[which] is longer than a narrow terminal would be, on one line")
     assert lines[1].endswith("a warning")
+
+
+def test_a_notebook_gets_tables_and_no_warnings() -> None:
+    """Rich's spinner wants widgets there; tables and messages are shown without."""
+    code = """
+import logging, warnings
+from IPython.testing.globalipapp import start_ipython
+start_ipython().__class__.__name__ = "ZMQInteractiveShell"  # what Rich looks at
+warnings.simplefilter("error")
+from ddetr import console
+console.set_up_logging()
+with console.waiting("working"):
+    logging.getLogger("ddetr.engine").info("a message")
+console.show("a result")
+assert console.err.is_jupyter
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "a message" in done.stdout
+    assert "a result" in done.stdout

@@ -3,6 +3,7 @@
 backbone.py                 images -> feature maps [timm]
 position_encoding.py        where a cell lies
 attention.py                the multi-scale deformable attention module
+sampling.py                 where it looks, recorded while a model runs
 deformable_transformer.py   feature maps -> query states and boxes of every layer
 heads.py                    query states -> class logits, box corrections
 deformable_detr.py          the detector; `build_model` from the official flags

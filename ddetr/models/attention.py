@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddetr.ops import ms_deform_attn_step
+from ddetr.ops.reference import sampling_locations_reference
 
 
 class MSDeformAttn(nn.Module):
@@ -75,3 +76,21 @@ class MSDeformAttn(nn.Module):
             reference_points,
         )
         return self.output_proj(output)
+
+    def sampling(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Where the queries look and how much that counts: what `forward` does inside the operator, to be looked at.
+
+        Args: as of `forward`.
+
+        Returns:
+            Locations (N, Q, M, L, P, 2) as (x, y) in [0, 1] of the padded level, which may lie outside; and weights
+            (N, Q, M, L, P), whose sum over levels and points is 1. Both float32 or wider.
+        """
+        grid = (*query.shape[:2], self.n_heads, self.n_levels, self.n_points)
+        logits = self.attention_weights(query).view(grid)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        weights = logits.to(dtype).flatten(3).softmax(-1).view(grid)
+        offsets = self.sampling_offsets(query).view(*grid, 2)
+        return sampling_locations_reference(offsets, reference_points, spatial_shapes), weights
