@@ -192,7 +192,8 @@ def test_a_killed_save_leaves_the_old_file(
 
     def killed(*args: Any, **kwargs: Any) -> None:
         if killed_in == "write":
-            Path(getattr(args[1], "name", args[1])).write_bytes(b"half a fi")
+            path_or_file = args[1]
+            Path(path_or_file if isinstance(path_or_file, str | Path) else path_or_file.name).write_bytes(b"half a fi")
         raise KeyboardInterrupt
 
     if killed_in == "replace":

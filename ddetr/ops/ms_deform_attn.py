@@ -76,13 +76,6 @@ def _attention(
     return torch.ops.ddetr.ms_deform_attn(value, shapes, points, weights, reference_points)
 
 
-def _is_exporting() -> bool:
-    """Whether `torch.export` traces: before PyTorch 2.7 known by its tracing without dynamo (its default way)."""
-    if hasattr(torch.compiler, "is_exporting"):
-        return torch.compiler.is_exporting()
-    return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-
-
 def _export_without_dynamo() -> bool:
     """Before `torch.compiler.is_exporting` existed: strict export (through dynamo) can't be told from torch.compile."""
     return torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
