@@ -15,7 +15,7 @@ wrong() {
 # A home that can be written to: an arbitrary uid (--user 12345:0) and a read-only root have none.
 if [ ! -w "${HOME:-/}" ] || [ "${HOME:-/}" = / ]; then
     HOME=/tmp/home-$(id -u)
-    mkdir -p -m 700 "$HOME" 2>/dev/null ||
+    (umask 077 && mkdir -p "$HOME") 2>/dev/null ||
         echo "ddetr-entrypoint: no folder to write to: with --read-only give --tmpfs /tmp" >&2
     export HOME
 fi

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs while the image is built: install.sh core | light | workspace | test | ddetr  puts that into /opt/venv.
+# Runs while the image is built. install.sh core | light | workspace | test | ddetr  puts that into /opt/venv; install.sh wheel  makes ddetr's
+# wheel from /src.
 #
 # Locks are installed with their hashes and nothing else is. The exception is a CUDA variant that the lock does not hold: VARIANT=cu118 or
 # cu126 takes torch and torchvision from PyTorch's own index, TORCH_INDEX (https://download.pytorch.org/whl/cu126), without hashes.
@@ -7,8 +8,19 @@ set -euo pipefail
 here=/opt/ddetr/container
 # shellcheck source=container/secrets.sh
 source "$here/secrets.sh"
-export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-315532800} UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1 VIRTUAL_ENV=/opt/venv
+export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-315532800} UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1 VIRTUAL_ENV=/opt/venv \
+    UV_CACHE_DIR=/root/.cache/uv
 uv=/opt/tools/bin/uv
+
+# The tools lie in a cache of the engine, not in the image: made again when their lock or Python has changed.
+want=$(python3 --version && sha256sum <"$here/requirements-build.lock")
+if [ "$(cat /opt/tools/made-from 2>/dev/null)" != "$want" ]; then
+    find /opt/tools -mindepth 1 -delete
+    python3 -m venv /opt/tools
+    /opt/tools/bin/pip install --quiet --disable-pip-version-check --no-cache-dir --no-compile --require-hashes --no-deps \
+        -r "$here/requirements-build.lock"
+    echo "$want" >/opt/tools/made-from
+fi
 
 locked() { "$uv" pip install --quiet --require-hashes --no-deps -r "$here/requirements-$1.lock"; }
 
@@ -44,8 +56,12 @@ workspace | test)
     locked "$1"
     compile_new
     ;;
+wheel)
+    cd /src
+    PATH=/opt/tools/bin:$PATH hatchling build -t wheel -d /files/opt/ddetr/wheel
+    ;;
 ddetr)
-    "$uv" pip install --quiet --no-deps --offline /opt/ddetr/wheel/*.whl
+    "$uv" pip install --quiet --no-deps --offline --no-cache /opt/ddetr/wheel/*.whl
     compile_new
     chmod 755 /usr/local/bin/ddetr-entrypoint
     ln -sfn /opt/ddetr/configs /workspace/configs
@@ -54,7 +70,7 @@ ddetr)
     find /opt/ddetr/notebooks -maxdepth 1 -name '*.ipynb' -exec install -o 1000 -g 0 -m 664 -t /workspace/notebooks {} +
     ;;
 *)
-    echo "install.sh: core, light, workspace, test or ddetr, not $1" >&2
+    echo "install.sh: core, light, workspace, test, ddetr or wheel, not $1" >&2
     exit 64
     ;;
 esac

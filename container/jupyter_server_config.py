@@ -57,6 +57,7 @@ c.ServerApp.terminado_settings = {"shell_command": ["/bin/bash"]}
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
 c.LabApp.news_url = None
 c.LabApp.extension_manager = "readonly"
+c.LanguageServerManager.autodetect = False
 
 if os.environ.get("JUPYTER_TOKEN", "-").strip() == "":
     stop("JUPYTER_TOKEN is empty, which would let everyone in; leave it out to have a random one, or set it")
