@@ -22,8 +22,8 @@ if [ -z "${BASE_IMAGE:-}" ]; then
         BASE_IMAGE=localhost/debian:trixie
         echo "container/build.sh: $pinned cannot be pulled; the base is $BASE_IMAGE, made of Debian's packages" >&2
         if ! "$here/engine.sh" image inspect "$BASE_IMAGE" >/dev/null 2>&1; then
-            if [ "$(id -u)" != 0 ] || ! command -v debootstrap >/dev/null; then
-                echo "container/build.sh: that takes root and debootstrap: or name a base of your own with BASE_IMAGE=" >&2
+            if ! command -v mmdebstrap >/dev/null; then
+                echo "container/build.sh: that takes mmdebstrap (container/prepare.sh installs it); or name a base of your own with BASE_IMAGE=" >&2
                 exit 69
             fi
             "$here/base.sh" trixie "$BASE_IMAGE"

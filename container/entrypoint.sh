@@ -84,6 +84,7 @@ start_ssh() {
     chmod 700 "$folder"
     keys=$(HOME=$home authorized_keys)
     [ -n "$keys" ] || wrong ssh "no keys: give AUTHORIZED_KEYS_FILE (a path), AUTHORIZED_KEYS (-e AUTHORIZED_KEYS=\"\$(cat ~/.ssh/id_ed25519.pub)\") or mount $home/.ssh/authorized_keys"
+    [[ $keys != *"PRIVATE KEY"* ]] || wrong ssh "the authorized keys hold a private key: give the public one (its name ends in .pub)"
     (umask 077 && printf '%s\n' "$keys" >"$folder/authorized_keys")
     ssh-keygen -l -f "$folder/authorized_keys" >/dev/null 2>&1 ||
         wrong ssh "the authorized keys hold no public key (a line such as ssh-ed25519 AAAA... name)"

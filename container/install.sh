@@ -38,6 +38,7 @@ for path in sorted(pathlib.Path(sys.prefix).rglob("*.py")):
         py_compile.compile(str(path), quiet=2, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)'
 }
 
+trap 'rm -f /opt/venv/.lock' EXIT # uv's, writable by all
 case $1 in
 core | light)
     "$uv" venv --quiet --python /usr/bin/python3 /opt/venv

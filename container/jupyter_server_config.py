@@ -69,7 +69,9 @@ if token is not None:
     c.IdentityProvider.token = token
 if password is not None:
     if not password.startswith("argon2:"):
-        stop("JUPYTER_PASSWORD_FILE must hold a hash that starts with argon2: (see jupyter_server.auth.passwd), not the password itself")
+        stop(
+            "JUPYTER_PASSWORD_FILE must hold a hash that starts with argon2: (see jupyter_server.auth.passwd), not the password itself"
+        )
     c.PasswordIdentityProvider.hashed_password = password
     c.PasswordIdentityProvider.allow_password_change = False
     if token is None and "JUPYTER_TOKEN" not in os.environ:
