@@ -69,9 +69,9 @@ test-container: setup
 test-image: image
 	container/test_image.sh $(IMAGE)
 
-sbom:
+sbom: setup
 	mkdir -p dist
-	container/sbom.sh $(IMAGE) > dist/pytorch-cuda-v2.6.cdx.json
+	CYCLONEDX="$(BIN)/uv tool run --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py" container/sbom.sh $(IMAGE) > dist/pytorch-cuda-v2.6.cdx.json
 
 image-lock:
 	$(LOCK) container/requirements-build.in -o container/requirements-build.lock
