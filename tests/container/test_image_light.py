@@ -175,7 +175,7 @@ def test_no_key_token_or_authority_is_in_a_layer(layers: list[tarfile.TarFile]) 
     number = 0
     for path, layer, member in files(layers):
         number += 1
-        if suspicious.search(path) and not path.endswith("/.wh..wh..opq"):
+        if suspicious.search(path) and "/.wh." not in path:  # not the mark of something that a layer removes
             found.append(path)
         if member.isfile():
             content = layer.extractfile(member).read()

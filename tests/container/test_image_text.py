@@ -170,7 +170,7 @@ def test_the_context_is_a_list_of_what_may_enter() -> None:
     }
 
 
-@pytest.mark.parametrize("path", ["Dockerfile", "entrypoint.sh", "install.sh", "build.sh", "sshd_config"])
+@pytest.mark.parametrize("path", ["Dockerfile", "entrypoint.sh", "install.sh", "ddetr.sh", "build.sh", "sshd_config"])
 def test_nothing_asks_for_more_rights(path: str) -> None:
     text = (CONTAINER / path).read_text(encoding="utf-8")
     assert not re.search(r"\bsudo\b|chmod (-R )?777|--privileged|NOPASSWD", text)
