@@ -186,7 +186,8 @@ def test_no_key_token_or_authority_is_in_a_layer(layers: list[tarfile.TarFile]) 
     assert number > 5000
     assert found == []
     assert canaries == []
-    assert private == []
+    # Tornado's own, public, of its tests.
+    assert [path for path in private if not path.endswith("/site-packages/tornado/test/test.key")] == []
 
 
 def certificates(text: str) -> set[str]:
