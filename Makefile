@@ -4,13 +4,22 @@
 # make wheel   set up, then build dist/ddetr-*.whl for this platform, or for another: make wheel PLATFORM=linux-aarch64
 # make lock    renew requirements/dev.lock
 # make notebooks-strip    take the outputs out of the notebooks, before a commit
+#
+# make image            build the container pytorch-cuda:v2.6 with Docker or podman; container/build.sh has the options (VARIANT, BASE_IMAGE, CA)
+# make image-train      its variant for clusters, without Jupyter and sshd
+# make image-light      its variant without PyTorch, to try how it starts
+# make base             a base image of Debian's packages, for a machine that reaches no container registry
+# make test-container   build the light variant and try its start, Jupyter and SSH (minutes)
+# make test-image       build the full one, run ddetr's tests and a short training inside it (7 GB, long)
+# make sbom             a software bill of materials of the built image, CycloneDX: dist/pytorch-cuda-v2.6.cdx.json
+# make image-lock       renew container/*.lock
 
 PYTHON ?= python3
 VENV ?= .venv
 PLATFORM = host
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint wheel lock notebooks-strip
+.PHONY: setup demo test lint wheel lock notebooks-strip image image-train image-light base test-container test-image sbom image-lock
 
 setup: $(VENV)/.done
 
@@ -43,3 +52,35 @@ lock:
 
 notebooks-strip: setup
 	$(BIN)/python notebooks/strip.py
+
+IMAGE = pytorch-cuda:v2.6
+
+image:
+	container/build.sh workspace $(IMAGE)
+
+image-train:
+	container/build.sh train $(IMAGE)-train
+
+image-light:
+	LOCK=light container/build.sh workspace $(IMAGE)-light
+
+base:
+	container/base.sh
+
+test-container: setup
+	$(BIN)/python -m pytest -m 'container and not slow' tests/container
+
+test-image: image
+	container/test_image.sh $(IMAGE)
+
+sbom: setup
+	mkdir -p dist
+	CYCLONEDX="$(BIN)/uv tool run --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py" container/sbom.sh $(IMAGE) > dist/pytorch-cuda-v2.6.cdx.json
+
+image-lock:
+	$(LOCK) container/requirements-build.in -o container/requirements-build.lock
+	$(LOCK) pyproject.toml container/requirements-core.in -o container/requirements-core.lock
+	for lock in light workspace; do \
+	  $(LOCK) -c container/requirements-core.lock container/requirements-$$lock.in -o container/requirements-$$lock.lock || exit 1; \
+	done
+	$(LOCK) -c container/requirements-core.lock --extra test pyproject.toml -o container/requirements-test.lock

@@ -91,7 +91,7 @@ def install_command(capability: str | None, driver: str | None) -> str | None:
     for name, variant in sorted(versions["variants"].items(), reverse=True):
         if capability and runs_on(variant["architectures"], capability) is None:
             continue
-        if driver_takes(variant["driver_minimum"]):
+        if driver_takes(least_driver(variant["cuda"])):
             pins = f"torch=={versions['torch']} torchvision=={versions['torchvision']}"
             image = f"make image VARIANT={name}" + (
                 "" if variant["locked"] else " TORCH_INDEX=<PyTorch's own index of it>"
