@@ -1,6 +1,9 @@
 import os
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before PyTorch loads, as the command line does it: see ddetr/cli.py
+# Before PyTorch loads, as the command line does it: see ddetr/cli.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # `make test`: they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 from pathlib import Path
 from typing import Any

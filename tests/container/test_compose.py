@@ -132,7 +132,11 @@ def pairs(image: str, usable_engine: str, keys: Path, data: Path) -> Iterator[li
                 }
             )
             up = subprocess.run(
-                [*command, "up", "-d", "workspace", "ssh"], cwd=ROOT, env=environments[-1], capture_output=True, text=True
+                [*command, "up", "-d", "workspace", "ssh"],
+                cwd=ROOT,
+                env=environments[-1],
+                capture_output=True,
+                text=True,
             )
             assert up.returncode == 0, up.stdout + up.stderr
             names = {}
@@ -192,7 +196,10 @@ def test_the_ssh_server_lets_the_key_in(pairs: list[dict[str, Container]], keys:
     for names in pairs:
         options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes"]
         words = ["ssh", "-i", str(keys / "key"), "-p", str(names["ssh"].ports[2222])]
-        words += [word for option in options for word in ("-o", option)] + ["dev@127.0.0.1", "id -u; ls /workspace/data"]
+        words += [word for option in options for word in ("-o", option)] + [
+            "dev@127.0.0.1",
+            "id -u; ls /workspace/data",
+        ]
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["1000", "a_file"]
