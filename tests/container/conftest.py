@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from light_containers import CANARY, IMAGE, ROOT, Container, engine, free_port
+from light_containers import CANARY, IMAGE, ROOT, Container, engine, free_port, is_podman
+
+
+def soon() -> tuple[str, ...]:
+    """For `rm`: Docker kills at once, podman waits ten seconds."""
+    return ("--time=1",) if is_podman() else ()
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +98,7 @@ def start(image: str, no_healthcheck: tuple[str, ...]) -> Iterator[Callable[...,
 
     yield run
     for name in started:
-        engine("rm", "--force", "--time=1", "--volumes", name, check=False)
+        engine("rm", "--force", *soon(), "--volumes", name, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +125,7 @@ def once(image: str, no_healthcheck: tuple[str, ...]) -> Callable[..., subproces
         try:
             return engine("run", "--rm", f"--name={name}", *no_healthcheck, *options, image, *command, check=False)
         except subprocess.TimeoutExpired:  # what should have ended serves
-            engine("rm", "--force", "--time=1", name, check=False)
+            engine("rm", "--force", *soon(), name, check=False)
             raise
 
     return run

@@ -6,6 +6,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,11 @@ def engine(*arguments: str, check: bool = True, timeout: float = 120, **options:
     if check and done.returncode:
         raise AssertionError(f"{' '.join(arguments)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done
+
+
+@cache
+def is_podman() -> bool:
+    return engine("--name").stdout.strip() == "podman"
 
 
 def wait_for(what: Callable[[], Any], description: str, timeout: float = 60) -> Any:
