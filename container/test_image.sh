@@ -29,4 +29,4 @@ echo "--- a short training, as the README has it" >&2
 echo "--- ddetr's tests" >&2
 "$here/build.sh" test "$name-test" >&2
 "$here/engine.sh" run "${hardened[@]}" "${mounts[@]}" -w /src/ddetr "$name-test" \
-    pytest -p no:cacheprovider --basetemp=/tmp/pytest --ignore=tests/container "$@"
+    pytest -n auto --maxprocesses 4 --dist loadfile -p no:cacheprovider --basetemp=/tmp/pytest --ignore=tests/container "$@"
