@@ -2,7 +2,7 @@
 # Runs while the image is built: install.sh core | light | workspace | test  puts that lock into /opt/venv.
 #
 # Locks are installed with their hashes and nothing else is. The exception is a CUDA variant that the lock does not hold: VARIANT=cu118 or
-# cu126 takes torch and torchvision from PyTorch's own index, TORCH_INDEX (https://download.pytorch.org/whl/cu126), without hashes.
+# cu126 takes torch and torchvision from PyTorch's own index of that variant, TORCH_INDEX, without hashes.
 set -euo pipefail
 # shellcheck source=container/tools.sh
 source /opt/ddetr/container/tools.sh
