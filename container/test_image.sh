@@ -14,7 +14,8 @@ hardened=(--rm --cap-drop=all --security-opt=no-new-privileges --read-only --tmp
 for variable in OPENBLAS_CORETYPE OPENBLAS_L2_SIZE; do
     [ -z "${!variable:-}" ] || hardened+=(-e "$variable")
 done
-mounts=(-v "$root:/src/ddetr:ro")
+# PYTHONSAFEPATH: or children that the tests start in the source tree would import it in place of the installed package.
+mounts=(-v "$root:/src/ddetr:ro" -e PYTHONSAFEPATH=1)
 [ ! -d "$root/../shared" ] || mounts+=(-v "$(realpath "$root/../shared"):/src/shared:ro")
 
 echo "--- what is in it" >&2

@@ -243,7 +243,7 @@ class DeformableTransformer(nn.Module):
                 memory, spatial_shapes, mask, class_embed[-1], bbox_embed[-1], valid_ratios
             )
             # The official code ranks by the first column, which its encoder loss trains as "any object".
-            best = proposals.logits[..., 0].topk(torch.sym_min(self.num_queries, src.shape[1]), dim=1).indices
+            best = proposals.logits[..., 0].topk(_smaller(self.num_queries, src.shape[1]), dim=1).indices
             boxes_unact = boxes_unact.gather(1, best[..., None].expand(-1, -1, 4)).detach()  # (N, Q, 4)
             reference_points = boxes_unact.sigmoid()
             embedding = sine_embedding(reference_points * (2 * math.pi), self.d_model // 2).flatten(2)  # (N, Q, 2C)
@@ -303,3 +303,9 @@ def cell_centres(spatial_shapes: SpatialShapes, valid_ratios: Tensor) -> Tensor:
 def valid_ratio(mask: Tensor) -> Tensor:
     """Mask (N, H, W), True = padding -> unpadded share as (w, h), (N, 2) float32."""
     return torch.stack(((~mask[:, 0, :]).float().mean(1), (~mask[:, :, 0]).float().mean(1)), dim=-1)
+
+
+def _smaller(a: int, b: int) -> int:
+    """The smaller of two sizes, also of such as an exported graph leaves open. Dynamo knows Python's `min` alone before
+    PyTorch 2.7."""
+    return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -369,8 +370,8 @@ def test_loaders_outlive_the_schedulers_sigterm(shapes: Path) -> None:
     for _ in range(2):  # one of each: both have started
         next(steps)
     pids = [worker.pid for worker in loader._iterator._workers]
-    subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
-    subprocess.run(["kill", "-INT", *map(str, pids)], check=True)
+    somebody_else = f"import os; [os.kill(pid, signal) for signal in {[signal.SIGTERM.value, signal.SIGINT.value]} for pid in {pids}]"
+    subprocess.run([sys.executable, "-c", somebody_else], check=True)
     assert len(list(steps)) == 2
     for worker in loader._iterator._workers:
         worker.terminate()  # from the training process: at once
