@@ -57,6 +57,7 @@ c.ServerApp.terminado_settings = {"shell_command": ["/bin/bash"]}
 c.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
 c.LabApp.news_url = None
 c.LabApp.extension_manager = "readonly"
+c.LabApp.app_settings_dir = "/opt/ddetr/container/lab_settings"  # nobody is asked about news either
 c.LanguageServerManager.autodetect = False
 
 if os.environ.get("JUPYTER_TOKEN", "-").strip() == "":

@@ -54,6 +54,13 @@ def test_the_token_in_the_address_must_be_right_too(with_nothing_set: Container)
     assert with_nothing_set.http("GET", "/api/contents?token=").status == 403
 
 
+def test_nobody_is_asked_about_news(with_a_token: Container) -> None:
+    path = "/lab/api/settings/@jupyterlab/apputils-extension:notification"
+    answer = json.loads(with_a_token.http("GET", path, Authorization=f"token {TOKEN}").text)
+    assert answer["schema"]["properties"]["fetchNews"]["default"] == "false"
+    assert answer["schema"]["properties"]["checkForUpdates"]["default"] is False
+
+
 def test_the_page_leads_to_the_login(with_nothing_set: Container) -> None:
     answer = with_nothing_set.http("GET", "/lab")
     assert answer.status == 302
