@@ -1,6 +1,6 @@
 """The command line's parser: jsonargparse with messages for people.
 
-`--batch-size` is `--batch_size`, `--data PATH` is `--data.path PATH`, `--resume` alone is `--resume auto`, `--optimize`
+`--batch-size` is `--batch_size`, `--data PATH` is `--data.path PATH`, `--resume` alone is `--resume last`, `--optimize`
 alone is `--optimize float32`, a switch alone is `true`, and a list may be written `a,b`.
 """
 
@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from ddetr.errors import InputError
 
 SHORT = {"--data": "--data.path"}
-ALONE = {"--resume": "auto", "--optimize": "float32"}
+ALONE = {"--resume": "last", "--optimize": "float32"}
 SWITCH_VALUES = ("true", "false", "yes", "no", "1", "0")
 NOT_AN_OPTION = {"num_classes": "the number of classes comes from the data set"}
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "null"}

@@ -263,9 +263,10 @@ def test_spellings(capsys: pytest.CaptureFixture) -> None:
     assert (plain["data"]["path"], plain["data"]["format"], plain["batch_size"]) == ("x", "voc", 4)
     assert plain["data"]["strict"] is True
     assert plain["resume"] is None
-    for arguments in (["--resume"], ["--resume", "auto"], ["--resume=auto"]):
+    for arguments in (["--resume", "auto"], ["--resume=auto"]):
         assert settings_of(capsys, "--data", "x", *arguments)["resume"] == "auto"
-    assert settings_of(capsys, "--resume", "--data", "x")["resume"] == "auto"
+    assert settings_of(capsys, "--data", "x", "--resume")["resume"] == "last"
+    assert settings_of(capsys, "--resume", "--data", "x")["resume"] == "last"
     assert settings_of(capsys, "--resume", "runs/a", "--data", "x")["resume"] == "runs/a"
 
 

@@ -89,7 +89,8 @@ class RunFolder:
 
         Args:
             output: the folder that the user wants; by default runs/NAME, or runs/NAME-2 and so on.
-            resume: None for a new run, "auto" for the newest of this name, or a run folder or its last.ckpt.
+            resume: None for a new run, "last" for the one in `output` or else the newest of this name, "auto" for the same
+                where there is one and otherwise a new run, or a run folder or its last.ckpt.
             default_name: NAME.
 
         Raises:
@@ -98,7 +99,7 @@ class RunFolder:
         under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         if _CHOSEN in os.environ and not is_first_process() and not under_torchrun:
             path = Path(os.environ[_CHOSEN])
-        elif resume not in (None, "auto"):
+        elif resume not in (None, "last", "auto"):
             path = _resumed_folder(Path(resume))
             if output is not None and Path(output).resolve() != path.resolve():
                 raise InputError(
@@ -108,17 +109,21 @@ class RunFolder:
             path = Path(output)
         elif under_torchrun:
             raise InputError("under torchrun every process must know the folder: give --output FOLDER")
-        elif resume == "auto":
-            path = _newest_run(Path("runs"), default_name)
         else:
-            path = free_folder(Path("runs"), default_name)
+            path = _newest_run(Path("runs"), default_name) if resume is not None else None
+            if path is None and resume == "last":
+                there = Path("runs") / default_name
+                raise InputError(f"--resume: there is no run {there} to continue; start one without --resume")
+            path = path or free_folder(Path("runs"), default_name)
         if is_first_process():
             os.environ[_CHOSEN] = str(path)
             holds_run = (path / CONFIG_FILE).exists()
             if resume is None and holds_run:
                 raise InputError(f"{path} already holds a run: add --resume to continue it, or choose another --output")
             if resume is not None and not holds_run and not _states(path):
-                raise InputError(f"--resume: {path} holds no run; start one without --resume")
+                if resume != "auto":
+                    raise InputError(f"--resume: {path} holds no run; start one without --resume")
+                logger.info("--resume auto: %s holds no run yet, so a new one begins", path)
         # A run that was killed before its first save has no state yet: resuming it is starting it again.
         return cls(path), newest_state(path) if resume is not None else None
 
@@ -246,17 +251,15 @@ def _resumed_folder(place: Path) -> Path:
     return place.parent
 
 
-def _newest_run(parent: Path, name: str) -> Path:
-    """Of parent/NAME, parent/NAME-2, ... the one that was worked on last."""
+def _newest_run(parent: Path, name: str) -> Path | None:
+    """Of parent/NAME, parent/NAME-2, ... the one that was worked on last; None where there is none."""
     pattern = re.compile(re.escape(name) + r"(-\d+)?")
     folders = [path for path in parent.glob("*") if pattern.fullmatch(path.name) and (path / CONFIG_FILE).is_file()]
-    if not folders:
-        raise InputError(f"--resume: there is no run {parent / name} to continue; start one without --resume")
 
     def last_change(path: Path) -> float:
         return max(file.stat().st_mtime for file in (path / CONFIG_FILE, *_states(path)))
 
-    return max(folders, key=last_change)
+    return max(folders, key=last_change, default=None)
 
 
 def _plain(value: Any) -> Any:

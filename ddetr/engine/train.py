@@ -97,7 +97,9 @@ def train(
         min_delta: by how much an AP (0 to 1) must exceed the best one to be better.
         output: run folder; by default runs/ and the name of the data set, numbered.
         weights: checkpoint to start from (ours, official, transformers, ...), unlike resume with a new schedule.
-        resume: "auto", a run folder or its last.ckpt: continue that run exactly.
+        resume: a run folder or its last.ckpt: continue that run exactly. Alone ("last") the run in output, else the newest
+            of the data set. "auto": the same where there is one, otherwise a new run, as a job that is started anew
+            after each failure wants it.
         seed: decides initial weights, order and augmentation.
         precision: "32", or "bf16" or "fp16" mixed with 32: sampling locations, position encoding, matching and losses are
             float32 in all of them.

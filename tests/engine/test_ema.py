@@ -194,7 +194,7 @@ def test_what_is_published_is_the_average_and_what_was_measured(
     with pytest.raises(KeyboardInterrupt):
         train(**settings, output=str(tmp_path / "resumed"))
     monkeypatch.undo()
-    resumed = train(**settings, output=str(tmp_path / "resumed"), resume="auto")
+    resumed = train(**settings, output=str(tmp_path / "resumed"), resume="last")
     other = torch.load(resumed.path / "last.ckpt", weights_only=True)
     assert not differing(other["state_dict"], state["state_dict"])
     assert other["weight_average"]["num_updates"] == EPOCHS * STEPS

@@ -162,7 +162,7 @@ def test_a_resumed_run_goes_on_in_the_same_place_without_doubled_steps(
     run = tmp_path / "run"
     names = ["tensorboard", "wandb", "mlflow"]
     interrupted(**settings, loggers=names, output=str(run))
-    train(**settings, loggers=names, output=str(run), resume="auto")
+    train(**settings, loggers=names, output=str(run), resume="last")
 
     for service in (wandb, mlflow):
         assert service.steps("train/loss") == service.steps("train/data_wait") == STEPS

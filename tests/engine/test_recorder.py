@@ -284,7 +284,7 @@ def test_too_many_bad_steps_stop_the_run_before_the_checkpoint(
         counts = next(value for name, value in state["callbacks"].items() if name.startswith("StepGuard"))
         assert counts == {"total": len([step for step in steps if step <= STEPS]), "in_a_row": int(STEPS in steps)}
         monkeypatch.undo()
-        train(**settings | {"resume": "auto", "max_bad_steps": allowed + 1})
+        train(**settings | {"resume": "last", "max_bad_steps": allowed + 1})
 
 
 def test_weights_that_an_update_broke_are_never_saved(
@@ -372,7 +372,7 @@ def test_a_run_that_stopped_at_bad_steps_resumes_to_the_same_weights(
     with pytest.raises(FloatingPointError, match="2 bad steps are more than"):
         train(**settings | {"max_bad_steps": 1})
     monkeypatch.undo()
-    resumed = train(**settings | {"max_bad_steps": 1, "resume": "auto"})
+    resumed = train(**settings | {"max_bad_steps": 1, "resume": "last"})
     one, other = (load_checkpoint(run.path / "last.pth").model for run in (whole, resumed))
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 

@@ -89,7 +89,8 @@ def test_resume_takes_the_newest_run_of_the_name() -> None:
     make_run("coco-3", seconds_ago=70)
     make_run("coco_tiny")  # of another data set
     make_run("coco-2-old")
-    assert choose(resume="auto") == (Path("runs/coco-2"), Path("runs/coco-2/last.ckpt"))
+    for resume in ("last", "auto"):
+        assert choose(resume=resume) == (Path("runs/coco-2"), Path("runs/coco-2/last.ckpt"))
 
 
 @pytest.mark.parametrize("given", ["runs/coco", "runs/coco/last.ckpt"])
@@ -97,20 +98,32 @@ def test_resume_takes_a_folder_or_its_file(given: str) -> None:
     folder = make_run("coco")
     for output in (None, "runs/coco"):
         assert choose(output, given) == (folder, folder / "last.ckpt")
-    assert choose("runs/coco", "auto") == (folder, folder / "last.ckpt")
+    for resume in ("last", "auto"):
+        assert choose("runs/coco", resume) == (folder, folder / "last.ckpt")
+
+
+@pytest.mark.parametrize("output", [None, "runs/coco", "empty"])
+def test_resume_auto_begins_where_there_is_nothing_to_go_on_with(
+    output: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a job wants that is started by the same command each time."""
+    Path("empty").mkdir()
+    with caplog.at_level("INFO", "ddetr"):
+        assert choose(output, "auto") == (Path(output or "runs/coco"), None)
+    assert f"--resume auto: {output or 'runs/coco'} holds no run yet, so a new one begins" in caplog.text
 
 
 def test_a_run_stopped_in_its_first_epoch_is_started_again() -> None:
     folder = make_run("coco", checkpoint=False)
-    for resume in ("auto", "runs/coco"):
+    for resume in ("last", "auto", "runs/coco"):
         assert choose(resume=resume) == (folder, None)
 
 
 @pytest.mark.parametrize(
     ("output", "resume", "message"),
     [
-        (None, "auto", "there is no run runs/coco to continue"),
-        ("empty", "auto", "empty holds no run"),
+        (None, "last", "there is no run runs/coco to continue"),
+        ("empty", "last", "empty holds no run"),
         (None, "nowhere", "expected a run folder or its last.ckpt, but there is no nowhere"),
         (None, "empty", "empty holds no run"),
         (None, "some.txt", "some.txt is no training state"),

@@ -128,7 +128,7 @@ def test_runs_without_a_name_get_numbered_folders(
     paths = [train(**settings | {"epochs": 1}).path for _ in range(2)]
     assert paths == [Path("runs/shapes"), Path("runs/shapes-2")]
     assert_same_run(*paths)  # the same seed twice, and nothing carried over
-    assert train(**settings | {"epochs": 1, "resume": "auto"}).path == Path("runs/shapes-2")
+    assert train(**settings | {"epochs": 1, "resume": "last"}).path == Path("runs/shapes-2")
     other = train(**settings | {"epochs": 1, "seed": 1}).path
     assert not torch.equal(weights(other)["query_embed.weight"], weights(paths[0])["query_embed.weight"])
 
@@ -162,7 +162,7 @@ sys.exit(main(sys.argv[1:]))
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == STEPS
     assert [row["step"] for row in rows(run / "train.csv")] == ["1", "2", "3"]
 
-    result = train(**settings, output=str(run), resume="auto")
+    result = train(**settings, output=str(run), resume="last")
     assert_same_run(run, whole_run(settings).path)
     assert result.metrics.to_dict() == whole_run(settings).metrics.to_dict()
 
@@ -271,7 +271,7 @@ def test_a_broken_loss_stops_the_run_and_spares_its_checkpoint(
         assert all(torch.isfinite(tensor).all() for tensor in model.values())
 
     monkeypatch.undo()
-    resumed = train(**settings | {"output": str(run), "resume": "auto"})
+    resumed = train(**settings | {"output": str(run), "resume": "last"})
     assert len(rows(resumed.path / "train.csv")) >= STEPS * 2
 
 
