@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, get_worker_info
 
-from ddetr.datasets import Annotations, DetectionDataset, build_transform, collate, padded_shapes
+from ddetr.datasets import Annotations, DetectionDataset, build_transform, collate, padded_shapes, worst_padded_hw
 from ddetr.engine.config import DataConfig
 from ddetr.engine.order import EpochOrder, similar_together
-from ddetr.engine.workers import allow_open_files, default_num_workers, explained, start_worker
+from ddetr.engine.workers import (
+    PREFETCH,
+    allow_open_files,
+    default_num_workers,
+    explained,
+    free_shared_memory,
+    start_worker,
+    workers_that_fit,
+)
 from ddetr.errors import InputError
 
 __all__ = ["DetectionData", "EpochOrder", "MicroBatch", "collate_micro", "similar_together"]
@@ -137,6 +145,7 @@ class DetectionData(pl.LightningDataModule):
         )
         self.batch_size, self.device_batch_size, self.seed = batch_size, device_batch_size, seed
         self.shapes = () if data.padded_shapes is None else padded_shapes(data.image_size, data.padded_shapes)
+        self.largest_hw = self.shapes[0] if self.shapes else worst_padded_hw(data.image_size)
         self.buckets, self.num_workers = data.buckets, data.num_workers
         if len(self.train_set) < batch_size:
             raise InputError(
@@ -219,15 +228,30 @@ class DetectionData(pl.LightningDataModule):
         )  # fmt: skip
 
     def _loader_options(self) -> dict[str, Any]:
-        on_gpu = torch.cuda.is_available()
-        num_workers = self.num_workers
-        if num_workers is None:
-            num_workers = default_num_workers(on_gpu=on_gpu, processes=_processes_here(self.trainer))
-        options = {"num_workers": num_workers, "pin_memory": on_gpu, "worker_init_fn": start_worker}
+        num_workers = self._default_num_workers if self.num_workers is None else self.num_workers
+        options = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": start_worker}
         if num_workers:
             allow_open_files()
-            options |= {"persistent_workers": True, "prefetch_factor": 2}
+            options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
         return options
+
+    @cached_property
+    def _default_num_workers(self) -> int:
+        processes = _processes_here(self.trainer)
+        wanted = default_num_workers(on_gpu=torch.cuda.is_available(), processes=processes)
+        height, width = self.largest_hw
+        batch_bytes = self.batch_size // self.trainer.world_size * height * width * 4  # 8-bit colours and the mask
+        free = free_shared_memory()
+        fitting = workers_that_fit(wanted, batch_bytes, None if free is None else free // processes)
+        if fitting < wanted:
+            logger.warning(
+                "/dev/shm has %.0f MiB free, and a batch may take %.0f MiB of it: %s. Give it room (docker run --shm-size 8g; "
+                "compose: shm_size; Kubernetes: an emptyDir in memory); --data.num_workers insists on a number",
+                free / 2**20, batch_bytes / 2**20,
+                f"{fitting} instead of {wanted} processes load images" if fitting
+                else f"the training process loads images itself, instead of {wanted} others",
+            )  # fmt: skip
+        return fitting
 
 
 def _processes_here(trainer: pl.Trainer) -> int:

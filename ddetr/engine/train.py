@@ -130,7 +130,7 @@ def train(
     from lightning.pytorch.plugins import MixedPrecision
 
     from ddetr.checkpoint import Checkpoint, save_checkpoint
-    from ddetr.datasets import audit, padded_shapes, worst_padded_hw
+    from ddetr.datasets import audit
     from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
     from ddetr.engine.batch_size import MemoryPlan
     from ddetr.engine.callbacks import Publish, Watch
@@ -228,10 +228,9 @@ def train(
     detector = build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
     freeze_parameters(detector, optim.freeze)
     detector.transformer.set_activation_checkpointing(activation_checkpointing)
-    worst_hw, compiled = worst_padded_hw(data.image_size), None
-    if data.padded_shapes is not None:
-        shapes = padded_shapes(data.image_size, data.padded_shapes)
-        worst_hw, compiled = shapes[0], CompiledForward(detector, shapes) if compile else None
+    compiled = None
+    if shapes := datamodule.shapes:
+        compiled = CompiledForward(detector, shapes) if compile else None
         if is_first_process():
             listed = ", ".join(f"{h} x {w}" for h, w in shapes)
             logger.info("batches are padded to %d shapes: %s", len(shapes), listed)
@@ -298,7 +297,7 @@ def train(
             run.write_yaml(CONFIG_FILE, config | {"device_batch_size": size})
 
     memory_plan = MemoryPlan(
-        worst_hw,
+        datamodule.largest_hw,
         num_objects=max((len(record.labels) for record in train_set.images), default=1),
         precision=precision,
         optimizer_states=1 if optim.sgd else 2,

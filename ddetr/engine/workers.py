@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from ddetr.errors import InputError
 from ddetr.optimize import keep_freed_memory
 
 MOST_WORKERS = 4  # each loads some 200 images a second at 800 pixels: no detector here trains as fast as four do
+PREFETCH = 2  # batches that each has ready
 GRACE_SECONDS = 30
 
 
@@ -62,6 +64,26 @@ def default_num_workers(*, on_gpu: bool, processes: int = 1, cores: int | None =
     if on_gpu:
         return min(MOST_WORKERS, max(1, cores - 1))
     return min(MOST_WORKERS, cores) if cores >= 4 else 0
+
+
+def workers_that_fit(num_workers: int, batch_bytes: int, free_bytes: int | None) -> int:
+    """At most `num_workers`, as many as have room for their batches in shared memory: each keeps `PREFETCH` of them
+    ready, and one more is in use. A loader that finds no room is killed by the system ("Bus error").
+
+    Args:
+        free_bytes: of shared memory; None where there is no such limit.
+    """
+    if free_bytes is None:
+        return num_workers
+    return max(0, min(num_workers, (free_bytes // batch_bytes - 1) // PREFETCH))
+
+
+def free_shared_memory() -> int | None:
+    """Bytes that are free in /dev/shm, of which containers have 64 MiB where nothing else was asked for."""
+    try:
+        return shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
 
 
 def allow_open_files() -> None:

@@ -22,7 +22,7 @@ from ddetr.engine.config import DataConfig
 from ddetr.engine.data import DetectionData, EpochOrder, Loaded, collate_micro
 from ddetr.engine.splits import load_split, load_splits, without_empty_images
 from ddetr.engine.train import train
-from ddetr.engine.workers import available_cores, default_num_workers, explained
+from ddetr.engine.workers import available_cores, default_num_workers, explained, workers_that_fit
 from ddetr.errors import InputError
 from ddetr.ops import ms_deform_attn
 
@@ -428,6 +428,32 @@ def test_loading_after_the_kernel_used_threads(shapes: Path) -> None:
 )
 def test_default_number_of_workers(on_gpu: bool, processes: int, cores: int, expected: int) -> None:
     assert default_num_workers(on_gpu=on_gpu, processes=processes, cores=cores) == expected
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [(None, 4), (9 * 100, 4), (9 * 100 - 1, 3), (3 * 100, 1), (3 * 100 - 1, 0), (0, 0)],
+)
+def test_loaders_have_room_for_two_batches_each_and_one_in_use(free: int | None, expected: int) -> None:
+    assert workers_that_fit(4, 100, free) == expected
+
+
+@pytest.mark.parametrize(("mib", "expected"), [(64, 0), (170, 1), (8192, 2)])
+def test_a_small_shared_memory_gets_fewer_loaders(
+    shapes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, mib: int, expected: int
+) -> None:
+    """The paper's images in a container that nobody gave more than Docker's 64 MiB: the loaders would die."""
+    config = DataConfig(str(shapes), image_size=800)
+    data = DetectionData(*load_splits(config), config, batch_size=8, device_batch_size=2, seed=3)
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0)
+    monkeypatch.setattr("ddetr.engine.data.default_num_workers", lambda **_: 2)
+    monkeypatch.setattr("ddetr.engine.data.free_shared_memory", lambda: mib * 2**20)
+    with caplog.at_level("WARNING", "ddetr"):
+        assert data.train_dataloader().num_workers == data.val_dataloader().num_workers == expected
+    assert caplog.text.count("docker run --shm-size 8g") == (expected < 2), "said once"
+    assert (f"/dev/shm has {mib} MiB free, and a batch may take 54 MiB of it" in caplog.text) == (expected < 2)
+    data.num_workers = 2  # asked for
+    assert data.train_dataloader().num_workers == 2
 
 
 def test_cores_are_those_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
