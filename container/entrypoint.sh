@@ -16,13 +16,18 @@ wrong() {
 if [ ! -w "${HOME:-/}" ] || [ "${HOME:-/}" = / ]; then
     HOME=/tmp/home-$(id -u)
     (umask 077 && mkdir -p "$HOME") 2>/dev/null ||
-        echo "ddetr-entrypoint: no folder to write to: with --read-only give --tmpfs /tmp" >&2
+        echo "ddetr-entrypoint: no folder to write to: with --read-only give --tmpfs /tmp:exec" >&2
     export HOME
 fi
 # A uid without a name: Python's getpass, which PyTorch's compiler asks, reads these.
 if ! id -un >/dev/null 2>&1; then
     export USER=${USER:-dev} LOGNAME=${LOGNAME:-dev}
 fi
+
+# Kubernetes gives a pod variables for its services: one that is called jupyter makes JUPYTER_PORT=tcp://10.0.0.1:8888.
+for port in JUPYTER_PORT SSH_PORT; do
+    [[ ${!port:-0} =~ ^[0-9]+$ ]] || unset "$port"
+done
 
 warn_of_writable_data() {
     if [ -w /workspace/data ]; then
@@ -66,7 +71,7 @@ authorized_keys() {
 # An SSH session does not inherit the container's environment. "NAME=value" for each variable that a session needs.
 session_environment() {
     local name
-    for name in $(compgen -e | grep -E '^(PATH|LANG|PYTHONUNBUFFERED|(CUDA|NVIDIA|NCCL|TORCH|PYTORCH|OMP|DDETR)_[A-Z0-9_]*)$'); do
+    for name in $(compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|LANG|PYTHONUNBUFFERED|(CUDA|NVIDIA|NCCL|TORCH|PYTORCH|OMP|DDETR)_[A-Z0-9_]*)$'); do
         [[ ${!name} == *[\"$'\n']* ]] || printf '"%s=%s" ' "$name" "${!name}"
     done
 }

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = ROOT / "container" / "engine.sh"
 IMAGE = "pytorch-cuda:v2.6-light"
-HARDENED = ("--cap-drop=all", "--security-opt=no-new-privileges", "--read-only", "--tmpfs=/tmp")
+HARDENED = ("--cap-drop=all", "--security-opt=no-new-privileges", "--read-only", "--tmpfs=/tmp:exec")
 # In every secret of the build: where it turns up in the image, a secret was kept.
 CANARY = "canary-of-the-build-secrets-3f9d1c"
 

@@ -37,6 +37,8 @@ def test_a_service_is_closed_in(name: str) -> None:
     assert not {"privileged", "cap_add", "network_mode", "pid", "ipc", "user", "devices"} & set(service)
     data = next(volume for volume in service["volumes"] if ":/workspace/data" in volume)
     assert data.endswith(":ro")
+    # Without exec nothing that is compiled at run time could be loaded from there: Docker's default.
+    assert service["tmpfs"] == ["/tmp:exec,mode=1777"]
     # 64 MB, the default, is not enough for one batch of images.
     assert service["shm_size"] == "${DDETR_SHM:-8gb}"
 

@@ -110,6 +110,13 @@ def test_nothing_is_writable_but_the_workspace(once: Callable) -> None:
     assert "/workspace/data" not in found, "data that nobody mounted are not to be written either"
 
 
+def test_variables_of_kubernetes_services_are_no_ports(start: Callable[..., Container]) -> None:
+    """A service that is called jupyter sets JUPYTER_PORT for every pod, and not to a number."""
+    container = start("-e=JUPYTER_PORT=tcp://10.0.0.1:8888", "-e=SSH_PORT=tcp://10.0.0.1:2222", ports=(8888,))
+    container.wait_for_jupyter()
+    assert container.execute("/usr/local/bin/ddetr-entrypoint", "healthcheck", check=False).returncode == 0
+
+
 def test_writable_data_is_said_for_a_command_too(once: Callable, data: Path) -> None:
     written = once(f"-v={data}:/workspace/data", command=("cat", "/workspace/data/a_file"))
     assert written.stdout == "some data\n"
