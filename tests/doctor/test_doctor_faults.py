@@ -166,6 +166,28 @@ def test_driver_libraries_that_crash() -> None:
     assert "segmentation fault" in row.text
 
 
+def test_a_driver_that_is_slow_but_works() -> None:
+    """Eight GPUs without persistence mode: PyTorch has its answer, the look at the driver ran out of time."""
+    facts = gpu_facts(count=8)
+    facts.driver = Driver(problem="no answer within 90 s", version="570.86.10", nvml=0)
+    row = only_fault(facts, "warning")
+    assert row.text.startswith("the driver answers slowly: no answer within 90 s")
+    assert "nvidia-persistenced --persistence-mode" in row.to_do
+    assert "systemctl enable --now nvidia-persistenced" in row.to_do
+    assert diagnosed(facts).exit_code == 0
+    facts.pytorch.available = False
+    assert only_fault(facts).cause is Cause.CUDA_FAILS
+
+
+def test_a_driver_library_that_crashes_beside_a_pytorch_that_works() -> None:
+    facts = gpu_facts()
+    facts.driver = Driver(problem="the process died (segmentation fault)", libcuda=True, cu_init=0, nvml=0)
+    row = only_fault(facts, "warning")
+    assert "CUDA starts" in row.text
+    assert "slowly" not in row.text
+    assert "segmentation fault" in row.text
+
+
 def test_hidden_gpus() -> None:
     facts = gpu_facts()
     facts.driver.cu_init, facts.pytorch.available, facts.pytorch.count = 100, False, 0
