@@ -67,7 +67,9 @@ def _answer_row(facts: Facts) -> Row | None:
             SECTION,
             "driver",
             f"the driver answers slowly: {problem}. Without persistence mode every program sets all GPUs up anew",
-            "on the host: sudo nvidia-persistenced --persistence-mode, or sudo systemctl enable --now nvidia-persistenced",
+            "update NVIDIA's driver in Windows"
+            if facts.machine.wsl
+            else "on the host: sudo nvidia-persistenced --persistence-mode, or sudo systemctl enable --now nvidia-persistenced",
         )
     return warning(
         SECTION,
@@ -99,8 +101,8 @@ def _version_row(facts: Facts) -> Row | None:
     )
     if too_old:
         toolkit = toolkit_drivers(built)
-        update = f"update the driver on the host to {toolkit[0] if toolkit else least} or newer"
-        update += f" (at least {least})" if least else ""
+        update = _update(facts, toolkit[0] if toolkit else least, built)
+        update += f" (at least {least})" if least and not facts.machine.wsl else ""
         other = install_command(facts.gpus[0].capability if facts.gpus else None, version)
         return broken(
             SECTION,
@@ -114,15 +116,21 @@ def _version_row(facts: Facts) -> Row | None:
         driver.cuda and number(driver.cuda) < number(built)
     )
     if below:
-        wanted = toolkit[0] if toolkit else f"of CUDA {built}"
+        update = _update(facts, toolkit[0] if toolkit else None, built)
         return warning(
             SECTION,
             "driver",
             f"{what}. Ready-made kernels run (minor-version compatibility), but kernels that are compiled here, as by Triton "
             "and torch.compile, may fail",
-            f"update the driver on the host to {wanted} or newer; if the operator fails below: export DDETR_OPS=reference",
+            f"{update}; if the operator fails below: export DDETR_OPS=reference",
         )
     return ok(SECTION, "driver", what)
+
+
+def _update(facts: Facts, wanted: str | None, built: str) -> str:
+    if facts.machine.wsl:  # whose numbers are others
+        return f"update NVIDIA's driver in Windows to one for CUDA {built} or newer"
+    return f"update the driver on the host to {wanted or 'that of CUDA ' + built} or newer"
 
 
 def _kernel_rows(facts: Facts) -> list[Row]:

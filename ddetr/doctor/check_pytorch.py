@@ -79,7 +79,7 @@ def _build_row(facts: Facts) -> Row:
     if torch.cuda:
         return ok(SECTION, "PyTorch", f"{torch.version}, built for CUDA {torch.cuda}")
     kind = f"for ROCm {torch.hip}" if torch.hip else "without CUDA (a CPU-only build)"
-    has_gpu = bool(facts.driver.gpus or facts.hardware.seen) and not facts.cpu
+    has_gpu = bool(facts.driver.gpus or facts.driver.cu_init == 0 or facts.hardware.seen) and not facts.cpu
     if has_gpu and not (torch.hip and torch.available):
         return broken(
             SECTION,

@@ -1,7 +1,7 @@
 """From the facts to a row: why no GPU can be used, by the most fundamental reason."""
 
 from ddetr.doctor.causes import Cause
-from ddetr.doctor.facts import Facts
+from ddetr.doctor.facts import Driver, Facts
 from ddetr.doctor.rows import Row, broken
 
 SECTION = "GPU and driver"
@@ -15,11 +15,15 @@ _TOOLKIT = (
     "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
 )
 _INSTALL_DRIVER = "Ubuntu: sudo ubuntu-drivers install; Debian: sudo apt install nvidia-driver; then reboot"
+_WINDOWS_DRIVER = (
+    "if Windows has an NVIDIA GPU: install NVIDIA's newest driver in Windows, then wsl --update and wsl --shutdown there, and "
+    "start anew. Install no Linux driver inside WSL: it hides the one that Windows passes in"
+)
 _NVML_NOT_LOADED, _NVML_MISMATCH = 9, 18
-_CUDA_NO_DEVICE, _CUDA_MISMATCH = 100, 803
+_CUDA_STUB, _CUDA_NO_DEVICE, _CUDA_MISMATCH = 34, 100, 803
 # CUresult of cuInit: what it means, what helps.
 _CU_INIT = {
-    34: (
+    _CUDA_STUB: (
         "libcuda.so.1 is the stub that the CUDA toolkit has for building, not the driver's library",
         "take .../lib64/stubs out of LD_LIBRARY_PATH",
     ),
@@ -53,7 +57,9 @@ def why_unusable(facts: Facts) -> Row | None:
             SECTION,
             "driver",
             f"Driver/library version mismatch: the driver was updated, and the old one still runs in the kernel{module}",
-            "reboot the host"
+            "in Windows: wsl --shutdown, then start anew; if it stays, " + _WINDOWS_DRIVER
+            if machine.wsl
+            else "reboot the host"
             + ("; then start this container anew" if machine.container else "")
             + ". Without a reboot, when no program uses the GPU: sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia && sudo modprobe nvidia",
             Cause.DRIVER_MISMATCH,
@@ -65,15 +71,11 @@ def why_unusable(facts: Facts) -> Row | None:
             SECTION,
             "driver",
             f"the driver's libraries do not answer as they should: {driver.problem}",
-            "try nvidia-smi; where that fails as well, reboot the host and install the driver anew",
+            _WINDOWS_DRIVER
+            if machine.wsl
+            else "try nvidia-smi; where that fails as well, reboot the host and install the driver anew",
             Cause.CUDA_FAILS,
         )
-    if machine.container and not hardware.devices and hardware.seen:
-        return _container_without_gpus(facts)
-    if not hardware.seen and not driver.libcuda and not driver.gpus:
-        return _no_gpu(facts)
-    if not driver.libcuda:
-        return _no_libcuda(facts)
     if driver.cu_init == _CUDA_NO_DEVICE and "CUDA_VISIBLE_DEVICES" in facts.variables:
         return broken(
             SECTION,
@@ -82,16 +84,46 @@ def why_unusable(facts: Facts) -> Row | None:
             "unset CUDA_VISIBLE_DEVICES, or set it to numbers from nvidia-smi -L, such as CUDA_VISIBLE_DEVICES=0",
             Cause.GPUS_HIDDEN,
         )
+    if machine.wsl:
+        return _on_wsl(facts)
+    if machine.container and not hardware.devices and hardware.seen:
+        return _container_without_gpus(facts)
+    if not hardware.seen and not driver.libcuda and not driver.gpus:
+        return _no_gpu(facts)
+    if not driver.libcuda:
+        return _no_libcuda(facts)
     if driver.nvml == _NVML_NOT_LOADED or driver.cu_init == _CUDA_NO_DEVICE:
         return _not_loaded(facts)
-    text, to_do = _CU_INIT.get(
-        driver.cu_init or 0,
-        (
-            f"the driver does not start: cuInit returns {driver.cu_init}, NVML says {driver.nvml_error or 'nothing'}",
-            "try nvidia-smi; look at the kernel's messages: sudo dmesg | grep -i nvrm; reboot",
-        ),
-    )
+    text = f"the driver does not start: {_answers(driver)}"
+    to_do = "try nvidia-smi; look at the kernel's messages: sudo dmesg | grep -i nvrm; reboot"
+    text, to_do = _CU_INIT.get(driver.cu_init or 0, (text, to_do))
     return broken(SECTION, "driver", text, to_do, Cause.CUDA_FAILS)
+
+
+def _answers(driver: Driver) -> str:
+    return f"cuInit returns {driver.cu_init}, NVML says {driver.nvml_error or 'nothing'}"
+
+
+def _on_wsl(facts: Facts) -> Row:
+    """There the driver is that of Windows; /dev/dxg says nothing, since graphics cards of every maker have it."""
+    driver, container = facts.driver, facts.machine.container
+    start = f"start the container with it: {_START_WITH_GPUS.get(container, _START_WITH_GPUS['docker'])}; else "
+    start = start if container else ""
+    if driver.cu_init == _CUDA_STUB:
+        return broken(SECTION, "driver", *_CU_INIT[_CUDA_STUB], Cause.CUDA_FAILS)
+    if not driver.libcuda or driver.cu_init == _CUDA_NO_DEVICE:
+        without = "no libcuda.so.1" if not driver.libcuda else "libcuda.so.1 finds none"
+        return broken(
+            SECTION,
+            "GPU",
+            f"no NVIDIA GPU reaches WSL: {without}",
+            f"{start}{_WINDOWS_DRIVER}. Without one everything runs on the CPU, slowly, and ddetr doctor --cpu checks just that",
+            Cause.NO_GPU,
+        )
+    text = f"the driver of Windows does not start in WSL: {_answers(driver)}"
+    return broken(
+        SECTION, "driver", text, "in Windows: wsl --shutdown, then start anew; " + _WINDOWS_DRIVER, Cause.CUDA_FAILS
+    )
 
 
 def _container_without_gpus(facts: Facts) -> Row:

@@ -33,7 +33,7 @@ def look(root: str = "/") -> Machine:
         executable=sys.executable,
         ddetr=ddetr.__version__,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        wsl=Path(root, "dev/dxg").exists(),
+        wsl=Path(root, "dev/dxg").exists() or "microsoft" in platform.release().lower(),
         container=container(Path(root)),
     )
 
@@ -41,8 +41,6 @@ def look(root: str = "/") -> Machine:
 def look_at_hardware(root: str = "/") -> Hardware:
     base = Path(root)
     devices = [f"/dev/{path.name}" for path in sorted(base.glob("dev/nvidia[0-9]*"))]
-    if (base / "dev/dxg").exists():
-        devices.append("/dev/dxg")
     module = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", _read(base / "proc/driver/nvidia/version"))
     pci = base / "sys/bus/pci/devices"
     gpus = [path for path in _listed(pci) if _is_gpu(path)]

@@ -118,6 +118,54 @@ def test_a_kernel_module_that_is_not_loaded(nvml: int | None, cu_init: int) -> N
     assert "sudo modprobe nvidia" in row.to_do
 
 
+LINUX_DRIVER = ("modprobe", "dkms", "ubuntu-drivers", "apt install nvidia", "rmmod", "mokutil", "fabricmanager")
+
+
+def wsl(driver: Driver, container: str = "") -> Facts:
+    facts = without_gpu(container)
+    facts.machine.wsl, facts.hardware, facts.driver = True, Hardware(gpus_on_pci=0), driver
+    return facts
+
+
+@pytest.mark.parametrize("container", ["", "docker"])
+@pytest.mark.parametrize(
+    ("driver", "cause"),
+    [
+        (Driver(libcuda_error="libcuda.so.1: cannot open shared object file"), Cause.NO_GPU),
+        (Driver(libcuda=True, cuda="12.4", cu_init=100, nvml=9), Cause.NO_GPU),
+        (Driver(libcuda=True, cuda="12.4", cu_init=999, nvml=999), Cause.CUDA_FAILS),
+        (Driver(libcuda=True, cuda="12.4", cu_init=500, nvml=9), Cause.CUDA_FAILS),
+        (Driver(libcuda=True, cuda="12.4", cu_init=802, nvml=0), Cause.CUDA_FAILS),
+        (Driver(libcuda=True, cu_init=803, nvml=18), Cause.DRIVER_MISMATCH),
+        (Driver(problem="the process died (segmentation fault)"), Cause.CUDA_FAILS),
+    ],
+)
+def test_wsl_needs_the_driver_of_windows(driver: Driver, cause: Cause, container: str) -> None:
+    row = only_fault(wsl(driver, container))
+    assert row.cause is cause
+    assert "install NVIDIA's newest driver in Windows, then wsl --update" in row.to_do
+    assert "Install no Linux driver inside WSL" in row.to_do
+    assert not [word for word in LINUX_DRIVER if word in row.text + row.to_do]
+    if cause is Cause.NO_GPU and container:
+        assert row.to_do.startswith("start the container with it: docker run --gpus all")
+
+
+def test_wsl_with_a_driver_that_is_old_or_slow() -> None:
+    facts = gpu_facts(container="")
+    facts.machine.wsl, facts.hardware = True, Hardware(gpus_on_pci=0)
+    assert [row for row in check(facts) if row.state != "ok"] == []
+    facts.driver.version, facts.driver.cuda = "471.11", "11.4"
+    assert only_fault(facts).to_do.startswith("update NVIDIA's driver in Windows to one for CUDA 12.4 or newer")
+    facts.driver = Driver(problem="no answer within 90 s")
+    assert only_fault(facts, "warning").to_do == "update NVIDIA's driver in Windows"
+
+
+def test_wsl_with_hidden_gpus() -> None:
+    facts = wsl(Driver(libcuda=True, cuda="12.4", cu_init=100, nvml=0))
+    facts.variables = {"CUDA_VISIBLE_DEVICES": "7"}
+    assert only_fault(facts).cause is Cause.GPUS_HIDDEN
+
+
 def test_driver_libraries_without_any_gpu() -> None:
     facts = without_gpu()
     facts.driver = Driver(libcuda=True, cuda="12.4", cu_init=100, nvml=9)
