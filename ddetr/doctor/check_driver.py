@@ -133,16 +133,47 @@ def _update(facts: Facts, wanted: str | None, built: str) -> str:
     return f"update the driver on the host to {wanted or 'that of CUDA ' + built} or newer"
 
 
+def served(facts: Facts) -> list[int]:
+    """Those of PyTorch's GPUs, by its indices, that it has kernels for, or of which that is not known."""
+    built = facts.pytorch.architectures
+    if not facts.pytorch.gpus or not built:
+        return list(range(facts.pytorch.count))
+    return _served(facts.pytorch.gpus, built)
+
+
+def _served(gpus: list[Gpu], built: list[str]) -> list[int]:
+    return [i for i, gpu in enumerate(gpus) if gpu.capability is None or runs_on(built, gpu.capability)]
+
+
 def _kernel_rows(facts: Facts) -> list[Row]:
     """The architecture of every kind of GPU against the kernels in this PyTorch."""
     built = facts.pytorch.architectures
     capabilities = sorted({gpu.capability for gpu in facts.gpus if gpu.capability}, key=capability_number)
     if not built or not capabilities:
         return []
-    return [_kernel_row(facts, capability, built) for capability in capabilities]
+    others = _served(facts.gpus, built)
+    return [_kernel_row(facts, capability, built, others) for capability in capabilities]
 
 
-def _kernel_row(facts: Facts, capability: str, built: list[str]) -> Row:
+def _only(facts: Facts, indices: list[int]) -> str:
+    """The variables that leave only these GPUs, by their indices in `facts.gpus`."""
+    names = [str(index) for index in indices]
+    if not facts.pytorch.gpus:  # the driver's order is not CUDA's
+        return f"CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES={','.join(names)}"
+    shown = [name.strip() for name in facts.variables.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if len(shown) >= len(facts.pytorch.gpus) and all(shown):  # then PyTorch counts within these
+        names = [shown[index] for index in indices]
+    return f"CUDA_VISIBLE_DEVICES={','.join(names)}"
+
+
+def _kernel_row(facts: Facts, capability: str, built: list[str], others: list[int]) -> Row:
+    """
+    Args:
+        facts: all that is known.
+        capability: of the GPUs that the row is about.
+        built: architectures that this PyTorch has kernels for.
+        others: indices of the GPUs that are served.
+    """
     arch, has = architecture(capability), f"this PyTorch has kernels for {range_of(built)}"
     how = runs_on(built, capability)
     if how == "kernels":
@@ -158,22 +189,18 @@ def _kernel_row(facts: Facts, capability: str, built: list[str]) -> Row:
     lowest, highest = limits_of(built)
     names = ", ".join(sorted({gpu.name for gpu in facts.gpus if gpu.capability == capability}))
     command = install_command(capability, facts.driver.version)
-    if capability_number(capability) > highest:
-        return broken(
-            SECTION,
-            "kernels",
-            f"{names} ({arch}) is newer than this PyTorch, which has kernels for {range_of(built)}: the first computation "
-            "would fail with 'no kernel image is available'",
-            f"install a PyTorch with kernels for it: {command or 'pip install --upgrade torch torchvision'}",
-            Cause.GPU_TOO_NEW,
-        )
+    too_new = capability_number(capability) > highest
     gap = "is older than" if capability_number(capability) < lowest else "is left out of"
-    return broken(
-        SECTION,
-        "kernels",
-        f"{names} ({arch}) {gap} this PyTorch, which has kernels for {range_of(built)}",
-        f"install a PyTorch with kernels for it: {command}"
-        if command
-        else "no PyTorch that ddetr runs with has kernels for it: use the CPU (ddetr doctor --cpu) or a newer GPU",
-        Cause.GPU_TOO_OLD,
-    )
+    gap = "is newer than" if too_new else gap
+    text = f"{names} ({arch}) {gap} this PyTorch, which has kernels for {range_of(built)}"
+    if too_new:
+        text += ": the first computation would fail with 'no kernel image is available'"
+    install = f"install a PyTorch with kernels for it: {command}"
+    if others:
+        to_do = f"leave it out: export {_only(facts, others)}"
+        return warning(SECTION, "kernels", text, f"{to_do}; or {install}" if command else to_do)
+    if too_new:
+        install = install if command else "pip install --upgrade torch torchvision"
+        return broken(SECTION, "kernels", text, install, Cause.GPU_TOO_NEW)
+    neither = "no PyTorch that ddetr runs with has kernels for it: use the CPU (ddetr doctor --cpu) or a newer GPU"
+    return broken(SECTION, "kernels", text, install if command else neither, Cause.GPU_TOO_OLD)

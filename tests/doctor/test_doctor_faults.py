@@ -376,12 +376,42 @@ def test_a_gpu_that_is_served_by_ptx_only() -> None:
     assert "the driver compiles them at first use" in row.text
 
 
-def test_one_gpu_of_two_kinds_is_not_served() -> None:
-    facts = gpu_facts()
-    facts.pytorch.gpus = [A100, K80]
-    row = only_fault(facts)
-    assert row.cause is Cause.GPU_TOO_OLD
-    assert "A100" not in row.text
+GT_710 = Gpu(name="NVIDIA GeForce GT 710", capability="3.5", memory_total=2 * GIB)
+RTX_3090 = Gpu(name="NVIDIA GeForce RTX 3090", capability="8.6", memory_total=24 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "advice"),
+    [
+        ([RTX_3090, GT_710], None, "export CUDA_VISIBLE_DEVICES=0"),
+        ([GT_710, RTX_3090, GT_710, RTX_3090], None, "export CUDA_VISIBLE_DEVICES=1,3"),
+        ([RTX_3090, RTX_5090], None, "export CUDA_VISIBLE_DEVICES=0"),
+        ([GT_710, RTX_3090], "2, GPU-5ba7", "export CUDA_VISIBLE_DEVICES=GPU-5ba7"),
+    ],
+)
+def test_a_gpu_that_is_not_served_beside_others_that_are(gpus: list[Gpu], visible: str | None, advice: str) -> None:
+    facts = gpu_facts(count=len(gpus))
+    facts.pytorch.gpus = gpus
+    facts.variables = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    row = only_fault(facts, "warning")
+    assert "RTX 3090" not in row.text
+    assert row.to_do.split(";")[0] == f"leave it out: {advice}"
+    assert "use the CPU" not in row.to_do
+    assert diagnosed(facts).exit_code == 0
+
+
+def test_gpus_in_the_drivers_order_are_told_so() -> None:
+    facts = gpu_facts(count=2)
+    facts.pytorch.gpus, facts.driver.gpus = [], [GT_710, RTX_3090]
+    to_do = only_fault(facts, "warning").to_do
+    assert to_do.startswith("leave it out: export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=1")
+
+
+def test_two_gpus_of_which_none_is_served() -> None:
+    facts = gpu_facts(count=2)
+    facts.pytorch.gpus = [GT_710, RTX_5090]
+    rows = [row for row in check(facts) if row.state != "ok"]
+    assert [(row.state, row.cause) for row in rows] == [("broken", Cause.GPU_TOO_OLD), ("broken", Cause.GPU_TOO_NEW)]
 
 
 # --- PyTorch and what goes with it
