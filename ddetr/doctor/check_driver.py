@@ -4,12 +4,12 @@ from collections import Counter
 
 from ddetr.doctor.causes import Cause
 from ddetr.doctor.check_usable import SECTION, why_unusable
+from ddetr.doctor.cures import another_pytorch, newer_pytorch
 from ddetr.doctor.facts import Facts, Gpu
 from ddetr.doctor.rows import Row, broken, ok, warning
 from ddetr.doctor.versions import (
     architecture,
     capability_number,
-    install_command,
     least_driver,
     limits_of,
     number,
@@ -103,12 +103,13 @@ def _version_row(facts: Facts) -> Row | None:
         toolkit = toolkit_drivers(built)
         update = _update(facts, toolkit[0] if toolkit else least, built)
         update += f" (at least {least})" if least and not facts.machine.wsl else ""
-        other = install_command(facts.gpus[0].capability if facts.gpus else None, version)
+        capability = facts.gpus[0].capability if facts.gpus else None
+        other = another_pytorch(facts, capability, which="that this driver runs")
         return broken(
             SECTION,
             "driver",
             f"{what}, which needs driver {least or 'of CUDA ' + built} or newer",
-            update + (f"; or install a PyTorch that this driver runs: {other}" if other else ""),
+            update + (f"; or {other}" if other else ""),
             Cause.DRIVER_TOO_OLD,
         )
     toolkit = toolkit_drivers(built)
@@ -176,6 +177,7 @@ def _kernel_row(facts: Facts, capability: str, built: list[str], others: list[in
     """
     arch, has = architecture(capability), f"this PyTorch has kernels for {range_of(built)}"
     how = runs_on(built, capability)
+    another = another_pytorch(facts, capability, which="with kernels for it")
     if how == "kernels":
         return ok(SECTION, "kernels", f"{has}: {arch} is served")
     if how == "PTX":
@@ -183,24 +185,20 @@ def _kernel_row(facts: Facts, capability: str, built: list[str], others: list[in
             SECTION,
             "kernels",
             f"{has}, none of them for {arch}: the driver compiles them at first use, which takes minutes",
-            "leave the cache where it is (~/.nv), or install a newer PyTorch: "
-            + (install_command(capability, facts.driver.version) or "pip install --upgrade torch torchvision"),
+            f"leave the cache where it is (~/.nv), or {another or newer_pytorch(facts)}",
         )
     lowest, highest = limits_of(built)
     names = ", ".join(sorted({gpu.name for gpu in facts.gpus if gpu.capability == capability}))
-    command = install_command(capability, facts.driver.version)
     too_new = capability_number(capability) > highest
     gap = "is older than" if capability_number(capability) < lowest else "is left out of"
     gap = "is newer than" if too_new else gap
     text = f"{names} ({arch}) {gap} this PyTorch, which has kernels for {range_of(built)}"
     if too_new:
         text += ": the first computation would fail with 'no kernel image is available'"
-    install = f"install a PyTorch with kernels for it: {command}"
     if others:
         to_do = f"leave it out: export {_only(facts, others)}"
-        return warning(SECTION, "kernels", text, f"{to_do}; or {install}" if command else to_do)
+        return warning(SECTION, "kernels", text, f"{to_do}; or {another}" if another else to_do)
     if too_new:
-        install = install if command else "pip install --upgrade torch torchvision"
-        return broken(SECTION, "kernels", text, install, Cause.GPU_TOO_NEW)
+        return broken(SECTION, "kernels", text, another or newer_pytorch(facts), Cause.GPU_TOO_NEW)
     neither = "no PyTorch that ddetr runs with has kernels for it: use the CPU (ddetr doctor --cpu) or a newer GPU"
-    return broken(SECTION, "kernels", text, install if command else neither, Cause.GPU_TOO_OLD)
+    return broken(SECTION, "kernels", text, another or neither, Cause.GPU_TOO_OLD)

@@ -20,7 +20,7 @@ from ddetr.doctor.diagnosis import Diagnosis, check
 from ddetr.doctor.facts import Gpu
 
 BROKEN_TORCH = {
-    "missing": ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')", 10, "uv pip install torch=="),
+    "missing": ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')", 10, "not installed for "),
     "needs another": ("import no_such_module", 11, "No module named 'no_such_module'"),
     "library": ("raise OSError('libcudnn.so.9: cannot open shared object file')", 11, "OSError: libcudnn.so.9"),
     "crash": ("import ctypes; ctypes.string_at(0)", 11, "segmentation fault"),

@@ -337,20 +337,42 @@ def test_a_toolkit_that_the_table_does_not_know_yet() -> None:
     assert "CUDA 13.9" in only_fault(facts, "warning").text
 
 
-def test_blackwell_with_the_cuda_12_4_build() -> None:
-    row = only_fault(gpu_facts(RTX_5090))
+@pytest.mark.parametrize(
+    ("container", "to_do"),
+    [
+        ("", "install a PyTorch with kernels for it: uv pip install --upgrade --torch-backend=cu128 torch torchvision"),
+        (
+            "docker",
+            "outside the container (no image of ddetr has one for it): pip install . into an environment with PyTorch 2.7 or "
+            "later for CUDA 12.8",
+        ),
+    ],
+)
+def test_blackwell_with_the_cuda_12_4_build(container: str, to_do: str) -> None:
+    row = only_fault(gpu_facts(RTX_5090, container=container))
     assert row.cause is Cause.GPU_TOO_NEW
     assert "NVIDIA GeForce RTX 5090 (sm_120) is newer than this PyTorch" in row.text
     assert "kernels for sm_50 to sm_90" in row.text
     assert "'no kernel image is available'" in row.text
-    assert "--torch-backend=cu128 torch torchvision" in row.to_do
+    assert row.to_do == to_do
+
+
+def test_a_gpu_that_is_newer_than_all_that_is_known() -> None:
+    future = Gpu(name="NVIDIA Future", capability="19.0")
+    assert "pip install --upgrade torch" in only_fault(gpu_facts(future, container="")).to_do
+    assert only_fault(gpu_facts(future)).to_do == (
+        "outside the container: pip install . into an environment with a newer PyTorch"
+    )
 
 
 def test_a_gpu_that_only_the_cuda_11_8_build_serves() -> None:
     row = only_fault(gpu_facts(K80))
     assert row.cause is Cause.GPU_TOO_OLD
     assert "Tesla K80 (sm_37) is older than this PyTorch" in row.text
-    assert "make image VARIANT=cu118" in row.to_do
+    assert row.to_do == (
+        "build the image with another variant: make image VARIANT=cu118 TORCH_INDEX=<PyTorch's own index of it>"
+    )
+    assert "uv pip install --reinstall --torch-backend=cu118" in only_fault(gpu_facts(K80, container="")).to_do
     assert [row for row in check(gpu_facts(K80, variant="cu118")) if row.state != "ok"] == []
 
 
@@ -360,13 +382,15 @@ def test_a_gpu_that_no_build_serves() -> None:
     assert "or a newer GPU" in row.to_do
 
 
-def test_a_gpu_that_a_newer_pytorch_has_dropped() -> None:
-    facts = gpu_facts(V100)
+@pytest.mark.parametrize(("container", "variant"), [("", "cu126"), ("docker", "cu124")])
+def test_a_gpu_that_a_newer_pytorch_has_dropped(container: str, variant: str) -> None:
+    """In a container the variant that is locked and tested comes first."""
+    facts = gpu_facts(V100, container=container)
     facts.driver.version, facts.driver.cuda, facts.pytorch.cuda = "580.65.06", "13.0", "13.0"
     facts.pytorch.architectures = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
     row = only_fault(facts)
     assert row.cause is Cause.GPU_TOO_OLD
-    assert "make image VARIANT=cu126" in row.to_do
+    assert f"make image VARIANT={variant}" in row.to_do
 
 
 def test_a_gpu_that_is_served_by_ptx_only() -> None:
@@ -446,7 +470,7 @@ def test_no_pytorch_comes_before_no_gpu() -> None:
     ],
 )
 def test_a_pytorch_that_cannot_be_imported(error: str, path: str | None, to_do: str) -> None:
-    facts = gpu_facts()
+    facts = gpu_facts(container="")
     facts.steps, facts.pytorch = None, PyTorch(state="fails", error=error)
     facts.variables = {"LD_LIBRARY_PATH": path} if path else {}
     row = only_fault(facts)
@@ -456,13 +480,15 @@ def test_a_pytorch_that_cannot_be_imported(error: str, path: str | None, to_do: 
 
 
 def test_a_cpu_only_pytorch_on_a_machine_with_a_gpu() -> None:
-    facts = gpu_facts()
+    facts = gpu_facts(container="")
     facts.pytorch.version, facts.pytorch.cuda, facts.pytorch.available = "2.6.0+cpu", None, False
     facts.pytorch.gpus, facts.pytorch.cudnn, facts.pytorch.nccl, facts.pytorch.triton = [], None, None, None
     row = only_fault(facts)
     assert row.cause is Cause.CPU_ONLY_BUILD
     assert "2.6.0+cpu was built without CUDA" in row.text
     assert "--torch-backend=auto" in row.to_do
+    facts.machine.container = "docker"
+    assert only_fault(facts).to_do == "build the image with another variant: make image VARIANT=cu124"
 
 
 def test_a_cpu_only_pytorch_on_a_machine_without_gpu_is_well() -> None:
@@ -493,7 +519,7 @@ def test_cuda_that_does_not_start_though_all_fits() -> None:
     ],
 )
 def test_torchvision_that_does_not_go_with_pytorch(changes: dict[str, str | None], text: str) -> None:
-    facts = gpu_facts()
+    facts = gpu_facts(container="")
     for name, value in changes.items():
         setattr(facts.pytorch, name, value)
     row = only_fault(facts)
@@ -510,8 +536,46 @@ def test_a_broken_cudnn_and_a_missing_triton_are_warned_of() -> None:
     facts.pytorch.triton = None
     assert "slower" in only_fault(facts, "warning").text
     facts = gpu_facts()
-    facts.limits.c_compiler = None
+    facts.limits.c_compiler, facts.machine.container = None, ""
     assert only_fault(facts, "warning").to_do == "sudo apt install gcc python3-dev"
+
+
+def _cannot_be_imported(facts: Facts) -> None:
+    facts.steps, facts.pytorch = None, PyTorch(state="fails", error="the process died (segmentation fault)")
+
+
+def _with_ptx(facts: Facts) -> None:
+    facts.pytorch.gpus, facts.pytorch.architectures = [RTX_5090], ["sm_80", "sm_90", "compute_90"]
+
+
+INSTALLED_THINGS: dict[str, Callable[[Facts], None]] = {
+    "driver": lambda facts: vars(facts.driver).update(version="470.57.02", cuda="11.4"),
+    "too new": lambda facts: vars(facts.pytorch).update(gpus=[RTX_5090]),
+    "too old": lambda facts: vars(facts.pytorch).update(gpus=[K80]),
+    "one of two": lambda facts: vars(facts.pytorch).update(gpus=[A100, RTX_5090]),
+    "PTX": _with_ptx,
+    "missing": lambda facts: vars(facts).update(pytorch=PyTorch(state="missing"), steps=None),
+    "import": _cannot_be_imported,
+    "cpu-only": lambda facts: vars(facts.pytorch).update(cuda=None, available=False, gpus=[]),
+    "torchvision": lambda facts: vars(facts.pytorch).update(torchvision_fits=False),
+    "no torchvision": lambda facts: vars(facts.pytorch).update(torchvision=None),
+    "nms": lambda facts: vars(facts).update(steps=[Step(device="cuda:0", name="nms", passed=False)]),
+    "CPU kernel": lambda facts: vars(facts).update(steps=[Step(device="cpu", name="operator", passed=False)]),
+    "cuDNN": lambda facts: vars(facts.pytorch).update(cudnn_error="RuntimeError: incompatible"),
+    "Triton": lambda facts: vars(facts.pytorch).update(triton=None),
+    "C compiler": lambda facts: vars(facts.limits).update(c_compiler=None),
+}
+
+
+@pytest.mark.parametrize("container", ["docker", "podman", "kubernetes", "container"])
+@pytest.mark.parametrize("fault", INSTALLED_THINGS)
+def test_nothing_is_to_be_installed_in_a_container(fault: str, container: str) -> None:
+    """Its environment belongs to root, may be read-only, and has no uv."""
+    facts = gpu_facts(container=container)
+    INSTALLED_THINGS[fault](facts)
+    (row,) = [row for row in check(facts) if row.state != "ok"]
+    assert "make image" in row.to_do or "pip install . into an environment" in row.to_do, row
+    assert not [word for word in ("uv pip", "pip install -e", "--upgrade", "sudo apt") if word in row.to_do], row
 
 
 # --- limits and folders
