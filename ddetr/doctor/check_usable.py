@@ -1,19 +1,11 @@
 """From the facts to a row: why no GPU can be used, by the most fundamental reason."""
 
 from ddetr.doctor.causes import Cause
+from ddetr.doctor.cures import start_with_gpus, toolkit
 from ddetr.doctor.facts import Driver, Facts
 from ddetr.doctor.rows import Row, broken
 
 SECTION = "GPU and driver"
-_START_WITH_GPUS = {
-    "docker": "docker run --gpus all ... (compose: the GPU reservation in compose.yaml)",
-    "podman": "podman run --device nvidia.com/gpu=all ...",
-    "kubernetes": "put nvidia.com/gpu: 1 into resources.limits of the container",
-}
-_TOOLKIT = (
-    "if that is refused, install the NVIDIA Container Toolkit on the host: sudo apt install nvidia-container-toolkit && "
-    "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
-)
 _INSTALL_DRIVER = "Ubuntu: sudo ubuntu-drivers install; Debian: sudo apt install nvidia-driver; then reboot"
 _WINDOWS_DRIVER = (
     "if Windows has an NVIDIA GPU: install NVIDIA's newest driver in Windows, then wsl --update and wsl --shutdown there, and "
@@ -106,9 +98,8 @@ def _answers(driver: Driver) -> str:
 
 def _on_wsl(facts: Facts) -> Row:
     """There the driver is that of Windows; /dev/dxg says nothing, since graphics cards of every maker have it."""
-    driver, container = facts.driver, facts.machine.container
-    start = f"start the container with it: {_START_WITH_GPUS.get(container, _START_WITH_GPUS['docker'])}; else "
-    start = start if container else ""
+    driver = facts.driver
+    start = f"start the container with it: {start_with_gpus(facts)}; else " if facts.machine.container else ""
     if driver.cu_init == _CUDA_STUB:
         return broken(SECTION, "driver", *_CU_INIT[_CUDA_STUB], Cause.CUDA_FAILS)
     if not driver.libcuda or driver.cu_init == _CUDA_NO_DEVICE:
@@ -127,17 +118,17 @@ def _on_wsl(facts: Facts) -> Row:
 
 
 def _container_without_gpus(facts: Facts) -> Row:
-    hardware, kind = facts.hardware, facts.machine.container
+    hardware = facts.hardware
     what = f"{hardware.gpus_on_pci} NVIDIA GPU(s)" if hardware.gpus_on_pci else "NVIDIA's driver"
     void = facts.variables.get("NVIDIA_VISIBLE_DEVICES")
-    to_do = f"start it with them: {_START_WITH_GPUS.get(kind, _START_WITH_GPUS['docker'])}"
+    to_do = f"start it with them: {start_with_gpus(facts)}"
     if void in ("void", "none", ""):
         to_do = f"NVIDIA_VISIBLE_DEVICES={void} leaves the GPUs out: take it away; " + to_do
     return broken(
         SECTION,
         "GPU",
         f"this machine has {what}, but the container was started without: there is no /dev/nvidia0 in here",
-        f"{to_do}; {_TOOLKIT}" if kind != "kubernetes" else to_do + ", on a node with NVIDIA's device plugin",
+        f"{to_do}; {toolkit(facts)}",
         Cause.CONTAINER_WITHOUT_GPUS,
     )
 
@@ -148,8 +139,7 @@ def _no_gpu(facts: Facts) -> Row:
         looked = "to be seen (no PCI bus here), no driver, no /dev/nvidia*"
     to_do = "nothing, if none is expected: everything runs on the CPU, slowly, and ddetr doctor --cpu checks just that"
     if facts.machine.container:
-        command = _START_WITH_GPUS.get(facts.machine.container, _START_WITH_GPUS["docker"])
-        to_do += f". If the host has one, start with it: {command}"
+        to_do += f". If the host has one, start with it: {start_with_gpus(facts)}"
     return broken(SECTION, "GPU", f"no NVIDIA GPU {looked}", to_do, Cause.NO_GPU)
 
 
@@ -163,7 +153,7 @@ def _no_libcuda(facts: Facts) -> Row:
             "the GPU's devices are in this container, but the driver's libraries are not (no libcuda.so.1)",
             f"NVIDIA_DRIVER_CAPABILITIES={asked} lacks compute: set it to compute,utility"
             if wrong
-            else "pass the GPUs by the NVIDIA Container Toolkit (docker run --gpus all), not by --device /dev/nvidia0",
+            else f"pass the GPUs in with their driver: {start_with_gpus(facts)}, not as bare devices (/dev/nvidia0); {toolkit(facts)}",
             Cause.NO_DRIVER,
         )
     held = [name for name in facts.hardware.pci_drivers if name != "nvidia"]

@@ -6,6 +6,30 @@ from ddetr.doctor.facts import Facts
 from ddetr.doctor.versions import architecture, least_driver, number, published, runs_on, toolkit_drivers
 
 
+_START = {
+    "docker": "docker run --gpus all ... (compose: the GPU reservation in compose.yaml)",
+    "podman": "podman run --device nvidia.com/gpu=all ...",
+    "kubernetes": "put nvidia.com/gpu: 1 into resources.limits of the container",
+}
+_TOOLKIT = "if that is refused, install the NVIDIA Container Toolkit on the host: sudo apt install nvidia-container-toolkit && "
+_TOOLKITS = {
+    "docker": _TOOLKIT + "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker",
+    "podman": _TOOLKIT
+    + "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml (again after every update of the driver)",
+    "kubernetes": "if no node takes the pod, install NVIDIA's device plugin (or its GPU operator) in the cluster",
+}
+
+
+def start_with_gpus(facts: Facts) -> str:
+    """How this kind of container is started with GPUs."""
+    return _START.get(facts.machine.container, _START["docker"])
+
+
+def toolkit(facts: Facts) -> str:
+    """What the host needs for that."""
+    return _TOOLKITS.get(facts.machine.container, _TOOLKITS["docker"])
+
+
 def another_pytorch(facts: Facts, capability: str | None, *, which: str) -> str | None:
     """How to come to a PyTorch for a GPU and this driver; None where none is known.
 

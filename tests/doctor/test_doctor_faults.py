@@ -82,6 +82,24 @@ def test_a_container_started_without_gpus(container: str, command: str) -> None:
     assert command in row.to_do
 
 
+@pytest.mark.parametrize("devices", [[], ["/dev/nvidia0"]])
+@pytest.mark.parametrize(
+    ("container", "needed"),
+    [
+        ("docker", "sudo nvidia-ctk runtime configure --runtime=docker"),
+        ("podman", "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"),
+        ("kubernetes", "device plugin"),
+    ],
+)
+def test_each_kind_of_container_gets_its_own_commands(container: str, needed: str, devices: list[str]) -> None:
+    """Without devices, and with devices but no libraries."""
+    facts = without_gpu(container)
+    facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15", devices=devices)
+    to_do = only_fault(facts).to_do
+    assert needed in to_do
+    assert ("docker" in to_do) is (container == "docker")
+
+
 def test_a_container_whose_variable_leaves_the_gpus_out() -> None:
     facts = without_gpu("docker")
     facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15")
@@ -94,7 +112,8 @@ def test_a_container_with_devices_but_no_libraries() -> None:
     facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15", devices=["/dev/nvidia0"])
     row = only_fault(facts)
     assert row.cause is Cause.NO_DRIVER
-    assert "not by --device" in row.to_do
+    assert "docker run --gpus all" in row.to_do
+    assert "not as bare devices" in row.to_do
     facts.variables = {"NVIDIA_DRIVER_CAPABILITIES": "utility"}
     assert "lacks compute: set it to compute,utility" in only_fault(facts).to_do
 
