@@ -11,7 +11,7 @@ _WINDOWS_DRIVER = (
     "if Windows has an NVIDIA GPU: install NVIDIA's newest driver in Windows, then wsl --update and wsl --shutdown there, and "
     "start anew. Install no Linux driver inside WSL: it hides the one that Windows passes in"
 )
-_NVML_NOT_LOADED, _NVML_MISMATCH = 9, 18
+_NVML_NOT_LOADED, _NVML_MISMATCH, _NVML_UNKNOWN = 9, 18, 999
 _CUDA_STUB, _CUDA_NO_DEVICE, _CUDA_MISMATCH = 34, 100, 803
 # CUresult of cuInit: what it means, what helps.
 _CU_INIT = {
@@ -84,7 +84,8 @@ def why_unusable(facts: Facts) -> Row | None:
         return _no_gpu(facts)
     if not driver.libcuda:
         return _no_libcuda(facts)
-    if driver.nvml == _NVML_NOT_LOADED or driver.cu_init == _CUDA_NO_DEVICE:
+    lost = machine.container and driver.nvml == _NVML_UNKNOWN and hardware.kernel_module
+    if driver.nvml == _NVML_NOT_LOADED or driver.cu_init == _CUDA_NO_DEVICE or lost:
         return _not_loaded(facts)
     text = f"the driver does not start: {_answers(driver)}"
     to_do = "try nvidia-smi; look at the kernel's messages: sudo dmesg | grep -i nvrm; reboot"
@@ -180,6 +181,8 @@ def _not_loaded(facts: Facts) -> Row:
             "choose a machine with a GPU, or check for work on the CPU: ddetr doctor --cpu",
             Cause.NO_GPU,
         )
+    if facts.hardware.kernel_module:
+        return _not_opened(facts)
     return broken(
         SECTION,
         "driver",
@@ -188,3 +191,20 @@ def _not_loaded(facts: Facts) -> Row:
         "sudo modprobe nvidia says why; for a new kernel: sudo dkms autoinstall; for Secure Boot: enrol the key (mokutil)",
         Cause.NO_DRIVER,
     )
+
+
+def _not_opened(facts: Facts) -> Row:
+    """The kernel module is at work, and CUDA finds no GPU all the same."""
+    who = "container" if facts.machine.container else "user"
+    text = f"the driver runs ({facts.hardware.kernel_module}), but this {who} may not open /dev/nvidia*: {_answers(facts.driver)}"
+    to_do = "look at the permissions: ls -l /dev/nvidia* (groups video and render); with MIG, at its instances: nvidia-smi -L"
+    if facts.machine.container:  # whose right to the devices systemd takes away with every daemon-reload
+        to_do = (
+            f"start the container anew (systemctl daemon-reload on the host takes its GPUs away); if it stays, {to_do}"
+        )
+    elif not facts.hardware.devices:
+        text = (
+            f"the driver runs ({facts.hardware.kernel_module}), but there is no /dev/nvidia0: {_answers(facts.driver)}"
+        )
+        to_do = "sudo nvidia-smi makes the devices, and says what is wrong where it cannot; then reboot"
+    return broken(SECTION, "driver", text, to_do, Cause.CUDA_FAILS)

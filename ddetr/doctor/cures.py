@@ -5,7 +5,6 @@ from typing import Any
 from ddetr.doctor.facts import Facts
 from ddetr.doctor.versions import architecture, least_driver, number, published, runs_on, toolkit_drivers
 
-
 _START = {
     "docker": "docker run --gpus all ... (compose: the GPU reservation in compose.yaml)",
     "podman": "podman run --device nvidia.com/gpu=all ...",

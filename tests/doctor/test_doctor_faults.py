@@ -137,6 +137,33 @@ def test_a_kernel_module_that_is_not_loaded(nvml: int | None, cu_init: int) -> N
     assert "sudo modprobe nvidia" in row.to_do
 
 
+@pytest.mark.parametrize(("nvml", "cu_init"), [(999, 100), (999, 999), (9, 100), (4, 100)])
+def test_a_container_that_lost_its_gpus(nvml: int, cu_init: int) -> None:
+    """ "Failed to initialize NVML: Unknown Error" after systemctl daemon-reload: the devices are there, and are refused."""
+    facts = without_gpu("docker")
+    facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15", devices=["/dev/nvidia0"])
+    facts.driver = Driver(libcuda=True, cuda="12.4", cu_init=cu_init, nvml=nvml, nvml_error="Unknown Error")
+    row = only_fault(facts)
+    assert row.cause is Cause.CUDA_FAILS
+    assert row.text.startswith("the driver runs (550.54.15), but this container may not open /dev/nvidia*")
+    assert "Unknown Error" in row.text
+    assert row.to_do.startswith("start the container anew")
+    assert "ls -l /dev/nvidia*" in row.to_do
+    assert not [word for word in LINUX_DRIVER if word in row.text + row.to_do]
+
+
+@pytest.mark.parametrize(("devices", "text"), [(["/dev/nvidia0"], "this user may not open"), ([], "no /dev/nvidia0")])
+def test_a_user_who_may_not_open_the_devices(devices: list[str], text: str) -> None:
+    facts = without_gpu()
+    facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15", devices=devices)
+    facts.driver = Driver(libcuda=True, cuda="12.4", cu_init=100, nvml=4, nvml_error="Insufficient Permissions")
+    row = only_fault(facts)
+    assert row.cause is Cause.CUDA_FAILS
+    assert text in row.text
+    assert "container" not in row.to_do
+    assert not [word for word in LINUX_DRIVER if word in row.text + row.to_do]
+
+
 LINUX_DRIVER = ("modprobe", "dkms", "ubuntu-drivers", "apt install nvidia", "rmmod", "mokutil", "fabricmanager")
 
 
