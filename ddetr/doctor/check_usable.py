@@ -80,7 +80,7 @@ def why_unusable(facts: Facts) -> Row | None:
         return _on_wsl(facts)
     if machine.container and not hardware.devices and hardware.seen:
         return _container_without_gpus(facts)
-    if not hardware.seen and not driver.libcuda and not driver.gpus:
+    if not (hardware.seen or hardware.driver_folder or driver.libcuda or driver.gpus):
         return _no_gpu(facts)
     if not driver.libcuda:
         return _no_libcuda(facts)
@@ -145,6 +145,14 @@ def _no_gpu(facts: Facts) -> Row:
 
 
 def _no_libcuda(facts: Facts) -> Row:
+    if folder := facts.hardware.driver_folder:
+        return broken(
+            SECTION,
+            "driver",
+            f"the driver's libraries are in {folder}, where they are not looked for (no libcuda.so.1)",
+            f"export LD_LIBRARY_PATH={folder} (Kubernetes: under env of the container)",
+            Cause.NO_DRIVER,
+        )
     if facts.machine.container:
         asked = facts.variables.get("NVIDIA_DRIVER_CAPABILITIES")
         wrong = asked is not None and not {"compute", "all"} & set(asked.split(","))

@@ -28,6 +28,8 @@ class Hardware:
         default_factory=list
     )  # /dev/nvidia0 ...; not /dev/dxg, which WSL has for graphics cards of every maker
 
+    driver_folder: str | None = None  # where Google's Kubernetes puts the driver's libraries, if libcuda.so.1 is there
+
     @property
     def seen(self) -> bool:
         return bool(self.gpus_on_pci or self.kernel_module or self.devices)

@@ -82,6 +82,16 @@ def test_a_container_started_without_gpus(container: str, command: str) -> None:
     assert command in row.to_do
 
 
+@pytest.mark.parametrize("devices", [["/dev/nvidia0"], []])
+def test_a_pod_whose_driver_is_not_in_the_library_path(devices: list[str]) -> None:
+    """Google's Kubernetes mounts the driver into a folder of its own."""
+    facts = without_gpu("kubernetes")
+    facts.hardware = Hardware(devices=devices, driver_folder="/usr/local/nvidia/lib64")
+    row = only_fault(facts)
+    assert row.cause is Cause.NO_DRIVER
+    assert row.to_do.startswith("export LD_LIBRARY_PATH=/usr/local/nvidia/lib64 ")
+
+
 @pytest.mark.parametrize("devices", [[], ["/dev/nvidia0"]])
 @pytest.mark.parametrize(
     ("container", "needed"),
@@ -636,8 +646,12 @@ def test_dockers_default_of_shared_memory(container: str, cure: str) -> None:
     facts.limits.shared_memory = facts.limits.shared_memory_free = 64 * 2**20
     row = only_fault(facts, "warning")
     assert "/dev/shm has 64 MiB" in row.text
+    assert "training then starts fewer, or none" in row.text
     assert cure in row.to_do
-    assert "--data.num_workers 0" in row.to_do
+    facts.limits.shared_memory = facts.limits.shared_memory_free = 2 * GIB - 1
+    assert only_fault(facts, "warning").name == "shared memory"
+    facts.limits.shared_memory = facts.limits.shared_memory_free = 2 * GIB
+    assert [row for row in check(facts) if row.state != "ok"] == []
 
 
 def test_shared_memory_that_is_in_use() -> None:

@@ -55,6 +55,14 @@ def test_a_machine_without_anything(tmp_path: Path) -> None:
     assert not found.seen
 
 
+def test_a_driver_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "usr/local/nvidia/lib64"
+    folder.mkdir(parents=True)
+    assert machine.look_at_hardware(str(tmp_path)).driver_folder is None
+    (folder / "libcuda.so.1").touch()
+    assert machine.look_at_hardware(str(tmp_path)).driver_folder == "/usr/local/nvidia/lib64"
+
+
 def test_wsl_shows_no_nvidia_gpu_by_its_device(tmp_path: Path) -> None:
     """/dev/dxg is there for an Intel GPU as well."""
     (tmp_path / "dev").mkdir()
