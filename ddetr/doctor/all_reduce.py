@@ -30,7 +30,7 @@ def _process(rank: int, backend: str, devices: Sequence[str], store: str) -> Non
     import torch
     import torch.distributed as dist
 
-    device = torch.device(devices[rank] if devices[rank] == "cpu" else f"{devices[rank]}:{rank}")
+    device = torch.device(devices[rank])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(

@@ -3,12 +3,13 @@
 from collections import Counter
 
 from ddetr.doctor.causes import Cause
+from ddetr.doctor.check_usable import SECTION, why_unusable
+from ddetr.doctor.cures import another_pytorch, newer_pytorch
 from ddetr.doctor.facts import Facts, Gpu
 from ddetr.doctor.rows import Row, broken, ok, warning
 from ddetr.doctor.versions import (
     architecture,
     capability_number,
-    install_command,
     least_driver,
     limits_of,
     number,
@@ -17,178 +18,17 @@ from ddetr.doctor.versions import (
     toolkit_drivers,
 )
 
-SECTION = "GPU and driver"
-_START_WITH_GPUS = {
-    "docker": "docker run --gpus all ... (compose: the GPU reservation in compose.yaml)",
-    "podman": "podman run --device nvidia.com/gpu=all ...",
-    "kubernetes": "put nvidia.com/gpu: 1 into resources.limits of the container",
-}
-_TOOLKIT = (
-    "if that is refused, install the NVIDIA Container Toolkit on the host: sudo apt install nvidia-container-toolkit && "
-    "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
-)
-_INSTALL_DRIVER = "Ubuntu: sudo ubuntu-drivers install; Debian: sudo apt install nvidia-driver; then reboot"
-_NVML_NOT_LOADED, _NVML_MISMATCH = 9, 18
-_CUDA_NO_DEVICE, _CUDA_MISMATCH = 100, 803
-# CUresult of cuInit: what it means, what helps.
-_CU_INIT = {
-    34: (
-        "libcuda.so.1 is the stub that the CUDA toolkit has for building, not the driver's library",
-        "take .../lib64/stubs out of LD_LIBRARY_PATH",
-    ),
-    46: ("the GPU is in use by a process that has it for itself", "nvidia-smi -c DEFAULT ends the exclusive mode"),
-    802: (
-        "the GPUs of this machine are joined by NVSwitch, and the service that sets it up does not run",
-        "on the host: sudo systemctl enable --now nvidia-fabricmanager (its version must be the driver's)",
-    ),
-    804: (
-        "CUDA's forward-compatibility libraries are in use, which work on data-centre GPUs only",
-        "take the compat folder out of LD_LIBRARY_PATH (sudo apt remove 'cuda-compat-*'), or update the driver",
-    ),
-    999: (
-        "the driver answers with 'unknown error', as after a suspend or without its module nvidia_uvm",
-        "on the host: sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm; if that does not help, reboot",
-    ),
-}
-
 
 def check_driver(facts: Facts) -> list[Row]:
     """Section 2. Without a usable GPU one row says why, with the most fundamental reason."""
     if facts.cpu:
         return [ok(SECTION, "GPU", "not looked at: --cpu says that none is expected")]
-    if problem := _why_unusable(facts):
+    if problem := why_unusable(facts):
         return [problem]
-    rows = [*_gpu_rows(facts), _version_row(facts)]
+    rows = [*_gpu_rows(facts), _answer_row(facts), _version_row(facts)]
     if facts.pytorch.state == "works" and facts.pytorch.cuda:
         rows.extend(_kernel_rows(facts))
     return [row for row in rows if row is not None]
-
-
-def _why_unusable(facts: Facts) -> Row | None:
-    driver, hardware, machine = facts.driver, facts.hardware, facts.machine
-    if driver.nvml == _NVML_MISMATCH or driver.cu_init == _CUDA_MISMATCH:
-        module = f" (the kernel runs {hardware.kernel_module})" if hardware.kernel_module else ""
-        return broken(
-            SECTION,
-            "driver",
-            f"Driver/library version mismatch: the driver was updated, and the old one still runs in the kernel{module}",
-            "reboot the host"
-            + ("; then start this container anew" if machine.container else "")
-            + ". Without a reboot, when no program uses the GPU: sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia && sudo modprobe nvidia",
-            Cause.DRIVER_MISMATCH,
-        )
-    if driver.problem:
-        return broken(
-            SECTION,
-            "driver",
-            f"the driver's libraries do not answer as they should: {driver.problem}",
-            "try nvidia-smi; where that fails as well, reboot the host and install the driver anew",
-            Cause.CUDA_FAILS,
-        )
-    if _usable(facts):
-        return None
-    if machine.container and not hardware.devices and hardware.seen:
-        return _container_without_gpus(facts)
-    if not hardware.seen and not driver.libcuda and not driver.gpus:
-        return _no_gpu(facts)
-    if not driver.libcuda:
-        return _no_libcuda(facts)
-    if driver.cu_init == _CUDA_NO_DEVICE and "CUDA_VISIBLE_DEVICES" in facts.variables:
-        return broken(
-            SECTION,
-            "GPU",
-            f"CUDA_VISIBLE_DEVICES={facts.variables['CUDA_VISIBLE_DEVICES']!r} hides every GPU",
-            "unset CUDA_VISIBLE_DEVICES, or set it to numbers from nvidia-smi -L, such as CUDA_VISIBLE_DEVICES=0",
-            Cause.GPUS_HIDDEN,
-        )
-    if driver.nvml == _NVML_NOT_LOADED or driver.cu_init == _CUDA_NO_DEVICE:
-        return _not_loaded(facts)
-    text, to_do = _CU_INIT.get(
-        driver.cu_init or 0,
-        (
-            f"the driver does not start: cuInit returns {driver.cu_init}, NVML says {driver.nvml_error or 'nothing'}",
-            "try nvidia-smi; look at the kernel's messages: sudo dmesg | grep -i nvrm; reboot",
-        ),
-    )
-    return broken(SECTION, "driver", text, to_do, Cause.CUDA_FAILS)
-
-
-def _usable(facts: Facts) -> bool:
-    return facts.driver.cu_init == 0 or facts.pytorch.available
-
-
-def _container_without_gpus(facts: Facts) -> Row:
-    hardware, kind = facts.hardware, facts.machine.container
-    what = f"{hardware.gpus_on_pci} NVIDIA GPU(s)" if hardware.gpus_on_pci else "NVIDIA's driver"
-    void = facts.variables.get("NVIDIA_VISIBLE_DEVICES")
-    to_do = f"start it with them: {_START_WITH_GPUS.get(kind, _START_WITH_GPUS['docker'])}"
-    if void in ("void", "none", ""):
-        to_do = f"NVIDIA_VISIBLE_DEVICES={void} leaves the GPUs out: take it away; " + to_do
-    return broken(
-        SECTION,
-        "GPU",
-        f"this machine has {what}, but the container was started without: there is no /dev/nvidia0 in here",
-        f"{to_do}; {_TOOLKIT}" if kind != "kubernetes" else to_do + ", on a node with NVIDIA's device plugin",
-        Cause.CONTAINER_WITHOUT_GPUS,
-    )
-
-
-def _no_gpu(facts: Facts) -> Row:
-    looked = "on the PCI bus, no driver, no /dev/nvidia*"
-    if facts.hardware.gpus_on_pci is None:
-        looked = "to be seen (no PCI bus here), no driver, no /dev/nvidia*"
-    to_do = "nothing, if none is expected: everything runs on the CPU, slowly, and ddetr doctor --cpu checks just that"
-    if facts.machine.container:
-        command = _START_WITH_GPUS.get(facts.machine.container, _START_WITH_GPUS["docker"])
-        to_do += f". If the host has one, start with it: {command}"
-    return broken(SECTION, "GPU", f"no NVIDIA GPU {looked}", to_do, Cause.NO_GPU)
-
-
-def _no_libcuda(facts: Facts) -> Row:
-    if facts.machine.container:
-        asked = facts.variables.get("NVIDIA_DRIVER_CAPABILITIES")
-        wrong = asked is not None and not {"compute", "all"} & set(asked.split(","))
-        return broken(
-            SECTION,
-            "driver",
-            "the GPU's devices are in this container, but the driver's libraries are not (no libcuda.so.1)",
-            f"NVIDIA_DRIVER_CAPABILITIES={asked} lacks compute: set it to compute,utility"
-            if wrong
-            else "pass the GPUs by the NVIDIA Container Toolkit (docker run --gpus all), not by --device /dev/nvidia0",
-            Cause.NO_DRIVER,
-        )
-    held = [name for name in facts.hardware.pci_drivers if name != "nvidia"]
-    count = facts.hardware.gpus_on_pci
-    what = f"{count} NVIDIA GPU(s) on the PCI bus" if count else "an NVIDIA GPU"
-    return broken(
-        SECTION,
-        "driver",
-        f"{what}, but NVIDIA's driver is not installed (no libcuda.so.1)"
-        + (f"; the kernel driver {held[0]} holds the GPU" if held else ""),
-        _INSTALL_DRIVER,
-        Cause.NO_DRIVER,
-    )
-
-
-def _not_loaded(facts: Facts) -> Row:
-    if facts.machine.container and not facts.hardware.devices:
-        return _container_without_gpus(facts)
-    if not facts.hardware.seen:
-        return broken(
-            SECTION,
-            "GPU",
-            "NVIDIA's libraries are installed, but there is no NVIDIA GPU on this machine",
-            "choose a machine with a GPU, or check for work on the CPU: ddetr doctor --cpu",
-            Cause.NO_GPU,
-        )
-    return broken(
-        SECTION,
-        "driver",
-        "NVIDIA's libraries are installed, but its kernel module is not at work: it was not built for this kernel, or "
-        "Secure Boot refuses it",
-        "sudo modprobe nvidia says why; for a new kernel: sudo dkms autoinstall; for Secure Boot: enrol the key (mokutil)",
-        Cause.NO_DRIVER,
-    )
 
 
 def _gpu_rows(facts: Facts) -> list[Row]:
@@ -217,6 +57,28 @@ def _named(gpu: Gpu) -> str:
     return ", ".join(parts)
 
 
+def _answer_row(facts: Facts) -> Row | None:
+    """A driver that works, though the look at it did not finish."""
+    problem = facts.driver.problem
+    if problem is None:
+        return None
+    if "no answer" in problem:
+        return warning(
+            SECTION,
+            "driver",
+            f"the driver answers slowly: {problem}. Without persistence mode every program sets all GPUs up anew",
+            "update NVIDIA's driver in Windows"
+            if facts.machine.wsl
+            else "on the host: sudo nvidia-persistenced --persistence-mode, or sudo systemctl enable --now nvidia-persistenced",
+        )
+    return warning(
+        SECTION,
+        "driver",
+        f"CUDA starts, but the look at the driver did not finish: {problem}",
+        "try nvidia-smi; where that fails as well, reboot the host",
+    )
+
+
 def _version_row(facts: Facts) -> Row | None:
     """What the driver supports against what this PyTorch was built for."""
     driver, built = facts.driver, facts.pytorch.cuda
@@ -239,14 +101,15 @@ def _version_row(facts: Facts) -> Row | None:
     )
     if too_old:
         toolkit = toolkit_drivers(built)
-        update = f"update the driver on the host to {toolkit[0] if toolkit else least} or newer"
-        update += f" (at least {least})" if least else ""
-        other = install_command(facts.gpus[0].capability if facts.gpus else None, version)
+        update = _update(facts, toolkit[0] if toolkit else least, built)
+        update += f" (at least {least})" if least and not facts.machine.wsl else ""
+        capability = facts.gpus[0].capability if facts.gpus else None
+        other = another_pytorch(facts, capability, which="that this driver runs")
         return broken(
             SECTION,
             "driver",
             f"{what}, which needs driver {least or 'of CUDA ' + built} or newer",
-            update + (f"; or install a PyTorch that this driver runs: {other}" if other else ""),
+            update + (f"; or {other}" if other else ""),
             Cause.DRIVER_TOO_OLD,
         )
     toolkit = toolkit_drivers(built)
@@ -254,15 +117,33 @@ def _version_row(facts: Facts) -> Row | None:
         driver.cuda and number(driver.cuda) < number(built)
     )
     if below:
-        wanted = toolkit[0] if toolkit else f"of CUDA {built}"
+        update = _update(facts, toolkit[0] if toolkit else None, built)
         return warning(
             SECTION,
             "driver",
             f"{what}. Ready-made kernels run (minor-version compatibility), but kernels that are compiled here, as by Triton "
             "and torch.compile, may fail",
-            f"update the driver on the host to {wanted} or newer; if the operator fails below: export DDETR_OPS=reference",
+            f"{update}; if the operator fails below: export DDETR_OPS=reference",
         )
     return ok(SECTION, "driver", what)
+
+
+def _update(facts: Facts, wanted: str | None, built: str) -> str:
+    if facts.machine.wsl:  # whose numbers are others
+        return f"update NVIDIA's driver in Windows to one for CUDA {built} or newer"
+    return f"update the driver on the host to {wanted or 'that of CUDA ' + built} or newer"
+
+
+def served(facts: Facts) -> list[int]:
+    """Those of PyTorch's GPUs, by its indices, that it has kernels for, or of which that is not known."""
+    built = facts.pytorch.architectures
+    if not facts.pytorch.gpus or not built:
+        return list(range(facts.pytorch.count))
+    return _served(facts.pytorch.gpus, built)
+
+
+def _served(gpus: list[Gpu], built: list[str]) -> list[int]:
+    return [i for i, gpu in enumerate(gpus) if gpu.capability is None or runs_on(built, gpu.capability)]
 
 
 def _kernel_rows(facts: Facts) -> list[Row]:
@@ -271,12 +152,32 @@ def _kernel_rows(facts: Facts) -> list[Row]:
     capabilities = sorted({gpu.capability for gpu in facts.gpus if gpu.capability}, key=capability_number)
     if not built or not capabilities:
         return []
-    return [_kernel_row(facts, capability, built) for capability in capabilities]
+    others = _served(facts.gpus, built)
+    return [_kernel_row(facts, capability, built, others) for capability in capabilities]
 
 
-def _kernel_row(facts: Facts, capability: str, built: list[str]) -> Row:
+def _only(facts: Facts, indices: list[int]) -> str:
+    """The variables that leave only these GPUs, by their indices in `facts.gpus`."""
+    names = [str(index) for index in indices]
+    if not facts.pytorch.gpus:  # the driver's order is not CUDA's
+        return f"CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES={','.join(names)}"
+    shown = [name.strip() for name in facts.variables.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if len(shown) >= len(facts.pytorch.gpus) and all(shown):  # then PyTorch counts within these
+        names = [shown[index] for index in indices]
+    return f"CUDA_VISIBLE_DEVICES={','.join(names)}"
+
+
+def _kernel_row(facts: Facts, capability: str, built: list[str], others: list[int]) -> Row:
+    """
+    Args:
+        facts: all that is known.
+        capability: of the GPUs that the row is about.
+        built: architectures that this PyTorch has kernels for.
+        others: indices of the GPUs that are served.
+    """
     arch, has = architecture(capability), f"this PyTorch has kernels for {range_of(built)}"
     how = runs_on(built, capability)
+    another = another_pytorch(facts, capability, which="with kernels for it")
     if how == "kernels":
         return ok(SECTION, "kernels", f"{has}: {arch} is served")
     if how == "PTX":
@@ -284,28 +185,20 @@ def _kernel_row(facts: Facts, capability: str, built: list[str]) -> Row:
             SECTION,
             "kernels",
             f"{has}, none of them for {arch}: the driver compiles them at first use, which takes minutes",
-            "leave the cache where it is (~/.nv), or install a newer PyTorch: "
-            + (install_command(capability, facts.driver.version) or "pip install --upgrade torch torchvision"),
+            f"leave the cache where it is (~/.nv), or {another or newer_pytorch(facts)}",
         )
     lowest, highest = limits_of(built)
     names = ", ".join(sorted({gpu.name for gpu in facts.gpus if gpu.capability == capability}))
-    command = install_command(capability, facts.driver.version)
-    if capability_number(capability) > highest:
-        return broken(
-            SECTION,
-            "kernels",
-            f"{names} ({arch}) is newer than this PyTorch, which has kernels for {range_of(built)}: the first computation "
-            "would fail with 'no kernel image is available'",
-            f"install a PyTorch with kernels for it: {command or 'pip install --upgrade torch torchvision'}",
-            Cause.GPU_TOO_NEW,
-        )
+    too_new = capability_number(capability) > highest
     gap = "is older than" if capability_number(capability) < lowest else "is left out of"
-    return broken(
-        SECTION,
-        "kernels",
-        f"{names} ({arch}) {gap} this PyTorch, which has kernels for {range_of(built)}",
-        f"install a PyTorch with kernels for it: {command}"
-        if command
-        else "no PyTorch that ddetr runs with has kernels for it: use the CPU (ddetr doctor --cpu) or a newer GPU",
-        Cause.GPU_TOO_OLD,
-    )
+    gap = "is newer than" if too_new else gap
+    text = f"{names} ({arch}) {gap} this PyTorch, which has kernels for {range_of(built)}"
+    if too_new:
+        text += ": the first computation would fail with 'no kernel image is available'"
+    if others:
+        to_do = f"leave it out: export {_only(facts, others)}"
+        return warning(SECTION, "kernels", text, f"{to_do}; or {another}" if another else to_do)
+    if too_new:
+        return broken(SECTION, "kernels", text, another or newer_pytorch(facts), Cause.GPU_TOO_NEW)
+    neither = "no PyTorch that ddetr runs with has kernels for it: use the CPU (ddetr doctor --cpu) or a newer GPU"
+    return broken(SECTION, "kernels", text, another or neither, Cause.GPU_TOO_OLD)

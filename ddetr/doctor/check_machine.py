@@ -7,7 +7,7 @@ from ddetr.doctor.rows import Row, broken, ok, warning
 
 SYSTEM, LIMITS, FOLDERS = "Machine", "Limits", "Folders"
 _GIB = 2**30
-_SHARED_MEMORY, _OPEN_FILES = 1 * _GIB, 4096
+_SHARED_MEMORY, _OPEN_FILES = 2 * _GIB, 4096
 _FULL, _NEARLY_FULL = 1 * _GIB, 10 * _GIB
 
 
@@ -40,8 +40,8 @@ def check_limits(facts: Facts) -> list[Row]:
             }.get(container, "docker run --shm-size=8g ... (compose: shm_size: 8gb)")
             if limits.shared_memory >= _SHARED_MEMORY:
                 cure = "look for files that a killed program left there: ls -l /dev/shm"
-            text += ": too little for the processes that load images, which die with 'Bus error'"
-            rows.append(warning(LIMITS, "shared memory", text, f"{cure}; or train with --data.num_workers 0"))
+            text += ": little for the processes that load images, of which training then starts fewer, or none, and is slower"
+            rows.append(warning(LIMITS, "shared memory", text, cure))
         else:
             rows.append(ok(LIMITS, "shared memory", text))
     files, hard = limits.open_files, limits.open_files_hard

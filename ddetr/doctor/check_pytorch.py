@@ -3,6 +3,7 @@
 import sys
 
 from ddetr.doctor.causes import Cause
+from ddetr.doctor.cures import another_pytorch, installing, newer_pytorch
 from ddetr.doctor.facts import Facts
 from ddetr.doctor.rows import Row, broken, ok, warning
 from ddetr.doctor.versions import number, published
@@ -44,7 +45,7 @@ def check_pytorch(facts: Facts, *, driver_is_well: bool) -> list[Row]:
                 SECTION,
                 "PyTorch",
                 f"not installed for {facts.machine.executable or sys.executable}",
-                f"uv pip install {pins} (in the image ddetr is ready to run: make image)",
+                installing(facts, f"uv pip install {pins} (in the image ddetr is ready to run: make image)"),
                 Cause.PYTORCH_MISSING,
             )
         ]
@@ -61,16 +62,17 @@ def check_pytorch(facts: Facts, *, driver_is_well: bool) -> list[Row]:
 def _import_fails(facts: Facts) -> Row:
     error = facts.pytorch.error or "no reason given"
     path = facts.variables.get("LD_LIBRARY_PATH")
+    anew = installing(facts, f"install it anew: {_REINSTALL}")
     if "GLIBC" in error:
         to_do = "this system's C library is older than PyTorch needs (glibc 2.28): use the image, or a newer system"
     elif path and any(word in error for word in (".so", "undefined symbol", "OSError", "ImportError")):
-        to_do = f"LD_LIBRARY_PATH={path} may bring other libraries in: unset LD_LIBRARY_PATH and try again; else {_REINSTALL}"
+        to_do = f"LD_LIBRARY_PATH={path} may bring other libraries in: unset LD_LIBRARY_PATH and try again; else {anew}"
     elif "no answer" in error:
         to_do = "the disk or the network file system may be slow: try again; python -X importtime -c 'import torch' shows where"
     elif "killed" in error:
         to_do = "give the process more memory (docker run --memory, Kubernetes resources.limits.memory): 2 GiB at least"
     else:
-        to_do = f"install it anew: {_REINSTALL}; the whole message: python -c 'import torch'"
+        to_do = f"{anew}; the whole message: python -c 'import torch'"
     return broken(SECTION, "PyTorch", f"it cannot be imported. {error}", to_do, Cause.PYTORCH_IMPORT)
 
 
@@ -79,13 +81,17 @@ def _build_row(facts: Facts) -> Row:
     if torch.cuda:
         return ok(SECTION, "PyTorch", f"{torch.version}, built for CUDA {torch.cuda}")
     kind = f"for ROCm {torch.hip}" if torch.hip else "without CUDA (a CPU-only build)"
-    has_gpu = bool(facts.driver.gpus or facts.hardware.seen) and not facts.cpu
+    has_gpu = bool(facts.driver.gpus or facts.driver.cu_init == 0 or facts.hardware.seen) and not facts.cpu
     if has_gpu and not (torch.hip and torch.available):
+        to_do = "uv pip install --reinstall --torch-backend=auto torch torchvision"
+        if facts.machine.container:
+            capability = facts.gpus[0].capability if facts.gpus else None
+            to_do = another_pytorch(facts, capability, which="with CUDA") or newer_pytorch(facts)
         return broken(
             SECTION,
             "PyTorch",
             f"{torch.version} was built {kind}: it cannot use the NVIDIA GPU of this machine",
-            "uv pip install --reinstall --torch-backend=auto torch torchvision",
+            to_do,
             Cause.CPU_ONLY_BUILD,
         )
     return ok(SECTION, "PyTorch", f"{torch.version}, built {kind}")
@@ -119,7 +125,7 @@ def _library_rows(facts: Facts) -> list[Row]:
             SECTION,
             "cuDNN",
             f"it cannot be used: {torch.cudnn_error or 'this PyTorch has none'}",
-            f"unset LD_LIBRARY_PATH where it names another cuDNN; else {_REINSTALL}",
+            f"unset LD_LIBRARY_PATH where it names another cuDNN; else {installing(facts, _REINSTALL)}",
         )
     else:
         cudnn = ok(SECTION, "cuDNN", torch.cudnn)
@@ -131,7 +137,7 @@ def _library_rows(facts: Facts) -> list[Row]:
                 SECTION,
                 "Triton",
                 "not installed: the operator runs in plain PyTorch on the GPU, which is slower",
-                "uv pip install triton (on Linux PyTorch brings it: " + _REINSTALL + ")",
+                installing(facts, f"uv pip install triton (on Linux PyTorch brings it: {_REINSTALL})"),
             )
         )
     elif torch.available and not facts.limits.c_compiler:
@@ -140,7 +146,7 @@ def _library_rows(facts: Facts) -> list[Row]:
                 SECTION,
                 "C compiler",
                 "none here, and Triton needs one at first use: the operator then runs in plain PyTorch, which is slower",
-                "sudo apt install gcc python3-dev",
+                installing(facts, "sudo apt install gcc python3-dev"),
             )
         )
     return rows
@@ -156,6 +162,7 @@ def _torchvision_row(facts: Facts) -> Row:
     command = f"uv pip install --reinstall torch=={here.partition('+')[0]} torchvision" + (
         f"=={pair}.*" if pair else ""
     )
+    command = installing(facts, command)
     if version is None:
         return broken(
             SECTION, "torchvision", f"it cannot be used: {torch.torchvision_error}", command, Cause.TORCHVISION

@@ -3,6 +3,7 @@
 from itertools import groupby
 
 from ddetr.doctor.causes import Cause
+from ddetr.doctor.cures import installing
 from ddetr.doctor.facts import Facts, Step
 from ddetr.doctor.rows import Row, broken, ok
 
@@ -34,10 +35,13 @@ def _failed(step: Step, facts: Facts) -> Row:
         return broken(SECTION, step.device, text, to_do, Cause.NCCL)
     if step.name == "nms":
         version = (facts.pytorch.version or "").partition("+")[0]
-        to_do = f"torchvision has no kernels for the GPU: uv pip install --reinstall --torch-backend=auto torch=={version} torchvision"
+        command = f"uv pip install --reinstall --torch-backend=auto torch=={version} torchvision"
+        to_do = f"torchvision has no kernels for the GPU: {installing(facts, command)}"
         return broken(SECTION, step.device, text, to_do, Cause.TORCHVISION)
     if step.name == "operator":
-        to_do = _REFERENCE if step.device != "cpu" else f"build the CPU kernels anew (pip install -e .); {_REFERENCE}"
+        to_do = _REFERENCE
+        if step.device == "cpu":
+            to_do = f"{installing(facts, 'build the CPU kernels anew (pip install -e .)')}; {_REFERENCE}"
         return broken(SECTION, step.device, text, to_do, Cause.OPERATOR)
     return broken(SECTION, step.device, text, _of_computation(step), Cause.COMPUTATION)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from ddetr.doctor import driver, machine, pytorch, trial
 from ddetr.doctor.causes import Cause
 from ddetr.doctor.check_driver import SECTION as DRIVER
-from ddetr.doctor.check_driver import check_driver
+from ddetr.doctor.check_driver import check_driver, served
 from ddetr.doctor.check_machine import check_folders, check_limits, check_system
 from ddetr.doctor.check_pytorch import check_answer, check_pytorch
 from ddetr.doctor.check_trial import SECTION as TRIED
@@ -78,8 +78,8 @@ def examine(
         facts.driver = gather("driver", driver.look, facts.driver)
     if compute and facts.pytorch.state == "works":
         causes = {row.cause for row in check(facts)}
-        num_gpus = 0 if cpu or not facts.pytorch.available or causes & _NOT_TO_BE_TRIED else facts.pytorch.count
-        facts.steps = gather("trial", lambda: trial.try_devices(num_gpus, timeout=timeout), None)
+        gpus = [] if cpu or not facts.pytorch.available or causes & _NOT_TO_BE_TRIED else served(facts)
+        facts.steps = gather("trial", lambda: trial.try_devices(gpus, timeout=timeout), None)
     return Diagnosis(facts, check(facts) + rows)
 
 

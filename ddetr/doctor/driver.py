@@ -16,8 +16,8 @@ _NVML = "nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1"
 _CUDA = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 
 
-def look(timeout: float = 20) -> Driver:
-    """The driver, as a child sees it."""
+def look(timeout: float = 90) -> Driver:
+    """The driver, as a child sees it. It takes seconds for each GPU where none is kept awake (persistence mode)."""
     outcome = children.run(__name__, timeout=timeout)
     found: dict[str, Any] = {}
     for event in outcome.events:

@@ -24,7 +24,11 @@ class Hardware:
     gpus_on_pci: int | None = None  # None where the PCI bus cannot be seen
     pci_drivers: list[str] = field(default_factory=list)  # kernel drivers that hold them: nvidia, nouveau, vfio-pci
     kernel_module: str | None = None  # version of NVIDIA's loaded kernel module
-    devices: list[str] = field(default_factory=list)  # /dev/nvidia0 ..., on WSL /dev/dxg
+    devices: list[str] = field(
+        default_factory=list
+    )  # /dev/nvidia0 ...; not /dev/dxg, which WSL has for graphics cards of every maker
+
+    driver_folder: str | None = None  # where Google's Kubernetes puts the driver's libraries, if libcuda.so.1 is there
 
     @property
     def seen(self) -> bool:

@@ -15,6 +15,7 @@ _PATIENCE = 20  # seconds for a folder
 # Where the image mounts them.
 DATA, OUTPUT = "/workspace/data", "/workspace/output"
 _NVIDIA_VENDOR, _DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")  # VGA controller, 3D controller
+_DRIVER_FOLDER = "/usr/local/nvidia/lib64"
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "NVIDIA_VISIBLE_DEVICES",
@@ -33,7 +34,7 @@ def look(root: str = "/") -> Machine:
         executable=sys.executable,
         ddetr=ddetr.__version__,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        wsl=Path(root, "dev/dxg").exists(),
+        wsl=Path(root, "dev/dxg").exists() or "microsoft" in platform.release().lower(),
         container=container(Path(root)),
     )
 
@@ -41,8 +42,6 @@ def look(root: str = "/") -> Machine:
 def look_at_hardware(root: str = "/") -> Hardware:
     base = Path(root)
     devices = [f"/dev/{path.name}" for path in sorted(base.glob("dev/nvidia[0-9]*"))]
-    if (base / "dev/dxg").exists():
-        devices.append("/dev/dxg")
     module = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", _read(base / "proc/driver/nvidia/version"))
     pci = base / "sys/bus/pci/devices"
     gpus = [path for path in _listed(pci) if _is_gpu(path)]
@@ -52,6 +51,7 @@ def look_at_hardware(root: str = "/") -> Hardware:
         pci_drivers=sorted(drivers),
         kernel_module=module[1] if module else None,
         devices=devices,
+        driver_folder=_DRIVER_FOLDER if (base / _DRIVER_FOLDER[1:] / "libcuda.so.1").exists() else None,
     )
 
 

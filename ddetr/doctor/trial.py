@@ -19,9 +19,14 @@ _MIB = 2**20
 _TOLERANCES = {"float32": 1e-5, "tf32": 4e-3, "bfloat16": 3e-2, "float16": 4e-3}
 
 
-def try_devices(num_gpus: int, *, timeout: float = 300) -> list[Step]:
-    """Every step on every GPU and the exchange between them; on a machine without any, on the CPU."""
-    devices = [f"cuda:{index}" for index in range(num_gpus)] or ["cpu"]
+def try_devices(gpus: Sequence[int], *, timeout: float = 300) -> list[Step]:
+    """Every step on every one of these GPUs and the exchange between them; on the CPU where there are none.
+
+    Args:
+        gpus: PyTorch's indices.
+        timeout: seconds for each device.
+    """
+    devices = [f"cuda:{index}" for index in gpus] or ["cpu"]
     with ThreadPoolExecutor(len(devices)) as pool:
         try:
             found = list(pool.map(lambda device: try_device(device, timeout=timeout), devices))
@@ -29,8 +34,8 @@ def try_devices(num_gpus: int, *, timeout: float = 300) -> list[Step]:
             children.stop_all()
             raise
     steps = [step for steps in found for step in steps]
-    if num_gpus > 1:
-        steps += [try_all_reduce(["cuda"] * num_gpus, timeout=timeout)]
+    if len(gpus) > 1:
+        steps += [try_all_reduce(devices, timeout=timeout)]
     return steps
 
 
@@ -49,7 +54,7 @@ def try_device(device: str, *, timeout: float = 300, module: str = __name__) -> 
 
 
 def try_all_reduce(devices: Sequence[str], *, backend: str = "nccl", timeout: float = 300) -> Step:
-    """The sum over a process for each device."""
+    """The sum over a process for each device, such as "cuda:0" or "cpu"."""
     outcome = children.run("ddetr.doctor.all_reduce", [backend, *devices], timeout=timeout)
     found = next((event for event in outcome.events if "passed" in event), None)
     if found is not None and outcome.problem is None:

@@ -76,31 +76,3 @@ def range_of(architectures: list[str]) -> str:
     """ "sm_50 to sm_90"."""
     least, greatest = ("sm_{}{}".format(*limit) for limit in limits_of(architectures))
     return "no GPU" if greatest == "sm_00" else least if least == greatest else f"{least} to {greatest}"
-
-
-def install_command(capability: str | None, driver: str | None) -> str | None:
-    """A command that installs a PyTorch for a GPU and a driver; None where none is known.
-
-    The image's own variants first, since ddetr is tested with their PyTorch; then the newest PyTorch.
-    """
-    versions = published()
-
-    def driver_takes(minimum: str | None) -> bool:
-        return driver is None or minimum is None or number(driver) >= number(minimum)
-
-    for name, variant in sorted(versions["variants"].items(), reverse=True):
-        if capability and runs_on(variant["architectures"], capability) is None:
-            continue
-        if driver_takes(least_driver(variant["cuda"])):
-            pins = f"torch=={versions['torch']} torchvision=={versions['torchvision']}"
-            image = f"make image VARIANT={name}" + (
-                "" if variant["locked"] else " TORCH_INDEX=<PyTorch's own index of it>"
-            )
-            return f"uv pip install --reinstall --torch-backend={name} {pins} (the image: {image})"
-    first = versions["first_toolkits"]["toolkits"].get(architecture(capability)) if capability else None
-    if first is None or number(first) < (12, 8):
-        return None
-    command = f"uv pip install --upgrade --torch-backend=cu{first.replace('.', '')} torch torchvision"
-    needed = toolkit_drivers(first)
-    too_old = needed and driver and number(driver) < number(needed[0])
-    return command + (f" (and driver {needed[0]} or newer)" if too_old and needed else "")

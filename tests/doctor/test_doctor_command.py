@@ -17,9 +17,10 @@ from ddetr import cli
 from ddetr.doctor import diagnosis, rendering
 from ddetr.doctor.causes import Cause
 from ddetr.doctor.diagnosis import Diagnosis, check
+from ddetr.doctor.facts import Gpu
 
 BROKEN_TORCH = {
-    "missing": ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')", 10, "uv pip install torch=="),
+    "missing": ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')", 10, "not installed for "),
     "needs another": ("import no_such_module", 11, "No module named 'no_such_module'"),
     "library": ("raise OSError('libcudnn.so.9: cannot open shared object file')", 11, "OSError: libcudnn.so.9"),
     "crash": ("import ctypes; ctypes.string_at(0)", 11, "segmentation fault"),
@@ -179,9 +180,23 @@ def test_gpus_are_tried_only_where_they_can_work(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(diagnosis.pytorch, "look", lambda: facts.pytorch)
     monkeypatch.setattr(diagnosis.driver, "look", lambda: facts.driver)
     tried = []
-    monkeypatch.setattr(diagnosis.trial, "try_devices", lambda num_gpus, timeout: tried.append(num_gpus) or [])
+    monkeypatch.setattr(diagnosis.trial, "try_devices", lambda gpus, timeout: tried.append(gpus) or [])
     diagnosis.examine()
-    assert tried == [0 if driver == "470.57.02" else 2]
+    assert tried == [[] if driver == "470.57.02" else [0, 1]]
+
+
+@pytest.mark.parametrize(("names", "tried"), [("gag", [0, 2]), ("ga", [0]), ("ag", [1]), ("aa", []), ("gg", [0, 1])])
+def test_the_gpus_that_are_served_are_tried(monkeypatch: pytest.MonkeyPatch, names: str, tried: list[int]) -> None:
+    """g: a GPU that this PyTorch has kernels for; a: an ancient one."""
+    facts = gpu_facts(count=len(names))
+    facts.pytorch.gpus = [Gpu(name=name, capability="8.6" if name == "g" else "3.0") for name in names]
+    monkeypatch.setattr(diagnosis.pytorch, "look", lambda: facts.pytorch)
+    monkeypatch.setattr(diagnosis.driver, "look", lambda: facts.driver)
+    given = []
+    monkeypatch.setattr(diagnosis.trial, "try_devices", lambda gpus, timeout: given.append(list(gpus)) or [])
+    found = diagnosis.examine()
+    assert given == [tried]
+    assert (Cause.GPU_TOO_OLD in {row.cause for row in found.rows}) is (not tried)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 from doctor_facts import gpu_facts
 
 from ddetr import cli
-from ddetr.doctor import diagnosis, driver
+from ddetr.doctor import children, diagnosis, driver
 from ddetr.doctor.facts import Driver, Gpu
 
 
@@ -40,6 +40,18 @@ def test_what_was_found_before_a_crash_stays(fake_driver: Callable[..., Path]) -
     assert found.version == "550.54.15"
     assert found.problem is not None
     assert found.problem.startswith("the process died (SIGABRT)")
+
+
+def test_eight_gpus_have_time_to_wake_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def run(module: str, *, timeout: float) -> children.Outcome:
+        given.append(timeout)
+        return children.Outcome([], None)
+
+    monkeypatch.setattr(driver.children, "run", run)
+    driver.look()
+    assert given[0] >= 90
 
 
 def test_a_library_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +105,7 @@ def test_a_driver_through_the_whole_command(
     """Beside the PyTorch of our image, which is written down."""
     fake_driver(**answers)
     torch_there = gpu_facts().pytorch
-    torch_there.gpus, torch_there.available = [], "CU_INIT" not in answers
+    torch_there.gpus, torch_there.available = [], not {"CU_INIT", "CRASH"} & set(answers)
     monkeypatch.setattr(diagnosis.pytorch, "look", lambda: torch_there)
     code = cli.main(["doctor", "--json", "--brief", "--output", str(tmp_path)])
     found = json.loads(capsys.readouterr().out)

@@ -82,6 +82,34 @@ def test_a_container_started_without_gpus(container: str, command: str) -> None:
     assert command in row.to_do
 
 
+@pytest.mark.parametrize("devices", [["/dev/nvidia0"], []])
+def test_a_pod_whose_driver_is_not_in_the_library_path(devices: list[str]) -> None:
+    """Google's Kubernetes mounts the driver into a folder of its own."""
+    facts = without_gpu("kubernetes")
+    facts.hardware = Hardware(devices=devices, driver_folder="/usr/local/nvidia/lib64")
+    row = only_fault(facts)
+    assert row.cause is Cause.NO_DRIVER
+    assert row.to_do.startswith("export LD_LIBRARY_PATH=/usr/local/nvidia/lib64 ")
+
+
+@pytest.mark.parametrize("devices", [[], ["/dev/nvidia0"]])
+@pytest.mark.parametrize(
+    ("container", "needed"),
+    [
+        ("docker", "sudo nvidia-ctk runtime configure --runtime=docker"),
+        ("podman", "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml"),
+        ("kubernetes", "device plugin"),
+    ],
+)
+def test_each_kind_of_container_gets_its_own_commands(container: str, needed: str, devices: list[str]) -> None:
+    """Without devices, and with devices but no libraries."""
+    facts = without_gpu(container)
+    facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15", devices=devices)
+    to_do = only_fault(facts).to_do
+    assert needed in to_do
+    assert ("docker" in to_do) is (container == "docker")
+
+
 def test_a_container_whose_variable_leaves_the_gpus_out() -> None:
     facts = without_gpu("docker")
     facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15")
@@ -94,7 +122,8 @@ def test_a_container_with_devices_but_no_libraries() -> None:
     facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15", devices=["/dev/nvidia0"])
     row = only_fault(facts)
     assert row.cause is Cause.NO_DRIVER
-    assert "not by --device" in row.to_do
+    assert "docker run --gpus all" in row.to_do
+    assert "not as bare devices" in row.to_do
     facts.variables = {"NVIDIA_DRIVER_CAPABILITIES": "utility"}
     assert "lacks compute: set it to compute,utility" in only_fault(facts).to_do
 
@@ -116,6 +145,81 @@ def test_a_kernel_module_that_is_not_loaded(nvml: int | None, cu_init: int) -> N
     row = only_fault(facts)
     assert row.cause is Cause.NO_DRIVER
     assert "sudo modprobe nvidia" in row.to_do
+
+
+@pytest.mark.parametrize(("nvml", "cu_init"), [(999, 100), (999, 999), (9, 100), (4, 100)])
+def test_a_container_that_lost_its_gpus(nvml: int, cu_init: int) -> None:
+    """ "Failed to initialize NVML: Unknown Error" after systemctl daemon-reload: the devices are there, and are refused."""
+    facts = without_gpu("docker")
+    facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15", devices=["/dev/nvidia0"])
+    facts.driver = Driver(libcuda=True, cuda="12.4", cu_init=cu_init, nvml=nvml, nvml_error="Unknown Error")
+    row = only_fault(facts)
+    assert row.cause is Cause.CUDA_FAILS
+    assert row.text.startswith("the driver runs (550.54.15), but this container may not open /dev/nvidia*")
+    assert "Unknown Error" in row.text
+    assert row.to_do.startswith("start the container anew")
+    assert "ls -l /dev/nvidia*" in row.to_do
+    assert not [word for word in LINUX_DRIVER if word in row.text + row.to_do]
+
+
+@pytest.mark.parametrize(("devices", "text"), [(["/dev/nvidia0"], "this user may not open"), ([], "no /dev/nvidia0")])
+def test_a_user_who_may_not_open_the_devices(devices: list[str], text: str) -> None:
+    facts = without_gpu()
+    facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15", devices=devices)
+    facts.driver = Driver(libcuda=True, cuda="12.4", cu_init=100, nvml=4, nvml_error="Insufficient Permissions")
+    row = only_fault(facts)
+    assert row.cause is Cause.CUDA_FAILS
+    assert text in row.text
+    assert "container" not in row.to_do
+    assert not [word for word in LINUX_DRIVER if word in row.text + row.to_do]
+
+
+LINUX_DRIVER = ("modprobe", "dkms", "ubuntu-drivers", "apt install nvidia", "rmmod", "mokutil", "fabricmanager")
+
+
+def wsl(driver: Driver, container: str = "") -> Facts:
+    facts = without_gpu(container)
+    facts.machine.wsl, facts.hardware, facts.driver = True, Hardware(gpus_on_pci=0), driver
+    return facts
+
+
+@pytest.mark.parametrize("container", ["", "docker"])
+@pytest.mark.parametrize(
+    ("driver", "cause"),
+    [
+        (Driver(libcuda_error="libcuda.so.1: cannot open shared object file"), Cause.NO_GPU),
+        (Driver(libcuda=True, cuda="12.4", cu_init=100, nvml=9), Cause.NO_GPU),
+        (Driver(libcuda=True, cuda="12.4", cu_init=999, nvml=999), Cause.CUDA_FAILS),
+        (Driver(libcuda=True, cuda="12.4", cu_init=500, nvml=9), Cause.CUDA_FAILS),
+        (Driver(libcuda=True, cuda="12.4", cu_init=802, nvml=0), Cause.CUDA_FAILS),
+        (Driver(libcuda=True, cu_init=803, nvml=18), Cause.DRIVER_MISMATCH),
+        (Driver(problem="the process died (segmentation fault)"), Cause.CUDA_FAILS),
+    ],
+)
+def test_wsl_needs_the_driver_of_windows(driver: Driver, cause: Cause, container: str) -> None:
+    row = only_fault(wsl(driver, container))
+    assert row.cause is cause
+    assert "install NVIDIA's newest driver in Windows, then wsl --update" in row.to_do
+    assert "Install no Linux driver inside WSL" in row.to_do
+    assert not [word for word in LINUX_DRIVER if word in row.text + row.to_do]
+    if cause is Cause.NO_GPU and container:
+        assert row.to_do.startswith("start the container with it: docker run --gpus all")
+
+
+def test_wsl_with_a_driver_that_is_old_or_slow() -> None:
+    facts = gpu_facts(container="")
+    facts.machine.wsl, facts.hardware = True, Hardware(gpus_on_pci=0)
+    assert [row for row in check(facts) if row.state != "ok"] == []
+    facts.driver.version, facts.driver.cuda = "471.11", "11.4"
+    assert only_fault(facts).to_do.startswith("update NVIDIA's driver in Windows to one for CUDA 12.4 or newer")
+    facts.driver = Driver(problem="no answer within 90 s")
+    assert only_fault(facts, "warning").to_do == "update NVIDIA's driver in Windows"
+
+
+def test_wsl_with_hidden_gpus() -> None:
+    facts = wsl(Driver(libcuda=True, cuda="12.4", cu_init=100, nvml=0))
+    facts.variables = {"CUDA_VISIBLE_DEVICES": "7"}
+    assert only_fault(facts).cause is Cause.GPUS_HIDDEN
 
 
 def test_driver_libraries_without_any_gpu() -> None:
@@ -163,6 +267,28 @@ def test_driver_libraries_that_crash() -> None:
     facts.driver = Driver(problem="the process died (segmentation fault)")
     row = only_fault(facts)
     assert row.cause is Cause.CUDA_FAILS
+    assert "segmentation fault" in row.text
+
+
+def test_a_driver_that_is_slow_but_works() -> None:
+    """Eight GPUs without persistence mode: PyTorch has its answer, the look at the driver ran out of time."""
+    facts = gpu_facts(count=8)
+    facts.driver = Driver(problem="no answer within 90 s", version="570.86.10", nvml=0)
+    row = only_fault(facts, "warning")
+    assert row.text.startswith("the driver answers slowly: no answer within 90 s")
+    assert "nvidia-persistenced --persistence-mode" in row.to_do
+    assert "systemctl enable --now nvidia-persistenced" in row.to_do
+    assert diagnosed(facts).exit_code == 0
+    facts.pytorch.available = False
+    assert only_fault(facts).cause is Cause.CUDA_FAILS
+
+
+def test_a_driver_library_that_crashes_beside_a_pytorch_that_works() -> None:
+    facts = gpu_facts()
+    facts.driver = Driver(problem="the process died (segmentation fault)", libcuda=True, cu_init=0, nvml=0)
+    row = only_fault(facts, "warning")
+    assert "CUDA starts" in row.text
+    assert "slowly" not in row.text
     assert "segmentation fault" in row.text
 
 
@@ -267,20 +393,42 @@ def test_a_toolkit_that_the_table_does_not_know_yet() -> None:
     assert "CUDA 13.9" in only_fault(facts, "warning").text
 
 
-def test_blackwell_with_the_cuda_12_4_build() -> None:
-    row = only_fault(gpu_facts(RTX_5090))
+@pytest.mark.parametrize(
+    ("container", "to_do"),
+    [
+        ("", "install a PyTorch with kernels for it: uv pip install --upgrade --torch-backend=cu128 torch torchvision"),
+        (
+            "docker",
+            "outside the container (no image of ddetr has one for it): pip install . into an environment with PyTorch 2.7 or "
+            "later for CUDA 12.8",
+        ),
+    ],
+)
+def test_blackwell_with_the_cuda_12_4_build(container: str, to_do: str) -> None:
+    row = only_fault(gpu_facts(RTX_5090, container=container))
     assert row.cause is Cause.GPU_TOO_NEW
     assert "NVIDIA GeForce RTX 5090 (sm_120) is newer than this PyTorch" in row.text
     assert "kernels for sm_50 to sm_90" in row.text
     assert "'no kernel image is available'" in row.text
-    assert "--torch-backend=cu128 torch torchvision" in row.to_do
+    assert row.to_do == to_do
+
+
+def test_a_gpu_that_is_newer_than_all_that_is_known() -> None:
+    future = Gpu(name="NVIDIA Future", capability="19.0")
+    assert "pip install --upgrade torch" in only_fault(gpu_facts(future, container="")).to_do
+    assert only_fault(gpu_facts(future)).to_do == (
+        "outside the container: pip install . into an environment with a newer PyTorch"
+    )
 
 
 def test_a_gpu_that_only_the_cuda_11_8_build_serves() -> None:
     row = only_fault(gpu_facts(K80))
     assert row.cause is Cause.GPU_TOO_OLD
     assert "Tesla K80 (sm_37) is older than this PyTorch" in row.text
-    assert "make image VARIANT=cu118" in row.to_do
+    assert row.to_do == (
+        "build the image with another variant: make image VARIANT=cu118 TORCH_INDEX=<PyTorch's own index of it>"
+    )
+    assert "uv pip install --reinstall --torch-backend=cu118" in only_fault(gpu_facts(K80, container="")).to_do
     assert [row for row in check(gpu_facts(K80, variant="cu118")) if row.state != "ok"] == []
 
 
@@ -290,13 +438,15 @@ def test_a_gpu_that_no_build_serves() -> None:
     assert "or a newer GPU" in row.to_do
 
 
-def test_a_gpu_that_a_newer_pytorch_has_dropped() -> None:
-    facts = gpu_facts(V100)
+@pytest.mark.parametrize(("container", "variant"), [("", "cu126"), ("docker", "cu124")])
+def test_a_gpu_that_a_newer_pytorch_has_dropped(container: str, variant: str) -> None:
+    """In a container the variant that is locked and tested comes first."""
+    facts = gpu_facts(V100, container=container)
     facts.driver.version, facts.driver.cuda, facts.pytorch.cuda = "580.65.06", "13.0", "13.0"
     facts.pytorch.architectures = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
     row = only_fault(facts)
     assert row.cause is Cause.GPU_TOO_OLD
-    assert "make image VARIANT=cu126" in row.to_do
+    assert f"make image VARIANT={variant}" in row.to_do
 
 
 def test_a_gpu_that_is_served_by_ptx_only() -> None:
@@ -306,12 +456,42 @@ def test_a_gpu_that_is_served_by_ptx_only() -> None:
     assert "the driver compiles them at first use" in row.text
 
 
-def test_one_gpu_of_two_kinds_is_not_served() -> None:
-    facts = gpu_facts()
-    facts.pytorch.gpus = [A100, K80]
-    row = only_fault(facts)
-    assert row.cause is Cause.GPU_TOO_OLD
-    assert "A100" not in row.text
+GT_710 = Gpu(name="NVIDIA GeForce GT 710", capability="3.5", memory_total=2 * GIB)
+RTX_3090 = Gpu(name="NVIDIA GeForce RTX 3090", capability="8.6", memory_total=24 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "visible", "advice"),
+    [
+        ([RTX_3090, GT_710], None, "export CUDA_VISIBLE_DEVICES=0"),
+        ([GT_710, RTX_3090, GT_710, RTX_3090], None, "export CUDA_VISIBLE_DEVICES=1,3"),
+        ([RTX_3090, RTX_5090], None, "export CUDA_VISIBLE_DEVICES=0"),
+        ([GT_710, RTX_3090], "2, GPU-5ba7", "export CUDA_VISIBLE_DEVICES=GPU-5ba7"),
+    ],
+)
+def test_a_gpu_that_is_not_served_beside_others_that_are(gpus: list[Gpu], visible: str | None, advice: str) -> None:
+    facts = gpu_facts(count=len(gpus))
+    facts.pytorch.gpus = gpus
+    facts.variables = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    row = only_fault(facts, "warning")
+    assert "RTX 3090" not in row.text
+    assert row.to_do.split(";")[0] == f"leave it out: {advice}"
+    assert "use the CPU" not in row.to_do
+    assert diagnosed(facts).exit_code == 0
+
+
+def test_gpus_in_the_drivers_order_are_told_so() -> None:
+    facts = gpu_facts(count=2)
+    facts.pytorch.gpus, facts.driver.gpus = [], [GT_710, RTX_3090]
+    to_do = only_fault(facts, "warning").to_do
+    assert to_do.startswith("leave it out: export CUDA_DEVICE_ORDER=PCI_BUS_ID CUDA_VISIBLE_DEVICES=1")
+
+
+def test_two_gpus_of_which_none_is_served() -> None:
+    facts = gpu_facts(count=2)
+    facts.pytorch.gpus = [GT_710, RTX_5090]
+    rows = [row for row in check(facts) if row.state != "ok"]
+    assert [(row.state, row.cause) for row in rows] == [("broken", Cause.GPU_TOO_OLD), ("broken", Cause.GPU_TOO_NEW)]
 
 
 # --- PyTorch and what goes with it
@@ -346,7 +526,7 @@ def test_no_pytorch_comes_before_no_gpu() -> None:
     ],
 )
 def test_a_pytorch_that_cannot_be_imported(error: str, path: str | None, to_do: str) -> None:
-    facts = gpu_facts()
+    facts = gpu_facts(container="")
     facts.steps, facts.pytorch = None, PyTorch(state="fails", error=error)
     facts.variables = {"LD_LIBRARY_PATH": path} if path else {}
     row = only_fault(facts)
@@ -356,13 +536,15 @@ def test_a_pytorch_that_cannot_be_imported(error: str, path: str | None, to_do: 
 
 
 def test_a_cpu_only_pytorch_on_a_machine_with_a_gpu() -> None:
-    facts = gpu_facts()
+    facts = gpu_facts(container="")
     facts.pytorch.version, facts.pytorch.cuda, facts.pytorch.available = "2.6.0+cpu", None, False
     facts.pytorch.gpus, facts.pytorch.cudnn, facts.pytorch.nccl, facts.pytorch.triton = [], None, None, None
     row = only_fault(facts)
     assert row.cause is Cause.CPU_ONLY_BUILD
     assert "2.6.0+cpu was built without CUDA" in row.text
     assert "--torch-backend=auto" in row.to_do
+    facts.machine.container = "docker"
+    assert only_fault(facts).to_do == "build the image with another variant: make image VARIANT=cu124"
 
 
 def test_a_cpu_only_pytorch_on_a_machine_without_gpu_is_well() -> None:
@@ -393,7 +575,7 @@ def test_cuda_that_does_not_start_though_all_fits() -> None:
     ],
 )
 def test_torchvision_that_does_not_go_with_pytorch(changes: dict[str, str | None], text: str) -> None:
-    facts = gpu_facts()
+    facts = gpu_facts(container="")
     for name, value in changes.items():
         setattr(facts.pytorch, name, value)
     row = only_fault(facts)
@@ -410,8 +592,46 @@ def test_a_broken_cudnn_and_a_missing_triton_are_warned_of() -> None:
     facts.pytorch.triton = None
     assert "slower" in only_fault(facts, "warning").text
     facts = gpu_facts()
-    facts.limits.c_compiler = None
+    facts.limits.c_compiler, facts.machine.container = None, ""
     assert only_fault(facts, "warning").to_do == "sudo apt install gcc python3-dev"
+
+
+def _cannot_be_imported(facts: Facts) -> None:
+    facts.steps, facts.pytorch = None, PyTorch(state="fails", error="the process died (segmentation fault)")
+
+
+def _with_ptx(facts: Facts) -> None:
+    facts.pytorch.gpus, facts.pytorch.architectures = [RTX_5090], ["sm_80", "sm_90", "compute_90"]
+
+
+INSTALLED_THINGS: dict[str, Callable[[Facts], None]] = {
+    "driver": lambda facts: vars(facts.driver).update(version="470.57.02", cuda="11.4"),
+    "too new": lambda facts: vars(facts.pytorch).update(gpus=[RTX_5090]),
+    "too old": lambda facts: vars(facts.pytorch).update(gpus=[K80]),
+    "one of two": lambda facts: vars(facts.pytorch).update(gpus=[A100, RTX_5090]),
+    "PTX": _with_ptx,
+    "missing": lambda facts: vars(facts).update(pytorch=PyTorch(state="missing"), steps=None),
+    "import": _cannot_be_imported,
+    "cpu-only": lambda facts: vars(facts.pytorch).update(cuda=None, available=False, gpus=[]),
+    "torchvision": lambda facts: vars(facts.pytorch).update(torchvision_fits=False),
+    "no torchvision": lambda facts: vars(facts.pytorch).update(torchvision=None),
+    "nms": lambda facts: vars(facts).update(steps=[Step(device="cuda:0", name="nms", passed=False)]),
+    "CPU kernel": lambda facts: vars(facts).update(steps=[Step(device="cpu", name="operator", passed=False)]),
+    "cuDNN": lambda facts: vars(facts.pytorch).update(cudnn_error="RuntimeError: incompatible"),
+    "Triton": lambda facts: vars(facts.pytorch).update(triton=None),
+    "C compiler": lambda facts: vars(facts.limits).update(c_compiler=None),
+}
+
+
+@pytest.mark.parametrize("container", ["docker", "podman", "kubernetes", "container"])
+@pytest.mark.parametrize("fault", INSTALLED_THINGS)
+def test_nothing_is_to_be_installed_in_a_container(fault: str, container: str) -> None:
+    """Its environment belongs to root, may be read-only, and has no uv."""
+    facts = gpu_facts(container=container)
+    INSTALLED_THINGS[fault](facts)
+    (row,) = [row for row in check(facts) if row.state != "ok"]
+    assert "make image" in row.to_do or "pip install . into an environment" in row.to_do, row
+    assert not [word for word in ("uv pip", "pip install -e", "--upgrade", "sudo apt") if word in row.to_do], row
 
 
 # --- limits and folders
@@ -426,8 +646,12 @@ def test_dockers_default_of_shared_memory(container: str, cure: str) -> None:
     facts.limits.shared_memory = facts.limits.shared_memory_free = 64 * 2**20
     row = only_fault(facts, "warning")
     assert "/dev/shm has 64 MiB" in row.text
+    assert "training then starts fewer, or none" in row.text
     assert cure in row.to_do
-    assert "--data.num_workers 0" in row.to_do
+    facts.limits.shared_memory = facts.limits.shared_memory_free = 2 * GIB - 1
+    assert only_fault(facts, "warning").name == "shared memory"
+    facts.limits.shared_memory = facts.limits.shared_memory_free = 2 * GIB
+    assert [row for row in check(facts) if row.state != "ok"] == []
 
 
 def test_shared_memory_that_is_in_use() -> None:

@@ -55,10 +55,25 @@ def test_a_machine_without_anything(tmp_path: Path) -> None:
     assert not found.seen
 
 
-def test_wsl_has_one_device_for_all(tmp_path: Path) -> None:
+def test_a_driver_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    folder = tmp_path / "usr/local/nvidia/lib64"
+    folder.mkdir(parents=True)
+    assert machine.look_at_hardware(str(tmp_path)).driver_folder is None
+    (folder / "libcuda.so.1").touch()
+    assert machine.look_at_hardware(str(tmp_path)).driver_folder == "/usr/local/nvidia/lib64"
+
+
+def test_wsl_shows_no_nvidia_gpu_by_its_device(tmp_path: Path) -> None:
+    """/dev/dxg is there for an Intel GPU as well."""
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/dxg").touch()
-    assert machine.look_at_hardware(str(tmp_path)).devices == ["/dev/dxg"]
+    assert not machine.look_at_hardware(str(tmp_path)).seen
+    assert machine.look(str(tmp_path)).wsl
+
+
+def test_wsl_in_a_container_without_its_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not machine.look(str(tmp_path)).wsl
+    monkeypatch.setattr(machine.platform, "release", lambda: "5.15.167.4-microsoft-standard-WSL2")
     assert machine.look(str(tmp_path)).wsl
 
 

@@ -11,7 +11,7 @@ from ddetr.doctor import trial
 
 
 def test_the_operator_on_the_cpu() -> None:
-    (step,) = trial.try_devices(0)
+    (step,) = trial.try_devices([])
     assert (step.device, step.name, step.passed) == ("cpu", "operator", True), step
     assert step.detail
 
@@ -67,7 +67,7 @@ def test_a_back_end_that_was_replaced_counts_as_wrong(monkeypatch: pytest.Monkey
 
 def test_an_operator_that_cannot_be_chosen_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DDETR_OPS", "nonsense")
-    (step,) = trial.try_devices(0)
+    (step,) = trial.try_devices([])
     assert not step.passed
     assert "DDETR_OPS=nonsense is not a back end" in step.detail
 
@@ -121,7 +121,7 @@ def test_processes_that_cannot_meet() -> None:
     """NCCL without GPUs."""
     if torch.cuda.is_available():
         pytest.skip("here it could")
-    step = trial.try_all_reduce(["cuda", "cuda"], backend="nccl", timeout=120)
+    step = trial.try_all_reduce(["cuda:0", "cuda:1"], backend="nccl", timeout=120)
     assert not step.passed
     assert step.detail
     assert "Traceback" not in step.detail
@@ -130,7 +130,7 @@ def test_processes_that_cannot_meet() -> None:
 def test_several_gpus_are_tried_and_then_their_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "try_device", lambda device, timeout: [SimpleNamespace(device=device, timeout=timeout)])
     monkeypatch.setattr(trial, "try_all_reduce", lambda devices, timeout: SimpleNamespace(device=devices))
-    assert [step.device for step in trial.try_devices(2)] == ["cuda:0", "cuda:1", ["cuda", "cuda"]]
+    assert [step.device for step in trial.try_devices([0, 2])] == ["cuda:0", "cuda:2", ["cuda:0", "cuda:2"]]
 
 
 @pytest.mark.parametrize(("error", "tried"), [(RuntimeError("CUDA error: illegal"), 2), (trial._WrongError("off"), 5)])
@@ -165,7 +165,7 @@ def test_an_interrupt_ends_the_children(monkeypatch: pytest.MonkeyPatch, request
 
     monkeypatch.setattr(trial, "try_device", try_device)
     with pytest.raises(KeyboardInterrupt):
-        trial.try_devices(2, timeout=250)
+        trial.try_devices([0, 1], timeout=250)
     assert not trial.children._running
 
 
@@ -173,6 +173,6 @@ def test_an_interrupt_ends_the_children(monkeypatch: pytest.MonkeyPatch, request
 def test_every_step_on_real_gpus() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
-    steps = trial.try_devices(torch.cuda.device_count())
+    steps = trial.try_devices(range(torch.cuda.device_count()))
     assert [step for step in steps if not step.passed] == []
     assert {step.name for step in steps} >= set(trial.GPU_STEPS)

@@ -1,0 +1,92 @@
+"""What is to be done, where that depends on the place: nothing can be installed into a container, whose image is built anew."""
+
+from typing import Any
+
+from ddetr.doctor.facts import Facts
+from ddetr.doctor.versions import architecture, least_driver, number, published, runs_on, toolkit_drivers
+
+_START = {
+    "docker": "docker run --gpus all ... (compose: the GPU reservation in compose.yaml)",
+    "podman": "podman run --device nvidia.com/gpu=all ...",
+    "kubernetes": "put nvidia.com/gpu: 1 into resources.limits of the container",
+}
+_TOOLKIT = "if that is refused, install the NVIDIA Container Toolkit on the host: sudo apt install nvidia-container-toolkit && "
+_TOOLKITS = {
+    "docker": _TOOLKIT + "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker",
+    "podman": _TOOLKIT
+    + "sudo nvidia-ctk cdi generate --output=/etc/cdi/nvidia.yaml (again after every update of the driver)",
+    "kubernetes": "if no node takes the pod, install NVIDIA's device plugin (or its GPU operator) in the cluster",
+}
+
+
+def start_with_gpus(facts: Facts) -> str:
+    """How this kind of container is started with GPUs."""
+    return _START.get(facts.machine.container, _START["docker"])
+
+
+def toolkit(facts: Facts) -> str:
+    """What the host needs for that."""
+    return _TOOLKITS.get(facts.machine.container, _TOOLKITS["docker"])
+
+
+def another_pytorch(facts: Facts, capability: str | None, *, which: str) -> str | None:
+    """How to come to a PyTorch for a GPU and this driver; None where none is known.
+
+    The image's own variants first, since ddetr is tested with their PyTorch; then the newest PyTorch.
+
+    Args:
+        facts: all that is known.
+        capability: of the GPU, "8.6"; None where it is not known.
+        which: words after "install a PyTorch".
+    """
+    container, driver = facts.machine.container, facts.driver.version
+    if found := _variant(capability, driver, locked_first=bool(container)):
+        name, variant = found
+        index = "" if variant["locked"] else " TORCH_INDEX=<PyTorch's own index of it>"
+        image = f"make image VARIANT={name}{index}"
+        if container:
+            return f"build the image with another variant: {image}"
+        pins = f"torch=={published()['torch']} torchvision=={published()['torchvision']}"
+        return (
+            f"install a PyTorch {which}: uv pip install --reinstall --torch-backend={name} {pins} (the image: {image})"
+        )
+    first = published()["first_toolkits"]["toolkits"].get(architecture(capability)) if capability else None
+    if first is None or number(first) < (12, 8):
+        return None
+    needed = toolkit_drivers(first)
+    too_old = needed and driver and number(driver) < number(needed[0])
+    and_driver = f" (and driver {needed[0]} or newer)" if too_old and needed else ""
+    if container:
+        return (
+            "outside the container (no image of ddetr has one for it): pip install . into an environment with PyTorch 2.7 or "
+            f"later for CUDA {first}{and_driver}"
+        )
+    backend = f"cu{first.replace('.', '')}"
+    return (
+        f"install a PyTorch {which}: uv pip install --upgrade --torch-backend={backend} torch torchvision{and_driver}"
+    )
+
+
+def newer_pytorch(facts: Facts) -> str:
+    if facts.machine.container:
+        return "outside the container: pip install . into an environment with a newer PyTorch"
+    return "install a newer PyTorch: pip install --upgrade torch torchvision"
+
+
+def installing(facts: Facts, command: str) -> str:
+    """A command that mends the environment; in a container, the image that has what it installs."""
+    if facts.machine.container:
+        return "leave this container as it is, and build the image anew, in which everything matches: make image"
+    return command
+
+
+def _variant(capability: str | None, driver: str | None, *, locked_first: bool) -> tuple[str, dict[str, Any]] | None:
+    """Name and description of the image's variant that has kernels for the GPU and runs on the driver."""
+    variants = published()["variants"].items()
+    for name, variant in sorted(variants, key=lambda row: (locked_first and row[1]["locked"], row[0]), reverse=True):
+        least = least_driver(variant["cuda"])
+        if capability and runs_on(variant["architectures"], capability) is None:
+            continue
+        if driver is None or least is None or number(driver) >= number(least):
+            return name, variant
+    return None
