@@ -295,20 +295,17 @@ def bench_train_command(parser: Parser) -> Callable[[Any], None]:
 def doctor_command(parser: Parser) -> Callable[[Any], int]:
     """Tell whether this machine, its GPUs and its PyTorch truly work."""
     from ddetr.doctor.causes import table
+    from ddetr.doctor.diagnosis import examine
 
     parser.usage = "ddetr doctor [options]"
-    parser.add_argument("--data", type=str | None, default=None, help="data folder to look at, or the image's own")
-    parser.add_argument("--output", type=str | None, default=None, help="folder that runs are to be written to")
-    parser.add_argument("--cpu", type=bool, default=False, help="no GPU is expected: look at none")
+    parser.add_function_arguments(examine, skip={"compute"})
     parser.add_argument("--json", type=bool, default=False, help="all that was found, for programs")
     parser.add_argument(
         "--brief", type=bool, default=False, help="only what is not well, and nothing computed: for the head of a log"
     )
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the computations on a device")
     parser.after_help = f"exit codes (the lowest of those that apply):\n{table()}"
 
     def run(settings: Any) -> int:
-        from ddetr.doctor.diagnosis import examine
         from ddetr.doctor.rendering import shown
 
         options = dict(vars(settings))

@@ -88,8 +88,8 @@ def _version_row(facts: Facts) -> Row | None:
     if facts.pytorch.state != "works" or built is None:
         return ok(SECTION, "driver", what)
     what += f"; this PyTorch was built for CUDA {built}"
+    toolkit = toolkit_drivers(built)
     if driver.cuda and number(driver.cuda) >= number(built):  # also with CUDA's forward-compatibility libraries
-        toolkit = toolkit_drivers(built)
         newer_major = number(driver.cuda)[0] > number(built)[0]
         if not (version and toolkit) or newer_major or number(version) >= number(toolkit[0]):
             return ok(SECTION, "driver", what)
@@ -100,7 +100,6 @@ def _version_row(facts: Facts) -> Row | None:
         driver.cuda and number(driver.cuda)[0] < number(built)[0]
     )
     if too_old:
-        toolkit = toolkit_drivers(built)
         update = _update(facts, toolkit[0] if toolkit else least, built)
         update += f" (at least {least})" if least and not facts.machine.wsl else ""
         capability = facts.gpus[0].capability if facts.gpus else None
@@ -112,7 +111,6 @@ def _version_row(facts: Facts) -> Row | None:
             update + (f"; or {other}" if other else ""),
             Cause.DRIVER_TOO_OLD,
         )
-    toolkit = toolkit_drivers(built)
     below = (version and toolkit and number(version) < number(toolkit[0])) or (
         driver.cuda and number(driver.cuda) < number(built)
     )

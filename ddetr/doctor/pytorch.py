@@ -127,12 +127,18 @@ def _requirement() -> dict[str, Any]:
 
 
 def _nms() -> dict[str, Any]:
+    wrong = wrong_nms("cpu")
+    return {"nms_error": wrong and f"it {wrong}"}
+
+
+def wrong_nms(device: Any) -> str | None:
+    """What torchvision's non-maximum suppression did wrong on a device, in words; None where it is right."""
     import torch
     import torchvision
 
-    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
-    kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist()
-    return {"nms_error": None if kept == [0, 2] else f"it kept the boxes {kept} where 0 and 2 are right"}
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]], device=device)
+    kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7], device=device), 0.5).tolist()
+    return None if kept == [0, 2] else f"kept the boxes {kept} where 0 and 2 are right"
 
 
 _PARTS: dict[str, Callable[[], dict[str, Any]]] = {

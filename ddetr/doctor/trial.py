@@ -10,6 +10,7 @@ from typing import Any
 
 from ddetr.doctor import children
 from ddetr.doctor.facts import Step
+from ddetr.doctor.pytorch import wrong_nms
 
 GPU_STEPS = ("allocation", "matrix product", "convolution", "operator", "nms")
 CPU_STEPS = ("operator",)
@@ -153,13 +154,8 @@ def _convolution(device: Any) -> str:
 
 
 def _nms(device: Any) -> str:
-    import torch
-    import torchvision
-
-    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [1.0, 1.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]], device=device)
-    kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7], device=device), 0.5).tolist()
-    if kept != [0, 2]:
-        raise _WrongError(f"torchvision::nms kept the boxes {kept} where 0 and 2 are right")
+    if wrong := wrong_nms(device):
+        raise _WrongError(f"torchvision::nms {wrong}")
     return "torchvision::nms"
 
 

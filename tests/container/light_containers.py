@@ -1,5 +1,6 @@
 """The container engine, a started container, and how to wait for it; the fixtures are in conftest.py."""
 
+import os
 import socket
 import subprocess
 import time
@@ -116,3 +117,30 @@ class Container:
 
         wait_for(answers, "sshd's answer")
         return self
+
+
+def key(folder: Path, name: str) -> Path:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    (folder / f"{name}.pub").chmod(0o644)
+    return folder / name
+
+
+def options(container: Container, key: Path | None, *more: str) -> list[str]:
+    return [
+        *("-F", os.devnull, "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={os.devnull}"),
+        *("-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", "LogLevel=ERROR"),
+        *(["-i", str(key)] if key else ["-o", "IdentityFile=none"]),
+        *("-o", f"Port={container.ports[2222]}", *more),
+    ]
+
+
+def ssh(
+    container: Container, key: Path | None, command: str, *more: str, user: str = "dev"
+) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["ssh", *options(container, key, *more), f"{user}@127.0.0.1", command],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )

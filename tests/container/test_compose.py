@@ -5,13 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from light_containers import ROOT, Container, engine, free_port
+from light_containers import ROOT, Container, engine, free_port, key, ssh
 
 SERVICES = ["workspace", "ssh", "train"]
 TOKEN = "a-token-of-the-compose-tests"
@@ -93,15 +93,11 @@ def test_the_devcontainer_is_the_workspace() -> None:
     assert settings["mounts"][0].endswith("readonly")
 
 
-Compose = Callable[..., subprocess.CompletedProcess]
-
-
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory: pytest.TempPathFactory, ssh_client: str) -> Path:
     """A folder with a key, and the secrets that compose.yaml asks for."""
     folder = tmp_path_factory.mktemp("secrets")
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "key")], check=True)
-    shutil.copy(folder / "key.pub", folder / "authorized_keys")
+    shutil.copy(f"{key(folder, 'key')}.pub", folder / "authorized_keys")
     (folder / "jupyter_token").write_text(TOKEN + "\n", encoding="utf-8")
     folder.chmod(0o755)
     for name in ("authorized_keys", "jupyter_token"):
@@ -196,12 +192,6 @@ def test_the_notebooks_are_at_hand(pairs: list[dict[str, Container]]) -> None:
 @pytest.mark.container
 def test_the_ssh_server_lets_the_key_in(pairs: list[dict[str, Container]], keys: Path) -> None:
     for names in pairs:
-        options = ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR", "BatchMode=yes"]
-        words = ["ssh", "-i", str(keys / "key"), "-p", str(names["ssh"].ports[2222])]
-        words += [word for option in options for word in ("-o", option)] + [
-            "dev@127.0.0.1",
-            "id -u; ls /workspace/data",
-        ]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = ssh(names["ssh"], keys / "key", "id -u; ls /workspace/data")
         assert done.returncode == 0, done.stderr
         assert done.stdout.split() == ["1000", "a_file"]

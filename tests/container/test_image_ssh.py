@@ -7,16 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from light_containers import HARDENED, Container, engine
+from light_containers import HARDENED, Container, engine, key, options, ssh
 
 pytestmark = pytest.mark.container
 DENIED = 255
-
-
-def key(folder: Path, name: str) -> Path:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
-    (folder / f"{name}.pub").chmod(0o644)
-    return folder / name
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +32,6 @@ def server(start: Callable[..., Container], volume: Callable[[], str], keys: dic
         command=("ssh",),
         ports=(2222,),
     ).wait_for_ssh()
-
-
-def options(container: Container, key: Path | None, *more: str) -> list[str]:
-    return [
-        *("-F", os.devnull, "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={os.devnull}"),
-        *("-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-o", "LogLevel=ERROR"),
-        *(["-i", str(key)] if key else ["-o", "IdentityFile=none"]),
-        *("-o", f"Port={container.ports[2222]}", *more),
-    ]
-
-
-def ssh(
-    container: Container, key: Path | None, command: str, *more: str, user: str = "dev"
-) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["ssh", *options(container, key, *more), f"{user}@127.0.0.1", command],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-    )
 
 
 def test_the_right_key_gets_in_as_uid_1000(server: Container, keys: dict[str, Path]) -> None:
