@@ -5,6 +5,7 @@ import sys
 from ddetr.doctor.causes import Cause
 from ddetr.doctor.cures import another_pytorch, installing, newer_pytorch
 from ddetr.doctor.facts import Facts
+from ddetr.doctor.machine import DRIVER_FOLDER
 from ddetr.doctor.rows import Row, broken, ok, warning
 from ddetr.doctor.versions import number, published
 
@@ -65,7 +66,9 @@ def _import_fails(facts: Facts) -> Row:
     anew = installing(facts, f"install it anew: {_REINSTALL}")
     if "GLIBC" in error:
         to_do = "this system's C library is older than PyTorch needs (glibc 2.28): use the image, or a newer system"
-    elif path and any(word in error for word in (".so", "undefined symbol", "OSError", "ImportError")):
+    elif path not in (None, "", DRIVER_FOLDER) and any(
+        word in error for word in (".so", "undefined symbol", "OSError", "ImportError")
+    ):
         to_do = f"LD_LIBRARY_PATH={path} may bring other libraries in: unset LD_LIBRARY_PATH and try again; else {anew}"
     elif "no answer" in error:
         to_do = "the disk or the network file system may be slow: try again; python -X importtime -c 'import torch' shows where"

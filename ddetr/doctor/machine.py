@@ -15,7 +15,7 @@ _PATIENCE = 20  # seconds for a folder
 # Where the image mounts them.
 DATA, OUTPUT = "/workspace/data", "/workspace/output"
 _NVIDIA_VENDOR, _DISPLAY_CLASSES = "0x10de", ("0x0300", "0x0302")  # VGA controller, 3D controller
-_DRIVER_FOLDER = "/usr/local/nvidia/lib64"
+DRIVER_FOLDER = "/usr/local/nvidia/lib64"  # Google's Kubernetes engine; the image's LD_LIBRARY_PATH names it
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "NVIDIA_VISIBLE_DEVICES",
@@ -51,7 +51,7 @@ def look_at_hardware(root: str = "/") -> Hardware:
         pci_drivers=sorted(drivers),
         kernel_module=module[1] if module else None,
         devices=devices,
-        driver_folder=_DRIVER_FOLDER if (base / _DRIVER_FOLDER[1:] / "libcuda.so.1").exists() else None,
+        driver_folder=DRIVER_FOLDER if (base / DRIVER_FOLDER[1:] / "libcuda.so.1").exists() else None,
     )
 
 

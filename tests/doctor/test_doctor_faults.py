@@ -535,6 +535,14 @@ def test_a_pytorch_that_cannot_be_imported(error: str, path: str | None, to_do: 
     assert to_do in row.to_do
 
 
+def test_the_images_own_library_path_is_not_blamed() -> None:
+    """It names Google's folder for the driver, which holds no other library."""
+    facts = gpu_facts(container="")
+    facts.steps, facts.pytorch = None, PyTorch(state="fails", error="ImportError: libtorch.so: undefined symbol: x")
+    facts.variables = {"LD_LIBRARY_PATH": "/usr/local/nvidia/lib64"}
+    assert "LD_LIBRARY_PATH" not in only_fault(facts).to_do
+
+
 def test_a_cpu_only_pytorch_on_a_machine_with_a_gpu() -> None:
     facts = gpu_facts(container="")
     facts.pytorch.version, facts.pytorch.cuda, facts.pytorch.available = "2.6.0+cpu", None, False
