@@ -34,12 +34,12 @@ def build_arguments(*arguments: str) -> dict[str, str]:
 
 
 def stages() -> dict[str, list[str]]:
-    """Instructions of each stage, continued lines joined."""
+    """Instructions of each stage, those of the stage that it begins with first; continued lines joined."""
     found: dict[str, list[str]] = {}
     lines = [line for line in DOCKERFILE.splitlines() if not line.lstrip().startswith("#")]
     for instruction in "\n".join(lines).replace("\\\n", " ").splitlines():
-        if match := re.match(r"FROM \S+ AS (\S+)", instruction):
-            found[match[1]] = []
+        if match := re.match(r"FROM (\S+) AS (\S+)", instruction):
+            found[match[2]] = list(found.get(match[1], []))
         elif found and instruction.strip():
             found[list(found)[-1]].append(re.sub(r"\s+", " ", instruction))
     return found
@@ -122,7 +122,7 @@ def test_the_defaults_are_those_of_the_versions(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["train", "workspace"])
 def test_every_argument_is_a_label(target: str) -> None:
-    (labels,) = [line for line in stages()[target] if line.startswith("LABEL ")]
+    labels = " ".join(line for line in stages()[target] if line.startswith("LABEL "))
     for name in build_arguments():
         if name != "BASE_DIGEST":
             assert f'"${{{name}}}"' in labels, name
