@@ -9,11 +9,11 @@ wheel)
     # The compiled kernel lies there already, as a file of the package.
     cd /src
     compgen -G 'ddetr/ops/native/lib/*.so' >/dev/null
-    DDETR_NATIVE=0 PATH=/opt/tools/bin:$PATH hatchling build -t wheel -d /files/opt/ddetr/wheel
+    DDETR_NATIVE=0 PATH=$tools/bin:$PATH hatchling build -t wheel -d /files/opt/ddetr/wheel
     ;;
 install)
     # By pip: uv notes the time at which a local wheel was made, and no two builds would give the same layer.
-    /opt/tools/bin/pip --python /opt/venv/bin/python install --quiet --disable-pip-version-check --root-user-action=ignore \
+    "$tools/bin/pip" --python /opt/venv/bin/python install --quiet --disable-pip-version-check --root-user-action=ignore \
         --no-cache-dir --no-compile --no-deps --no-index --find-links /opt/ddetr/wheel ddetr
     compile_new
     chmod 755 /usr/local/bin/ddetr-entrypoint

@@ -7,7 +7,7 @@ set -euo pipefail
 # shellcheck source=container/tools.sh
 source /opt/ddetr/container/tools.sh
 export UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never UV_NO_PROGRESS=1 VIRTUAL_ENV=/opt/venv UV_CACHE_DIR=/root/.cache/uv
-uv=/opt/tools/bin/uv
+uv=$tools/bin/uv
 
 locked() { "$uv" pip install --quiet --require-hashes --no-deps -r "$here/requirements-$1.lock"; }
 

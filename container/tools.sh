@@ -14,14 +14,15 @@ if [ -s /run/secrets/uvtoml ]; then
     export UV_CONFIG_FILE=/run/secrets/uvtoml
 fi
 
-# uv and hatchling lie in a cache of the engine, not in the image: made again when their lock or Python has changed.
+# uv and hatchling lie in a cache of the engine, not in the image: made again when their lock or Python has changed. In a folder inside it: the
+# cache's own root holds the engine's lock file, and who deletes that waits for it for ever (podman 4.3).
+tools=/opt/tools/venv
 want=$(python3 --version && sha256sum <"$here/requirements-build.lock")
-if [ "$(cat /opt/tools/made-from 2>/dev/null)" != "$want" ]; then
-    find /opt/tools -mindepth 1 -delete
-    python3 -m venv /opt/tools
-    /opt/tools/bin/pip install --quiet --disable-pip-version-check --no-cache-dir --no-compile --require-hashes --no-deps \
+if [ "$(cat "$tools/made-from" 2>/dev/null)" != "$want" ]; then
+    python3 -m venv --clear "$tools"
+    "$tools/bin/pip" install --quiet --disable-pip-version-check --no-cache-dir --no-compile --require-hashes --no-deps \
         -r "$here/requirements-build.lock"
-    echo "$want" >/opt/tools/made-from
+    echo "$want" >"$tools/made-from"
 fi
 
 # Of what has been added. uv's own --compile-bytecode would do all of the environment again, and so put all of it into the new layer.

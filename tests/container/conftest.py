@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,15 @@ from typing import Any
 
 import pytest
 from light_containers import CANARY, IMAGE, ROOT, Container, engine, free_port, is_podman
+
+# A build from nothing takes one to two minutes on two quiet cores. Without a limit of its own a build that hangs holds everything up and names nothing.
+BUILD_SECONDS = 900
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "build" in getattr(item, "fixturenames", ()):  # in the time of the first test that wants it
+            item.add_marker(pytest.mark.timeout(BUILD_SECONDS + 300))
 
 
 def soon() -> tuple[str, ...]:
@@ -51,15 +61,24 @@ def build(usable_engine: str, tmp_path_factory: pytest.TempPathFactory) -> Calla
         environment[variable] = str(folder / name)
 
     def run(name: str, *options: str) -> None:
-        done = subprocess.run(
-            [str(ROOT / "container" / "build.sh"), "workspace", name, *options],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == 0, f"the image was not built:\n{done.stdout[-6000:]}"
+        log = folder / "build.log"
+        with log.open("w+b") as output:
+            process = subprocess.Popen(
+                [str(ROOT / "container" / "build.sh"), "workspace", name, *options],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code: int | str = process.wait(BUILD_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                code = f"not done after {BUILD_SECONDS} s"
+        last = log.read_text(encoding="utf-8", errors="replace")[-6000:]
+        assert code == 0, f"the image was not built ({code}); the last that the build said:\n{last}"
 
     return run
 
