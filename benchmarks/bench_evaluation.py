@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddetr.atomic import make_folder, write_text
 from ddetr.bench.record import describe, machine, save_json
-from ddetr.coco_backends import BACKENDS
 from ddetr.datasets.annotations import Annotations, Category, ImageTable
 from ddetr.errors import InputError
-from ddetr.evaluation import CocoEvaluator, Detections, Metrics
+from ddetr.evaluation.backends import BACKENDS
+from ddetr.evaluation.evaluator import CocoEvaluator, Detections
+from ddetr.evaluation.metrics import Metrics
+from ddetr.files import make_folder, write_text
 
 BASE = "pycocotools"
 PHASES = ("gather", "convert", "library", "rest")

@@ -24,8 +24,10 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection,
 from ddetr.bench.record import describe, machine
 from ddetr.bench.timing import cpu_clock, interleaved
 from ddetr.checkpoint import load_weights
+from ddetr.inference.optimize import optimize_model
 from ddetr.models.deformable_detr import DeformableDETR
-from ddetr.optimize import keep_freed_memory, onednn_matmuls, optimize_model
+from ddetr.runtime.allocator import keep_freed_memory
+from ddetr.runtime.precision import onednn_matmuls
 
 
 def make_models() -> tuple[nn.Module, DeformableDETR]:

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddetr.atomic import write_text
 from ddetr.bench.official import cross_image_match
 from ddetr.bench.record import describe, machine
 from ddetr.bench.timing import Call, Clock, cpu_clock, interleaved
+from ddetr.files import write_text
 from ddetr.models.matcher import HungarianMatcher, PaddedTargets
 
 LAYERS, CLASSES = 7, 91  # six decoder layers and the proposals' or a last one; COCO's ids

@@ -1,20 +1,19 @@
 """ddetr: Deformable DETR, from data to deployed detector. The map, in the order data flows:
 
-errors.py, atomic.py, console.py, parser.py, padding.py, boxes.py   what everything stands on
-ops/            multi-scale deformable attention, the operator
-datasets/       COCO, VOC and YOLO folders -> annotations, audit, samples, batches
-models/         the network, its matching and its losses
-checkpoint/     weights on disk, ours and others'
-evaluation.py   COCO's metrics over a predict function; matching.py, metrics.py, coco_backends.py are its parts
-environment.py  machine and software, beside every run and figure
-doctor/         whether this machine, its GPUs and its PyTorch truly work
-optimize.py     a faster copy of a trained network
-predictor.py    images -> named objects in pixels
-report/         what a run shows for itself: one HTML file, curves, pictures
-engine/         training, on Lightning
-demo.py         the whole way on drawn shapes
-bench/          what is timed, and against what
-cli.py          `ddetr COMMAND`
+errors.py, files.py, console.py, padding.py, boxes.py   what everything stands on
+ops/          multi-scale deformable attention, the operator
+runtime/      the process and its machine: device, precision, limits, other processes
+datasets/     COCO, VOC and YOLO folders -> annotations, audit, samples, batches
+models/       the network, its matching and its losses
+checkpoint/   weights on disk, ours and others'
+evaluation/   COCO's metrics over a predict function
+doctor/       whether this machine, its GPUs and its PyTorch truly work
+inference/    images -> named objects in pixels
+report/       what a run shows for itself: one HTML file, curves, pictures
+engine/       training, on Lightning
+demo.py       the whole way on drawn shapes
+bench/        what is timed, and against what
+cli/          `ddetr COMMAND`
 """
 
 import importlib
@@ -25,7 +24,7 @@ __version__ = "0.1.0"
 # Name -> module. Loaded on first use, so that `import ddetr` is light.
 _PUBLIC = {
     "DeformableDETR": "ddetr.models.deformable_detr",
-    "Predictor": "ddetr.predictor",
+    "Predictor": "ddetr.inference.predictor",
     "build_coco_dataset": "ddetr.datasets",
     "build_model": "ddetr.models.deformable_detr",
     "load_weights": "ddetr.checkpoint",

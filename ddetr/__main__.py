@@ -1,5 +1,5 @@
 import sys
 
-from ddetr.cli import main
+from ddetr.cli.main import main
 
 sys.exit(main())

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ddetr import console
-from ddetr.engine.config import DataConfig, OptimConfig
-from ddetr.engine.run import free_folder
+from ddetr.datasets.config import DataConfig
+from ddetr.engine.config import OptimConfig
+from ddetr.engine.run_folder import free_folder
 from ddetr.engine.train import RunResult, train
 
 IMAGE_SIZE = 160

@@ -1,6 +1,6 @@
 import os
 
-# Before PyTorch loads, as the command line does it: see ddetr/cli.py.
+# Before PyTorch loads, as the command line does it: see ddetr/cli/main.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # `make test`: they share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
@@ -51,7 +51,8 @@ def tiny_model() -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The `RunResult` of a tiny detector that has learnt the training images of `shapes`, on which it is validated."""
-    from ddetr.engine.config import DataConfig, OptimConfig
+    from ddetr.datasets.config import DataConfig
+    from ddetr.engine.config import OptimConfig
     from ddetr.engine.train import train
 
     return train(

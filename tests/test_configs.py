@@ -9,14 +9,15 @@ import pytest
 import torch
 import yaml
 
-from ddetr.cli import train_command
+from ddetr.cli.main import train_command
+from ddetr.cli.parser import Parser
 from ddetr.datasets import build_transform
-from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.datasets.config import DataConfig
+from ddetr.engine.config import OptimConfig
 from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.optimizer import parameter_groups
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
-from ddetr.parser import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -12,16 +12,17 @@ import ddetr
 ROOT = Path(ddetr.__file__).parent
 FLOORS = {
     0: "errors",
-    1: "atomic console padding parser boxes ops",
-    2: "datasets models metrics matching coco_results drawing plots",
-    3: "coco_backends checkpoint detections optimize environment doctor",
-    4: "predictor evaluation",
-    5: "predict_files report export",
-    6: "engine",
-    7: "demo serve",
-    8: "bench",
-    9: "cli",
-    10: "__main__ __init__",
+    1: "files console padding boxes ops",
+    2: "runtime",
+    3: "datasets models",
+    4: "checkpoint evaluation doctor",
+    5: "inference",
+    6: "report",
+    7: "engine",
+    8: "demo",
+    9: "bench",
+    10: "cli",
+    11: "__main__ __init__",
 }
 FLOOR_OF = {part: floor for floor, parts in FLOORS.items() for part in parts.split()}
 HEAVY = {

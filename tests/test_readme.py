@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ddetr import cli
+from ddetr.cli.main import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ddetr.demo import SMALL_MODEL, small_demo
-from ddetr.predictor import Predictor
+from ddetr.inference.predictor import Predictor
 
 
 def test_it_leaves_a_detector_and_its_data_beside_it(tmp_path: Path) -> None:

@@ -13,22 +13,23 @@ from typing import Any, NamedTuple
 import torch
 
 from ddetr import console
-from ddetr.atomic import make_folder, write_text
 from ddetr.bench import data_tables as tables
 from ddetr.bench import record
 from ddetr.bench.plain_recipe import plain_sample
 from ddetr.bench.timing import fixed_threads
 from ddetr.datasets import Annotations, DetectionDataset, build_transform, collate, padded_shapes, sample_seed
+from ddetr.datasets.config import DataConfig
 from ddetr.datasets.dataset import seeded
 from ddetr.datasets.images import decode_image, image_header
+from ddetr.datasets.splits import load_split
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, MAX_PADDED_SHAPES
-from ddetr.engine.config import DataConfig
-from ddetr.engine.data import DetectionData, collate_micro
-from ddetr.engine.order import EpochOrder
-from ddetr.engine.splits import load_split
-from ddetr.engine.workers import MOST_WORKERS, available_cores, start_worker
+from ddetr.engine.loading.datamodule import DetectionData, collate_micro
+from ddetr.engine.loading.sampler import EpochOrder
+from ddetr.engine.loading.workers import MOST_WORKERS, start_worker
 from ddetr.errors import InputError
+from ddetr.files import make_folder, write_text
 from ddetr.padding import padded_hw
+from ddetr.runtime.limits import available_cores
 
 STAGES = tables.STAGES
 OURS, PLAIN = tables.SIDES

@@ -19,7 +19,7 @@ from ddetr.bench import record
 from ddetr.bench.sides import Setting, prepare
 from ddetr.bench.sizes import STRIDES, Inputs, Size, make_inputs, pyramid
 from ddetr.bench.timing import Clock, in_inference_mode, interleaved
-from ddetr.plots import png_figure
+from ddetr.report.plots import png_figure
 
 DENSE = "dense attention"
 SIDES = ("ours", "grid_sample", DENSE)

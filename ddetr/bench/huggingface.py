@@ -9,10 +9,10 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection,
 
 from ddetr.datasets import normalize_images
 from ddetr.engine.config import OptimConfig
-from ddetr.engine.data import MicroBatch
-from ddetr.engine.memory import AUTOCAST
+from ddetr.engine.loading.datamodule import MicroBatch
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.runtime.precision import AUTOCAST
 
 
 def transformers_step(

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ddetr import console
-from ddetr.atomic import make_folder, write_text
 from ddetr.bench import growth as growth_curves
 from ddetr.bench import record, tables
 from ddetr.bench.sides import BASE, DESCRIPTIONS, Setting, Step, prepare, reason_of
@@ -25,6 +24,7 @@ from ddetr.bench.timing import (
     interleaved,
 )
 from ddetr.errors import InputError
+from ddetr.files import make_folder, write_text
 from ddetr.ops.reference import attention_step_reference
 
 FORWARD, BOTH = tables.KINDS

@@ -1,4 +1,4 @@
-"""What stands beside every figure: the machine (`ddetr.environment`), the command; and the files."""
+"""What stands beside every figure: the machine (`ddetr.runtime.environment`), the command; and the files."""
 
 import inspect
 import json
@@ -8,8 +8,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ddetr.atomic import write_text
-from ddetr.environment import commit, describe, machine
+from ddetr.files import write_text
+from ddetr.runtime.environment import commit, describe, machine
 
 __all__ = ["command_line", "commit", "describe", "machine", "save_json"]
 

@@ -13,25 +13,27 @@ from typing import Any, Literal
 import torch
 
 from ddetr import console
-from ddetr.atomic import make_folder, write_text
 from ddetr.bench import record, step_tables
 from ddetr.bench.official import official_step
 from ddetr.bench.peak import Peak
 from ddetr.bench.sides import reason_of
 from ddetr.datasets import Annotations, Category, padded_shapes
+from ddetr.datasets.config import DataConfig
+from ddetr.datasets.splits import load_split
 from ddetr.engine.compile import DEFAULT_SHAPES, CompiledForward, check_compiler
-from ddetr.engine.config import DataConfig, OptimConfig
-from ddetr.engine.data import DetectionData, MicroBatch
-from ddetr.engine.memory import use_expandable_segments
+from ddetr.engine.config import OptimConfig
+from ddetr.engine.loading.datamodule import DetectionData, MicroBatch
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups
-from ddetr.engine.splits import load_split
 from ddetr.engine.step_split import REGIONS, Split, run_steps
-from ddetr.engine.train import DEFAULT_MODEL, PRECISIONS, train
+from ddetr.engine.train import DEFAULT_MODEL, train
 from ddetr.errors import InputError
-from ddetr.evaluation import CocoEvaluator
+from ddetr.evaluation.evaluator import CocoEvaluator
+from ddetr.files import make_folder, write_text
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+from ddetr.runtime.allocator import use_expandable_segments
+from ddetr.runtime.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
 

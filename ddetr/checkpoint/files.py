@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ddetr.atomic import write_atomically
 from ddetr.errors import InputError
+from ddetr.files import write_atomically
 
 
 class FileContent(NamedTuple):

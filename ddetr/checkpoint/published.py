@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddetr import __version__
-from ddetr.atomic import write_atomically
 from ddetr.checkpoint.files import read_file, write_file
 from ddetr.datasets.annotations import Category
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
+from ddetr.files import write_atomically
 from ddetr.models.deformable_detr import DeformableDETR
 
 FORMAT = "ddetr"

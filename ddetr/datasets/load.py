@@ -7,8 +7,8 @@ from os import PathLike
 from pathlib import Path
 
 from ddetr.datasets.annotations import Annotations, Category, did_you_mean, split_error
-from ddetr.datasets.coco import read_coco
 from ddetr.datasets.coco_layout import coco_splits
+from ddetr.datasets.coco_reader import read_coco
 from ddetr.datasets.voc import read_voc, voc_splits
 from ddetr.datasets.yolo import read_yolo, yolo_splits
 from ddetr.errors import InputError

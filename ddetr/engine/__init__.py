@@ -1,22 +1,24 @@
 """Training: Lightning runs the loop, here is what it does not know.
 
-config.py       the settings of data and optimiser, as dataclasses
-optimizer.py    parameter groups and schedule of the recipe
-freeze.py       parts that do not train
-splits.py       settings -> annotations of a split
-data.py         annotations -> batches, the same for any number of processes
-finite.py       where a step stops being finite
-bundle.py       what is kept of a step that failed
-recorder.py     bad steps are skipped, failed ones recorded
-module.py       one optimisation step, one validation
-ema.py          moving average of the weights
-early_stopping.py   the end of a run whose AP no longer rises
-data_wait.py    how long training waits for data
-loggers.py      TensorBoard, Weights & Biases, MLflow
-callbacks.py    progress bar, the run's tables, published checkpoints
-reporting.py    the run report after every validation
-run.py          the run folder
-preflight.py    a run's set-up tried before its first step: preflight_data.py, preflight_model.py; preflight_causes.py
-replay.py       a recorded step computed again
-train.py        `train()`: everything put together
+config.py          the settings of a run
+train.py           `train()`: everything put together
+fit.py             Lightning's loop and its ways of ending
+detector.py        the network of a run, with the weights that it starts from
+module.py          one optimisation step, one validation
+optimizer.py       parameter groups and schedule of the recipe
+freeze.py          parts that do not train
+ema.py             moving average of the weights
+early_stopping.py  the end of a run whose AP no longer rises
+compile.py         torch.compile of the forward pass, for a few padded shapes
+memory.py          what a step will take, and what to say when it was not enough
+batch_size.py      `--device_batch_size auto`
+callbacks.py       progress bar, the run's tables, published checkpoints
+loggers.py         TensorBoard, Weights & Biases, MLflow
+run_folder.py      the run folder
+saving.py          a run's state: when it is saved, and stop signals
+step_split.py      where the time of a step goes
+run_report.py      the run report after every validation
+loading/           images on their way into the training process
+blackbox/          a step that fails
+preflight/         what is tried before a long run
 """

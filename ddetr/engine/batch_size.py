@@ -15,18 +15,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from ddetr.datasets import normalize_images
-from ddetr.engine.memory import (
-    CURES,
-    MemoryEstimate,
-    estimate_memory,
-    free_and_total,
-    is_out_of_memory,
-    make_batch,
-    readable,
-)
+from ddetr.engine.memory import CURES, MemoryEstimate, estimate_memory, is_out_of_memory, make_batch, readable
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.processes import gathered
 from ddetr.errors import InputError
+from ddetr.runtime.distributed import gathered
+from ddetr.runtime.limits import free_and_total
 
 logger = logging.getLogger(__name__)
 

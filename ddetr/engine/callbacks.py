@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ddetr import console
-from ddetr.engine.data_wait import DataWait
+from ddetr.engine.loading.data_wait import DataWait
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.run import RunFolder
-from ddetr.evaluation import Metrics
+from ddetr.engine.run_folder import RunFolder
+from ddetr.evaluation.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from typing import Any
 from ddetr import console
 from ddetr.checkpoint import load_weights
 from ddetr.datasets import Annotations
-from ddetr.engine.run import is_first_process
 from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.runtime.distributed import is_first_process
 
 
 def starts_from_weights(model: dict[str, Any], weights: str | None) -> bool:

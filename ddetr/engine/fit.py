@@ -2,17 +2,17 @@
 
 import logging
 import signal
+import time
 import warnings
 from pathlib import Path
 
 import lightning.pytorch as pl
 
-from ddetr.engine.data import DetectionData
+from ddetr.engine.loading.datamodule import DetectionData
+from ddetr.engine.loading.workers import explained
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.processes import died_process
-from ddetr.engine.run import RESUME_FILE, RunFolder
+from ddetr.engine.run_folder import RESUME_FILE, RunFolder
 from ddetr.engine.saving import Stopped
-from ddetr.engine.workers import explained
 
 logger = logging.getLogger(__name__)
 
@@ -65,3 +65,31 @@ def quiet_lightning() -> None:
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own use of PyTorch
     ):
         warnings.filterwarnings("ignore", message)
+
+
+# How the backends say that there is nobody at the other end: gloo's and NCCL's messages, PyTorch's store.
+_LOST = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe", "socket", "store")
+_SECONDS_TO_DIE = 3
+
+
+def died_process(trainer: pl.Trainer, error: Exception) -> str | None:
+    """A sentence that names the process which has died, where that is what `error` comes from; None where it is not."""
+    if not any(word in str(error).lower() for word in _LOST):
+        return None
+    rank, size = trainer.global_rank, trainer.world_size
+    reason = str(error).strip().splitlines()[0]
+    children = getattr(trainer.strategy.launcher, "procs", [])
+    give_up = time.monotonic() + _SECONDS_TO_DIE
+    while children and time.monotonic() < give_up:
+        for number, child in enumerate(children, start=1):
+            if child.poll():
+                return (
+                    f"process {number} of {size} (pid {child.pid}) has ended with exit code {child.returncode}, a negative "
+                    "one is a signal (-9: killed, often for lack of memory): the run is stopped. What it said stands above; "
+                    "the same command with --resume goes on from the last saved state"
+                )
+        time.sleep(0.1)
+    return (
+        f"process {rank} of {size} has lost another one ({reason}): the run is stopped. The launcher (torchrun, Slurm) names "
+        "the process that ended first; the same command with --resume goes on from the last saved state"
+    )

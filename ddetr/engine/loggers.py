@@ -21,7 +21,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from ddetr.engine.run import RunFolder, flat
+from ddetr.engine.run_folder import RunFolder, flat
 from ddetr.errors import InputError
 
 logger = logging.getLogger(__name__)

@@ -6,14 +6,10 @@ what PyTorch's operations return; working space inside of them (convolutions) an
 
 import copy
 import logging
-import os
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +22,12 @@ from ddetr.datasets import normalize_images
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.matcher import HungarianMatcher, Matches, PaddedTargets
+from ddetr.runtime.allocator import allocator_settings
+from ddetr.runtime.limits import free_and_total
+from ddetr.runtime.precision import AUTOCAST
 
 logger = logging.getLogger(__name__)
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtype by --precision
 CURES = (
     "a smaller --device_batch_size (or auto), --activation_checkpointing true, --precision bf16 or a smaller "
     "--data.image_size needs less"
@@ -213,62 +211,6 @@ class _AnyMatch(HungarianMatcher):
         return matches
 
 
-def free_and_total(device: torch.device, root: Path = Path("/")) -> tuple[int, int] | None:
-    """Bytes that this process could still take on the device, and that it has; None where nobody says.
-
-    On the CPU the limits of control groups count (containers), `root` is where /proc and /sys are looked for.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)
-    found = []
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        kilobytes = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines)}
-        found.append((kilobytes["MemAvailable"] * 1024, kilobytes["MemTotal"] * 1024))
-    except (OSError, KeyError, ValueError, IndexError):
-        pass
-    found += _cgroup_limits(root)
-    if not found:
-        return None
-    return max(0, min(free for free, _ in found)), min(total for _, total in found)
-
-
-def _cgroup_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """(free, limit) of each control group around this process that has a limit, versions 2 and 1."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        lines = []
-    places = [Path("sys/fs/cgroup")]  # what a container sees of its own group
-    for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
-        if controllers == "":
-            places += [Path("sys/fs/cgroup", *Path(path).parts[1:i]) for i in range(2, len(Path(path).parts) + 1)]
-        elif "memory" in controllers.split(","):
-            parts = Path(path).parts
-            places += [Path("sys/fs/cgroup/memory", *parts[1:i]) for i in range(1, len(parts) + 1)]
-    for place in places:
-        for limit_name, usage_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            try:
-                limit = int((root / place / limit_name).read_text())  # "max" where there is none
-                usage = int((root / place / usage_name).read_text())
-            except (OSError, ValueError):
-                continue
-            if limit < 1 << 60:  # version 1 says "none" by a number near 2^63
-                yield limit - usage + _reclaimable(root / place), limit
-
-
-def _reclaimable(group: Path) -> int:
-    """Bytes of cached files, which count as used and are given back when memory is short."""
-    try:
-        lines = (group / "memory.stat").read_text().splitlines()
-        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
 @contextmanager
 def explained_out_of_memory(images: Tensor, targets: Sequence[dict[str, Tensor]]) -> Iterator[None]:
     """Turns PyTorch's error into one that says what did not fit and what helps.
@@ -288,7 +230,7 @@ def explained_out_of_memory(images: Tensor, targets: Sequence[dict[str, Tensor]]
         memory = free_and_total(images.device)
         used = f", {readable(memory[1] - memory[0])} of {readable(memory[1])} in use" if memory else ""
         fragments = ""
-        if images.device.type == "cuda" and "expandable_segments:True" not in _allocator_settings():
+        if images.device.type == "cuda" and "expandable_segments:True" not in allocator_settings():
             fragments = "; against fragmentation set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
         raise InputError(
             f"out of memory on {images.device} with a batch of {n} images of {height} x {width} px and {num_objects} "
@@ -299,29 +241,6 @@ def explained_out_of_memory(images: Tensor, targets: Sequence[dict[str, Tensor]]
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether PyTorch could not allocate, on a GPU or on the CPU."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _NO_MEMORY)
-
-
-def use_expandable_segments() -> bool:
-    """Let the CUDA allocator grow its segments: batches of changing shapes fragment fixed ones.
-
-    Before CUDA starts, where the user has not set the allocator himself, and on Linux, which alone can do it. Processes
-    started from this one inherit it. Returns whether it was set.
-    """
-    if _allocator_settings() or torch.cuda.is_initialized() or sys.platform != "linux":
-        return False
-    os.environ[_allocator_variable()] = "expandable_segments:True"
-    return True
-
-
-def _allocator_settings() -> str:
-    """What the user, or `use_expandable_segments`, has set, under the new name or the old one."""
-    return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-
-
-def _allocator_variable() -> str:
-    """PyTorch 2.9 gave the variable a new name, and warns of the old one."""
-    major, minor = (int(part) for part in version("torch").split(".")[:2])
-    return "PYTORCH_ALLOC_CONF" if (major, minor) >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def readable(num_bytes: int) -> str:

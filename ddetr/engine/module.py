@@ -14,19 +14,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from ddetr.datasets import normalize_images, sample_seed
+from ddetr.engine.blackbox.guard import StepGuard
+from ddetr.engine.blackbox.trace import micro_losses
 from ddetr.engine.compile import CompiledForward
 from ddetr.engine.config import OptimConfig
-from ddetr.engine.data import MicroBatch
-from ddetr.engine.finite import micro_losses
+from ddetr.engine.loading.datamodule import MicroBatch
 from ddetr.engine.memory import explained_out_of_memory
 from ddetr.engine.optimizer import build_optimizer, lr_factor, parameter_groups
-from ddetr.engine.processes import gathered, summed
-from ddetr.engine.recorder import StepGuard
 from ddetr.engine.saving import Requests
-from ddetr.evaluation import CocoEvaluator, Metrics
+from ddetr.evaluation.evaluator import CocoEvaluator
+from ddetr.evaluation.metrics import Metrics
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.models.postprocess import PostProcess
+from ddetr.runtime.distributed import gathered, summed
 
 
 class DetectionModule(pl.LightningModule):

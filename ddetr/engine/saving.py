@@ -18,7 +18,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from ddetr.checkpoint.files import write_file
-from ddetr.engine.run import PREVIOUS_FILE, RESUME_FILE, RunFolder
+from ddetr.engine.run_folder import PREVIOUS_FILE, RESUME_FILE, RunFolder
 
 MINUTES_BETWEEN_SAVES = 10
 STOP_SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))  # Slurm warns by USR1

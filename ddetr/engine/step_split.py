@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from ddetr.engine.module import DetectionModule
-from ddetr.optimize import onednn_matmuls
+from ddetr.runtime.precision import onednn_matmuls
 
 DATA_WAIT, TO_DEVICE, FORWARD, MATCHING = "data wait", "host to device", "forward", "matching"
 LOSSES, BACKWARD, OPTIMIZER, REST = "losses", "backward", "optimiser", "the rest"

@@ -13,20 +13,22 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ddetr import console
-from ddetr.atomic import make_folder
-from ddetr.engine.config import PAPER_BATCH_SIZE, BatchSize, DataConfig, OptimConfig, resolve_batch_sizes
-from ddetr.engine.exactness import exactness
+from ddetr.datasets.config import DataConfig
+from ddetr.engine.config import PAPER_BATCH_SIZE, BatchSize, OptimConfig, resolve_batch_sizes
 from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.optimizer import describe_groups, parameter_groups
-from ddetr.engine.run import CONFIG_FILE, RESUME_FILE, RunFolder, is_first_process
+from ddetr.engine.run_folder import CONFIG_FILE, RESUME_FILE, RunFolder
 from ddetr.errors import InputError
+from ddetr.files import make_folder
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+from ddetr.runtime.distributed import is_first_process
+from ddetr.runtime.precision import PRECISIONS, exactness
 
 if TYPE_CHECKING:
-    from ddetr.engine.data import DetectionData
+    from ddetr.engine.loading.datamodule import DetectionData
     from ddetr.engine.module import DetectionModule
-    from ddetr.evaluation import Metrics
+    from ddetr.evaluation.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +36,6 @@ ENOUGH_IMAGES = 10_000  # to learn photographs from nothing; below it, trained w
 
 # What training starts from where nothing else is said: the strongest published variant, on an ImageNet backbone.
 DEFAULT_MODEL = {"pretrained_backbone": True, "with_box_refine": True, "two_stage": True}
-
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 @dataclass(frozen=True)
@@ -131,25 +131,26 @@ def train(
 
     from ddetr.checkpoint import Checkpoint, save_checkpoint
     from ddetr.datasets import audit
+    from ddetr.datasets.splits import load_splits
     from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
     from ddetr.engine.batch_size import MemoryPlan
+    from ddetr.engine.blackbox.guard import StepGuard
     from ddetr.engine.callbacks import Publish, Watch
     from ddetr.engine.compile import DEFAULT_SHAPES, CompiledForward, check_compiler
-    from ddetr.engine.data import DetectionData
-    from ddetr.engine.data_wait import DataWait
     from ddetr.engine.detector import build_detector, starts_from_weights
     from ddetr.engine.early_stopping import EarlyStopping
     from ddetr.engine.ema import WeightAverage
     from ddetr.engine.fit import fit, quiet_lightning
+    from ddetr.engine.loading.data_wait import DataWait
+    from ddetr.engine.loading.datamodule import DetectionData
     from ddetr.engine.loggers import Loggers, chosen_loggers
-    from ddetr.engine.memory import use_expandable_segments
     from ddetr.engine.module import DetectionModule
-    from ddetr.engine.recorder import StepGuard
-    from ddetr.engine.reporting import Report, finish, last_word
+    from ddetr.engine.run_report import Report, finish, last_word
     from ddetr.engine.saving import SaveState, StateFiles
-    from ddetr.engine.splits import load_splits
-    from ddetr.evaluation import CocoEvaluator, Metrics
-    from ddetr.optimize import onednn_matmuls
+    from ddetr.evaluation.evaluator import CocoEvaluator
+    from ddetr.evaluation.metrics import Metrics
+    from ddetr.runtime.allocator import use_expandable_segments
+    from ddetr.runtime.precision import onednn_matmuls
 
     if compile and data.padded_shapes is None:
         data = replace(data, padded_shapes=DEFAULT_SHAPES)
@@ -364,8 +365,8 @@ def _preflight(
 ) -> None:
     """Before the folder holds a run, so that the same command works once the set-up is mended. Of several processes the
     first alone comes here: the others wait for it where the process group is made, and end with it."""
-    from ddetr.engine.memory import AUTOCAST
-    from ddetr.engine.preflight import run_preflight
+    from ddetr.engine.preflight.run import run_preflight
+    from ddetr.runtime.precision import AUTOCAST
 
     autocast = AUTOCAST.get(precision)
     with console.waiting("preflight"):

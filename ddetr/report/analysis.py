@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ddetr.matching import Found, Objects, Pairs, overlapping_pairs
+from ddetr.evaluation.overlaps import Found, Objects, Pairs, overlapping_pairs
 
 LEAST_IOU = 0.5  # of a match
 NEAR_IOU = 0.1  # below it a detection is of the background (as in TIDE, arXiv:2008.08115)

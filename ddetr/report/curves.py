@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ddetr.plots import png_figure
+from ddetr.report.plots import png_figure
 from ddetr.report.run_files import RunFiles
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 import ddetr
-from ddetr.atomic import write_text
 from ddetr.errors import InputError
-from ddetr.metrics import METRIC_NAMES
+from ddetr.evaluation.metrics import METRIC_NAMES
+from ddetr.files import write_text
 from ddetr.report import figures, tables
 from ddetr.report.analysis import ERROR_KINDS, Analysis, analyse
 from ddetr.report.charts import shown

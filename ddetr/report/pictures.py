@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from ddetr.atomic import write_atomically
 from ddetr.datasets.images import read_image
-from ddetr.drawing import draw_boxes, side_by_side
 from ddetr.errors import InputError
+from ddetr.files import write_atomically
+from ddetr.inference.drawing import draw_boxes, side_by_side
 from ddetr.report.validation import Validation
 
 logger = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ddetr.environment import is_running
 from ddetr.errors import InputError
 from ddetr.report.validation import BEST_FILE, LAST_FILE, Validation
+from ddetr.runtime.environment import is_running
 
 Table = dict[str, np.ndarray]  # column -> a number a row, NaN where the cell is empty
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ddetr.metrics import METRIC_NAMES
+from ddetr.evaluation.metrics import METRIC_NAMES
 from ddetr.report.analysis import ERROR_KINDS, Analysis
 from ddetr.report.validation import Validation
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from ddetr.atomic import write_atomically
 from ddetr.datasets.annotations import Category
 from ddetr.errors import InputError
-from ddetr.evaluation import CocoEvaluator
-from ddetr.matching import Found, Objects
-from ddetr.metrics import Metrics
+from ddetr.evaluation.evaluator import CocoEvaluator
+from ddetr.evaluation.metrics import Metrics
+from ddetr.evaluation.overlaps import Found, Objects
+from ddetr.files import write_atomically
 
 BEST_FILE, LAST_FILE = "validation_best.npz", "validation_last.npz"
 _OBJECTS = {"image": np.int32, "boxes_xyxy": np.float32, "labels": np.int32, "area": np.float32, "ignore": bool}

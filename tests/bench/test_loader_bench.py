@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ddetr import cli
 from ddetr.bench import data as bench_of_data
 from ddetr.bench import record
 from ddetr.bench.data import OURS, PLAIN, comparable, in_own_process, one_core, padding_table
 from ddetr.bench.plain_recipe import plain_sample
+from ddetr.cli.main import main as cli
 from ddetr.datasets import DetectionDataset, build_transform, load_annotations
-from ddetr.engine.config import DataConfig
+from ddetr.datasets.config import DataConfig
 
 
 @pytest.fixture

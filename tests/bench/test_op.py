@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr import cli, environment
 from ddetr.bench import growth, op, record, sides, tables
 from ddetr.bench.sizes import SIZES, Size, chosen_sizes, compulsory_bytes, make_inputs, num_sampled_rows, pyramid
 from ddetr.bench.timing import Clock, cuda_clock, interleaved
+from ddetr.cli.main import main as cli
 from ddetr.errors import InputError
 from ddetr.ops.reference import ms_deform_attn_reference, sampling_locations_reference
+from ddetr.runtime import environment
 
 CPU = torch.device("cpu")
 CUDA_ONLY = {"official kernel", "hub kernel", "hub kernel, bfloat16", "msda-triton", "mmcv"}

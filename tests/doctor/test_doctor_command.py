@@ -13,7 +13,7 @@ import pytest
 import torch
 from doctor_facts import gpu_facts, without_gpu
 
-from ddetr import cli
+from ddetr.cli.main import main as cli
 from ddetr.doctor import diagnosis, rendering
 from ddetr.doctor.causes import Cause
 from ddetr.doctor.diagnosis import Diagnosis, check
@@ -45,7 +45,7 @@ def test_a_pytorch_that_is_not_there_or_broken(doctor: Callable[..., Any], tmp_p
 def test_the_command_line_reaches_the_doctor_without_pytorch() -> None:
     code = """
 import sys
-from ddetr.cli import main
+from ddetr.cli.main import main
 import ddetr.doctor.diagnosis, ddetr.doctor.rendering
 try:
     main(["doctor", "--help"])

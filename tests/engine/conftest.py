@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.datasets.config import DataConfig
+from ddetr.engine.config import OptimConfig
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ import time
 import torch
 
 import ddetr.engine.train  # noqa: F401  the slow part
-from ddetr import atomic, cli
+from ddetr import files as atomic
+from ddetr.cli.main import main as cli
 from ddetr.engine.callbacks import Watch
 
 

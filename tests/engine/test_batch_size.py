@@ -18,7 +18,7 @@ from ddetr.engine.config import OptimConfig, resolve_batch_sizes
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.train import train
 from ddetr.errors import InputError
-from ddetr.evaluation import CocoEvaluator
+from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 
 GIB = 2**30

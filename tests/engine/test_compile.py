@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from ddetr.checkpoint import load_checkpoint
+from ddetr.datasets.config import DataConfig
 from ddetr.engine import compile as engine_compile
 from ddetr.engine.compile import CompiledForward, check_compiler
-from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.engine.config import OptimConfig
 from ddetr.engine.train import train
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
@@ -222,7 +223,7 @@ def test_two_compiled_processes_are_one(
     script = tmp_path / "train.py"
     script.write_text(
         "import sys\nfrom ddetr.engine import compile\ncompile.BACKEND = 'aot_eager'\n"
-        "from ddetr.cli import main\nsys.exit(main())\n"
+        "from ddetr.cli.main import main\nsys.exit(main())\n"
     )
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "train"]
     options = ["--config", str(alone.path / "config.yaml"), "--output", str(tmp_path / "both"), "--num_pictures", "0"]

@@ -9,7 +9,7 @@ import torch
 
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.early_stopping import EarlyStopping
-from ddetr.engine.run import RunFolder
+from ddetr.engine.run_folder import RunFolder
 from ddetr.engine.train import train
 from ddetr.errors import InputError
 

@@ -11,15 +11,16 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets import load_annotations
-from ddetr.engine.config import DataConfig, OptimConfig
-from ddetr.engine.data import DetectionData
+from ddetr.datasets.config import DataConfig
+from ddetr.engine.config import OptimConfig
 from ddetr.engine.ema import WeightAverage
-from ddetr.engine.evaluate import evaluate_checkpoint
+from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.run import RunFolder
+from ddetr.engine.run_folder import RunFolder
 from ddetr.engine.train import train
 from ddetr.errors import InputError
-from ddetr.evaluation import CocoEvaluator
+from ddetr.evaluation.evaluator import CocoEvaluator
+from ddetr.inference.evaluate_checkpoint import evaluate_checkpoint
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 
 # lightning's own use of PyTorch

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
-from ddetr.engine.config import DataConfig, OptimConfig
+from ddetr.datasets.config import DataConfig
+from ddetr.engine.config import OptimConfig
 from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.train import train
 from ddetr.errors import InputError

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr import cli
+from ddetr.cli.main import main as cli
 from ddetr.datasets import normalize_images
 from ddetr.engine import memory
-from ddetr.engine.memory import LiveBytes, MemoryEstimate, estimate_memory, explained_out_of_memory, free_and_total
+from ddetr.engine.memory import LiveBytes, MemoryEstimate, estimate_memory, explained_out_of_memory
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+from ddetr.runtime.limits import free_and_total
 
 CPU = torch.device("cpu")
 SIZE, BATCH, OBJECTS = (96, 128), 2, 5

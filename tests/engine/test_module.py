@@ -13,13 +13,14 @@ from torch.utils.data import DataLoader
 
 from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 from ddetr.datasets import Annotations, DetectionDataset, collate, load_annotations, normalize_images
+from ddetr.datasets.config import DataConfig
 from ddetr.datasets.transforms import official_eval
-from ddetr.engine.config import DataConfig, OptimConfig
-from ddetr.engine.data import DetectionData
+from ddetr.engine.config import OptimConfig
+from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
-from ddetr.evaluation import CocoEvaluator, evaluate
+from ddetr.evaluation.evaluator import CocoEvaluator, evaluate
+from ddetr.inference.predictor import Predictor
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
-from ddetr.predictor import Predictor
 
 # lightning's own use of PyTorch
 pytestmark = pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated")

@@ -16,8 +16,9 @@ import yaml
 
 from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 from ddetr.datasets import draw_shapes
-from ddetr.engine.config import DataConfig, OptimConfig
-from ddetr.engine.run import RunFolder
+from ddetr.datasets.config import DataConfig
+from ddetr.engine.config import OptimConfig
+from ddetr.engine.run_folder import RunFolder
 from ddetr.engine.train import RunResult, train
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
@@ -141,7 +142,7 @@ def test_a_killed_run_resumes_exactly(
     program = """
 import os, signal, sys
 from ddetr.engine.callbacks import Watch
-from ddetr.cli import main
+from ddetr.cli.main import main
 steps = 0
 original = Watch.on_train_batch_end
 def die_at_step_three(self, *arguments):

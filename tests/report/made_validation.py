@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ddetr.datasets.annotations import Category
-from ddetr.matching import Found, Objects
+from ddetr.evaluation.overlaps import Found, Objects
 from ddetr.report import Validation
 
 Box = tuple[int, Sequence[float], Any]  # image, left top right bottom, and what follows

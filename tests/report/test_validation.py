@@ -11,7 +11,7 @@ from made_validation import make_found, make_objects, make_validation
 
 from ddetr.datasets.annotations import Annotations, ImageTable
 from ddetr.errors import InputError
-from ddetr.evaluation import CocoEvaluator
+from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.report import RunFiles, Validation, best_or_last
 
 

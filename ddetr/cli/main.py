@@ -1,0 +1,387 @@
+"""The command line: `ddetr COMMAND`. The signatures of the functions are the interface.
+
+Exit codes: 0 done; 2 the input is wrong (one sentence says what); 1 the program failed; 130 interrupted; those of
+`ddetr doctor` are in ddetr/doctor/causes.py.
+"""
+
+import difflib
+import inspect
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from ddetr import __version__, console
+from ddetr.cli.parser import Parser
+from ddetr.errors import InputError
+
+
+def train_command(parser: Parser) -> Callable[[Any], None]:
+    """Train on a COCO, Pascal VOC or YOLO folder."""
+    parser.usage = "ddetr train --data PATH [options]"
+    return _training(parser)
+
+
+def preflight_command(parser: Parser) -> Callable[[Any], None]:
+    """Try the set-up of a training run on a few images, and train nothing."""
+    parser.usage = "ddetr preflight --data PATH [options of ddetr train]"
+    return _training(parser, preflight_only=True)
+
+
+def _training(parser: Parser, **fixed: Any) -> Callable[[Any], None]:
+    from ddetr.engine.train import DEFAULT_MODEL, train
+    from ddetr.models.deformable_detr import DeformableDETR
+    from ddetr.runtime.distributed import is_first_process
+
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win")
+    parser.add_function_arguments(train, skip={"model", "preflight_only"}, sub_configs=False)
+    parser.add_class_arguments(DeformableDETR, "model", skip={"num_classes"}, instantiate=False)
+    parser.add_group_of_options("data", "loss", "optim", "model")
+    parser.set_defaults({f"model.{name}": value for name, value in DEFAULT_MODEL.items()})
+
+    def run(settings: Any) -> None:
+        arguments = dict(vars(settings))
+        arguments.pop("config")
+        arguments["model"] = dict(vars(arguments["model"]))
+        result = train(**arguments, **fixed)
+        if result is not None and is_first_process():
+            print_result(result)
+
+    return run
+
+
+def print_result(result: Any) -> None:
+    """The last metrics, where everything lies, and three commands to go on with."""
+    console.show(result.metrics.render())
+    path = result.path
+    places = (path / "best.pth", result.image_example, result.data_path)
+    checkpoint, image, data = (shlex.quote(str(place)) for place in places)
+    console.show(
+        f"""
+checkpoint   {path / "best.pth"}
+metrics      {path / "metrics.json"}, {path / "per_class.csv"}, {path / "train.csv"}, {path / "val.csv"}
+curves       {path / "curves.png"}
+pictures     {path / "pictures"}
+report       {path / "report.html"}
+
+What next:
+  ddetr predict --checkpoint {checkpoint} {image} --output predictions
+  ddetr eval --checkpoint {checkpoint} --data {data}
+  ddetr train --config configs/cpu_small.yaml --data PATH    # COCO, Pascal VOC or YOLO: your own images"""
+    )
+
+
+def eval_command(parser: Parser) -> Callable[[Any], None]:
+    """Measure a checkpoint on a data set with COCO's metrics."""
+    from ddetr.datasets.config import DataConfig
+    from ddetr.inference.evaluate_checkpoint import evaluate_checkpoint
+
+    of_training = {
+        "train_split",
+        "train_annotations",
+        "train_images",
+        "augmentation",
+        "image_size",
+        "strict",
+        "keep_empty",
+    }
+    of_training |= {"buckets", "padded_shapes", "on_bad_image"}
+    parser.usage = "ddetr eval --checkpoint FILE --data PATH [options]"
+    parser.add_function_arguments(evaluate_checkpoint, skip={"data"}, sub_configs=False)
+    parser.add_class_arguments(DataConfig, "data", skip=of_training, instantiate=False)
+    parser.add_group_of_options("data")
+
+    def run(settings: Any) -> None:
+        arguments = dict(vars(settings), data=DataConfig(**vars(settings.data)))
+        console.show(evaluate_checkpoint(**arguments).render())
+
+    return run
+
+
+def predict_command(parser: Parser) -> Callable[[Any], None]:
+    """Find objects in images: annotated pictures and two JSON files."""
+    parser.usage = "ddetr predict --checkpoint FILE --output FOLDER [options] IMAGES..."
+    parser.add_argument("images", nargs="+", type=str, help="files, folders and glob patterns")
+    parser.add_argument("--checkpoint", type=str, required=True, help="a published checkpoint, for instance best.pth")
+    parser.add_argument("--output", type=str, required=True, help="folder for annotated/ and the JSON files")
+    parser.add_argument(
+        "--threshold", type=float | None, default=None, help="least score; by default the checkpoint's own"
+    )
+    parser.add_argument("--batch_size", type=int, default=1, help="images that run through the model together")
+    parser.add_argument("--device", type=str | None, default=None, help="cpu or cuda; by default a GPU if there is one")
+    parser.add_argument(
+        "--optimize",
+        type=Literal["float32", "bfloat16", "compile"] | None,
+        default=None,
+        help="faster: float32 (the same but for rounding; what --optimize alone means), bfloat16, or compile: bfloat16 "
+        "through torch.compile, a minute slower at first and for each new image size",
+    )
+
+    def run(settings: Any) -> None:
+        from ddetr.inference.files import predict_files
+        from ddetr.inference.predictor import Predictor
+        from ddetr.runtime.allocator import keep_freed_memory
+
+        predictor = Predictor.from_checkpoint(settings.checkpoint, settings.device, optimize=settings.optimize or False)
+        if settings.optimize and predictor.device.type == "cpu":
+            keep_freed_memory()
+        with console.progress("predict") as update:
+            done = predict_files(
+                predictor,
+                settings.images,
+                settings.output,
+                settings.threshold,
+                batch_size=settings.batch_size,
+                progress=update,
+            )
+        console.show(f"{done.num_detections} objects in {done.num_images} images")
+        console.show(f"pictures     {Path(settings.output) / 'annotated'}")
+        console.show(f"COCO results {done.predictions}")
+        console.show(f"with names   {done.predictions_named}")
+        for path, reason in done.failures:
+            console.show(f"not read     {path}: {reason}")
+        if done.failures and not done.num_images:
+            raise InputError(f"none of the {len(done.failures)} images could be read")
+
+    return run
+
+
+def report_command(parser: Parser) -> Callable[[Any], None]:
+    """Show a run: one HTML file, made anew from its folder."""
+    parser.usage = "ddetr report [options] RUN"
+    parser.add_argument("run", type=str, help="run folder, also of an unfinished run or of an older version")
+
+    def run(settings: Any) -> None:
+        from ddetr.report import RunFiles, write_report
+
+        files = RunFiles.read(Path(settings.run))
+        try:
+            path = write_report(files)
+        except OSError as error:
+            raise InputError(f"the report cannot be written into {files.path} ({error.strerror or error})") from error
+        console.show(f"report       {path}")
+        for name, reason in files.missing:
+            console.show(f"left out     {name} {reason}")
+
+    return run
+
+
+def audit_command(parser: Parser) -> Callable[[Any], None]:
+    """List what is wrong with a data set, before training finds out."""
+    from ddetr.datasets.config import DataConfig
+
+    fields = {
+        "augmentation",
+        "image_size",
+        "buckets",
+        "padded_shapes",
+        "num_workers",
+        "on_bad_image",
+        "path",
+        "keep_empty",
+    }
+    parser.usage = "ddetr data audit [options] PATH"
+    parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
+    parser.add_class_arguments(DataConfig, skip=fields, instantiate=False)
+    parser.add_argument("--num_queries", type=int, default=300, help="queries of the model to be trained")
+    parser.add_argument("--max_detections", type=int, default=100, help="detections an image that evaluation counts")
+    parser.add_argument("--decode", type=bool, default=False, help="decode every image, to find damaged ones")
+    parser.add_argument("--output", type=str | None, default=None, help="JSON file for all findings")
+
+    def run(settings: Any) -> None:
+        from ddetr.datasets import audit
+        from ddetr.datasets.splits import load_splits
+        from ddetr.files import make_folder, write_text
+
+        options = dict(vars(settings))
+        extra = {name: options.pop(name) for name in ("num_queries", "max_detections", "decode", "output")}
+        data = DataConfig(**options)
+        with console.waiting(f"reading {data.path}"):
+            train, val = load_splits(data)
+        with console.progress("decode") as update:
+            report = audit(
+                train,
+                val,
+                num_queries=extra["num_queries"],
+                max_detections=extra["max_detections"],
+                decode=extra["decode"],
+                strict=data.strict,
+                progress=update,
+            )
+        console.show(report.render())
+        if extra["output"]:
+            file = Path(extra["output"])
+            write_text(make_folder(file.parent, "--output") / file.name, json.dumps(report.to_dict(), indent=1) + "\n")
+        if report.refused:
+            raise InputError(f"{len(report.refused)} findings must be mended before training, see the table above")
+
+    return run
+
+
+def demo_command(parser: Parser) -> Callable[[Any], None]:
+    """Train a small detector on drawn shapes, in minutes on a CPU."""
+    from ddetr.demo import demo
+
+    parser.usage = "ddetr demo [options]"
+    parser.add_function_arguments(demo)
+    return lambda settings: print_result(demo(**vars(settings)))
+
+
+def bench_op_command(parser: Parser) -> Callable[[Any], None]:
+    """Time the operator against other implementations, on this machine."""
+    from ddetr.bench.op import bench_op
+
+    parser.usage = "ddetr bench op [options]"
+    parser.add_function_arguments(bench_op)
+
+    def run(settings: Any) -> None:
+        bench_op(**vars(settings))
+
+    return run
+
+
+def replay_command(parser: Parser) -> Callable[[Any], None]:
+    """Compute a failed training step again, from the bundle that it left."""
+    from ddetr.engine.blackbox.replay import replay
+
+    parser.usage = "ddetr replay [options] BUNDLE"
+    parser.add_argument("bundle", type=str, help="folder of the failed step: RUN/blackbox/step-000123")
+    parser.add_function_arguments(replay, skip={"bundle"})
+    return lambda settings: console.show(replay(**vars(settings)).render())
+
+
+def bench_data_command(parser: Parser) -> Callable[[Any], None]:
+    """Time the training loader beside the plain Pillow recipe."""
+    from ddetr.bench.data import bench_data
+
+    parser.usage = "ddetr bench data --data PATH [options]"
+    parser.add_function_arguments(bench_data, sub_configs=False)
+    parser.add_group_of_options("data")
+
+    def run(settings: Any) -> None:
+        bench_data(**vars(settings))
+
+    return run
+
+
+def bench_train_command(parser: Parser) -> Callable[[Any], None]:
+    """Time training steps, part by part, and the same steps by others."""
+    from ddetr.bench.train import bench_train
+    from ddetr.engine.train import DEFAULT_MODEL, train
+    from ddetr.models.deformable_detr import DeformableDETR
+
+    parser.usage = "ddetr bench train (--data PATH | --synthetic HEIGHTxWIDTH) [options of bench train and of train]"
+    parser.add_argument("--config", action="config", help="YAML file of a training run; later options win")
+    own = ["steps", "warmup", "sides", "compared_batches", "synthetic", "output"]
+    parser.add_function_arguments(bench_train, skip=set(inspect.signature(bench_train).parameters) - set(own))
+    parser.add_function_arguments(train, skip={"model", "output"}, sub_configs=False)
+    parser.add_class_arguments(DeformableDETR, "model", skip={"num_classes"}, instantiate=False)
+    parser.add_group_of_options("data", "loss", "optim", "model")
+    parser.set_defaults({f"model.{name}": value for name, value in DEFAULT_MODEL.items()} | {"data.path": ""})
+
+    def run(settings: Any) -> None:
+        arguments = dict(vars(settings))
+        arguments.pop("config")
+        arguments["model"] = dict(vars(arguments["model"]))
+        bench_train(**arguments, command=shlex.join(["ddetr", *sys.argv[1:]]))
+
+    return run
+
+
+def doctor_command(parser: Parser) -> Callable[[Any], int]:
+    """Tell whether this machine, its GPUs and its PyTorch truly work."""
+    from ddetr.doctor.causes import table
+    from ddetr.doctor.diagnosis import examine
+
+    parser.usage = "ddetr doctor [options]"
+    parser.add_function_arguments(examine, skip={"compute"})
+    parser.add_argument("--json", type=bool, default=False, help="all that was found, for programs")
+    parser.add_argument(
+        "--brief", type=bool, default=False, help="only what is not well, and nothing computed: for the head of a log"
+    )
+    parser.after_help = f"exit codes (the lowest of those that apply):\n{table()}"
+
+    def run(settings: Any) -> int:
+        from ddetr.doctor.rendering import shown
+
+        options = dict(vars(settings))
+        as_json, brief = options.pop("json"), options.pop("brief")
+        with console.waiting("looking at this machine, then computing on it"):
+            diagnosis = examine(**options, compute=not brief)
+        for renderable in shown(diagnosis, as_json=as_json, brief=brief, terminal=console.is_terminal()):
+            console.show(renderable)
+        return diagnosis.exit_code
+
+    return run
+
+
+COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
+    "demo": demo_command,
+    "train": train_command,
+    "preflight": preflight_command,
+    "eval": eval_command,
+    "predict": predict_command,
+    "replay": replay_command,
+    "report": report_command,
+    "doctor": doctor_command,
+    "data audit": audit_command,
+    "bench op": bench_op_command,
+    "bench data": bench_data_command,
+    "bench train": bench_train_command,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # Read by the OpenMP library that PyTorch loads: idle threads soon sleep. By default they spin for milliseconds, and
+    # a second busy program on the machine makes training on a few cores up to ten times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    console.set_up_logging()
+    try:
+        return parse(arguments)() or 0
+    except InputError as error:
+        console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except ChildProcessError as error:
+        console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        console.err.print("ddetr: interrupted")
+        return 130
+
+
+def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
+    """The checked command line as something to call; `--help` of a command exits instead.
+
+    Raises:
+        InputError: no such command, or options that it does not have.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return lambda: console.show(_overview())
+    if arguments[0] == "--version":
+        return lambda: console.show(f"ddetr {__version__}")
+    name = next((n for n in (" ".join(arguments[:2]), arguments[0]) if n in COMMANDS), None)
+    if name is None:
+        if group := [n.split()[1] for n in COMMANDS if n.startswith(f"{arguments[0]} ")]:
+            raise InputError(f"ddetr {arguments[0]}: expected a command, one of: {', '.join(group)}")
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise InputError(f"no command {arguments[0]!r}{hint}: expected one of {', '.join(COMMANDS)}")
+    parser = Parser(name, COMMANDS[name].__doc__)
+    run = COMMANDS[name](parser)
+    return partial(run, parser.read(arguments[len(name.split()) :]))
+
+
+def _overview() -> str:
+    lines = ["usage: ddetr COMMAND [options]; ddetr COMMAND --help lists the options of a command", ""]
+    lines += [f"  {name:<12} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "  --version    the version of ddetr"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

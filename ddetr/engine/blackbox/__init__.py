@@ -1,0 +1,7 @@
+"""A training step that fails: skipped, explained, recorded, computed again.
+
+guard.py    bad steps are skipped, failed ones recorded
+trace.py    where a step stops being finite
+bundle.py   what is kept of a step that failed
+replay.py   a recorded step computed again
+"""

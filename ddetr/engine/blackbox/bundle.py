@@ -1,0 +1,260 @@
+"""What is kept of a training step that failed: enough to compute it again elsewhere.
+
+RUN/blackbox/step-000123/
+    what.txt      what happened, in words
+    bundle.json   the same for programs: step, images, losses, first place that is not finite, settings, versions
+    state.pt      batch, weights and optimiser before the step, random states: plain types and tensors
+"""
+
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddetr import __version__
+from ddetr.checkpoint.published import portable_config
+from ddetr.datasets import Annotations, sample_seed
+from ddetr.engine.blackbox.trace import MicroBatch, NormStatistics, NotFinite
+from ddetr.files import write_folder_atomically, write_text
+
+if TYPE_CHECKING:
+    from ddetr.engine.module import DetectionModule
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "blackbox"
+FORMAT = 1
+MAX_BUNDLES = 3  # a run: its first two and its latest; one holds weights and optimiser, three times the model
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as it starts, with all that computing it again needs."""
+
+    module: "DetectionModule"
+    batch: Sequence[MicroBatch]
+    num_boxes: float
+    number: int  # 1 for the first of a run, as in train.csv
+    seed: int
+    autocast: str | None  # "bfloat16", "float16"
+    norms: NormStatistics
+
+    @classmethod
+    def of(cls, module: "DetectionModule", batch: Sequence[MicroBatch], num_boxes: float) -> "Step":
+        kind = module.device.type
+        autocast = (
+            str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None
+        )
+        seed = sample_seed(module.seed, module.global_step, module.global_rank)
+        norms = NormStatistics(module.model)
+        return cls(module, batch, num_boxes, module.global_step + 1, seed, autocast, norms)
+
+
+def write_bundle(
+    run: Path,
+    step: Step,
+    said: str,
+    found: NotFinite | None,
+    *,
+    config: Mapping[str, Any],
+    annotations: Annotations | None,
+    scaler: dict[str, Any] | None = None,
+    **facts: Any,
+) -> str | None:
+    """Put the bundle into the run folder; its path, or None where none could be written.
+
+    Never raises: a full disk must not end a run that could go on, and a GPU in an unknown state, from which neither
+    batch nor weights can be read, still leaves the words.
+
+    Args:
+        said: what happened.
+        found: where it began, if that is known.
+        config: settings of the run; annotations: of the training images, to name files and classes.
+        scaler: state of the gradient scaler before the step.
+        facts: loss, gradient norm or error, for bundle.json.
+    """
+    rank = step.module.global_rank
+    path = run / FOLDER / f"step-{step.number:06d}{f'-rank{rank}' if rank else ''}"
+
+    def write(folder: Path) -> None:
+        header = _header(step, config) | {"what": said, "not_finite": None if found is None else asdict(found), **facts}
+        try:
+            header["images"] = _images(step.batch, annotations)
+            header["categories"] = [] if annotations is None else [c.name for c in annotations.categories]
+            torch.save(_state(step, scaler), folder / "state.pt")
+        except RuntimeError as error:
+            (folder / "state.pt").unlink(missing_ok=True)
+            header["what"] += f" (batch and weights could not be read any more: {type(error).__name__})"
+        write_text(folder / "bundle.json", json.dumps(_plain(header), indent=1, default=str) + "\n")
+        write_text(folder / "what.txt", _in_words(header))
+
+    try:
+        _make_room(path.parent, path.name)
+        write_folder_atomically(path, write)
+    except Exception as error:
+        logger.warning("the failed step could not be recorded in %s: %s: %s", path, type(error).__name__, error)
+        return None
+    return str(path)
+
+
+def module_of(trace: TracebackType | None, model: nn.Module) -> str | None:
+    """The innermost module of `model` in whose forward an exception was raised."""
+    names = {id(module): name for name, module in model.named_modules() if name}
+    innermost = None
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        innermost = names.get(id(owner), innermost)
+        trace = trace.tb_next
+    return innermost
+
+
+def run_bundles(run: Path) -> list[Path]:
+    """The bundles of a run, oldest step first."""
+    return sorted(path for path in (run / FOLDER).glob("step-*") if (path / "bundle.json").is_file())
+
+
+def _make_room(folder: Path, name: str) -> None:
+    """At most `MAX_BUNDLES` with the new one: the first ones, where it began, stay."""
+    others = sorted(path for path in folder.glob("step-*") if path.name != name)
+    for path in others[MAX_BUNDLES - 1 :]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def image_ids(batch: Sequence[MicroBatch]) -> list[int]:
+    return [int(target["image_id"]) for _, _, targets in batch for target in targets]
+
+
+def _header(step: Step, config: Mapping[str, Any]) -> dict[str, Any]:
+    module, device = step.module, step.module.device
+    optimizer = module.optimizers()
+    names = {id(parameter): name for name, parameter in module.model.named_parameters()}
+    return {
+        "format": FORMAT,
+        "step": step.number,
+        "epoch": module.current_epoch,
+        "rank": module.global_rank,
+        "world_size": module.trainer.world_size,
+        "seed": module.seed,
+        "step_seed": step.seed,
+        "num_boxes": step.num_boxes,
+        "images": [],
+        "categories": [],
+        "model": portable_config(module.model.config),
+        "frozen": [name for name, parameter in module.model.named_parameters() if not parameter.requires_grad],
+        "loss": None,
+        "loss_weights": asdict(module.criterion.loss_weights),
+        "optim": asdict(module.optim),
+        "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
+        "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups],
+        "autocast": step.autocast,
+        "channels_last": _is_channels_last(module.model.backbone),
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "matmul_precision": matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "versions": versions(),
+        "config": dict(config),
+    }
+
+
+def matmul_precision() -> str | None:
+    """PyTorch's choice for float32 matrix products; None inside `onednn_matmuls`, where it has no one name."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    found = {"ddetr": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("torchvision", "timm", "numpy", "scipy", "lightning"):
+        found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _images(batch: Sequence[MicroBatch], annotations: Annotations | None) -> list[dict[str, Any]]:
+    """What image stands where in the batch; its file where the annotations are at hand."""
+    wanted = set(image_ids(batch))
+    paths = {} if annotations is None else {r.image_id: str(r.path) for r in annotations.images if r.image_id in wanted}
+    return [
+        {
+            "micro_batch": index,
+            "row": row,
+            "image_id": int(target["image_id"]),
+            "path": paths.get(int(target["image_id"])),
+        }
+        for index, (_, _, targets) in enumerate(batch)
+        for row, target in enumerate(targets)
+    ]
+
+
+def _state(step: Step, scaler: dict[str, Any] | None) -> dict[str, Any]:
+    module = step.module
+    python = random.getstate()
+    numpy = np.random.get_state()
+    cuda = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(step.seed)  # as the step started
+        drawn = {"torch": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(device) for device in cuda]}
+    return {
+        "batch": [
+            {
+                "images": images.cpu(),
+                "mask": None if mask is None else mask.cpu(),
+                "targets": [_on_cpu(t) for t in targets],
+            }
+            for images, mask, targets in step.batch
+        ],
+        "weights": _on_cpu(module.model.state_dict()),
+        "optimizer": module.optimizers().state_dict(),
+        "scaler": scaler,
+        "random": drawn
+        | {"python": [python[0], list(python[1]), python[2]]}
+        | {"numpy": [str(numpy[0]), [int(n) for n in numpy[1]], int(numpy[2]), int(numpy[3]), float(numpy[4])]},
+    }
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+
+
+def _is_channels_last(module: nn.Module) -> bool:
+    kernels = [p for p in module.parameters() if p.dim() == 4 and p.shape[2] > 1 and p.shape[1] > 1]
+    return bool(kernels) and all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
+def _plain(value: Any) -> Any:
+    """The same with "nan" and "inf" for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _in_words(header: Mapping[str, Any]) -> str:
+    lines = [header["what"], ""]
+    if found := header["not_finite"]:
+        lines += [f"First place that is not finite: {found['place']} {found['name']} {found['kind']}".rstrip(), ""]
+    lines += [
+        f"micro-batch {i['micro_batch']}, image {i['row']}: id {i['image_id']}  {i['path'] or ''}"
+        for i in header["images"]
+    ]
+    lines += ["", f"epoch {header['epoch']}, seed {header['seed']}, process {header['rank']} of {header['world_size']}"]
+    lines += [", ".join(f"{name} {version}" for name, version in header["versions"].items())]
+    if header.get("error"):
+        lines += ["", header["error"]["traceback"]]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,252 @@
+"""Annotations to batches: the same global batches whatever the number of processes, decided by (seed, epoch, index)."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, get_worker_info
+
+from ddetr.datasets import Annotations, DetectionDataset, build_transform, collate, padded_shapes, worst_padded_hw
+from ddetr.datasets.config import DataConfig
+from ddetr.engine.loading.sampler import EpochOrder, similar_together
+from ddetr.engine.loading.workers import PREFETCH, default_num_workers, explained, start_worker, workers_that_fit
+from ddetr.errors import InputError
+from ddetr.runtime.limits import allow_open_files, free_shared_memory
+
+__all__ = ["DetectionData", "EpochOrder", "MicroBatch", "collate_micro", "similar_together"]
+
+logger = logging.getLogger(__name__)
+
+MOST_UNREADABLE = 0.01  # of the images (but always one): above it training would be on another data set
+
+Shapes = Sequence[tuple[int, int]]
+MicroBatch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]  # images uint8 (n, 3, H, W), mask or None, targets
+
+
+def collate_micro(samples: Sequence[tuple[Tensor, dict[str, Any]]], size: int, shapes: Shapes = ()) -> list[MicroBatch]:
+    """Samples of one optimisation step -> micro-batches of at most `size`, each padded by itself, to the smallest of
+    `shapes` (H, W) where some are given; the mask is None where nothing is padded."""
+    batches = [collate(samples[i : i + size], shapes) for i in range(0, len(samples), size)]
+    return [(images, mask if mask.any() else None, targets) for images, mask, targets in batches]
+
+
+class Unreadable:
+    """Files that could not be read, since `take` was last called: filled by the data set, wherever it runs."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, str]] = []
+
+    def __call__(self, path: str, reason: str) -> None:
+        self._found.append((path, reason))
+
+    def take(self) -> list[tuple[str, str]]:
+        found, self._found = self._found, []
+        return found
+
+
+class Loaded(NamedTuple):
+    """What a loader process sends: micro-batches whose targets are arrays, and the files that it could not read.
+
+    Arrays go through the pipe with the rest. Tensors would each take a file descriptor and a piece of shared memory of its
+    own: seven an image, which by itself can pass the limit of open files.
+    """
+
+    batch: list[MicroBatch]
+    unreadable: list[tuple[str, str]]
+
+
+class PackingCollate:
+    """Collates, then packs what is collated for its way into the training process."""
+
+    def __init__(self, collate_fn: Callable[..., list[MicroBatch]], unreadable: Unreadable):
+        self.collate_fn, self.unreadable = collate_fn, unreadable
+
+    def __call__(self, samples: Sequence[tuple[Tensor, dict[str, Any]]]) -> Loaded:
+        batch = self.collate_fn(samples)
+        if get_worker_info() is not None:
+            batch = [
+                (images, mask, [{name: values.numpy() for name, values in target.items()} for target in targets])
+                for images, mask, targets in batch
+            ]
+        return Loaded(batch, self.unreadable.take())
+
+
+class Loader(DataLoader):
+    """A DataLoader of lists of micro-batches, or of single ones, that unpacks them and hands unreadable files to `report`."""
+
+    def __init__(self, *args: Any, report: Callable[[str, str], None], single: bool = False, **options: Any):
+        super().__init__(*args, **options)
+        self.report, self.single = report, single
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._unpacked(super().__iter__())  # the workers start now, not when the first batch is asked for
+
+    def _unpacked(self, iterator: Iterator[Loaded]) -> Iterator[Any]:
+        while True:
+            with explained():
+                loaded = next(iterator, None)
+            if loaded is None:
+                return
+            for path, reason in loaded.unreadable:
+                self.report(path, reason)
+            batch = [
+                (images, mask, [{name: torch.as_tensor(values) for name, values in one.items()} for one in targets])
+                for images, mask, targets in loaded.batch
+            ]
+            yield batch[0] if self.single else batch
+
+
+class DetectionData(pl.LightningDataModule):
+    """Loaders of the two splits.
+
+    `start` is (epoch, batch): where a resumed run goes on. The epoch of that number begins with that global batch, without
+    loading those before it, though its loader's length stays that of the whole epoch. Set it before the loader is asked for.
+
+    `unreadable` are the training files that could not be read so far, in this process: path -> reason.
+    """
+
+    def __init__(
+        self,
+        train: Annotations,
+        val: Annotations,
+        data: DataConfig,
+        *,
+        batch_size: int,
+        device_batch_size: int,
+        seed: int,
+    ):
+        """batch_size: images an optimisation step, over all processes; device_batch_size: images a forward pass."""
+        super().__init__()
+        self.start = (0, 0)
+        self.unreadable: dict[str, str] = {}
+        self._found = Unreadable()
+        self.train_set = DetectionDataset(
+            train,
+            build_transform(data.augmentation, train=True, image_size=data.image_size),
+            normalize=False,
+            on_error="raise" if data.on_bad_image == "raise" else self._found,
+        )
+        self.val_set = DetectionDataset(
+            val,
+            build_transform(data.augmentation, train=False, image_size=data.image_size),
+            normalize=False,
+            train=False,
+        )
+        self.batch_size, self.device_batch_size, self.seed = batch_size, device_batch_size, seed
+        self.shapes = () if data.padded_shapes is None else padded_shapes(data.image_size, data.padded_shapes)
+        self.largest_hw = self.shapes[0] if self.shapes else worst_padded_hw(data.image_size)
+        self.buckets, self.num_workers = data.buckets, data.num_workers
+        if len(self.train_set) < batch_size:
+            raise InputError(
+                f"{train.name} has {len(self.train_set)} images, fewer than one batch of {batch_size}: "
+                f"choose a smaller one, for instance --batch_size {max(1, len(self.train_set) // 2)}"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_set) // self.batch_size
+
+    def train_dataloader(self) -> DataLoader:
+        trainer = self.trainer
+        if self.batch_size % trainer.world_size:
+            raise InputError(f"batch_size {self.batch_size} must be divisible by the {trainer.world_size} processes")
+        order = EpochOrder(
+            len(self.train_set),
+            self.batch_size,
+            seed=self.seed,
+            epoch=trainer.current_epoch,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            start=self.start,
+            device_batch_size=self.device_batch_size,
+            size_of=self.size_of if self.buckets else None,
+        )
+        return Loader(
+            self.train_set,
+            batch_sampler=BatchSampler(order, self.batch_size // trainer.world_size, drop_last=True),
+            collate_fn=PackingCollate(self._collate(), self._found),
+            report=self._report,
+            **self._loader_options(),
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the epoch, for Lightning to keep in a run's state."""
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return {"epoch": self.trainer.current_epoch, "batch": done % self.steps_per_epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = (state["epoch"], state["batch"])
+
+    def val_dataloader(self) -> DataLoader:
+        # A plain stride: the shares may differ by one image, since validation waits for the others only at its end. A
+        # process without a share repeats the first image, which the evaluator counts once: none at all would skip the end.
+        share = range(self.trainer.global_rank, len(self.val_set), self.trainer.world_size) or range(1)
+        return Loader(
+            self.val_set,
+            sampler=share,
+            batch_size=self.device_batch_size,
+            collate_fn=PackingCollate(self._collate(), Unreadable()),
+            report=self._report,
+            single=True,
+            **self._loader_options(),
+        )
+
+    def _collate(self) -> Callable[..., list[MicroBatch]]:
+        return partial(collate_micro, size=self.device_batch_size, shapes=self.shapes)
+
+    def size_of(self, index: int, seed: int) -> tuple[int, int]:
+        """(h, w) that the recipe will give an image; nothing is loaded."""
+        size_hw = self.train_set.annotations.images[index].size_hw
+        return self.train_set.transform.draw(size_hw, torch.Generator().manual_seed(seed)).out_hw
+
+    def _report(self, path: str, reason: str) -> None:
+        """Says each file once, and refuses when they are too many."""
+        if path in self.unreadable:
+            return
+        self.unreadable[path] = reason
+        num_images = len(self.train_set)
+        allowed = max(1, int(MOST_UNREADABLE * num_images))
+        if len(self.unreadable) > allowed:
+            raise InputError(
+                f"{len(self.unreadable)} of the {num_images} training images can't be read, more than {allowed}; the last: "
+                f"{reason} `ddetr data audit --decode true` lists all that are damaged: restore them, or remove their entries"
+            )
+        logger.warning(
+            "%s Another image stands in for it (unreadable so far: %d of %d; --data.on_bad_image raise stops instead).",
+            reason, len(self.unreadable), num_images,
+        )  # fmt: skip
+
+    def _loader_options(self) -> dict[str, Any]:
+        num_workers = self._default_num_workers if self.num_workers is None else self.num_workers
+        options = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": start_worker}
+        if num_workers:
+            allow_open_files()
+            options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
+        return options
+
+    @cached_property
+    def _default_num_workers(self) -> int:
+        processes = _processes_here(self.trainer)
+        wanted = default_num_workers(on_gpu=torch.cuda.is_available(), processes=processes)
+        height, width = self.largest_hw
+        batch_bytes = self.batch_size // self.trainer.world_size * height * width * 4  # 8-bit colours and the mask
+        free = free_shared_memory()
+        fitting = workers_that_fit(wanted, batch_bytes, None if free is None else free // processes)
+        if fitting < wanted:
+            logger.warning(
+                "/dev/shm has %.0f MiB free, and a batch may take %.0f MiB of it: %s. Give it room (docker run --shm-size 8g; "
+                "compose: shm_size; Kubernetes: an emptyDir in memory); --data.num_workers insists on a number",
+                free / 2**20, batch_bytes / 2**20,
+                f"{fitting} instead of {wanted} processes load images" if fitting
+                else f"the training process loads images itself, instead of {wanted} others",
+            )  # fmt: skip
+        return fitting
+
+
+def _processes_here(trainer: pl.Trainer) -> int:
+    """Training processes on this machine."""
+    return max(1, getattr(trainer, "num_devices", 1))

@@ -1,0 +1,327 @@
+"""COCO's detection metrics over any predict function, with per-class rows and the threshold of the best F1 score.
+
+The arithmetic is a library's (hotcoco, faster-coco-eval or pycocotools: they agree to the last digit and differ up to
+120-fold in time); this file feeds it and reads the numbers from its precision and recall arrays. Policies:
+
+- Ignore regions (crowd, difficult) are COCO's `iscrowd=1`: a detection inside one counts neither for nor against.
+- An undefined number (no ground truth of that class or size; pycocotools says -1) is NaN, and None in `to_dict`.
+  Where there are objects and no detections the numbers are 0.
+- An image without detections has missed all its objects, whether it was passed with no detections or not at all (a
+  results file does not tell these apart). `compute(partial=True)` restricts to the images passed.
+- The limit on detections is COCO's: the `max_detections` best per image *and class*.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddetr.boxes import box_xyxy_to_xywh
+from ddetr.datasets.annotations import Annotations, Category, ImageTable
+from ddetr.errors import InputError
+from ddetr.evaluation.backends import BACKENDS, Backend
+from ddetr.evaluation.metrics import ClassMetrics, Metrics, best_threshold
+from ddetr.evaluation.overlaps import Found, Objects, match_detections
+from ddetr.evaluation.results import coco_results, read_coco_results
+
+__all__ = [
+    "BACKENDS",
+    "ClassMetrics",
+    "CocoEvaluator",
+    "Metrics",
+    "detections_to_coco_results",
+    "evaluate",
+    "read_coco_results",
+]
+
+log = logging.getLogger(__name__)
+
+Detections = dict[str, Tensor]  # what PostProcess returns for an image: scores (k,), labels (k,), boxes (k, 4) xyxy px
+
+
+class CocoEvaluator:
+    """Gathers detections image by image, in any order and from any number of processes, and computes the metrics.
+
+    Args:
+        annotations: the ground truth; its labels are what detections are labelled with.
+        max_detections: best detections an image and class that count (COCO: 100).
+        backend: "auto" (the first installed of hotcoco, faster-coco-eval, pycocotools) or one of these by name.
+    """
+
+    def __init__(self, annotations: Annotations, max_detections: int = 100, backend: str = "auto"):
+        if max_detections < 1:
+            raise InputError(f"max_detections must be at least 1, got {max_detections}.")
+        self.annotations = annotations
+        self.max_detections = max_detections
+        self._backend = Backend(backend)
+        self.backend = self._backend.name
+        images = annotations.images
+        self.images = images if isinstance(images, ImageTable) else ImageTable.from_records(images)
+        self._index = {image_id: i for i, image_id in enumerate(self.images.image_ids.tolist())}
+        if len(self._index) != len(self.images):
+            raise InputError(f"Image ids must differ: {annotations.name} has repeated ones.")
+        self._found: dict[int, _ImageFound] = {}
+
+    def update(self, image_ids: Iterable[int], detections: Sequence[Detections]) -> None:
+        """Takes the detections of some images; an image that was seen before keeps its first ones.
+
+        The first ones stay because a sampler that wraps around, to give every process as many images, repeats some.
+        """
+        image_ids = [int(image_id) for image_id in image_ids]
+        if len(image_ids) != len(detections):
+            raise InputError(f"Expected detections for {len(image_ids)} images, got {len(detections)}.")
+        for image_id, found in zip(image_ids, _to_found(detections)):
+            self._add(image_id, found)
+
+    def update_coco_results(self, results: Sequence[dict[str, Any]]) -> None:
+        """Takes a list in COCO's results format (`read_coco_results`), with the annotations' own category ids."""
+        label_of = {category.category_id: label for label, category in enumerate(self.annotations.categories)}
+        rows: dict[int, list[tuple[list[float], float, int]]] = {}
+        for i, result in enumerate(results):
+            try:
+                image_id, category_id = int(result["image_id"]), result["category_id"]
+                left, top, width, height = map(float, result["bbox"])
+                score = float(result["score"])
+            except (KeyError, TypeError, ValueError) as error:
+                wanted = "image_id, category_id, bbox (left, top, width, height) and score"
+                raise InputError(
+                    f"Result {i} is not in COCO's results format: expected {wanted}, got {result}."
+                ) from error
+            if category_id not in label_of:
+                known = _shortened(sorted(label_of))
+                raise InputError(f"Result {i} has category_id {category_id}, {self.annotations.name} has {known}.")
+            rows.setdefault(image_id, []).append(([left, top, width, height], score, label_of[category_id]))
+        for image_id, image_rows in rows.items():
+            boxes_xywh, scores, labels = zip(*image_rows)
+            found = _ImageFound(
+                np.array(boxes_xywh, np.float32), np.array(scores, np.float32), np.array(labels, np.int64)
+            )
+            self._add(image_id, found)
+
+    def coco_results(self) -> list[dict[str, Any]]:
+        """All detections so far in COCO's results format, with original category ids, by image id."""
+        results = []
+        own_ids = [category.category_id for category in self.annotations.categories]
+        for image_id, found in sorted(self._found.items()):
+            category_ids = [own_ids[label] for label in found.labels.tolist()]
+            results.extend(coco_results(image_id, found.boxes_xywh, found.scores, category_ids))
+        return results
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What this process has gathered, as few plain arrays: for `torch.distributed.all_gather_object`."""
+        found = list(self._found.values())
+        return {
+            "image_ids": np.array(list(self._found), dtype=np.int64),
+            "num_detections": np.array([len(one.scores) for one in found], dtype=np.int64),
+            "num_non_finite": np.array([one.num_non_finite for one in found], dtype=np.int64),
+            "boxes_xywh": np.concatenate([_NOTHING.boxes_xywh, *(one.boxes_xywh for one in found)]),
+            "scores": np.concatenate([_NOTHING.scores, *(one.scores for one in found)]),
+            "labels": np.concatenate([_NOTHING.labels, *(one.labels for one in found)]),
+        }
+
+    def merge(self, states: Iterable[dict[str, np.ndarray]]) -> None:
+        """Adds the states of other processes; an image in several is counted once.
+
+        The first state that has an image wins, also over this process's own: so all processes that merge the same
+        list compute the same numbers, bit for bit, and agree on which checkpoint is the best.
+        """
+        merged: dict[int, _ImageFound] = {}
+        for state in states:
+            ends = np.cumsum(state["num_detections"])
+            for i, image_id in enumerate(state["image_ids"].tolist()):
+                if image_id not in merged:
+                    rows = slice(ends[i] - state["num_detections"][i], ends[i])
+                    columns = (state[name][rows] for name in ("boxes_xywh", "scores", "labels"))
+                    merged[image_id] = _ImageFound(*columns, num_non_finite=int(state["num_non_finite"][i]))
+        self._found = {**self._found, **merged}
+
+    def reset(self) -> None:
+        """Forgets all detections."""
+        self._found.clear()
+
+    def compute(self, partial: bool = False) -> Metrics:
+        """The metrics over all images of the annotations, or, if `partial`, over those that were passed.
+
+        Args:
+            partial: for a run that meant to see a part only (a sanity check, a limited number of batches).
+        """
+        num_non_finite = sum(found.num_non_finite for found in self._found.values())
+        if num_non_finite:
+            log.warning("%d detections were NaN or infinite and were left out.", num_non_finite)
+        missing = len(self._index) - len(self._found)
+        if missing and not partial:
+            log.warning("%d of %d images got no detections: their objects count as missed.", missing, len(self._index))
+        image_ids, objects, found = self.gathered(partial)
+        num_classes, most = len(self.annotations.categories), self.max_detections
+        limits = (1, min(10, most), most)
+        precision, recall = self._backend.accumulate(objects, found, len(image_ids), num_classes, limits)
+        return self._summarise(precision, recall, objects, found, len(image_ids))
+
+    def gathered(self, partial: bool = False) -> tuple[np.ndarray, Objects, Found]:
+        """(I,) ids of the images in ascending order, with all their objects and detections."""
+        chosen = sorted(self._found if partial else self._index)
+        image_ids = np.array(chosen, dtype=np.int64)
+        place = np.full(len(self.images), -1, dtype=np.int64)  # of each image of the annotations in `image_ids`
+        place[[self._index[image_id] for image_id in chosen]] = np.arange(len(chosen))
+        image = np.repeat(place, np.diff(self.images.offsets))
+        order = np.argsort(image, kind="stable")
+        order = order[image[order] >= 0]
+        columns = (self.images.boxes_xyxy, self.images.labels, self.images.area, self.images.ignore)
+        objects = Objects(image[order], *(column[order] for column in columns))
+        found = [self._found.get(image_id, _NOTHING) for image_id in chosen]
+        image = np.repeat(np.arange(len(found)), [len(one.scores) for one in found])
+        names = ("boxes_xywh", "scores", "labels")
+        columns = (np.concatenate([getattr(one, name) for one in (_NOTHING, *found)]) for name in names)
+        return image_ids, objects, Found(image, *columns)
+
+    def _add(self, image_id: int, found: _ImageFound) -> None:
+        if image_id not in self._index:
+            raise InputError(f"Image id {image_id} is not in {self.annotations.name}: evaluate on its own images.")
+        if image_id in self._found:
+            return
+        num_classes = len(self.annotations.categories)
+        if len(found.labels) and not (found.labels.min() >= 0 and found.labels.max() < num_classes):
+            raise InputError(
+                f"Labels must lie in 0..{num_classes - 1}, the classes of {self.annotations.name}; image {image_id} "
+                f"has {found.labels.min()}..{found.labels.max()}: the model was trained on other classes."
+            )
+        finite = np.isfinite(found.scores) & np.isfinite(found.boxes_xywh).all(axis=1)
+        if not finite.all():
+            columns = (column[finite] for column in (found.boxes_xywh, found.scores, found.labels))
+            found = _ImageFound(*columns, num_non_finite=int((~finite).sum()))
+        self._found[image_id] = found
+
+    def _summarise(
+        self, precision: np.ndarray, recall: np.ndarray, objects: Objects, found: Found, num_images: int
+    ) -> Metrics:
+        every, at_50, at_75 = slice(None), 0, 5  # of the IoU thresholds 0.50, 0.55, ... 0.95
+        numbers = {
+            "AP": _mean(precision[..., 0, -1]),
+            "AP50": _mean(precision[at_50, ..., 0, -1]),
+            "AP75": _mean(precision[at_75, ..., 0, -1]),
+            "AR1": _mean(recall[..., 0, 0]),
+            "AR10": _mean(recall[..., 0, 1]),
+            "AR100": _mean(recall[..., 0, -1]),
+        }
+        for area, size in enumerate("sml", start=1):
+            numbers[f"AP{size}"] = _mean(precision[..., area, -1])
+            numbers[f"AR{size}"] = _mean(recall[..., area, -1])
+        num_classes = len(self.annotations.categories)
+        num_objects = np.bincount(objects.labels[~objects.ignore], minlength=num_classes)
+        per_class = []
+        for label, category in enumerate(self.annotations.categories):
+            ap, ap50, ap75 = (_mean(precision[ious, :, label, 0, -1]) for ious in (every, at_50, at_75))
+            ar = _mean(recall[:, label, 0, -1])
+            sizes = (_mean(precision[:, :, label, area, -1]) for area in (1, 2, 3))
+            row = (label, category.category_id, category.name, int(num_objects[label]), ap, ap50, ap75, ar)
+            per_class.append(ClassMetrics(*row, *sizes))
+        counts, correct = match_detections(found, objects)
+        columns = (found.scores[counts], found.labels[counts], correct[counts])
+        threshold, f1 = best_threshold(*columns, num_objects)
+        return Metrics(
+            **numbers,
+            per_class=per_class,
+            threshold=threshold,
+            f1=f1,
+            num_images=num_images,
+            num_objects=int(num_objects.sum()),
+            num_detections=len(found.scores),
+            max_detections=self.max_detections,
+            backend=self.backend,
+            curves=precision[[at_50, at_75], :, :, 0, -1],
+        )
+
+
+def evaluate(
+    predict_fn: Callable[[Tensor, Tensor, Tensor], list[Detections]],
+    batches: Iterable[tuple[Tensor, Tensor, list[dict[str, Tensor]]]],
+    annotations: Annotations,
+    *,
+    max_detections: int = 100,
+    backend: str = "auto",
+    partial: bool = False,
+    evaluator: CocoEvaluator | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Metrics:
+    """Runs `predict_fn` over all batches and computes the metrics.
+
+    Args:
+        predict_fn: `predict_fn(images, mask, target_sizes_hw)`, with what `collate` returns and (N, 2) int64 heights
+            and widths of the originals, all where the loader left them; gives a dict an image as PostProcess does.
+        batches: what a loader over `annotations` with `collate` yields.
+        partial: compute over the images seen alone (see `CocoEvaluator.compute`).
+        evaluator: where to gather, to have the detections afterwards (`evaluator.coco_results()`), or more batches.
+        progress: called with the number of images done and of all images, after each batch.
+    """
+    evaluator = evaluator or CocoEvaluator(annotations, max_detections, backend)
+    num_done = 0
+    for images, mask, targets in batches:
+        target_sizes_hw = torch.stack([target["orig_size"] for target in targets])  # (N, 2)
+        with torch.no_grad():
+            detections = predict_fn(images, mask, target_sizes_hw)
+        evaluator.update([int(target["image_id"]) for target in targets], detections)
+        num_done += len(targets)
+        if progress is not None:
+            progress(min(num_done, len(annotations.images)), len(annotations.images))
+    return evaluator.compute(partial=partial)
+
+
+def detections_to_coco_results(
+    image_ids: Iterable[int], detections: Sequence[Detections], categories: Sequence[Category]
+) -> list[dict[str, Any]]:
+    """Detections in COCO's results format, an image each, with labels turned into the data set's own ids."""
+    results = []
+    for image_id, found in zip(image_ids, _to_found(detections), strict=True):
+        category_ids = [categories[label].category_id for label in found.labels.tolist()]
+        results.extend(coco_results(int(image_id), found.boxes_xywh, found.scores, category_ids))
+    return results
+
+
+class _ImageFound(NamedTuple):
+    """The detections of an image: k of them."""
+
+    boxes_xywh: np.ndarray  # (k, 4) float32
+    scores: np.ndarray  # (k,) float32
+    labels: np.ndarray  # (k,) int64
+    num_non_finite: int = 0  # left out of the k
+
+
+_NOTHING = _ImageFound(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
+
+def _to_found(detections: Sequence[Detections]) -> list[_ImageFound]:
+    """Those of several images at once: one copy from the device for all of them, not three for each."""
+    for one in detections:
+        if (
+            one["boxes"].shape != (len(one["scores"]), 4)
+            or one["scores"].ndim != 1
+            or one["labels"].shape != one["scores"].shape
+        ):
+            shapes = ", ".join(str(tuple(one[name].shape)) for name in ("boxes", "scores"))
+            raise InputError(
+                f"Expected boxes (k, 4), scores (k,) and labels (k,), got {shapes} and {tuple(one['labels'].shape)}."
+            )
+    if not detections:
+        return []
+    boxes_xyxy, scores, labels = (
+        torch.cat([one[name].detach() for one in detections]).cpu() for name in ("boxes", "scores", "labels")
+    )
+    boxes_xywh = box_xyxy_to_xywh(boxes_xyxy.float()).numpy()
+    ends = np.cumsum([len(one["scores"]) for one in detections])[:-1]
+    columns = (np.split(column, ends) for column in (boxes_xywh, scores.float().numpy(), labels.long().numpy()))
+    return [_ImageFound(*(column.copy() for column in image)) for image in zip(*columns)]
+
+
+def _mean(values: np.ndarray) -> float:
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else math.nan
+
+
+def _shortened(values: Sequence[object], most: int = 10) -> str:
+    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")

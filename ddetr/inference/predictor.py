@@ -1,0 +1,212 @@
+"""Images in, named objects in pixels of those images out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+
+from ddetr.datasets.annotations import Category
+from ddetr.datasets.collate import collate
+from ddetr.datasets.image_input import ImageInput, as_rgb
+from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images, official_eval
+from ddetr.errors import InputError
+from ddetr.inference.detections import Detections
+from ddetr.inference.optimize import Optimization, optimize_model
+from ddetr.models.postprocess import PostProcess
+
+__all__ = ["Predictor", "PreparedImage"]
+
+log = logging.getLogger(__name__)
+
+
+class PreparedImage(NamedTuple):
+    """An image that was read and resized, before it is put into a batch."""
+
+    image: Tensor  # (3, H, W) uint8, the original, upright
+    resized: Tensor  # (3, h, w) uint8, the model's size
+    path: Path | None
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Of the original."""
+        return self.image.shape[1], self.image.shape[2]
+
+
+class Predictor:
+    """A model with everything that belongs to predicting with it: classes, image size, threshold, device.
+
+    The images go the way of evaluation's: same decoding, same resizing, same padding.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        categories: Sequence[Category],
+        *,
+        image_size: int = 800,
+        max_size: int = 1333,
+        max_detections: int = 100,
+        threshold: float = 0.5,
+        device: str | torch.device | None = None,
+        optimize: bool | Optimization = False,
+    ):
+        """
+        Args:
+            model: `model(images, mask)` gives `pred_logits` (N, Q, K) and `pred_boxes` (N, Q, 4); it is moved to the
+                device and put into evaluation mode.
+            categories: the K classes, by label.
+            image_size: short side in pixels that images are resized to.
+            max_size: limit for the long side, in pixels.
+            max_detections: the most objects an image.
+            threshold: least score of an object, where `predict` is given none.
+            device: where to run; by default a GPU if there is one.
+            optimize: work with a faster copy of the model (`ddetr.inference.optimize.optimize_model`): True or "float32" changes
+                nothing but rounding; "bfloat16" and "compile" are faster and less precise.
+        """
+        self.threshold = _checked_threshold(threshold)
+        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        if optimize:
+            self.model = optimize_model(self.model, "float32" if optimize is True else optimize)
+        self.categories = tuple(categories)
+        self.image_size = image_size
+        self.max_size = max_size
+        self._transform = official_eval(image_size, max_size)
+        self._postprocess = PostProcess(max_detections)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | PathLike, device: str | torch.device | None = None, **options) -> Predictor:
+        """Of a checkpoint that `save_checkpoint` wrote: its model, classes, image size and threshold.
+
+        Args:
+            path: the checkpoint file.
+            device: where to run; by default a GPU if there is one.
+            options: any other option of the constructor, instead of what the checkpoint says.
+        """
+        from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
+
+        checkpoint = load_checkpoint(path)
+        for name, ours in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            theirs = checkpoint.input.get(name, ours)
+            if not torch.allclose(torch.tensor(theirs), torch.tensor(ours), atol=1e-4):
+                raise InputError(f"{path}: expected images normalised with ImageNet's {name} {ours}, got {theirs}.")
+        saved = {name: checkpoint.input[name] for name in ("image_size", "max_size")}
+        if 0 <= checkpoint.threshold <= 1:  # it is NaN where no threshold found anything
+            saved["threshold"] = checkpoint.threshold
+        return cls(build_from_checkpoint(checkpoint), checkpoint.categories, device=device, **{**saved, **options})
+
+    def predict(
+        self, images: ImageInput | Sequence[ImageInput], threshold: float | None = None, batch_size: int = 1
+    ) -> Detections | list[Detections]:
+        """Finds the objects in an image, or in each of a list of them.
+
+        Args:
+            images: a path, Pillow image, numpy array uint8 (h, w, 3) RGB or (h, w) grey, tensor uint8 or float in
+                [0, 1] (3, h, w); or a list of these.
+            threshold: least score; by default the predictor's own.
+            batch_size: images that run through the model together. Padding to a common size changes the scores
+                slightly; 1 has none.
+
+        Returns:
+            `Detections` for an image, a list of them for a list.
+        """
+        if not isinstance(images, (list, tuple)):
+            return next(self.predict_batches([images], threshold))[0]
+        return [one for batch in self.predict_batches(images, threshold, batch_size) for one in batch]
+
+    def predict_batches(
+        self, images: Iterable[ImageInput], threshold: float | None = None, batch_size: int = 1
+    ) -> Iterator[list[Detections]]:
+        """The same one batch after another, for many images or a progress bar; images are read when they are due."""
+        check_batch_size(batch_size)
+        batch: list[PreparedImage] = []
+        for image in images:
+            batch.append(self.prepare(image))
+            if len(batch) == batch_size:
+                yield self.predict_prepared(batch, threshold)
+                batch = []
+        if batch:
+            yield self.predict_prepared(batch, threshold)
+
+    def prepare(self, image: ImageInput) -> PreparedImage:
+        """Reads, checks and resizes one image; raises `InputError` where that can not be done."""
+        rgb = as_rgb(image)
+        size_hw = (rgb.shape[1], rgb.shape[2])
+        if self.max_size * min(size_hw) < max(size_hw):
+            raise InputError(
+                f"An image of {size_hw[1]} x {size_hw[0]} pixels is too thin: nothing is left of it at "
+                f"{self.max_size} pixels. Cut it into parts."
+            )
+        no_objects = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size_hw)
+        resized, _ = self._transform(tv_tensors.Image(rgb), {"boxes": no_objects, "area": torch.zeros(0)})
+        path = Path(image) if isinstance(image, (str, PathLike)) else None
+        return PreparedImage(rgb, resized.as_subclass(Tensor), path)
+
+    def predict_prepared(self, batch: Sequence[PreparedImage], threshold: float | None = None) -> list[Detections]:
+        """Finds the objects in a batch of prepared images."""
+        threshold = self.threshold if threshold is None else _checked_threshold(threshold)
+        images, mask, _ = collate([(image.resized, {}) for image in batch])
+        found = self.detect(images, mask if mask.any() else None, torch.tensor([image.size_hw for image in batch]))
+        return [
+            Detections.from_labels(self._sound(one), self.categories, image.size_hw, image.path).filter(threshold)
+            for one, image in zip(found, batch)
+        ]
+
+    @torch.no_grad()
+    def detect(self, images: Tensor, mask: Tensor | None, target_sizes_hw: Tensor) -> list[dict[str, Tensor]]:
+        """The predict function that `ddetr.evaluation.evaluator.evaluate` takes: no threshold, as evaluation needs it.
+
+        Args:
+            images: (N, 3, H, W), uint8 or normalised float.
+            mask: (N, H, W) bool, True = padding; None where nothing is padded.
+            target_sizes_hw: (N, 2) original heights and widths.
+
+        Returns:
+            N dicts on the CPU: `scores` (k,), `labels` (k,), `boxes` (k, 4) xyxy in pixels of the originals.
+        """
+        images, mask = images.to(self.device), None if mask is None else mask.to(self.device)
+        if images.dtype == torch.uint8:
+            images = normalize_images(images, mask)
+        outputs = self.model(images, mask)
+        num_classes = outputs["pred_logits"].shape[-1]
+        if num_classes != len(self.categories):
+            raise InputError(f"The model has {num_classes} classes, but {len(self.categories)} categories were given.")
+        found = self._postprocess(outputs, target_sizes_hw.to(self.device))
+        return [{name: values.cpu() for name, values in one.items()} for one in found]
+
+    def _sound(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        finite = torch.isfinite(found["boxes"]).all(dim=1) & torch.isfinite(found["scores"])
+        if finite.all():
+            return found
+        log.warning("%d detections were NaN or infinite and were left out.", int((~finite).sum()))
+        return {name: values[finite] for name, values in found.items()}
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        gpus = torch.cuda.device_count()
+        raise InputError(
+            f"The device is cpu, cuda or cuda:N, and PyTorch sees {gpus} GPUs here, got {device}."
+        ) from error
+    return chosen
+
+
+def _checked_threshold(threshold: float) -> float:
+    if not 0 <= threshold <= 1:
+        raise InputError(f"The score threshold must lie in [0, 1], got {threshold}.")
+    return float(threshold)

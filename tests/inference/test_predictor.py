@@ -1,0 +1,313 @@
+"""Predictor and Detections: every kind of image in, evaluation's own preprocessing, pixels of the original out."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from ddetr.datasets.annotations import Annotations, Category, ImageRecord
+from ddetr.datasets.collate import collate
+from ddetr.datasets.dataset import DetectionDataset
+from ddetr.datasets.transforms import official_eval
+from ddetr.errors import InputError
+from ddetr.evaluation.evaluator import CocoEvaluator, evaluate
+from ddetr.inference.detections import Detections
+from ddetr.inference.predictor import Predictor
+
+CATEGORIES = (Category(3, "cat"), Category(17, "dog"), Category(90, "owl"))
+QUERIES = [(0.5, 0.5, 0.5, 0.5), (0.25, 0.25, 0.2, 0.4), (0.8, 0.6, 0.3, 0.2)]
+
+
+class StubModel(nn.Module):
+    """Finds the same three relative boxes in each image, and keeps what it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, images, mask):
+        assert not self.training
+        self.seen.append((images, mask))
+        logits = torch.tensor([[2.0, -9, -9], [-9, 0.5, -9], [-9, -9, -1]])
+        boxes = torch.tensor(QUERIES)
+        return {"pred_logits": logits.repeat(len(images), 1, 1), "pred_boxes": boxes.repeat(len(images), 1, 1)}
+
+
+@pytest.fixture
+def predictor() -> Predictor:
+    return Predictor(StubModel(), CATEGORIES, image_size=40, max_size=64, threshold=0.5, device="cpu")
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+
+
+def test_boxes_are_in_pixels_of_the_original(predictor, pixels):
+    found = predictor.predict(pixels)
+    assert isinstance(found, Detections)
+    assert found.size_hw == (60, 90)
+    assert found.names == ["cat", "dog"]
+    assert found.labels.tolist() == [0, 1]
+    assert found.category_ids.tolist() == [3, 17]
+    assert found.scores.tolist() == pytest.approx([0.8808, 0.6225], abs=1e-4)
+    assert found.boxes_xyxy[0].tolist() == pytest.approx([22.5, 15, 67.5, 45])
+
+
+def test_all_kinds_of_images_are_the_same_image(predictor, pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    kinds = [tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), pixels, tensor, tensor / 255]
+    found = predictor.predict(kinds)
+    assert [one.path for one in found] == [tmp_path / "a.png"] * 2 + [None] * 4
+    for images, mask in predictor.model.seen:
+        assert torch.equal(images, predictor.model.seen[0][0])
+        assert images.shape == (1, 3, 40, 60)
+        assert mask is None  # nothing is padded
+
+
+def test_grey_images(predictor, pixels):
+    grey = pixels[:, :, 0]
+    predictor.predict([grey, grey[:, :, None], torch.from_numpy(grey)[None], Image.fromarray(grey)])
+    predictor.predict(np.repeat(grey[:, :, None], 3, axis=2))
+    for images, _ in predictor.model.seen:
+        assert torch.equal(images, predictor.model.seen[-1][0])
+
+
+def test_exif_rotation_is_applied(predictor, tmp_path):
+    image = Image.new("RGB", (90, 60))
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    found = predictor.predict(tmp_path / "turned.jpg")
+    assert found.size_hw == (90, 60)
+    assert found.boxes_xyxy[0].tolist() == pytest.approx([15, 22.5, 45, 67.5])
+    assert found.draw().size == (60, 90)
+
+
+def test_one_or_a_list(predictor, pixels):
+    assert predictor.predict([]) == []
+    (found,) = predictor.predict([pixels])
+    assert len(found) == 2
+    found = predictor.predict([pixels, pixels[:30], pixels[:, :50]], batch_size=2)
+    assert [one.size_hw for one in found] == [(60, 90), (30, 90), (60, 50)]
+    sizes = [tuple(images.shape) for images, _ in predictor.model.seen[1:]]
+    assert sizes == [(2, 3, 40, 63), (1, 3, 48, 40)]
+    images, mask = predictor.model.seen[1]
+    assert mask[0, :, 60:].all()
+    assert not mask[0, :, :60].any()
+    assert (images[0, :, mask[0]] == 0).all()  # padding is 0 after normalisation
+
+
+def test_images_are_read_when_they_are_due(predictor, pixels):
+    def images():
+        for i in range(100):
+            assert i < 4
+            yield pixels
+
+    batches = predictor.predict_batches(images(), batch_size=2)
+    assert [len(next(batches)), len(next(batches))] == [2, 2]
+
+
+def test_threshold(predictor, pixels):
+    assert len(predictor.predict(pixels, threshold=0)) == 9  # 3 queries x 3 classes
+    assert len(predictor.predict(pixels, threshold=0.7)) == 1
+    none = predictor.predict(pixels, threshold=1)
+    assert (len(none), list(none), none.boxes_xyxy.shape) == (0, [], (0, 4))
+    for threshold in (-0.1, 1.5, float("nan")):
+        with pytest.raises(InputError, match=r"must lie in \[0, 1\]"):
+            predictor.predict(pixels, threshold=threshold)
+    with pytest.raises(InputError, match=r"must lie in \[0, 1\]"):
+        Predictor(StubModel(), CATEGORIES, threshold=50)
+
+
+def test_max_detections(pixels):
+    predictor = Predictor(StubModel(), CATEGORIES, image_size=40, max_detections=2, device="cpu")
+    assert len(predictor.predict(pixels, threshold=0)) == 2
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (5, "a numpy array or a torch tensor, got int"),
+        ("no/such/image.jpg", "There is no image no/such/image.jpg"),
+        (np.zeros((3, 60, 90), np.uint8), "move the channels to the end"),
+        (np.zeros((60, 90, 3), np.float32), r"got float32 \(60, 90, 3\): scale it"),
+        (np.zeros((2, 60, 90, 3), np.uint8), "as a list"),
+        (np.zeros((60, 90, 7), np.uint8), r"got uint8 \(60, 90, 7\)"),
+        (np.zeros((0, 90, 3), np.uint8), r"got uint8 \(0, 90, 3\)"),
+        (torch.zeros(60, 90, 3), "move the channels to the front"),
+        (torch.zeros(2, 3, 60, 90), "as a list"),
+        (torch.zeros(3, 0, 90), "got torch.float32"),
+        (torch.zeros(3, 60, 90, dtype=torch.int64), "got torch.int64"),
+        (torch.full((3, 60, 90), -2.0), r"values in \[-2, -2\]: pass it before normalisation"),
+        (torch.full((3, 60, 90), 255.0), r"values in \[255, 255\]"),
+        (torch.full((3, 60, 90), float("nan")), "values in"),
+        (np.zeros((1, 300, 3), np.uint8), "300 x 1 pixels is too thin"),
+    ],
+)
+def test_wrong_images_say_what_is_wrong(predictor, image, message):
+    with pytest.raises(InputError, match=message):
+        predictor.predict(image)
+
+
+def test_wrong_options_say_what_is_wrong(predictor, pixels):
+    with pytest.raises(InputError, match="batch_size"):
+        predictor.predict([pixels], batch_size=0)
+    with pytest.raises(InputError, match="The model has 3 classes, but 2 categories"):
+        Predictor(StubModel(), CATEGORIES[:2], device="cpu").predict(pixels)
+
+
+def test_non_finite_detections_are_left_out(predictor, pixels, monkeypatch, caplog):
+    monkeypatch.setattr(f"{__name__}.QUERIES", [(float("nan"), 0.5, 0.5, 0.5), *QUERIES[1:]])
+    assert predictor.predict(pixels).names == ["dog"]
+    assert "NaN or infinite" in caplog.text
+
+
+def test_same_preprocessing_and_numbers_as_evaluation(predictor, tmp_path):
+    rng = np.random.default_rng(1)
+    records = []
+    for i, (height, width) in enumerate([(60, 90), (120, 50), (33, 200)]):
+        path = tmp_path / f"{i}.jpg"
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        cx, cy, w, h = QUERIES[0]
+        box = np.array([[cx - w / 2 + 0.05, cy - h / 2, cx + w / 2, cy + h / 2]]) * [width, height, width, height]
+        area, ignore = np.array([500], np.float32), np.array([False])
+        records.append(ImageRecord(i + 1, path, (height, width), box.astype(np.float32), np.array([0]), area, ignore))
+    annotations = Annotations("three", "coco", CATEGORIES, records, ())
+    for normalize in (True, False):
+        predictor.model.seen.clear()
+        dataset = DetectionDataset(annotations, official_eval(40, 64), normalize=normalize, train=False)
+        metrics = evaluate(predictor.detect, (collate([sample]) for sample in dataset), annotations)
+        found = predictor.predict([record.path for record in records], threshold=0)
+        seen = predictor.model.seen
+        for (evaluated, _), (predicted, _) in zip(seen[:3], seen[3:]):
+            assert torch.allclose(evaluated, predicted, atol=1e-6)
+        saved = [result for record, one in zip(records, found) for result in one.to_coco(record.image_id)]
+        evaluator = CocoEvaluator(annotations)
+        evaluator.update_coco_results(saved)
+        assert evaluator.compute().to_dict() == metrics.to_dict()
+        assert 0 < metrics.AP < 1
+
+
+def test_detections_as_coco_and_for_people(predictor, pixels, tmp_path):
+    found = predictor.predict(pixels)
+    with pytest.raises(InputError, match="needs an image id"):
+        found.to_coco()
+    first = found.to_coco(7)[0]
+    assert first == {
+        "image_id": 7,
+        "category_id": 3,
+        "bbox": [22.5, 15, 45, 30],
+        "score": pytest.approx(0.8808, abs=1e-4),
+    }
+    plain = found.to_dict()
+    assert (plain["width"], plain["height"], plain["path"]) == (90, 60, None)
+    assert plain["detections"][0] == {
+        "name": "cat",
+        "score": 0.8808,
+        "box_xyxy": [22.5, 15, 67.5, 45],
+        "category_id": 3,
+        "label": 0,
+    }
+    assert [one.name for one in found] == found.names
+    assert len(found.filter(0.7)) == 1
+
+
+def test_detections_check_their_shapes():
+    right = {
+        "boxes_xyxy": torch.zeros(2, 4),
+        "scores": torch.zeros(2),
+        "labels": torch.zeros(2, dtype=torch.int64),
+        "category_ids": torch.zeros(2, dtype=torch.int64),
+        "names": ["a", "b"],
+        "size_hw": (10, 20),
+    }
+    assert len(Detections(**right)) == 2
+    with pytest.raises(InputError, match=r"Expected boxes_xyxy \(2, 4\) for 2 names, got \(2, 5\)"):
+        Detections(**{**right, "boxes_xyxy": torch.zeros(2, 5)})
+    with pytest.raises(InputError, match=r"Expected scores \(3,\) for 3 names, got \(2,\)"):
+        Detections(**{**right, "names": ["a", "b", "c"], "boxes_xyxy": torch.zeros(3, 4)})
+    with pytest.raises(InputError, match="size_hw"):
+        Detections(**{**right, "size_hw": (0, 20)})
+
+
+def test_drawing(predictor, pixels, tmp_path):
+    found = predictor.predict(pixels)
+    picture = found.draw(pixels)
+    assert picture.size == (90, 60)
+    assert not np.array_equal(np.asarray(picture), pixels)
+    assert found.draw(pixels, min_side=200).size == (360, 240)
+    with pytest.raises(InputError, match="pass the image"):
+        found.draw()
+    with pytest.raises(InputError, match="image of 90 x 60 pixels that was predicted on, got 60 x 90"):
+        found.draw(pixels.transpose(1, 0, 2))
+
+
+@pytest.mark.filterwarnings("ignore")  # supervision warns where OpenCV is missing
+def test_supervision(predictor, pixels):
+    pytest.importorskip("supervision", reason="needs the extra viz")
+    converted = predictor.predict(pixels).to_supervision()
+    assert converted.xyxy.shape == (2, 4)
+    assert converted.class_id.tolist() == [0, 1]
+    assert converted.data["class_name"].tolist() == ["cat", "dog"]
+    assert converted.data["category_id"].tolist() == [3, 17]
+    assert len(predictor.predict(pixels, threshold=1).to_supervision()) == 0
+
+
+def test_supervision_missing(predictor, pixels, monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(InputError, match=r"pip install 'ddetr\[viz\]'"):
+        predictor.predict(pixels).to_supervision()
+
+
+def tiny_model():
+    from ddetr.models.deformable_detr import DeformableDETR
+
+    torch.manual_seed(0)
+    sizes = {"hidden_dim": 32, "num_queries": 10, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 32, "nheads": 4}
+    return DeformableDETR(num_classes=3, backbone="resnet18", **sizes)
+
+
+def test_the_real_model(pixels):
+    predictor = Predictor(tiny_model(), CATEGORIES, image_size=64, max_size=107, device="cpu")
+    alone = predictor.predict(pixels, threshold=0)
+    assert len(alone) == 30
+    assert alone.scores.tolist() == sorted(alone.scores.tolist(), reverse=True)
+    together = predictor.predict([pixels, pixels[:, :60]], threshold=0, batch_size=2)
+    assert together[0].boxes_xyxy.sum(dim=0).tolist() == pytest.approx(alone.boxes_xyxy.sum(dim=0).tolist(), rel=0.01)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_from_checkpoint(pixels, tmp_path, suffix):
+    from ddetr.checkpoint import Checkpoint, save_checkpoint
+
+    model = tiny_model()
+    path = tmp_path / f"best{suffix}"
+    save_checkpoint(path, Checkpoint.of(model, CATEGORIES, image_size=64, max_size=107, threshold=0.005))
+    predictor = Predictor.from_checkpoint(path, device="cpu")
+    assert (predictor.image_size, predictor.max_size, predictor.threshold) == (64, 107, 0.005)
+    assert predictor.categories == CATEGORIES
+    expected = Predictor(model, CATEGORIES, image_size=64, max_size=107, threshold=0.005, device="cpu").predict(pixels)
+    found = predictor.predict(pixels)
+    assert found.to_dict() == expected.to_dict()
+    assert len(found) > 0
+    assert set(found.category_ids.tolist()) <= {3, 17, 90}
+    assert Predictor.from_checkpoint(path, device="cpu", threshold=0.9, image_size=32).image_size == 32
+
+
+def test_from_checkpoints_that_do_not_fit(tmp_path):
+    from ddetr.checkpoint import Checkpoint, save_checkpoint
+
+    with pytest.raises(InputError, match=r"no\.pth"):
+        Predictor.from_checkpoint(tmp_path / "no.pth")
+    path = tmp_path / "odd.pth"
+    save_checkpoint(path, Checkpoint.of(tiny_model(), CATEGORIES, mean=(0.5, 0.5, 0.5), threshold=float("nan")))
+    with pytest.raises(InputError, match="ImageNet's mean"):
+        Predictor.from_checkpoint(path)
+    save_checkpoint(path, Checkpoint.of(tiny_model(), CATEGORIES, threshold=float("nan")))
+    assert Predictor.from_checkpoint(path, device="cpu").threshold == 0.5
