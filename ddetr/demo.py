@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddetr import console
 from ddetr.datasets.config import DataConfig
-from ddetr.engine.config import OptimConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.run_folder import free_folder
-from ddetr.engine.train import RunResult, train
+
+if TYPE_CHECKING:
+    from ddetr.engine.train import RunResult
 
 IMAGE_SIZE = 160
 
@@ -41,7 +43,7 @@ SMALL_OPTIM = replace(OPTIM, lr=2e-3, warmup_steps=20)
 
 def demo(
     *, output: str | None = None, num_train: int = 2000, num_val: int = 200, epochs: int = 4, seed: int = 0
-) -> RunResult:
+) -> "RunResult":
     """Train a small Deformable DETR with box refinement and the official losses on drawn shapes.
 
     Args:
@@ -52,10 +54,11 @@ def demo(
         seed: decides the data set and the run.
     """
     path = Path(output) if output else free_folder(Path("runs"), "demo")
-    return _train_on_shapes(path, Path("runs"), IMAGE_SIZE, num_train, num_val, MODEL, OPTIM, epochs, 8, seed)
+    folder = _drawn(Path("runs"), num_train, num_val, IMAGE_SIZE, seed)
+    return _trained(folder, IMAGE_SIZE, path, MODEL, OPTIM, epochs=epochs, batch_size=8, seed=seed)
 
 
-def small_demo(output: str, *, num_train: int = 800, num_val: int = 60, epochs: int = 8, seed: int = 0) -> RunResult:
+def small_demo(output: str, *, num_train: int = 800, num_val: int = 60, epochs: int = 8, seed: int = 0) -> "RunResult":
     """The same in about a minute on two cores: smaller images, a smaller network, a weaker detector.
 
     Args:
@@ -66,38 +69,42 @@ def small_demo(output: str, *, num_train: int = 800, num_val: int = 60, epochs: 
         seed: decides the data set and the run.
     """
     path = Path(output)
-    return _train_on_shapes(
-        path, path.parent, SMALL_IMAGE_SIZE, num_train, num_val, SMALL_MODEL, SMALL_OPTIM, epochs, 16, seed
-    )
+    folder = _drawn(path.parent, num_train, num_val, SMALL_IMAGE_SIZE, seed)
+    return _trained(folder, SMALL_IMAGE_SIZE, path, SMALL_MODEL, SMALL_OPTIM, epochs=epochs, batch_size=16, seed=seed)
 
 
-def _train_on_shapes(
-    output: Path,
-    beside: Path,
-    image_size: int,
-    num_train: int,
-    num_val: int,
-    model: dict[str, Any],
-    optim: OptimConfig,
-    epochs: int,
-    batch_size: int,
-    seed: int,
-) -> RunResult:
+def _drawn(beside: Path, num_train: int, num_val: int, image_size: int, seed: int) -> Path:
     from ddetr.datasets import draw_shapes  # here, since it takes seconds, and the help has no use for it
 
     folder = beside / f"shapes-{image_size}-{num_train}-{num_val}-{seed}"
     console.show(f"Drawing {num_train} + {num_val} images of shapes into {folder}")
     with console.waiting("drawing"):
         draw_shapes(folder, num_train, num_val, image_size, seed)
+    return folder
+
+
+def _trained(
+    folder: Path,
+    image_size: int,
+    output: Path,
+    model: dict[str, Any],
+    optim: OptimConfig,
+    *,
+    batch_size: int,
+    **more: Any,
+) -> "RunResult":
+    from ddetr.engine.train import train
+
     return train(
-        DataConfig(path=str(folder), augmentation="plain", image_size=image_size),
-        model,
-        optim=optim,
-        epochs=epochs,
-        batch_size=batch_size,
-        device_batch_size=batch_size,
-        devices=1,
-        output=str(output),
-        seed=seed,
-        preflight=False,  # for runs longer than this one
+        TrainConfig(
+            DataConfig(path=str(folder), augmentation="plain", image_size=image_size),
+            model,
+            optim=optim,
+            batch_size=batch_size,
+            device_batch_size=batch_size,
+            devices=1,
+            output=str(output),
+            preflight=False,  # for runs longer than this one
+            **more,
+        )
     )

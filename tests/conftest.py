@@ -52,19 +52,21 @@ def tiny_model() -> dict[str, Any]:
 def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The `RunResult` of a tiny detector that has learnt the training images of `shapes`, on which it is validated."""
     from ddetr.datasets.config import DataConfig
-    from ddetr.engine.config import OptimConfig
+    from ddetr.engine.config import OptimConfig, TrainConfig
     from ddetr.engine.train import train
 
     return train(
-        DataConfig(str(shapes), val_split="train", augmentation="none", image_size=64, num_workers=0),
-        TINY_MODEL | {"dropout": 0.0},
-        optim=OptimConfig(lr=5e-3, clip_max_norm=1.0),
-        epochs=25,
-        batch_size=8,
-        device_batch_size=8,
-        val_every=10,
-        output=str(tmp_path_factory.mktemp("runs") / "tiny run"),
-        log_every=10,
-        num_pictures=2,
-        preflight=False,
+        TrainConfig(
+            DataConfig(str(shapes), val_split="train", augmentation="none", image_size=64, num_workers=0),
+            TINY_MODEL | {"dropout": 0.0},
+            optim=OptimConfig(lr=5e-3, clip_max_norm=1.0),
+            epochs=25,
+            batch_size=8,
+            device_batch_size=8,
+            val_every=10,
+            output=str(tmp_path_factory.mktemp("runs") / "tiny run"),
+            log_every=10,
+            num_pictures=2,
+            preflight=False,
+        )
     )

@@ -1,14 +1,13 @@
 """`ddetr bench train`: where the time of the engine's own training step goes, and the same step by others."""
 
-import inspect
 import logging
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,20 +19,19 @@ from ddetr.bench.sides import reason_of
 from ddetr.datasets import Annotations, Category, padded_shapes
 from ddetr.datasets.config import DataConfig
 from ddetr.datasets.splits import load_split
-from ddetr.engine.compile import DEFAULT_SHAPES, CompiledForward, check_compiler
-from ddetr.engine.config import OptimConfig
+from ddetr.engine.compile import CompiledForward, check_compiler
+from ddetr.engine.config import TrainConfig
 from ddetr.engine.loading.datamodule import DetectionData, MicroBatch
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups
 from ddetr.engine.step_split import REGIONS, Split, run_steps
-from ddetr.engine.train import DEFAULT_MODEL, train
 from ddetr.errors import InputError
 from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.files import make_folder, write_text
-from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.allocator import use_expandable_segments
-from ddetr.runtime.precision import PRECISIONS
+from ddetr.runtime.precision import PRECISIONS, exactness
+from ddetr.settings import flat, kept
 
 logger = logging.getLogger(__name__)
 
@@ -45,30 +43,28 @@ DESCRIPTIONS = {
     TRANSFORMERS: "Hugging Face's DeformableDetrForObjectDetection of the same sizes with its own loss and AdamW, at the "
     "precision given",
 }
-# Options of `train` that are measured, and those that do nothing to a step; of others it is said that they are left out.
-_IDLE = {
-    *("data", "model", "loss", "optim", "batch_size", "device_batch_size", "precision", "device"),
-    *("activation_checkpointing", "compile"),
-    *("epochs", "val_every", "weights", "resume", "seed", "max_detections", "log_every", "num_pictures", "devices"),
-}
+# Settings of a run that change a step and are measured, beside its data, model, loss and optimiser.
+_SETTINGS = (
+    "batch_size",
+    "device_batch_size",
+    "precision",
+    "activation_checkpointing",
+    "compile",
+    "deterministic",
+    "tf32",
+)
+# Of what changes a step, what this measurement leaves out.
+_NOT_MEASURED = ("optim.ema_decay",)
 
 
 @dataclass
 class Plan:
-    """What is measured: settings of a run, made whole."""
+    """What is measured: the settings of a run, and what its batches are made from."""
 
-    data: DataConfig
+    config: TrainConfig
     model: dict[str, Any]
-    loss: LossWeights
-    optim: OptimConfig
-    batch_size: int
-    device_batch_size: int
-    precision: str
     device: torch.device
-    activation_checkpointing: bool
-    compile: bool
     train_set: Annotations = field(repr=False)
-    size_hw: tuple[int, int] | None  # of random images
     batches: list[list[MicroBatch]] | None = field(default=None, repr=False)  # instead of a loader's
 
     @property
@@ -85,17 +81,8 @@ class Plan:
 
 
 def bench_train(
-    data: DataConfig | None = None,
-    model: Mapping[str, Any] | None = None,
-    loss: LossWeights = LossWeights(),
-    optim: OptimConfig = OptimConfig(),
+    config: TrainConfig,
     *,
-    batch_size: int | Literal["auto"] = 32,
-    device_batch_size: int | Literal["auto"] = 2,
-    precision: Literal["32", "bf16", "fp16"] = "32",
-    activation_checkpointing: bool = False,
-    compile: bool = False,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
     steps: int = 10,
     warmup: int = 2,
     sides: str = "ours,official,transformers",
@@ -103,13 +90,12 @@ def bench_train(
     synthetic: str | None = None,
     output: str | None = None,
     command: str = "",
-    **others: Any,
 ) -> dict[str, Any]:
     """Time training steps.
 
     Args:
-        data, model, loss, optim, batch_size, device_batch_size, precision, activation_checkpointing, compile, device: as
-            in `train`; sizes must be numbers.
+        config: the run whose steps are timed; its sizes of batches must be numbers. What decides nothing about a step is
+            not looked at.
         steps: measured steps.
         warmup: steps before them.
         sides: "ours" alone, or with "official" and "transformers" on the same batches.
@@ -117,7 +103,6 @@ def bench_train(
         synthetic: HEIGHTxWIDTH of random images in place of data, which then costs no time.
         output: folder for train.json and train.md.
         command: how this was called.
-        others: further options of `train`, which are named where they would change a step and are not measured.
 
     Returns:
         What train.json holds.
@@ -131,35 +116,22 @@ def bench_train(
     chosen = [name.strip() for name in sides.split(",")]
     if unknown := set(chosen) - set(DESCRIPTIONS):
         raise InputError(f"--sides: expected some of {', '.join(DESCRIPTIONS)}, got {', '.join(sorted(unknown))}")
-    if "auto" in (batch_size, device_batch_size):
+    if "auto" in (config.batch_size, config.device_batch_size):
         raise InputError(
             "bench train measures sizes that are given: --batch_size and --device_batch_size are numbers here"
         )
-    where = _device(device)
-    if compile:
+    where = _device(config.device)
+    if config.compile:
         check_compiler(where.type)
     if where.type == "cuda":
         use_expandable_segments()
     folder = make_folder(Path(output), "--output") if output else None
     size_hw = _size(synthetic)
-    config, train_set = _data(data, synthetic)
-    network = {**DEFAULT_MODEL, **(model or {})}
+    train_set = _annotations(config, synthetic)
+    network = dict(config.model)
     if network["pretrained_backbone"]:  # nothing is downloaded, but norms and stem are treated as if it had been
-        network |= {"pretrained_backbone": False, "freeze_backbone": network.get("freeze_backbone") or "stem"}
-    plan = Plan(
-        config,
-        network,
-        loss,
-        optim,
-        batch_size,
-        device_batch_size,
-        precision,
-        where,
-        activation_checkpointing,
-        compile,
-        train_set,
-        size_hw,
-    )
+        network |= {"pretrained_backbone": False, "freeze_backbone": network["freeze_backbone"] or "stem"}
+    plan = Plan(config, network, where, train_set)
     if size_hw:
         plan.batches = [_random_batch(plan, size_hw, seed) for seed in range(compared_batches)]
     report: dict[str, Any] = {
@@ -168,18 +140,14 @@ def bench_train(
         "device": where.type,
         "threads": torch.get_num_threads() if where.type == "cpu" else None,
         "settings": {
-            "images": f"random, {synthetic}" if synthetic else f"{train_set.name}, image_size {config.image_size}",
-            "batch_size": batch_size,
-            "device_batch_size": device_batch_size,
-            "precision": precision,
-            "activation_checkpointing": activation_checkpointing,
-            "compile": compile,
+            "images": f"random, {synthetic}" if synthetic else f"{train_set.name}, image_size {config.data.image_size}",
+            **{name: getattr(config, name) for name in _SETTINGS},
             "model": network,
         },
         "steps": steps,
         "warmup": warmup,
         "compared_batches": compared_batches,
-        "not_measured": _not_measured(others),
+        "not_measured": _not_measured(config),
         "descriptions": {name: DESCRIPTIONS[name] for name in chosen},
     }
     for name, value in report["not_measured"].items():
@@ -207,20 +175,20 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
     """Measured steps of the engine: milliseconds by region (medians), images/s over all of them, peak memory; and the
     first `keep` batches."""
     model = plan.detector()
-    model.transformer.set_activation_checkpointing(plan.activation_checkpointing)
+    model.transformer.set_activation_checkpointing(plan.config.activation_checkpointing)
     compiled = None
-    if plan.compile:
-        shapes = padded_shapes(plan.data.image_size, plan.data.padded_shapes or DEFAULT_SHAPES)
+    if plan.config.compile:
+        shapes = padded_shapes(plan.config.data.image_size, plan.config.data.padded_shapes)
         if plan.batches is not None:
             shapes = list(dict.fromkeys(tuple(images.shape[-2:]) for batch in plan.batches for images, _, _ in batch))
         compiled = CompiledForward(model, shapes)
     module = DetectionModule(
         model,
-        build_criterion(model, plan.loss),
-        plan.optim,
+        build_criterion(model, plan.config.loss),
+        plan.config.optim,
         CocoEvaluator(plan.train_set),
         backbone_pretrained=plan.is_pretrained,
-        steps_per_epoch=max(1, len(plan.train_set.images) // plan.batch_size),
+        steps_per_epoch=max(1, len(plan.train_set.images) // plan.config.batch_size),
         total_steps=steps + warmup,
         seed=0,
         compiled=compiled,
@@ -232,13 +200,14 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         """The engine's own, or batches that are there."""
         if plan.batches is not None:
             return [plan.batches[index % len(plan.batches)] for index in range(steps + warmup)]
-        sizes = {"batch_size": plan.batch_size, "device_batch_size": plan.device_batch_size}
-        data = DetectionData(plan.train_set, plan.train_set, plan.data, **sizes, seed=0)
+        sizes = {"batch_size": plan.config.batch_size, "device_batch_size": plan.config.device_batch_size}
+        data = DetectionData(plan.train_set, plan.train_set, plan.config.data, **sizes, seed=0)
         data.trainer = trainer
         return data.train_dataloader()
 
-    precision = PRECISIONS[plan.precision]
-    run_steps(module, make_loader, split, steps=steps + warmup, precision=precision, device=plan.device.type)
+    precision = PRECISIONS[plan.config.precision]
+    with exactness(deterministic=plan.config.deterministic, tf32=plan.config.tf32):
+        run_steps(module, make_loader, split, steps=steps + warmup, precision=precision, device=plan.device.type)
     rows = split.rows()
     total = [sum(row.values()) for row in rows]
     found = {
@@ -246,7 +215,7 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         "share": {name: sum(row[name] for row in rows) / sum(total) for name in REGIONS},
         "step_ms": statistics.median(total),
         "steps_ms": total,
-        "images_per_s": 1000 * plan.batch_size * len(rows) / sum(total),
+        "images_per_s": 1000 * plan.config.batch_size * len(rows) / sum(total),
         "peak_bytes": peak.bytes(),
         "last_loss": split.last_loss,
     }
@@ -270,7 +239,7 @@ def compare(plan: Plan, chosen: list[str], steps: int, warmup: int) -> tuple[lis
             logger.debug("%s", name, exc_info=error)
             left_out.append({"side": name, "reason": reason_of(error)})
             continue
-        rows.append({"side": name, "images_per_s": 1000 * plan.batch_size / row["step_ms"], **row})
+        rows.append({"side": name, "images_per_s": 1000 * plan.config.batch_size / row["step_ms"], **row})
     if rows and rows[0]["side"] == OURS:
         for row in rows:
             row["ratio"] = row["step_ms"] / rows[0]["step_ms"]  # how many times as long as ours
@@ -294,14 +263,14 @@ def _loop(step: Callable[[list[MicroBatch]], float], plan: Plan, steps: int, war
 
 def _official(plan: Plan) -> Callable[[list[MicroBatch]], float]:
     model = plan.detector().to(plan.device).train()
-    groups = parameter_groups(model, plan.optim, backbone_pretrained=plan.is_pretrained)
-    return official_step(model, plan.loss, groups, plan.optim, plan.device)
+    groups = parameter_groups(model, plan.config.optim, backbone_pretrained=plan.is_pretrained)
+    return official_step(model, plan.config.loss, groups, plan.config.optim, plan.device)
 
 
 def _transformers(plan: Plan) -> Callable[[list[MicroBatch]], float]:
     from ddetr.bench.huggingface import transformers_step
 
-    return transformers_step(plan.detector(), plan.optim, plan.precision, plan.device)
+    return transformers_step(plan.detector(), plan.config.optim, plan.config.precision, plan.device)
 
 
 _SIDES: dict[str, Callable[[Plan], Callable[[list[MicroBatch]], float]]] = {
@@ -310,15 +279,15 @@ _SIDES: dict[str, Callable[[Plan], Callable[[list[MicroBatch]], float]]] = {
 }
 
 
-def _data(data: DataConfig | None, synthetic: str | None) -> tuple[DataConfig, Annotations]:
+def _annotations(config: TrainConfig, synthetic: str | None) -> Annotations:
     """What the batches are made from; for random images a data set of COCO's classes without any image."""
     if synthetic is None:
-        if data is None or not data.path:
+        if not config.data.path:
             raise InputError("bench train needs --data PATH, or --synthetic HEIGHTxWIDTH")
-        with console.waiting(f"reading {data.path}"):
-            return data, load_split(data, "train")
+        with console.waiting(f"reading {config.data.path}"):
+            return load_split(config.data, "train")
     categories = tuple(Category(number + 1, f"class {number}") for number in range(80))
-    return data or DataConfig("synthetic"), Annotations("synthetic", "coco", categories, [])
+    return Annotations("synthetic", "coco", categories, [])
 
 
 def _random_batch(plan: Plan, size_hw: tuple[int, int], seed: int) -> list[MicroBatch]:
@@ -326,8 +295,8 @@ def _random_batch(plan: Plan, size_hw: tuple[int, int], seed: int) -> list[Micro
     generator = torch.Generator().manual_seed(seed)
     h, w = size_hw
     batch = []
-    for start in range(0, plan.batch_size, plan.device_batch_size):
-        n = min(plan.device_batch_size, plan.batch_size - start)
+    for start in range(0, plan.config.batch_size, plan.config.device_batch_size):
+        n = min(plan.config.device_batch_size, plan.config.batch_size - start)
         images = torch.randint(256, (n, 3, h, w), dtype=torch.uint8, generator=generator)
         mask = torch.zeros(n, h, w, dtype=torch.bool)
         mask[0, :, w - w // 16 :] = True
@@ -351,12 +320,10 @@ def _size(synthetic: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def _not_measured(others: Mapping[str, Any]) -> dict[str, Any]:
+def _not_measured(config: TrainConfig) -> dict[str, Any]:
     """Options of training that are set, that would change a step, and that this measurement knows nothing of."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
-    return {
-        f"--{name}": value for name, value in others.items() if name not in _IDLE and value != defaults.get(name, value)
-    }
+    now, usual = flat(kept(config)), flat(kept(TrainConfig(DataConfig(""))))
+    return {f"--{name}": now[name] for name in _NOT_MEASURED if now[name] != usual[name]}
 
 
 def _device(name: str) -> torch.device:

@@ -23,35 +23,54 @@ from ddetr.errors import InputError
 def train_command(parser: Parser) -> Callable[[Any], None]:
     """Train on a COCO, Pascal VOC or YOLO folder."""
     parser.usage = "ddetr train --data PATH [options]"
-    return _training(parser)
+    add_training_options(parser)
+
+    def run(settings: Any) -> None:
+        from ddetr.engine.train import train
+        from ddetr.runtime.distributed import is_first_process
+
+        result = train(training_config(settings))
+        if is_first_process():
+            print_result(result)
+
+    return run
 
 
 def preflight_command(parser: Parser) -> Callable[[Any], None]:
     """Try the set-up of a training run on a few images, and train nothing."""
     parser.usage = "ddetr preflight --data PATH [options of ddetr train]"
-    return _training(parser, preflight_only=True)
+    add_training_options(parser)
+
+    def run(settings: Any) -> None:
+        from ddetr.engine.train import preflight
+
+        preflight(training_config(settings))
+
+    return run
 
 
-def _training(parser: Parser, **fixed: Any) -> Callable[[Any], None]:
-    from ddetr.engine.train import DEFAULT_MODEL, train
+def add_training_options(parser: Parser, *, skip: Sequence[str] = ()) -> None:
+    """The fields of `TrainConfig`, with the constructor of `DeformableDETR` for its model; and --config."""
+    from ddetr.engine.config import DEFAULT_MODEL, TrainConfig
     from ddetr.models.deformable_detr import DeformableDETR
-    from ddetr.runtime.distributed import is_first_process
 
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win")
-    parser.add_function_arguments(train, skip={"model", "preflight_only"}, sub_configs=False)
+    parser.add_class_arguments(TrainConfig, skip={"model", *skip}, sub_configs=False)
     parser.add_class_arguments(DeformableDETR, "model", skip={"num_classes"}, instantiate=False)
     parser.add_group_of_options("data", "loss", "optim", "model")
     parser.set_defaults({f"model.{name}": value for name, value in DEFAULT_MODEL.items()})
 
-    def run(settings: Any) -> None:
-        arguments = dict(vars(settings))
-        arguments.pop("config")
-        arguments["model"] = dict(vars(arguments["model"]))
-        result = train(**arguments, **fixed)
-        if result is not None and is_first_process():
-            print_result(result)
 
-    return run
+def training_config(settings: Any) -> Any:
+    """What was read by `add_training_options` -> `TrainConfig`; options of others are left alone."""
+    from dataclasses import fields
+
+    from ddetr.engine.config import TrainConfig
+
+    given = vars(settings)
+    return TrainConfig(
+        **{f.name: given[f.name] for f in fields(TrainConfig) if f.name in given} | {"model": vars(given["model"])}
+    )
 
 
 def print_result(result: Any) -> None:
@@ -77,29 +96,12 @@ What next:
 
 def eval_command(parser: Parser) -> Callable[[Any], None]:
     """Measure a checkpoint on a data set with COCO's metrics."""
-    from ddetr.datasets.config import DataConfig
     from ddetr.inference.evaluate_checkpoint import evaluate_checkpoint
 
-    of_training = {
-        "train_split",
-        "train_annotations",
-        "train_images",
-        "augmentation",
-        "image_size",
-        "strict",
-        "keep_empty",
-    }
-    of_training |= {"buckets", "padded_shapes", "on_bad_image"}
     parser.usage = "ddetr eval --checkpoint FILE --data PATH [options]"
-    parser.add_function_arguments(evaluate_checkpoint, skip={"data"}, sub_configs=False)
-    parser.add_class_arguments(DataConfig, "data", skip=of_training, instantiate=False)
+    parser.add_function_arguments(evaluate_checkpoint, sub_configs=False)
     parser.add_group_of_options("data")
-
-    def run(settings: Any) -> None:
-        arguments = dict(vars(settings), data=DataConfig(**vars(settings.data)))
-        console.show(evaluate_checkpoint(**arguments).render())
-
-    return run
+    return lambda settings: console.show(evaluate_checkpoint(**vars(settings)).render())
 
 
 def predict_command(parser: Parser) -> Callable[[Any], None]:
@@ -172,23 +174,13 @@ def report_command(parser: Parser) -> Callable[[Any], None]:
 
 def audit_command(parser: Parser) -> Callable[[Any], None]:
     """List what is wrong with a data set, before training finds out."""
-    from ddetr.datasets.config import DataConfig
+    from ddetr.datasets.config import TrainingSource
 
-    fields = {
-        "augmentation",
-        "image_size",
-        "buckets",
-        "padded_shapes",
-        "num_workers",
-        "on_bad_image",
-        "path",
-        "keep_empty",
-    }
     parser.usage = "ddetr data audit [options] PATH"
     parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
-    parser.add_class_arguments(DataConfig, skip=fields, instantiate=False)
+    parser.add_class_arguments(TrainingSource, skip={"path"}, instantiate=False)
     parser.add_argument("--num_queries", type=int, default=300, help="queries of the model to be trained")
-    parser.add_argument("--max_detections", type=int, default=100, help="detections an image that evaluation counts")
+    parser.add_argument("--max_detections", type=int, default=100, help="detections per image that evaluation counts")
     parser.add_argument("--decode", type=bool, default=False, help="decode every image, to find damaged ones")
     parser.add_argument("--output", type=str | None, default=None, help="JSON file for all findings")
 
@@ -198,26 +190,18 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
         from ddetr.files import make_folder, write_text
 
         options = dict(vars(settings))
-        extra = {name: options.pop(name) for name in ("num_queries", "max_detections", "decode", "output")}
-        data = DataConfig(**options)
+        extra = {name: options.pop(name) for name in ("num_queries", "max_detections", "decode")}
+        output, data = options.pop("output"), TrainingSource(**options)
         with console.waiting(f"reading {data.path}"):
             train, val = load_splits(data)
         with console.progress("decode") as update:
-            report = audit(
-                train,
-                val,
-                num_queries=extra["num_queries"],
-                max_detections=extra["max_detections"],
-                decode=extra["decode"],
-                strict=data.strict,
-                progress=update,
-            )
+            report = audit(train, val, **extra, strict=data.strict, progress=update)
         console.show(report.render())
-        if extra["output"]:
-            file = Path(extra["output"])
+        if output:
+            file = Path(output)
             write_text(make_folder(file.parent, "--output") / file.name, json.dumps(report.to_dict(), indent=1) + "\n")
         if report.refused:
-            raise InputError(f"{len(report.refused)} findings must be mended before training, see the table above")
+            raise InputError(f"{len(report.refused)} findings must be repaired before training, see the table above")
 
     return run
 
@@ -271,23 +255,16 @@ def bench_data_command(parser: Parser) -> Callable[[Any], None]:
 def bench_train_command(parser: Parser) -> Callable[[Any], None]:
     """Time training steps, part by part, and the same steps by others."""
     from ddetr.bench.train import bench_train
-    from ddetr.engine.train import DEFAULT_MODEL, train
-    from ddetr.models.deformable_detr import DeformableDETR
 
     parser.usage = "ddetr bench train (--data PATH | --synthetic HEIGHTxWIDTH) [options of bench train and of train]"
-    parser.add_argument("--config", action="config", help="YAML file of a training run; later options win")
-    own = ["steps", "warmup", "sides", "compared_batches", "synthetic", "output"]
-    parser.add_function_arguments(bench_train, skip=set(inspect.signature(bench_train).parameters) - set(own))
-    parser.add_function_arguments(train, skip={"model", "output"}, sub_configs=False)
-    parser.add_class_arguments(DeformableDETR, "model", skip={"num_classes"}, instantiate=False)
-    parser.add_group_of_options("data", "loss", "optim", "model")
-    parser.set_defaults({f"model.{name}": value for name, value in DEFAULT_MODEL.items()} | {"data.path": ""})
+    parser.add_function_arguments(bench_train, skip={"config", "command"})
+    add_training_options(parser, skip=["output"])
+    parser.set_defaults({"data.path": ""})
+    own = set(inspect.signature(bench_train).parameters) - {"config", "command"}
 
     def run(settings: Any) -> None:
-        arguments = dict(vars(settings))
-        arguments.pop("config")
-        arguments["model"] = dict(vars(arguments["model"]))
-        bench_train(**arguments, command=shlex.join(["ddetr", *sys.argv[1:]]))
+        options = {name: value for name, value in vars(settings).items() if name in own}
+        bench_train(training_config(settings), **options, command=shlex.join(["ddetr", *sys.argv[1:]]))
 
     return run
 

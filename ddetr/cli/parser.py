@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 from ddetr.errors import InputError
 
 SHORT = {"--data": "--data.path"}
+RENAMED = {"--data.num_workers": "--num_workers"}  # of `ddetr eval`, by its old name
 ALONE = {"--resume": "last", "--optimize": "float32"}
 SWITCH_VALUES = ("true", "false", "yes", "no", "1", "0")
 NOT_AN_OPTION = {"num_classes": "the number of classes comes from the data set"}
@@ -68,6 +69,8 @@ class Parser(ArgumentParser):
                 continue
             name, equals, value = argument.partition("=")
             name = "--" + name[2:].replace("-", "_")
+            if name not in self._option_string_actions:
+                name = RENAMED.get(name, name)
             if SHORT.get(name) in self._option_string_actions:
                 name = SHORT.get(name, name)
             value = _as_list(value) if name in lists else value

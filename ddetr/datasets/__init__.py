@@ -52,7 +52,8 @@ _PUBLIC = {
     "sample_seed": "ddetr.datasets.dataset",
     "worst_padded_hw": "ddetr.datasets.transforms",
 }
-__all__ = sorted([*_PUBLIC, "audit", "collate"])
+__all__ = ["audit", "collate"]
+__all__ += _PUBLIC
 
 
 def __getattr__(name: str) -> Any:

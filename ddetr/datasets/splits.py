@@ -5,13 +5,13 @@ from dataclasses import replace
 from typing import Literal
 
 from ddetr.datasets import Annotations, Category, ImageTable, load_annotations
-from ddetr.datasets.config import DataConfig
+from ddetr.datasets.config import DataSource, TrainingSource
 from ddetr.datasets.load import default_splits
 from ddetr.errors import InputError
 
 
 def load_split(
-    data: DataConfig,
+    data: DataSource,
     which: Literal["train", "val"],
     split: str | None = None,
     categories: Sequence[Category] | None = None,
@@ -39,10 +39,13 @@ def load_split(
     )
 
 
-def load_splits(data: DataConfig) -> tuple[Annotations, Annotations]:
-    """Training and validation annotations; the labels of both are the training set's."""
+def load_splits(data: TrainingSource, *, keep_empty: bool = True) -> tuple[Annotations, Annotations]:
+    """Training and validation annotations; the labels of both are the training set's.
+
+    keep_empty: whether training images without an object stay.
+    """
     train = load_split(data, "train")
-    if not data.keep_empty:
+    if not keep_empty:
         train = without_empty_images(train)
     return train, load_split(data, "val", categories=train.categories)
 

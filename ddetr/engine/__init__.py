@@ -3,7 +3,6 @@
 config.py          the settings of a run
 train.py           `train()`: everything put together
 fit.py             Lightning's loop and its ways of ending
-detector.py        the network of a run, with the weights that it starts from
 module.py          one optimisation step, one validation
 optimizer.py       parameter groups and schedule of the recipe
 freeze.py          parts that do not train

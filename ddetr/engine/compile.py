@@ -20,7 +20,6 @@ from ddetr.padding import padded_hw
 logger = logging.getLogger(__name__)
 
 BACKEND: str | Callable[..., Any] = "inductor"
-DEFAULT_SHAPES = 3  # of `padded_shapes`, where the user names no number
 BATCH_SIZES = 2  # that the micro-batches of a run have: full ones, and what is left at the end of a step
 
 

@@ -21,8 +21,9 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from ddetr.engine.run_folder import RunFolder, flat
+from ddetr.engine.run_folder import RunFolder
 from ddetr.errors import InputError
+from ddetr.settings import flat
 
 logger = logging.getLogger(__name__)
 

@@ -32,19 +32,17 @@ from typing import Any
 import torch
 import yaml
 
+from ddetr.engine.config import TrainConfig
 from ddetr.errors import InputError
 from ddetr.files import make_folder, write_text
 from ddetr.runtime.distributed import is_first_process
+from ddetr.settings import flat, free_to_change, kept
 
 logger = logging.getLogger(__name__)
 
 RESUME_FILE, PREVIOUS_FILE = "last.ckpt", "previous.ckpt"
 CONFIG_FILE = "config.yaml"
 _CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
-# Settings that decide nothing about the outcome but when it is reached, and who hears of it.
-_FREE_TO_CHANGE = {
-    "data.num_workers", "data.on_bad_image", "activation_checkpointing", "max_bad_steps", "patience", "min_delta", "loggers"
-}  # fmt: skip
 
 
 class RunFolder:
@@ -123,15 +121,18 @@ class RunFolder:
         # A run that was killed before its first save has no state yet: resuming it is starting it again.
         return cls(path), newest_state(path) if resume is not None else None
 
-    def check_unchanged(self, config: Mapping[str, Any]) -> None:
+    def settings(self) -> dict[str, Any]:
+        """What config.yaml holds; empty where there is none yet."""
+        file = self.path / CONFIG_FILE
+        return yaml.safe_load(file.read_text()) if file.is_file() else {}
+
+    def check_unchanged(self, config: TrainConfig) -> None:
         """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong."""
-        if not (self.path / CONFIG_FILE).is_file():
-            return
-        before, now = flat(yaml.safe_load((self.path / CONFIG_FILE).read_text())), flat(_plain(config))
+        before, now, free = flat(self.settings()), flat(kept(config)), free_to_change(config)
         changed = [
-            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            f"{key} was {before[key]!r} and is {now.get(key)!r}"
             for key in before  # a setting that came with a later version had its default then
-            if before[key] != now.get(key) and key not in _FREE_TO_CHANGE
+            if before[key] != now.get(key) and key not in free
         ]
         if changed:
             raise InputError(
@@ -139,19 +140,19 @@ class RunFolder:
                 f"(--config {self.path / CONFIG_FILE}), or start a new run from its --weights {self.path / 'last.pth'}"
             )
 
-    def start(self, config: Mapping[str, Any]) -> None:
+    def start(self, config: TrainConfig) -> None:
         """Makes the folder and writes the settings into it."""
         make_folder(self.path, "--output")
-        self.write_yaml(CONFIG_FILE, config)
+        self.write_settings(kept(config))
+
+    def write_settings(self, config: Mapping[str, Any]) -> None:
+        self.write_text(CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False))
 
     def write_text(self, name: str, text: str) -> None:
         write_text(self.path / name, text)
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
-
-    def write_yaml(self, name: str, value: Any) -> None:
-        self.write_text(name, yaml.safe_dump(_plain(value), sort_keys=False))
 
     def write_csv(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         rows, text = list(rows), io.StringIO(newline="")
@@ -256,16 +257,3 @@ def _newest_run(parent: Path, name: str) -> Path | None:
         return max(file.stat().st_mtime for file in (path / CONFIG_FILE, *_states(path)))
 
     return max(folders, key=last_change, default=None)
-
-
-def _plain(value: Any) -> Any:
-    """The same in what YAML knows: lists for tuples."""
-    return json.loads(json.dumps(value))
-
-
-def flat(config: Mapping[str, Any], group: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}"""
-    values: dict[str, Any] = {}
-    for key, value in config.items():
-        values |= flat(value, f"{group}{key}.") if isinstance(value, Mapping) else {f"{group}{key}": value}
-    return values

@@ -1,41 +1,68 @@
-"""`train()`: a data set in, a run folder with a detector out."""
+"""`train()`: a data set in, a run folder with a detector out. Prepare, build, fit."""
 
-import inspect
 import json
 import logging
 import math
 import os
 import warnings
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import MixedPrecision
 
 from ddetr import console
-from ddetr.datasets.config import DataConfig
-from ddetr.engine.config import PAPER_BATCH_SIZE, BatchSize, OptimConfig, resolve_batch_sizes
+from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
+from ddetr.datasets import Annotations, AuditReport, audit
+from ddetr.datasets.splits import load_splits
+from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
+from ddetr.engine.batch_size import MemoryPlan
+from ddetr.engine.blackbox.guard import StepGuard
+from ddetr.engine.callbacks import Publish, Watch
+from ddetr.engine.compile import CompiledForward, check_compiler
+from ddetr.engine.config import TrainConfig
+from ddetr.engine.early_stopping import EarlyStopping
+from ddetr.engine.ema import WeightAverage
+from ddetr.engine.fit import fit, quiet_lightning
 from ddetr.engine.freeze import freeze_parameters
+from ddetr.engine.loading.data_wait import DataWait
+from ddetr.engine.loading.datamodule import DetectionData
+from ddetr.engine.loggers import Loggers, chosen_loggers
+from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
-from ddetr.engine.run_folder import CONFIG_FILE, RESUME_FILE, RunFolder
+from ddetr.engine.preflight.run import run_preflight
+from ddetr.engine.run_folder import RESUME_FILE, RunFolder
+from ddetr.engine.run_report import Report, finish, last_word
+from ddetr.engine.saving import SaveState, StateFiles
 from ddetr.errors import InputError
+from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.files import make_folder
-from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+from ddetr.runtime.allocator import use_expandable_segments
 from ddetr.runtime.distributed import is_first_process
-from ddetr.runtime.precision import PRECISIONS, exactness
-
-if TYPE_CHECKING:
-    from ddetr.engine.loading.datamodule import DetectionData
-    from ddetr.engine.module import DetectionModule
-    from ddetr.evaluation.metrics import Metrics
+from ddetr.runtime.precision import AUTOCAST, PRECISIONS, exactness, onednn_matmuls
+from ddetr.settings import kept
 
 logger = logging.getLogger(__name__)
 
 ENOUGH_IMAGES = 10_000  # to learn photographs from nothing; below it, trained weights decide the outcome
 
-# What training starts from where nothing else is said: the strongest published variant, on an ImageNet backbone.
-DEFAULT_MODEL = {"pretrained_backbone": True, "with_box_refine": True, "two_stage": True}
+# Lightning calls the callbacks of a hook one after the other. First come those that what follows reads from or adds to:
+CALLBACK_ORDER = (
+    Loggers,  # open before the first row is sent to them
+    MemoryPlan,  # settles the size of micro-batches before anything is computed
+    StepGuard,
+    Watch,
+    Publish,  # writes what Report reads, and sees the averaged weights, which WeightAverage takes back after it
+    Report,
+    EarlyStopping,
+    WeightAverage,
+    SaveState,  # last: a state holds what all the others have become
+)
 
 
 @dataclass(frozen=True)
@@ -45,332 +72,173 @@ class RunResult:
     path: Path
     data_path: Path
     image_example: Path
-    metrics: "Metrics"
+    metrics: Metrics
 
 
-def train(
-    data: DataConfig,
-    model: dict[str, Any] | None = None,
-    loss: LossWeights = LossWeights(),
-    optim: OptimConfig = OptimConfig(),
-    *,
-    epochs: int = 50,
-    batch_size: BatchSize = PAPER_BATCH_SIZE,
-    device_batch_size: BatchSize = 2,
-    val_every: int = 1,
-    patience: int | None = None,
-    min_delta: float = 0.0,
-    output: str | None = None,
-    weights: str | None = None,
-    resume: str | None = None,
-    seed: int = 42,
-    precision: Literal["32", "bf16", "fp16"] = "32",
-    activation_checkpointing: bool = False,
-    compile: bool = False,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
-    devices: int | None = None,
-    checkpoint_every: int | None = None,
-    deterministic: bool = False,
-    tf32: bool = False,
-    max_detections: int = 100,
-    log_every: int = 10,
-    num_pictures: int = 12,
-    loggers: list[Literal["tensorboard", "wandb", "mlflow"]] | None = None,
-    max_bad_steps: int = 10,
-    preflight: bool = True,
-    preflight_only: bool = False,
-) -> RunResult | None:
+@dataclass(frozen=True)
+class Prepared:
+    """What is settled before anything is built."""
+
+    config: TrainConfig  # with the sizes of batches
+    run: RunFolder
+    resume_file: Path | None
+    where: dict[str, Any]  # Lightning's arguments for the device
+    loggers: Sequence[str]
+    train_set: Annotations
+    val_set: Annotations
+    audit: AuditReport
+
+
+@dataclass(frozen=True)
+class Built:
+    """What trains."""
+
+    data: DetectionData
+    module: DetectionModule
+    guard: StepGuard
+    num_steps: int  # of the whole run
+
+
+def train(config: TrainConfig) -> RunResult:
     """Train a detector.
-
-    Args:
-        data: where the data set is.
-        model: constructor arguments of `DeformableDETR`; `num_classes` comes from the data.
-        loss: weights of losses and matching costs.
-        optim: optimiser and schedule.
-        epochs: passes over the training images.
-        batch_size: images an optimisation step, over all devices; the paper's is 32, which "auto" is too, with
-            device_batch_size auto.
-        device_batch_size: images that a device takes at a time; a step takes as many turns as it needs. "auto" tries out
-            how many fit into its memory, with the largest images that there can be.
-        val_every: epochs between validations; the last epoch always has one.
-        patience: validations without a better AP after which the run ends; by default it runs to its last epoch.
-        min_delta: by how much an AP (0 to 1) must exceed the best one to be better.
-        output: run folder; by default runs/ and the name of the data set, numbered.
-        weights: checkpoint to start from (ours, official, transformers, ...), unlike resume with a new schedule.
-        resume: a run folder or its last.ckpt: continue that run exactly. Alone ("last") the run in output, else the newest
-            of the data set. "auto": the same where there is one, otherwise a new run, as a job that is started anew
-            after each failure wants it.
-        seed: decides initial weights, order and augmentation.
-        precision: "32", or "bf16" or "fp16" mixed with 32: sampling locations, position encoding, matching and losses are
-            float32 in all of them.
-        activation_checkpointing: compute the layers of encoder and decoder twice instead of keeping what they computed:
-            less memory, more time, the same gradients.
-        compile: torch.compile the model, for a few padded shapes; the first steps of each take minutes.
-        device: "auto" takes CUDA where it is available.
-        devices: processes; by default all GPUs, or one on the CPU; under torchrun its number.
-        checkpoint_every: steps between saves of last.ckpt, which --resume continues from; by default every ten minutes. An
-            epoch's end and a stop signal (SIGTERM, SIGUSR1) save in any case.
-        deterministic: only algorithms whose results have the same bits in every run; slower on GPUs.
-        tf32: on GPUs, float32 products with 10 instead of 23 bits behind the point: faster, less exact.
-        max_detections: detections an image that the evaluation counts.
-        log_every: steps between rows of train.csv.
-        num_pictures: validation images that are drawn at the end, truth beside prediction.
-        loggers: what follows the run beside its tables; by default TensorBoard, which reads the run folder.
-        max_bad_steps: steps of the run that may be skipped, and recorded in blackbox/, since their loss or gradient is not
-            finite; one more, or three in a row, stop it.
-        preflight: first try data, evaluation and one batch for about a minute, and stop where one of them cannot work; a
-            resumed run has had it.
-        preflight_only: stop after that and return None.
 
     Raises:
         InputError: settings, data or weights that cannot work, said before the first step.
     """
-    # Here, since they take seconds, and the command line needs the signature alone for its help and its mistakes.
-    import lightning.pytorch as pl
-    from lightning.pytorch.plugins import MixedPrecision
+    prepared = prepare(config)
+    built = build(prepared)
+    if config.preflight and prepared.resume_file is None:
+        _try(prepared, built)
+    _begin(prepared, built)
+    trainer = _trainer(prepared, built)
+    with (
+        warnings.catch_warnings(),
+        onednn_matmuls(),
+        exactness(deterministic=config.deterministic, tf32=config.tf32),
+        last_word(prepared.run),
+    ):
+        quiet_lightning()
+        fit(trainer, built.module, built.data, prepared.run, prepared.resume_file)
+    run = prepared.run
+    if trainer.is_global_zero:
+        finish(run, config.num_pictures)
+        run.check_written()
+    # Only a run that was complete before it was resumed has had no validation now.
+    metrics = built.module.metrics or Metrics.from_dict(json.loads((run.path / "metrics.json").read_text())["last"])
+    return RunResult(run.path, Path(config.data.path), prepared.val_set.images[0].path, metrics)
 
-    from ddetr.checkpoint import Checkpoint, save_checkpoint
-    from ddetr.datasets import audit
-    from ddetr.datasets.splits import load_splits
-    from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
-    from ddetr.engine.batch_size import MemoryPlan
-    from ddetr.engine.blackbox.guard import StepGuard
-    from ddetr.engine.callbacks import Publish, Watch
-    from ddetr.engine.compile import DEFAULT_SHAPES, CompiledForward, check_compiler
-    from ddetr.engine.detector import build_detector, starts_from_weights
-    from ddetr.engine.early_stopping import EarlyStopping
-    from ddetr.engine.ema import WeightAverage
-    from ddetr.engine.fit import fit, quiet_lightning
-    from ddetr.engine.loading.data_wait import DataWait
-    from ddetr.engine.loading.datamodule import DetectionData
-    from ddetr.engine.loggers import Loggers, chosen_loggers
-    from ddetr.engine.module import DetectionModule
-    from ddetr.engine.run_report import Report, finish, last_word
-    from ddetr.engine.saving import SaveState, StateFiles
-    from ddetr.evaluation.evaluator import CocoEvaluator
-    from ddetr.evaluation.metrics import Metrics
-    from ddetr.runtime.allocator import use_expandable_segments
-    from ddetr.runtime.precision import onednn_matmuls
 
-    if compile and data.padded_shapes is None:
-        data = replace(data, padded_shapes=DEFAULT_SHAPES)
-    config = {
-        "data": asdict(data),
-        "model": _complete(model or {}),
-        "loss": asdict(loss),
-        "optim": asdict(optim),
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "device_batch_size": device_batch_size,
-        "val_every": val_every,
-        "patience": patience,
-        "min_delta": min_delta,
-        "weights": weights,
-        "seed": seed,
-        "precision": precision,
-        "deterministic": deterministic,
-        "tf32": tf32,
-        "activation_checkpointing": activation_checkpointing,
-        "compile": compile,
-        "max_detections": max_detections,
-        "max_bad_steps": max_bad_steps,
-        "loggers": loggers,
-    }
-    for name in ("epochs", "val_every", "log_every", "checkpoint_every"):
-        if (value := locals()[name]) is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    if max_bad_steps < 0:
-        raise InputError(f"max_bad_steps must be at least 0, got {max_bad_steps}")
-    if patience is not None and patience < 1:
-        raise InputError(f"patience must be at least 1 validation, got {patience}")
-    if not min_delta >= 0:
-        raise InputError(f"min_delta must be at least 0, got {min_delta}")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed must lie in 0 to 2^32 - 1, got {seed}")
-    logger_names = chosen_loggers(loggers)
-    where = _where(device, devices, precision)
-    if compile:
+def preflight(config: TrainConfig) -> None:
+    """Try the set-up of a run on a few images, and train nothing.
+
+    Raises:
+        InputError: the run could not work.
+    """
+    prepared = prepare(config)
+    _try(prepared, build(prepared))
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Device, run folder and data set, read and audited; nothing is written."""
+    loggers = chosen_loggers(config.loggers)
+    where = _where(config)
+    if config.compile:
         check_compiler(where["accelerator"])
     if where["accelerator"] == "cuda":
         use_expandable_segments()
-    run, resume_file = RunFolder.choose(output, resume, Path(data.path).resolve().name)
-    batch_size, device_batch_size = resolve_batch_sizes(
-        batch_size, device_batch_size, None if resume_file is None else run.path / CONFIG_FILE
-    )
-    config |= {"batch_size": batch_size, "device_batch_size": device_batch_size}
+    run, resume_file = RunFolder.choose(config.output, config.resume, Path(config.data.path).resolve().name)
+    config = config.with_batch_sizes(run.settings() if resume_file is not None else {})
     if resume_file is not None:
         run.check_unchanged(config)
-    with console.waiting(f"reading {data.path}"):
-        train_set, val_set = load_splits(data)
-        report_of_data = audit(
+    with console.waiting(f"reading {config.data.path}"):
+        train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty)
+        report = audit(
             train_set,
             val_set,
-            num_queries=config["model"]["num_queries"],
-            max_detections=max_detections,
-            strict=data.strict,
+            num_queries=config.model["num_queries"],
+            max_detections=config.max_detections,
+            strict=config.data.strict,
         )
     if is_first_process():
-        console.show(report_of_data.render())
-    if report_of_data.refused:
-        first, others = report_of_data.refused[0], len(report_of_data.refused) - 1
+        console.show(report.render())
+    if report.refused:
+        first, others = report.refused[0], len(report.refused) - 1
         more = f", and {others} more findings in the table above" if others else ""
         raise InputError(f"the audit refused the data set: {first.where}: {first.message}{more}")
+    return Prepared(config, run, resume_file, where, loggers, train_set, val_set, report)
 
-    is_settled = device_batch_size != "auto"  # otherwise it is at the start of the fit
-    datamodule = DetectionData(
+
+def build(prepared: Prepared) -> Built:
+    """Loaders, the network with the weights that it starts from, and what takes a step."""
+    config, run, train_set = prepared.config, prepared.run, prepared.train_set
+    data = DetectionData(
         train_set,
-        val_set,
-        data,
-        batch_size=batch_size,
-        device_batch_size=device_batch_size if is_settled else 1,
-        seed=seed,
+        prepared.val_set,
+        config.data,
+        batch_size=config.batch_size,
+        device_batch_size=1 if config.device_batch_size == "auto" else config.device_batch_size,
+        seed=config.seed,
     )
-    pl.seed_everything(seed, verbose=False)
-    detector = build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
-    freeze_parameters(detector, optim.freeze)
-    detector.transformer.set_activation_checkpointing(activation_checkpointing)
-    compiled = None
-    if shapes := datamodule.shapes:
-        compiled = CompiledForward(detector, shapes) if compile else None
-        if is_first_process():
-            listed = ", ".join(f"{h} x {w}" for h, w in shapes)
-            logger.info("batches are padded to %d shapes: %s", len(shapes), listed)
-    total_steps = datamodule.steps_per_epoch * epochs
+    pl.seed_everything(config.seed, verbose=False)
+    detector = build_detector(config, train_set, is_resumed=prepared.resume_file is not None)
+    freeze_parameters(detector, config.optim.freeze)
+    detector.transformer.set_activation_checkpointing(config.activation_checkpointing)
+    if data.shapes and is_first_process():
+        listed = ", ".join(f"{h} x {w}" for h, w in data.shapes)
+        logger.info("batches are padded to %d shapes: %s", len(data.shapes), listed)
     guard = StepGuard(
         run.path,
-        max_bad_steps=max_bad_steps,
-        config=config,
+        max_bad_steps=config.max_bad_steps,
+        config=kept(config),
         annotations=train_set,
         last_checkpoint=run.path / RESUME_FILE,
     )
+    num_steps = data.steps_per_epoch * config.epochs
     module = DetectionModule(
         detector,
-        build_criterion(detector, loss),
-        optim,
-        CocoEvaluator(val_set, max_detections),
-        backbone_pretrained=starts_from_weights(config["model"], weights),
-        steps_per_epoch=datamodule.steps_per_epoch,
-        total_steps=total_steps,
-        seed=seed,
-        compiled=compiled,
+        build_criterion(detector, config.loss),
+        config.optim,
+        CocoEvaluator(prepared.val_set, config.max_detections),
+        backbone_pretrained=config.starts_from_weights,
+        steps_per_epoch=data.steps_per_epoch,
+        total_steps=num_steps,
+        seed=config.seed,
+        compiled=CompiledForward(detector, data.shapes) if config.compile else None,
         guard=guard,
     )
-    if (preflight or preflight_only) and resume_file is None and is_first_process():
-        _preflight(
-            run, module, datamodule, from_nothing=weights is None, precision=precision, device=where["accelerator"]
-        )
-    if preflight_only:
-        return None
-    if is_first_process():
-        run.start(config)
-        run.write_json("audit.json", report_of_data.to_dict())
-        groups = parameter_groups(detector, optim, backbone_pretrained=module.backbone_pretrained)
-        for line in describe_groups(groups, detector):
-            logger.info(line)
-        logger.info(
-            "%d images, %d steps of %d images an epoch, %d epochs, into %s",
-            len(train_set.images), datamodule.steps_per_epoch, batch_size, epochs, run.path,
-        )  # fmt: skip
-        if not module.backbone_pretrained and len(train_set.images) < ENOUGH_IMAGES:
-            logger.info(
-                "random initial weights: photographs need %s images or more to learn from nothing, here are %s; otherwise "
-                "give --weights FILE or --model.pretrained_backbone true",
-                f"{ENOUGH_IMAGES:,}", f"{len(train_set.images):,}",
-            )  # fmt: skip
+    return Built(data, module, guard, num_steps)
 
-    def publish(name: str, module: DetectionModule, metrics: Metrics) -> None:
-        checkpoint = Checkpoint.of(
-            module.model,
-            train_set.categories,
-            image_size=data.image_size,
-            max_size=scaled(PAPER_MAX_SIZE, data.image_size),
-            threshold=0.5 if math.isnan(metrics.threshold) else metrics.threshold,
-            metrics=metrics.numbers(),
-            training={"data": train_set.name, "step": module.global_step, "epoch": module.current_epoch},
-        )
-        save_checkpoint(run.path / name, checkpoint)
 
-    data_wait, following = DataWait(), Loggers(logger_names if is_first_process() else [], run, config)
-    publisher = Publish(run, publish, following.send)
-
-    def settle(size: int) -> None:
+def build_detector(config: TrainConfig, train_set: Annotations, *, is_resumed: bool) -> DeformableDETR:
+    """The network, with its weights where they come from a file; a resumed run brings its own."""
+    arguments = dict(config.model, num_classes=len(train_set.categories))
+    if config.weights is not None or is_resumed:
+        # Neither needs the download, but norms and stem are treated as what they are: trained.
+        if arguments["freeze_backbone"] is None and config.starts_from_weights:
+            arguments["freeze_backbone"] = "stem"
+        arguments["pretrained_backbone"] = False
+    detector = DeformableDETR(**arguments)
+    if config.weights is not None and not is_resumed:
+        loaded = load_weights(detector, config.weights, categories=train_set.categories)
         if is_first_process():
-            run.write_yaml(CONFIG_FILE, config | {"device_batch_size": size})
-
-    memory_plan = MemoryPlan(
-        datamodule.largest_hw,
-        num_objects=max((len(record.labels) for record in train_set.images), default=1),
-        precision=precision,
-        optimizer_states=1 if optim.sgd else 2,
-        copies=1 if optim.ema_decay else 0,
-        settle=None if is_settled else settle,
-    )
-    with warnings.catch_warnings():
-        quiet_lightning()
-        plugins: list[Any] = [StateFiles(run)]
-        if precision == "fp16" and where["accelerator"] == "cpu":  # Lightning by itself takes bfloat16 there
-            plugins.append(MixedPrecision("16-mixed", "cpu"))
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            check_val_every_n_epoch=min(val_every, epochs),
-            precision=None if len(plugins) > 1 else PRECISIONS[precision],
-            num_sanity_val_steps=0,
-            logger=False,  # ours are in `following`, where they can do no harm
-            profiler=data_wait,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=str(run.path),
-            callbacks=[
-                following,
-                memory_plan,
-                guard,
-                Watch(
-                    run,
-                    batch_size=batch_size,
-                    total_steps=total_steps,
-                    log_every=log_every,
-                    data_wait=data_wait,
-                    send=following.send,
-                ),
-                publisher,
-                Report(run, publisher),
-                *([EarlyStopping(patience, min_delta)] if patience else []),
-                # after Publish, which is to see the averaged weights
-                *([WeightAverage(optim.ema_decay)] if optim.ema_decay else []),
-                SaveState(run, every=checkpoint_every),
-            ],
-            plugins=plugins,
-            enable_checkpointing=False,
-            **where,
-        )
-        with onednn_matmuls(), exactness(deterministic=deterministic, tf32=tf32), last_word(run):
-            fit(trainer, module, datamodule, run, resume_file)
-    if trainer.is_global_zero:
-        finish(run, num_pictures)
-        run.check_written()
-    # Only a run that was complete before it was resumed has had no validation now.
-    metrics = module.metrics or Metrics.from_dict(json.loads((run.path / "metrics.json").read_text())["last"])
-    return RunResult(run.path, Path(data.path), val_set.images[0].path, metrics)
+            console.show(loaded.render())
+    return detector
 
 
-def _preflight(
-    run: RunFolder,
-    module: "DetectionModule",
-    datamodule: "DetectionData",
-    *,
-    from_nothing: bool,
-    precision: str,
-    device: str,
-) -> None:
-    """Before the folder holds a run, so that the same command works once the set-up is mended. Of several processes the
+def _try(prepared: Prepared, built: Built) -> None:
+    """Before the folder holds a run, so that the same command works once the set-up is repaired. Of several processes the
     first alone comes here: the others wait for it where the process group is made, and end with it."""
-    from ddetr.engine.preflight.run import run_preflight
-    from ddetr.runtime.precision import AUTOCAST
-
-    autocast = AUTOCAST.get(precision)
+    if not is_first_process():
+        return
+    config, run = prepared.config, prepared.run
     with console.waiting("preflight"):
-        found = run_preflight(module, datamodule, from_nothing=from_nothing, autocast=autocast, device=device)
+        found = run_preflight(
+            built.module,
+            built.data,
+            from_nothing=config.weights is None,
+            autocast=AUTOCAST.get(config.precision),
+            device=prepared.where["accelerator"],
+        )
     console.show(found.render())
     make_folder(run.path, "--output")
     run.write_json("preflight.json", found.to_dict())
@@ -378,35 +246,117 @@ def _preflight(
         raise InputError(found.refusal())
 
 
-def _complete(model: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of the network but the number of classes, so that the run folder does not depend on defaults."""
-    from ddetr.datasets.annotations import did_you_mean
+def _begin(prepared: Prepared, built: Built) -> None:
+    """The folder with the settings, and what is said of the run before it starts."""
+    if not is_first_process():
+        return
+    config, run, module, num_images = prepared.config, prepared.run, built.module, len(prepared.train_set.images)
+    run.start(config)
+    run.write_json("audit.json", prepared.audit.to_dict())
+    groups = parameter_groups(module.model, config.optim, backbone_pretrained=module.backbone_pretrained)
+    for line in describe_groups(groups, module.model):
+        logger.info(line)
+    logger.info(
+        "%d images, %d steps of %d images per epoch, %d epochs, into %s",
+        num_images, built.data.steps_per_epoch, config.batch_size, config.epochs, run.path,
+    )  # fmt: skip
+    if not module.backbone_pretrained and num_images < ENOUGH_IMAGES:
+        logger.info(
+            "random initial weights: photographs need %s images or more to learn from nothing, here are %s; otherwise "
+            "give --weights FILE or --model.pretrained_backbone true",
+            f"{ENOUGH_IMAGES:,}", f"{num_images:,}",
+        )  # fmt: skip
 
-    defaults = {name: parameter.default for name, parameter in inspect.signature(DeformableDETR).parameters.items()}
-    del defaults["num_classes"]
-    for name in model:
-        if name not in defaults:
-            why = " It comes from the data." if name == "num_classes" else did_you_mean(name, defaults)
-            raise InputError(f"model: {name!r} is no setting that can be made.{why}")
-    return defaults | DEFAULT_MODEL | model
+
+def _trainer(prepared: Prepared, built: Built) -> pl.Trainer:
+    config, where = prepared.config, prepared.where
+    data_wait = DataWait()
+    plugins: list[Any] = [StateFiles(prepared.run)]
+    if config.precision == "fp16" and where["accelerator"] == "cpu":  # Lightning by itself takes bfloat16 there
+        plugins.append(MixedPrecision("16-mixed", "cpu"))
+    with warnings.catch_warnings():
+        quiet_lightning()
+        return pl.Trainer(
+            max_epochs=config.epochs,
+            check_val_every_n_epoch=min(config.val_every, config.epochs),
+            precision=None if len(plugins) > 1 else PRECISIONS[config.precision],
+            num_sanity_val_steps=0,
+            logger=False,  # ours are among the callbacks, where they can do no harm
+            profiler=data_wait,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=str(prepared.run.path),
+            callbacks=callbacks(prepared, built, data_wait),
+            plugins=plugins,
+            enable_checkpointing=False,
+            **where,
+        )
 
 
-def _where(device: str, devices: int | None, precision: str) -> dict[str, Any]:
+def callbacks(prepared: Prepared, built: Built, data_wait: DataWait) -> list[Callback]:
+    """What watches a run, in `CALLBACK_ORDER`."""
+    config, run, optim = prepared.config, prepared.run, prepared.config.optim
+    following = Loggers(prepared.loggers if is_first_process() else [], run, kept(config))
+    publisher = Publish(run, lambda name, module, metrics: _publish(prepared, name, module, metrics), following.send)
+
+    def settle(size: int) -> None:
+        if is_first_process():
+            run.write_settings(kept(config) | {"device_batch_size": size})
+
+    memory_plan = MemoryPlan(
+        built.data.largest_hw,
+        num_objects=max((len(record.labels) for record in prepared.train_set.images), default=1),
+        precision=config.precision,
+        optimizer_states=1 if optim.sgd else 2,
+        copies=1 if optim.ema_decay else 0,
+        settle=settle if config.device_batch_size == "auto" else None,
+    )
+    watch = Watch(
+        run,
+        batch_size=config.batch_size,
+        total_steps=built.num_steps,
+        log_every=config.log_every,
+        data_wait=data_wait,
+        send=following.send,
+    )
+    saving = SaveState(run, every=config.checkpoint_every)
+    chosen: list[Callback] = [following, memory_plan, built.guard, watch, publisher, Report(run, publisher), saving]
+    if config.patience:
+        chosen.append(EarlyStopping(config.patience, config.min_delta))
+    if optim.ema_decay:
+        chosen.append(WeightAverage(optim.ema_decay))
+    return sorted(chosen, key=lambda callback: CALLBACK_ORDER.index(type(callback)))
+
+
+def _publish(prepared: Prepared, name: str, module: DetectionModule, metrics: Metrics) -> None:
+    image_size = prepared.config.data.image_size
+    checkpoint = Checkpoint.of(
+        module.model,
+        prepared.train_set.categories,
+        image_size=image_size,
+        max_size=scaled(PAPER_MAX_SIZE, image_size),
+        threshold=0.5 if math.isnan(metrics.threshold) else metrics.threshold,
+        metrics=metrics.numbers(),
+        training={"data": prepared.train_set.name, "step": module.global_step, "epoch": module.current_epoch},
+    )
+    save_checkpoint(prepared.run.path / name, checkpoint)
+
+
+def _where(config: TrainConfig) -> dict[str, Any]:
     """Lightning's arguments for the device; under torchrun the numbers that torchrun set."""
-    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    devices = config.devices
+    use_cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
     if use_cuda and not torch.cuda.is_available():
         raise InputError("device cuda: PyTorch sees no GPU here (torch.cuda.is_available() is False); use --device cpu")
-    if devices is not None and devices < 1:
-        raise InputError(f"devices must be at least 1, got {devices}")
     num_nodes = 1
     if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ["WORLD_SIZE"]) // devices
     devices = devices or (torch.cuda.device_count() if use_cuda else 1)
-    strategy = "ddp" if devices * num_nodes > 1 else "auto"
     return {
         "accelerator": "cuda" if use_cuda else "cpu",
         "devices": devices,
         "num_nodes": num_nodes,
-        "strategy": strategy,
+        "strategy": "ddp" if devices * num_nodes > 1 else "auto",
     }

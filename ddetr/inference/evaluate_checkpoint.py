@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ddetr import console
-from ddetr.datasets.config import DataConfig
+from ddetr.datasets.config import DataSource
 from ddetr.errors import InputError
 from ddetr.files import make_folder, write_text
 
@@ -15,23 +15,25 @@ if TYPE_CHECKING:
 
 def evaluate_checkpoint(
     checkpoint: str,
-    data: DataConfig,
+    data: DataSource,
     *,
     split: str | None = None,
     output: str | None = None,
     batch_size: int = 1,
     max_detections: int = 100,
+    num_workers: int = 0,
     device: str | None = None,
 ) -> "Metrics":
     """Measure a published checkpoint on one split of a data set.
 
     Args:
         checkpoint: a published checkpoint, for instance best.pth of a run.
-        data: the data set; of its settings those that say how it is read.
+        data: the data set.
         split: which part; by default the validation split.
         output: folder for metrics.json and predictions.json (COCO's results format).
         batch_size: images that run through the model together; padding changes scores slightly, 1 has none.
-        max_detections: detections an image that count.
+        max_detections: detections per image that count.
+        num_workers: processes that load images; 0 loads them in this one.
         device: "cpu" or "cuda"; by default a GPU if there is one.
 
     Raises:
@@ -61,7 +63,7 @@ def evaluate_checkpoint(
     dataset = DetectionDataset(
         annotations, official_eval(predictor.image_size, predictor.max_size), normalize=False, train=False
     )
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=data.num_workers or 0)
+    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
     evaluator = CocoEvaluator(annotations, max_detections)
     with console.progress("evaluate") as update:
         metrics = evaluate(predictor.detect, loader, annotations, evaluator=evaluator, progress=update)

@@ -184,7 +184,7 @@ def test_unknown_commands(refused: Callable[..., str], arguments: list[str], mes
         ),
         ("train --data x --data.strict=maybe", "--data.strict: expected true or false, got 'maybe'"),
         ("train --data x --optim.lr -1", "lr must be at least 0, got -1.0"),
-        ("train --data x --optim.lr_drop 0", "lr_drop must be at least 1 epoch, got 0"),
+        ("train --data x --optim.lr_drop 0", "lr_drop must be at least 1, got 0"),
         ("eval", "ddetr eval needs --checkpoint CHECKPOINT and --data PATH; ddetr eval --help lists all options"),
         (
             "predict --checkpoint x",
@@ -530,7 +530,7 @@ def test_audit_names_the_degenerate_boxes_of_bccd(
 
     strict = ddetr("data", "audit", shared_data / "bccd", "--strict")
     assert strict.code == 2
-    assert "must be mended before training, see the table above" in strict.err
+    assert "must be repaired before training, see the table above" in strict.err
 
 
 def test_audit_refuses_with_exit_code_2(ddetr: Callable[..., Outcome], shapes: Path, tmp_path: Path) -> None:

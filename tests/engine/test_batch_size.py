@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets import load_annotations
+from ddetr.datasets.config import DataConfig
 from ddetr.engine import batch_size
 from ddetr.engine.batch_size import MemoryPlan, even_size, largest_that_fits, probe_step
-from ddetr.engine.config import OptimConfig, resolve_batch_sizes
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.train import train
 from ddetr.errors import InputError
@@ -179,9 +180,9 @@ def test_auto_is_the_run_with_the_number_it_finds(
     """What is settled stands in the run's settings, decides nothing else, and holds when the run goes on elsewhere."""
     short_run |= {"batch_size": 8}
     monkeypatch.setattr(MemoryPlan, "_limit", lambda *_: 3)
-    train(**short_run | {"device_batch_size": "auto"}, output=str(tmp_path / "auto"))
+    train(TrainConfig(**short_run | {"device_batch_size": "auto"}, output=str(tmp_path / "auto")))
     assert yaml.safe_load((tmp_path / "auto" / "config.yaml").read_text())["device_batch_size"] == 3
-    train(**short_run | {"device_batch_size": 3}, output=str(tmp_path / "number"))
+    train(TrainConfig(**short_run | {"device_batch_size": 3}, output=str(tmp_path / "number")))
     one, other = (load_checkpoint(tmp_path / name / "last.pth").model for name in ("auto", "number"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -189,21 +190,25 @@ def test_auto_is_the_run_with_the_number_it_finds(
         raise AssertionError("probed again")
 
     monkeypatch.setattr(MemoryPlan, "_limit", probed)
-    again = train(**short_run | {"device_batch_size": "auto"}, resume=str(tmp_path / "auto"))
+    again = train(TrainConfig(**short_run | {"device_batch_size": "auto"}, resume=str(tmp_path / "auto")))
     assert yaml.safe_load((again.path / "config.yaml").read_text())["device_batch_size"] == 3
     with pytest.raises(InputError, match="device_batch_size was 3 and is"):
-        train(**short_run | {"device_batch_size": 2}, resume=str(tmp_path / "auto"))
+        train(TrainConfig(**short_run | {"device_batch_size": 2}, resume=str(tmp_path / "auto")))
 
 
-def test_auto_is_the_papers_batch(tmp_path: Path) -> None:
-    assert resolve_batch_sizes("auto", 2, None) == (32, "auto")
-    assert resolve_batch_sizes(16, "auto", None) == (16, "auto")
-    assert resolve_batch_sizes(16, 2, None) == (16, 2)
-    before = tmp_path / "config.yaml"
-    before.write_text("batch_size: 24\ndevice_batch_size: 6\n")
-    assert resolve_batch_sizes("auto", 2, before) == (24, 6)
-    assert resolve_batch_sizes(16, "auto", before) == (16, 6)
-    assert resolve_batch_sizes(16, 2, before) == (16, 2)
+def test_auto_is_the_papers_batch() -> None:
+    def resolved(batch_size: Any, device_batch_size: Any, before: dict[str, Any]) -> tuple[Any, Any]:
+        sizes = {"batch_size": batch_size, "device_batch_size": device_batch_size}
+        config = TrainConfig(DataConfig("x"), **sizes).with_batch_sizes(before)
+        return config.batch_size, config.device_batch_size
+
+    assert resolved("auto", 2, {}) == (32, "auto")
+    assert resolved(16, "auto", {}) == (16, "auto")
+    assert resolved(16, 2, {}) == (16, 2)
+    before = {"batch_size": 24, "device_batch_size": 6}
+    assert resolved("auto", 2, before) == (24, 6)
+    assert resolved(16, "auto", before) == (16, 6)
+    assert resolved(16, 2, before) == (16, 2)
     for sizes in ((0, 2), (8, 0)):
         with pytest.raises(InputError, match="must be at least 1, got 0"):
-            resolve_batch_sizes(*sizes, None)
+            resolved(*sizes, {})

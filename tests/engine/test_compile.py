@@ -22,7 +22,7 @@ from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets.config import DataConfig
 from ddetr.engine import compile as engine_compile
 from ddetr.engine.compile import CompiledForward, check_compiler
-from ddetr.engine.config import OptimConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.train import train
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
@@ -201,7 +201,7 @@ def test_a_run_compiles_and_says_so(
 ) -> None:
     """Its validation, whose shapes are any, compiles nothing; its checkpoint is that of any run."""
     caplog.set_level("INFO", logger="ddetr")
-    run = train(**settings(shapes, tiny_model, tiny_run.path / "last.pth"), output=str(tmp_path / "run"))
+    run = train(TrainConfig(**settings(shapes, tiny_model, tiny_run.path / "last.pth"), output=str(tmp_path / "run")))
     assert len(graphs) == 1
     assert [message for message in caplog.messages if message.startswith(("compiling", "batches are padded"))] == [
         "batches are padded to 3 shapes: 128 x 128, 64 x 128, 128 x 64",
@@ -219,7 +219,7 @@ def test_two_compiled_processes_are_one(
     """Under DDP, with checkpointed layers, through the compiler's autograd."""
     monkeypatch.setattr(engine_compile, "BACKEND", "aot_eager")
     common = settings(shapes, tiny_model, tiny_run.path / "last.pth") | {"activation_checkpointing": True}
-    alone = train(**common, device_batch_size=1, output=str(tmp_path / "alone"))
+    alone = train(TrainConfig(**common, device_batch_size=1, output=str(tmp_path / "alone")))
     script = tmp_path / "train.py"
     script.write_text(
         "import sys\nfrom ddetr.engine import compile\ncompile.BACKEND = 'aot_eager'\n"

@@ -15,7 +15,7 @@ import yaml
 
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets.config import DataConfig
-from ddetr.engine.config import OptimConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.loading.datamodule import EpochOrder
 from ddetr.engine.train import train
 
@@ -41,19 +41,21 @@ def write_data(shapes: Path, folder: Path) -> DataConfig:
 
 def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: dict[str, Any], tmp_path: Path) -> None:
     alone = train(
-        write_data(shapes, tmp_path / "data"),
-        tiny_model | {"dropout": 0.0},
-        # not Adam, whose first steps have the size of the rate however small the gradient: noise alike
-        optim=OptimConfig(lr=0.1, sgd=True, ema_decay=0.5),
-        epochs=2,
-        batch_size=BATCH,
-        device_batch_size=1,  # so that gradients are summed up before they are exchanged
-        seed=SEED,
-        weights=str(tiny_run.path / "last.pth"),
-        output=str(tmp_path / "alone"),
-        log_every=1,
-        num_pictures=0,
-        preflight=False,
+        TrainConfig(
+            write_data(shapes, tmp_path / "data"),
+            tiny_model | {"dropout": 0.0},
+            # not Adam, whose first steps have the size of the rate however small the gradient: noise alike
+            optim=OptimConfig(lr=0.1, sgd=True, ema_decay=0.5),
+            epochs=2,
+            batch_size=BATCH,
+            device_batch_size=1,  # so that gradients are summed up before they are exchanged
+            seed=SEED,
+            weights=str(tiny_run.path / "last.pth"),
+            output=str(tmp_path / "alone"),
+            log_every=1,
+            num_pictures=0,
+            preflight=False,
+        )
     )
     assert alone.metrics.AP > 0.1
     options = [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddetr.engine.config import OptimConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.early_stopping import EarlyStopping
 from ddetr.engine.run_folder import RunFolder
 from ddetr.engine.train import train
@@ -63,14 +63,14 @@ def steps(run: Path) -> list[str]:
 def test_the_run_ends_whole_and_can_go_on_with_more_patience(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = train(**settings, output=str(tmp_path / "run"))
+    result = train(TrainConfig(**settings, output=str(tmp_path / "run")))
     run = result.path
     assert steps(run) == ["1", "2"]
     assert (run / "curves.png").is_file()
     assert list((run / "pictures").iterdir())
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 2
 
-    again = train(**settings, resume=str(run))  # as it ended so, it takes no further step
+    again = train(TrainConfig(**settings, resume=str(run)))  # as it ended so, it takes no further step
     assert steps(run) == ["1", "2"]
     assert again.metrics.to_dict() == result.metrics.to_dict()
 
@@ -84,9 +84,9 @@ def test_the_run_ends_whole_and_can_go_on_with_more_patience(
     patient = settings | {"patience": 2, "resume": str(run)}
     monkeypatch.setattr(RunFolder, "append_csv", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(**patient)
+        train(TrainConfig(**patient))
     monkeypatch.undo()
-    train(**patient)  # the count of worse validations was kept over both
+    train(TrainConfig(**patient))  # the count of worse validations was kept over both
     assert steps(run) == ["1", "2", "3"]
 
 
@@ -98,4 +98,4 @@ def test_settings_that_cannot_work_are_refused(
     settings: dict[str, Any], tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        train(**settings | wrong, output=str(tmp_path / "run"))
+        train(TrainConfig(**settings | wrong, output=str(tmp_path / "run")))

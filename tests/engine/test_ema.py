@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets import load_annotations
 from ddetr.datasets.config import DataConfig
-from ddetr.engine.config import OptimConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.ema import WeightAverage
 from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
@@ -174,7 +174,7 @@ def test_what_is_published_is_the_average_and_what_was_measured(
     settings: dict[str, Any], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And a run that was interrupted and resumed ends with the same bits, in both copies."""
-    whole = train(**settings, output=str(tmp_path / "whole"))
+    whole = train(TrainConfig(**settings, output=str(tmp_path / "whole")))
     state = torch.load(whole.path / "last.ckpt", weights_only=True)
     published = load_checkpoint(whole.path / "last.pth").model
     trained = {name: state["state_dict"][f"model.{name}"] for name in published}
@@ -193,9 +193,9 @@ def test_what_is_published_is_the_average_and_what_was_measured(
 
     monkeypatch.setattr(RunFolder, "append_csv", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(**settings, output=str(tmp_path / "resumed"))
+        train(TrainConfig(**settings, output=str(tmp_path / "resumed")))
     monkeypatch.undo()
-    resumed = train(**settings, output=str(tmp_path / "resumed"), resume="last")
+    resumed = train(TrainConfig(**settings, output=str(tmp_path / "resumed"), resume="last"))
     other = torch.load(resumed.path / "last.ckpt", weights_only=True)
     assert not differing(other["state_dict"], state["state_dict"])
     assert other["weight_average"]["num_updates"] == EPOCHS * STEPS

@@ -8,7 +8,7 @@ import torch
 
 from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 from ddetr.datasets.config import DataConfig
-from ddetr.engine.config import OptimConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.train import train
 from ddetr.errors import InputError
@@ -90,13 +90,13 @@ def test_a_run_leaves_frozen_weights_and_statistics_as_they_were(
         "batch_size": 4,
         "num_pictures": 0,
     }
-    start = train(**settings, optim=OptimConfig(lr=1e-3), output=str(tmp_path / "start"))
+    start = train(TrainConfig(**settings, optim=OptimConfig(lr=1e-3), output=str(tmp_path / "start")))
     weights = str(start.path / "last.pth")
     unfrozen = settings | {"model": tiny_model | {"freeze_backbone": "none"}, "weights": weights}
     optim = OptimConfig(
         lr=1e-2, freeze=["backbone.0.body.conv1.*", "backbone.0.body.bn1.*", "backbone.0.body.layer1.*"]
     )
-    run = train(**unfrozen, optim=optim, output=str(tmp_path / "frozen"))
+    run = train(TrainConfig(**unfrozen, optim=optim, output=str(tmp_path / "frozen")))
     checkpoint = load_checkpoint(run.path / "last.pth")
     before, after = load_checkpoint(weights).model, checkpoint.model
     is_frozen = {

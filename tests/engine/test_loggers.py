@@ -11,6 +11,7 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ddetr.engine.callbacks import Watch
+from ddetr.engine.config import TrainConfig
 from ddetr.engine.loggers import chosen_loggers
 from ddetr.engine.train import train
 from ddetr.errors import InputError
@@ -39,7 +40,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         with monkeypatch.context() as patch:
             patch.setattr(Watch, "on_train_batch_end", stops)
             with pytest.raises(KeyboardInterrupt):
-                train(**settings)
+                train(TrainConfig(**settings))
 
     return run
 
@@ -162,7 +163,7 @@ def test_a_resumed_run_goes_on_in_the_same_place_without_doubled_steps(
     run = tmp_path / "run"
     names = ["tensorboard", "wandb", "mlflow"]
     interrupted(**settings, loggers=names, output=str(run))
-    train(**settings, loggers=names, output=str(run), resume="last")
+    train(TrainConfig(**settings, loggers=names, output=str(run), resume="last"))
 
     for service in (wandb, mlflow):
         assert service.steps("train/loss") == service.steps("train/data_wait") == STEPS
@@ -191,7 +192,7 @@ def read_tensorboard(run: Path) -> Any:
 
 def test_tensorboard_is_the_default_and_can_be_switched_off(settings: dict[str, Any], tmp_path: Path) -> None:
     assert chosen_loggers(None) == ["tensorboard"]
-    run = train(**settings | {"epochs": 1}, loggers=[], output=str(tmp_path / "run")).path
+    run = train(TrainConfig(**settings | {"epochs": 1}, loggers=[], output=str(tmp_path / "run"))).path
     assert not (run / "tensorboard").exists()
     assert (run / "train.csv").is_file()
 
@@ -216,7 +217,7 @@ def test_a_logger_that_fails_costs_nothing_but_itself(
 
     monkeypatch.setattr(TensorBoardLogger, "log_metrics", full)
     with caplog.at_level("WARNING", "ddetr"):
-        result = train(**settings, loggers=["tensorboard", "wandb"], output=str(tmp_path / "run"))
+        result = train(TrainConfig(**settings, loggers=["tensorboard", "wandb"], output=str(tmp_path / "run")))
     said = [record.getMessage() for record in caplog.records if "switched off" in record.getMessage()]
     assert len(said) == 2
     assert said[0].startswith("wandb failed and is switched off")
@@ -232,7 +233,7 @@ def test_a_missing_package_is_said_before_anything_is_written(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     with pytest.raises(InputError, match=rf"the package {name} is not installed: pip install 'ddetr\[{name}\]'"):
-        train(**settings, loggers=[name], output=str(tmp_path / "run"))
+        train(TrainConfig(**settings, loggers=[name], output=str(tmp_path / "run")))
     assert not (tmp_path / "run").exists()
 
 

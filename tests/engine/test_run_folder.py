@@ -2,11 +2,14 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from ddetr.datasets.config import DataConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.run_folder import RunFolder, check_training_state, free_folder
 from ddetr.errors import InputError
 
@@ -152,20 +155,20 @@ def test_a_training_state_is_told_from_weights(tmp_path: Path) -> None:
 
 def test_a_changed_setting_is_named_and_a_harmless_one_is_not(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    config = {"optim": {"lr": 1e-4, "lr_drop": 40}, "data": {"num_workers": 0}, "epochs": 3}
+    config = TrainConfig(DataConfig("x", num_workers=0), optim=OptimConfig(lr=1e-4), epochs=3)
     run.start(config)
     run.check_unchanged(config)
-    run.check_unchanged(config | {"data": {"num_workers": 4}})
+    run.check_unchanged(replace(config, data=DataConfig("x", num_workers=4), log_every=3))
     with pytest.raises(
         InputError, match=r"but optim\.lr was 0\.0001 and is 0\.1, epochs was 3 and is 4: put them back"
     ):
-        run.check_unchanged(config | {"optim": {"lr": 0.1, "lr_drop": 40}, "epochs": 4})
+        run.check_unchanged(replace(config, optim=OptimConfig(lr=0.1), epochs=4))
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--output: the folder .*file/run cannot be made \(Not a directory\)"):
-        RunFolder(tmp_path / "file" / "run").start({})
+        RunFolder(tmp_path / "file" / "run").start(TrainConfig(DataConfig("x")))
 
 
 def test_rows_after_the_checkpoint_are_taken_back(tmp_path: Path) -> None:

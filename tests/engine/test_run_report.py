@@ -12,6 +12,7 @@ import torch
 
 from ddetr.datasets.config import DataConfig
 from ddetr.engine import run_report as reporting
+from ddetr.engine.config import TrainConfig
 from ddetr.engine.train import train
 from ddetr.report import REPORT_FILE, RunFiles
 from ddetr.report.validation import BEST_FILE, LAST_FILE, Validation
@@ -24,7 +25,7 @@ def start(shapes: Path, tiny_model: dict[str, Any], tmp_path: Path) -> Callable[
         """A run of two steps an epoch; returns its folder."""
         settings = {"epochs": 2, "batch_size": 4, "device_batch_size": 4, "log_every": 1, "num_pictures": 1} | options
         data = DataConfig(str(shapes), augmentation="none", image_size=64, num_workers=0)
-        return train(data, tiny_model, output=str(tmp_path / "run"), **settings).path
+        return train(TrainConfig(data, tiny_model, output=str(tmp_path / "run"), **settings)).path
 
     return start
 

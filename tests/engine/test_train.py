@@ -17,7 +17,7 @@ import yaml
 from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 from ddetr.datasets import draw_shapes
 from ddetr.datasets.config import DataConfig
-from ddetr.engine.config import OptimConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.run_folder import RunFolder
 from ddetr.engine.train import RunResult, train
 from ddetr.errors import InputError
@@ -58,7 +58,7 @@ def whole_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
     def get(settings: dict[str, Any]) -> RunResult:
         if not results:
-            results.append(train(**settings, output=str(tmp_path_factory.mktemp("whole") / "run")))
+            results.append(train(TrainConfig(**settings, output=str(tmp_path_factory.mktemp("whole") / "run"))))
         return results[0]
 
     return get
@@ -118,7 +118,7 @@ def test_published_checkpoints_say_how_they_were_made(tiny_run: RunResult) -> No
 def test_a_second_run_overwrites_nothing(tiny_run: RunResult, settings: dict[str, Any]) -> None:
     before = {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*")}
     with pytest.raises(InputError, match="already holds a run: add --resume"):
-        train(**settings, output=str(tiny_run.path))
+        train(TrainConfig(**settings, output=str(tiny_run.path)))
     assert {path: path.stat().st_mtime_ns for path in tiny_run.path.rglob("*")} == before
 
 
@@ -126,11 +126,11 @@ def test_runs_without_a_name_get_numbered_folders(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    paths = [train(**settings | {"epochs": 1}).path for _ in range(2)]
+    paths = [train(TrainConfig(**settings | {"epochs": 1})).path for _ in range(2)]
     assert paths == [Path("runs/shapes"), Path("runs/shapes-2")]
     assert_same_run(*paths)  # the same seed twice, and nothing carried over
-    assert train(**settings | {"epochs": 1, "resume": "last"}).path == Path("runs/shapes-2")
-    other = train(**settings | {"epochs": 1, "seed": 1}).path
+    assert train(TrainConfig(**settings | {"epochs": 1, "resume": "last"})).path == Path("runs/shapes-2")
+    other = train(TrainConfig(**settings | {"epochs": 1, "seed": 1})).path
     assert not torch.equal(weights(other)["query_embed.weight"], weights(paths[0])["query_embed.weight"])
 
 
@@ -163,7 +163,7 @@ sys.exit(main(sys.argv[1:]))
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == STEPS
     assert [row["step"] for row in rows(run / "train.csv")] == ["1", "2", "3"]
 
-    result = train(**settings, output=str(run), resume="last")
+    result = train(TrainConfig(**settings, output=str(run), resume="last"))
     assert_same_run(run, whole_run(settings).path)
     assert result.metrics.to_dict() == whole_run(settings).metrics.to_dict()
 
@@ -184,7 +184,7 @@ def test_a_complete_run_resumed_says_its_metrics_again(
 ) -> None:
     whole = whole_run(settings)
     before = (whole.path / "last.pth").stat().st_mtime_ns
-    again = train(**settings, resume=str(whole.path))
+    again = train(TrainConfig(**settings, resume=str(whole.path)))
     assert again.metrics.to_dict() == whole.metrics.to_dict()
     assert (whole.path / "last.pth").stat().st_mtime_ns == before
     assert len(rows(whole.path / "train.csv")) == EPOCHS * STEPS
@@ -195,11 +195,11 @@ def test_resuming_with_other_settings_is_refused(
 ) -> None:
     run = str(whole_run(settings).path)
     with pytest.raises(InputError, match=r"but optim\.lr was 0\.001 and is 0\.01, epochs was 3 and is 9"):
-        train(**settings | {"epochs": 9, "optim": OptimConfig(lr=1e-2, lr_drop=1), "resume": run})
+        train(TrainConfig(**settings | {"epochs": 9, "optim": OptimConfig(lr=1e-2, lr_drop=1), "resume": run}))
 
 
 def test_the_last_epoch_is_always_measured(settings: dict[str, Any], tmp_path: Path) -> None:
-    result = train(**settings | {"val_every": 2, "output": str(tmp_path / "run")})
+    result = train(TrainConfig(**settings | {"val_every": 2, "output": str(tmp_path / "run")}))
     assert [row["epoch"] for row in rows(result.path / "val.csv")] == ["1", "2"]
     assert load_checkpoint(result.path / "last.pth").training["step"] == EPOCHS * STEPS
 
@@ -218,14 +218,16 @@ def test_starting_from_the_weights_of_a_run_with_other_classes(
     best = tiny_run.path / "best.pth"
     frozen = {"lr": 0.0, "weight_decay": 0.0}  # nothing moves: what is published is what was loaded
     result = train(
-        **settings
-        | {
-            "data": DataConfig(str(tmp_path), image_size=64, num_workers=0),
-            "optim": OptimConfig(**frozen),
-            "epochs": 1,
-            "weights": str(best),
-            "output": str(tmp_path / "run"),
-        }
+        TrainConfig(
+            **settings
+            | {
+                "data": DataConfig(str(tmp_path), image_size=64, num_workers=0),
+                "optim": OptimConfig(**frozen),
+                "epochs": 1,
+                "weights": str(best),
+                "output": str(tmp_path / "run"),
+            }
+        )
     )
     shown = capsys.readouterr().out
     assert "best.pth (ddetr)" in shown
@@ -242,8 +244,10 @@ def test_weights_of_another_architecture_are_refused(
     best = str(tiny_run.path / "best.pth")
     with pytest.raises(InputError, match="expected weights of hidden_dim 64"):
         train(
-            **settings
-            | {"model": settings["model"] | {"hidden_dim": 64}, "weights": best, "output": str(tmp_path / "run")}
+            TrainConfig(
+                **settings
+                | {"model": settings["model"] | {"hidden_dim": 64}, "weights": best, "output": str(tmp_path / "run")}
+            )
         )
     assert not (tmp_path / "run").exists()
 
@@ -265,14 +269,14 @@ def test_a_broken_loss_stops_the_run_and_spares_its_checkpoint(
     with pytest.raises(
         FloatingPointError, match=r"step 3 has loss nan .*--optim.lr.*its last checkpoint is intact.*last.ckpt"
     ):
-        train(**settings | {"output": str(run), "log_every": log_every, "max_bad_steps": 0})
+        train(TrainConfig(**settings | {"output": str(run), "log_every": log_every, "max_bad_steps": 0}))
     state = torch.load(run / "last.ckpt", weights_only=True)
     assert state["global_step"] == STEPS
     for model in (state["state_dict"], weights(run), weights(run, "best.pth")):
         assert all(torch.isfinite(tensor).all() for tensor in model.values())
 
     monkeypatch.undo()
-    resumed = train(**settings | {"output": str(run), "resume": "last"})
+    resumed = train(TrainConfig(**settings | {"output": str(run), "resume": "last"}))
     assert len(rows(resumed.path / "train.csv")) >= STEPS * 2
 
 
@@ -292,7 +296,7 @@ def test_a_broken_gradient_stops_the_run_before_it_is_published(
 
     monkeypatch.setattr(SetCriterion, "total", lambda self, losses: Breaks.apply(original(self, losses)))
     with pytest.raises(FloatingPointError, match=r"gradient norm (nan|inf)"):
-        train(**settings | {"output": str(tmp_path / "run"), "max_bad_steps": 0})
+        train(TrainConfig(**settings | {"output": str(tmp_path / "run"), "max_bad_steps": 0}))
     assert not (tmp_path / "run" / "last.ckpt").exists()
 
 
@@ -309,7 +313,7 @@ def test_ctrl_c_is_a_keyboard_interrupt(
     monkeypatch.setattr(RunFolder, "append_csv", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with caplog.at_level("INFO", "ddetr"), pytest.raises(KeyboardInterrupt):
-        train(**settings | {"output": str(tmp_path / "run")})
+        train(TrainConfig(**settings | {"output": str(tmp_path / "run")}))
     assert signal.getsignal(signal.SIGINT) is handler
     assert "the same command with --resume" in caplog.text
 
@@ -334,7 +338,7 @@ def test_settings_that_cannot_work_leave_no_folder(
     settings: dict[str, Any], tmp_path: Path, wrong: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        train(**settings | {"output": str(tmp_path / "run")} | wrong)
+        train(TrainConfig(**settings | {"output": str(tmp_path / "run")} | wrong))
     assert not (tmp_path / "run").exists()
 
 
@@ -346,11 +350,11 @@ def test_a_refused_data_set_is_not_trained_on(settings: dict[str, Any], tmp_path
         annotation["bbox"][0] = float("nan")
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"the audit refused the data set: .*and 1 more findings in the table above"):
-        train(**settings | {"data": DataConfig(str(folder)), "output": str(tmp_path / "run")})
+        train(TrainConfig(**settings | {"data": DataConfig(str(folder)), "output": str(tmp_path / "run")}))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_said(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--output: the folder .*/file/run cannot be made"):
-        train(**settings | {"output": str(tmp_path / "file" / "run")})
+        train(TrainConfig(**settings | {"output": str(tmp_path / "file" / "run")}))

@@ -9,6 +9,7 @@ import torch
 
 import ddetr.models.attention
 from ddetr.checkpoint import load_checkpoint
+from ddetr.engine.config import TrainConfig
 from ddetr.engine.train import train
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.matcher import HungarianMatcher
@@ -33,8 +34,8 @@ def test_the_loss_of_a_step_agrees_with_float32(
 ) -> None:
     """Same weights, images, dropout: every loss term within 2 % (bf16: 8 bits) or 0.2 % (fp16: 11 bits) of float32's,
     measured against the total; and not the same, which would be float32 under another name."""
-    exact = first_losses(train(**settings, output=str(tmp_path / "32")).path)
-    rounded = first_losses(train(**settings, precision=precision, output=str(tmp_path / precision)).path)
+    exact = first_losses(train(TrainConfig(**settings, output=str(tmp_path / "32"))).path)
+    rounded = first_losses(train(TrainConfig(**settings, precision=precision, output=str(tmp_path / precision))).path)
     assert exact.keys() == rounded.keys()
     for name, value in exact.items():
         assert abs(rounded[name] - value) < tolerance * exact["loss"], name
@@ -64,7 +65,7 @@ def test_locations_costs_and_losses_are_float32(
     monkeypatch.setattr(ddetr.models.attention, "ms_deform_attn_step", watched_step)
     monkeypatch.setattr(HungarianMatcher, "_cost", watched(HungarianMatcher._cost, "costs"))
     monkeypatch.setattr(SetCriterion, "forward", watched(SetCriterion.forward, "losses"))
-    train(**settings, precision=precision, output=str(tmp_path / "run"))
+    train(TrainConfig(**settings, precision=precision, output=str(tmp_path / "run")))
     half = torch.bfloat16 if precision == "bf16" else torch.float16
     assert half in seen["values"]
     assert seen["references"] == seen["costs"] == seen["losses"] == {torch.float32}
@@ -85,7 +86,8 @@ def test_deterministic_runs_have_the_same_bits(
     torch.set_num_threads(2)
     try:
         runs = [
-            train(**settings, deterministic=True, output=str(tmp_path / name)).path / "last.pth" for name in ("a", "b")
+            train(TrainConfig(**settings, deterministic=True, output=str(tmp_path / name))).path / "last.pth"
+            for name in ("a", "b")
         ]
     finally:
         torch.set_num_threads(threads)
@@ -111,6 +113,8 @@ def test_the_switches_are_set_and_put_back() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_deterministic_runs_on_a_gpu_have_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
     options = {"deterministic": True, "device": "cuda", "devices": 1, "precision": "bf16"}
-    files = [train(**settings, **options, output=str(tmp_path / name)).path / "last.pth" for name in ("a", "b")]
+    files = [
+        train(TrainConfig(**settings, **options, output=str(tmp_path / name))).path / "last.pth" for name in ("a", "b")
+    ]
     one, other = (load_checkpoint(file).model for file in files)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []

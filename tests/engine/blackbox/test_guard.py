@@ -24,7 +24,7 @@ from ddetr.engine.blackbox.bundle import MAX_BUNDLES, run_bundles
 from ddetr.engine.blackbox.guard import StepGuard
 from ddetr.engine.blackbox.replay import replay
 from ddetr.engine.blackbox.trace import find_non_finite, micro_losses
-from ddetr.engine.config import OptimConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.train import train
@@ -235,7 +235,7 @@ def test_two_bad_steps_are_skipped_and_change_nothing(
 
     monkeypatch.setattr(DetectionModule, "training_step", watched)
     with caplog.at_level(logging.WARNING, "ddetr"):
-        result = train(**settings)
+        result = train(TrainConfig(**settings))
     assert seen == [(number in (2, 6), number in (2, 6)) for number in range(1, 9)]
     lines = [record.message for record in caplog.records if record.name == "ddetr.engine.blackbox.guard"]
     assert [line.split()[1] for line in lines] == ["2", "6"]
@@ -274,7 +274,7 @@ def test_too_many_bad_steps_stop_the_run_before_the_checkpoint(
     with monkeypatch.context():
         break_loss(steps)
         with pytest.raises(FloatingPointError, match=rf"step {stops_at} has loss nan.*{why}") as error:
-            train(**settings | {"max_bad_steps": allowed})
+            train(TrainConfig(**settings | {"max_bad_steps": allowed}))
     has_checkpoint = stops_at > STEPS
     assert (run / "last.ckpt").exists() == has_checkpoint
     assert (f"{run / 'last.ckpt'}, from which" in str(error.value)) == has_checkpoint
@@ -285,7 +285,7 @@ def test_too_many_bad_steps_stop_the_run_before_the_checkpoint(
         counts = next(value for name, value in state["callbacks"].items() if name.startswith("StepGuard"))
         assert counts == {"total": len([step for step in steps if step <= STEPS]), "in_a_row": int(STEPS in steps)}
         monkeypatch.undo()
-        train(**settings | {"resume": "last", "max_bad_steps": allowed + 1})
+        train(TrainConfig(**settings | {"resume": "last", "max_bad_steps": allowed + 1}))
 
 
 def test_weights_that_an_update_broke_are_never_saved(
@@ -304,7 +304,7 @@ def test_weights_that_an_update_broke_are_never_saved(
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     with pytest.raises(FloatingPointError, match="step 8 left weights that are not finite, .*last.ckpt"):
-        train(**settings)
+        train(TrainConfig(**settings))
     run = Path(settings["output"])
     assert (
         torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 2 * STEPS - 1
@@ -316,7 +316,7 @@ def test_a_run_keeps_its_first_bundles_and_its_latest(
     settings: dict[str, Any], break_loss: Callable[[set[int]], None]
 ) -> None:
     break_loss({1, 2, 4, 6, 8})
-    run = train(**settings).path
+    run = train(TrainConfig(**settings)).path
     assert [path.name for path in run_bundles(run)] == ["step-000001", "step-000002", "step-000008"]
     assert len(list((run / "blackbox").iterdir())) == MAX_BUNDLES
 
@@ -333,7 +333,7 @@ def test_a_full_disk_does_not_stop_a_run_that_could_go_on(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("ddetr.engine.blackbox.bundle._state", full)
-    train(**settings)
+    train(TrainConfig(**settings))
     assert "could not be recorded" in caplog.text
     assert "No space left on device" in caplog.text
     assert list((Path(settings["output"]) / "blackbox").iterdir()) == []
@@ -356,7 +356,7 @@ def test_costs_that_the_matcher_repaired_are_reported(
         return cost
 
     monkeypatch.setattr(HungarianMatcher, "_cost", spoiled)
-    train(**settings)
+    train(TrainConfig(**settings))
     lines = [record.message for record in caplog.records if record.name == "ddetr.engine.blackbox.guard"]
     assert len(lines) == 1
     assert lines[0].startswith("step 1: 1 matching costs of images ")
@@ -367,13 +367,13 @@ def test_a_run_that_stopped_at_bad_steps_resumes_to_the_same_weights(
 ) -> None:
     """The skipped step of the first epoch counts for schedule and random numbers as in the run that was not stopped."""
     break_loss({2})
-    whole = train(**settings | {"output": str(tmp_path / "whole")})
+    whole = train(TrainConfig(**settings | {"output": str(tmp_path / "whole")}))
     monkeypatch.undo()
     break_loss({2, 6})
     with pytest.raises(FloatingPointError, match="2 bad steps are more than"):
-        train(**settings | {"max_bad_steps": 1})
+        train(TrainConfig(**settings | {"max_bad_steps": 1}))
     monkeypatch.undo()
-    resumed = train(**settings | {"max_bad_steps": 1, "resume": "last"})
+    resumed = train(TrainConfig(**settings | {"max_bad_steps": 1, "resume": "last"}))
     one, other = (load_checkpoint(run.path / "last.pth").model for run in (whole, resumed))
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
@@ -395,7 +395,7 @@ def test_out_of_memory_is_recorded_and_not_tried_again(
 
     monkeypatch.setattr(MSDeformAttn, "forward", full)
     with pytest.raises(InputError, match="out of memory on cpu with a batch of 1 images"):
-        train(**settings)
+        train(TrainConfig(**settings))
     assert len(calls) == 1
     (bundle,) = run_bundles(Path(settings["output"]))
     assert torch.load(bundle / "state.pt", weights_only=True)["weights"]
@@ -414,7 +414,7 @@ def test_a_gpu_that_cannot_be_read_any_more_still_leaves_the_words(
     monkeypatch.setattr(MSDeformAttn, "forward", asserted)
     monkeypatch.setattr("ddetr.engine.blackbox.bundle._state", asserted)
     with pytest.raises(RuntimeError, match="device-side assert"):
-        train(**settings)
+        train(TrainConfig(**settings))
     (bundle,) = run_bundles(Path(settings["output"]))
     assert sorted(path.name for path in bundle.iterdir()) == ["bundle.json", "what.txt"]
     assert "Traceback" in (bundle / "what.txt").read_text()
@@ -482,7 +482,7 @@ def test_a_bundle_holds_all_that_the_step_was(
     settings: dict[str, Any], break_loss: Callable[[set[int]], None], shapes: Path
 ) -> None:
     break_loss({3})
-    run = train(**settings).path
+    run = train(TrainConfig(**settings)).path
     (bundle,) = run_bundles(run)
     header = json.loads((bundle / "bundle.json").read_text())
     assert (header["step"], header["epoch"], header["seed"], header["rank"]) == (3, 0, 42, 0)
@@ -515,7 +515,7 @@ def test_replay_repeats_a_nan_in_the_pixels_and_shows_the_image(
 ) -> None:
     image_id = load_annotations(shapes, "train").images[4].image_id
     spoil_pixels(monkeypatch, {image_id})
-    run = train(**settings).path
+    run = train(TrainConfig(**settings)).path
     bundle = run_bundles(run)[0]
     header = json.loads((bundle / "bundle.json").read_text())
     assert header["not_finite"]["place"] == "input"
@@ -544,7 +544,7 @@ def test_replay_repeats_an_exploding_loss_bit_for_bit_and_names_the_module(
 
     monkeypatch.setattr(DetectionModule, "training_step", exploding)
     with pytest.raises(FloatingPointError, match="3 bad steps in a row"):
-        train(**settings)
+        train(TrainConfig(**settings))
     bundle = run_bundles(Path(settings["output"]))[0]
     monkeypatch.undo()
     result = replay(str(bundle))
@@ -566,7 +566,7 @@ def test_a_healthy_step_replays_to_the_same_bits(settings: dict[str, Any], monke
             raise RuntimeError(f"stop {float(loss)!r} {float(norm)!r}")
 
     with pytest.raises(RuntimeError, match="stop") as error:
-        train(**settings)
+        train(TrainConfig(**settings))
     monkeypatch.undo()
     assert original is SetCriterion.total
     loss, norm = map(float, str(error.value).split()[1:])
@@ -593,7 +593,7 @@ def test_a_crash_is_recorded_and_goes_on_as_itself(
 
     monkeypatch.setattr(MSDeformAttn, "forward", crashing)
     with pytest.raises(ZeroDivisionError, match="in the attention"):
-        train(**settings)
+        train(TrainConfig(**settings))
     (bundle,) = run_bundles(Path(settings["output"]))
     header = json.loads((bundle / "bundle.json").read_text())
     assert header["error"]["type"] == "ZeroDivisionError"
@@ -673,7 +673,7 @@ def test_replay_on_the_command_line(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, shapes: Path, capsys: pytest.CaptureFixture
 ) -> None:
     spoil_pixels(monkeypatch, {load_annotations(shapes, "train").images[4].image_id})
-    run = train(**settings).path
+    run = train(TrainConfig(**settings)).path
     monkeypatch.undo()
     bundle = run_bundles(run)[0]
     capsys.readouterr()

@@ -20,6 +20,7 @@ import torch
 from ddetr.datasets import load_annotations, padded_shapes
 from ddetr.datasets.config import DataConfig
 from ddetr.datasets.splits import load_split, load_splits, without_empty_images
+from ddetr.engine.config import TrainConfig
 from ddetr.engine.loading.datamodule import DetectionData, EpochOrder, Loaded, collate_micro
 from ddetr.engine.loading.workers import default_num_workers, explained, workers_that_fit
 from ddetr.engine.train import train
@@ -237,7 +238,7 @@ def test_images_without_an_object_to_learn_can_be_left_out(shapes: Path, tmp_pat
         file = tmp_path / "annotations" / f"instances_{split}.json"
         file.write_text(json.dumps(content | {"annotations": kept}))
     for keep_empty, expected in ((True, 8), (False, 6)):
-        train, val = load_splits(DataConfig(str(tmp_path), keep_empty=keep_empty))
+        train, val = load_splits(DataConfig(str(tmp_path)), keep_empty=keep_empty)
         assert (len(train.images), len(val.images)) == (expected, 8)
     ids = {record.image_id for record in train.images}
     assert mixed in ids
@@ -333,14 +334,16 @@ def test_a_run_with_everything_on(
     config = DataConfig(str(damaged(name)), image_size=64, num_workers=1, buckets=True, padded_shapes=3)
     caplog.set_level("INFO", "ddetr")
     result = train(
-        config,
-        tiny_model,
-        epochs=2,
-        batch_size=4,
-        device_batch_size=2,
-        output=str(tmp_path / "run"),
-        log_every=1,
-        num_pictures=0,
+        TrainConfig(
+            config,
+            tiny_model,
+            epochs=2,
+            batch_size=4,
+            device_batch_size=2,
+            output=str(tmp_path / "run"),
+            log_every=1,
+            num_pictures=0,
+        )
     )
     steps = (result.path / "train.csv").read_text().splitlines()[1:]
     assert len(steps) == 4

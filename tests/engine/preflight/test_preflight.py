@@ -22,7 +22,7 @@ from ddetr.cli import main as cli
 from ddetr.datasets.annotations import Category
 from ddetr.datasets.config import DataConfig
 from ddetr.datasets.splits import load_splits
-from ddetr.engine.config import OptimConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.preflight import model as preflight_model
@@ -428,8 +428,8 @@ def settings(short_run: dict[str, Any], oblong: Path, tmp_path: Path) -> dict[st
 def test_a_run_with_preflight_is_the_run_without(settings: dict[str, Any], tmp_path: Path) -> None:
     from ddetr.checkpoint import load_checkpoint
 
-    with_it = train(**settings)
-    without = train(**settings | {"preflight": False, "output": str(tmp_path / "other")})
+    with_it = train(TrainConfig(**settings))
+    without = train(TrainConfig(**settings | {"preflight": False, "output": str(tmp_path / "other")}))
     one, other = (load_checkpoint(run.path / "last.pth").model for run in (with_it, without))
     assert all(torch.equal(one[name], other[name]) for name in one)
     content = json.loads((with_it.path / "preflight.json").read_text())
@@ -437,18 +437,18 @@ def test_a_run_with_preflight_is_the_run_without(settings: dict[str, Any], tmp_p
     assert [check["name"] for check in content["checks"]] == CHECKS
     assert not (without.path / "preflight.json").exists()
     written = (with_it.path / "preflight.json").stat().st_mtime_ns
-    train(**settings | {"epochs": 1, "resume": "auto"})
+    train(TrainConfig(**settings | {"epochs": 1, "resume": "auto"}))
     assert (with_it.path / "preflight.json").stat().st_mtime_ns == written  # a resumed run has had it
 
 
 def test_a_failed_check_stops_the_run_before_it_begins(settings: dict[str, Any], tmp_path: Path) -> None:
     broken = settings | {"optim": OptimConfig(lr=0.0, weight_decay=0.0)}
     with pytest.raises(InputError, match="preflight: learning: .*no parameter moves.*--preflight false"):
-        train(**broken)
+        train(TrainConfig(**broken))
     run = tmp_path / "run"
     assert not json.loads((run / "preflight.json").read_text())["passed"]
     assert [path.name for path in run.iterdir()] == ["preflight.json"]
-    train(**broken | {"preflight": False})  # in the same folder
+    train(TrainConfig(**broken | {"preflight": False}))  # in the same folder
     assert (run / "last.ckpt").is_file()
 
 
