@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ import yaml
 from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 from ddetr.datasets import draw_shapes
 from ddetr.datasets.config import DataConfig
+from ddetr.engine.callbacks import Publish
 from ddetr.engine.config import OptimConfig, TrainConfig
+from ddetr.engine.ema import WeightAverage
+from ddetr.engine.loading.data_wait import DataWait
 from ddetr.engine.run_folder import RunFolder
-from ddetr.engine.train import RunResult, train
+from ddetr.engine.run_report import Report
+from ddetr.engine.saving import SaveState
+from ddetr.engine.train import CALLBACK_ORDER, RunResult, build, callbacks, prepare, train
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
 
@@ -113,6 +119,17 @@ def test_published_checkpoints_say_how_they_were_made(tiny_run: RunResult) -> No
     assert checkpoint.training["step"] == 25
     assert checkpoint.threshold == pytest.approx(tiny_run.metrics.threshold)
     build_from_checkpoint(checkpoint)
+
+
+def test_the_callbacks_stand_in_the_order_that_is_declared(settings: dict[str, Any], tmp_path: Path) -> None:
+    optim = replace(settings["optim"], ema_decay=0.9)
+    config = TrainConfig(**settings | {"optim": optim, "patience": 2, "output": str(tmp_path / "run")})
+    prepared = prepare(config)
+    found = [type(callback) for callback in callbacks(prepared, build(prepared), DataWait())]
+    assert found == list(CALLBACK_ORDER)
+    assert found.index(Publish) < found.index(Report), "the report reads what is published"
+    assert found.index(Publish) < found.index(WeightAverage), "what is published are the averaged weights"
+    assert found[-1] is SaveState, "a state holds what the others have become"
 
 
 def test_a_second_run_overwrites_nothing(tiny_run: RunResult, settings: dict[str, Any]) -> None:
