@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,10 +23,11 @@ from ddetr.datasets.config import DataConfig
 from ddetr.datasets.splits import load_split
 from ddetr.engine.compile import DEFAULT_SHAPES, CompiledForward, check_compiler
 from ddetr.engine.config import OptimConfig
-from ddetr.engine.loading.datamodule import DetectionData, MicroBatch
+from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups
-from ddetr.engine.step_split import REGIONS, Split, run_steps
+from ddetr.engine.step import REGIONS, MicroBatch
+from ddetr.engine.stopwatch import InMemory, Split, run_steps
 from ddetr.engine.train import DEFAULT_MODEL, train
 from ddetr.errors import InputError
 from ddetr.evaluation.evaluator import CocoEvaluator
@@ -205,7 +207,7 @@ def bench_train(
 
 def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str, Any], list[list[MicroBatch]]]:
     """Measured steps of the engine: milliseconds by region (medians), images/s over all of them, peak memory; and the
-    first `keep` batches."""
+    `keep` batches that the loader gives."""
     model = plan.detector()
     model.transformer.set_activation_checkpointing(plan.activation_checkpointing)
     compiled = None
@@ -214,9 +216,12 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         if plan.batches is not None:
             shapes = list(dict.fromkeys(tuple(images.shape[-2:]) for batch in plan.batches for images, _, _ in batch))
         compiled = CompiledForward(model, shapes)
+    peak = Peak(plan.device)
+    split = Split(plan.device, warmup, peak.start)
+    region = split.watch.region
     module = DetectionModule(
         model,
-        build_criterion(model, plan.loss),
+        build_criterion(model, plan.loss, region=region),
         plan.optim,
         CocoEvaluator(plan.train_set),
         backbone_pretrained=plan.is_pretrained,
@@ -224,21 +229,15 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         total_steps=steps + warmup,
         seed=0,
         compiled=compiled,
+        region=region,
     )
-    peak = Peak(plan.device)
-    split = Split(warmup, peak.start, keep)
-
-    def make_loader(trainer: Any) -> Any:
-        """The engine's own, or batches that are there."""
-        if plan.batches is not None:
-            return [plan.batches[index % len(plan.batches)] for index in range(steps + warmup)]
+    if plan.batches is None:
         sizes = {"batch_size": plan.batch_size, "device_batch_size": plan.device_batch_size}
-        data = DetectionData(plan.train_set, plan.train_set, plan.data, **sizes, seed=0)
-        data.trainer = trainer
-        return data.train_dataloader()
-
+        data = DetectionData(plan.train_set, plan.train_set, plan.data, **sizes, seed=0, region=region)
+    else:
+        data = InMemory([plan.batches[index % len(plan.batches)] for index in range(steps + warmup)], region)
     precision = PRECISIONS[plan.precision]
-    run_steps(module, make_loader, split, steps=steps + warmup, precision=precision, device=plan.device.type)
+    run_steps(module, data, split, steps=steps + warmup, precision=precision, device=plan.device.type)
     rows = split.rows()
     total = [sum(row.values()) for row in rows]
     found = {
@@ -250,7 +249,7 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         "peak_bytes": peak.bytes(),
         "last_loss": split.last_loss,
     }
-    return found, split.kept
+    return found, list(islice(data.train_dataloader(), keep))
 
 
 def compare(plan: Plan, chosen: list[str], steps: int, warmup: int) -> tuple[list[dict], list[dict]]:

@@ -17,6 +17,18 @@ from ddetr.engine.saving import Stopped
 logger = logging.getLogger(__name__)
 
 
+class Trainer(pl.Trainer):
+    """Lightning's, but that the last epoch is always validated, whatever `check_val_every_n_epoch` says of the others."""
+
+    @property
+    def check_val_every_n_epoch(self) -> int | None:
+        return 1 if self.current_epoch + 1 == self.max_epochs else self._check_val_every_n_epoch
+
+    @check_val_every_n_epoch.setter
+    def check_val_every_n_epoch(self, epochs: int | None) -> None:
+        self._check_val_every_n_epoch = epochs
+
+
 def fit(
     trainer: pl.Trainer,
     module: DetectionModule,

@@ -140,7 +140,7 @@ def train(
     from ddetr.engine.detector import build_detector, starts_from_weights
     from ddetr.engine.early_stopping import EarlyStopping
     from ddetr.engine.ema import WeightAverage
-    from ddetr.engine.fit import fit, quiet_lightning
+    from ddetr.engine.fit import Trainer, fit, quiet_lightning
     from ddetr.engine.loading.data_wait import DataWait
     from ddetr.engine.loading.datamodule import DetectionData
     from ddetr.engine.loggers import Loggers, chosen_loggers
@@ -216,6 +216,7 @@ def train(
         more = f", and {others} more findings in the table above" if others else ""
         raise InputError(f"the audit refused the data set: {first.where}: {first.message}{more}")
 
+    data_wait = DataWait()
     is_settled = device_batch_size != "auto"  # otherwise it is at the start of the fit
     datamodule = DetectionData(
         train_set,
@@ -224,6 +225,7 @@ def train(
         batch_size=batch_size,
         device_batch_size=device_batch_size if is_settled else 1,
         seed=seed,
+        region=data_wait.region,
     )
     pl.seed_everything(seed, verbose=False)
     detector = build_detector(config["model"], train_set, weights, is_resumed=resume_file is not None)
@@ -290,7 +292,7 @@ def train(
         )
         save_checkpoint(run.path / name, checkpoint)
 
-    data_wait, following = DataWait(), Loggers(logger_names if is_first_process() else [], run, config)
+    following = Loggers(logger_names if is_first_process() else [], run, config)
     publisher = Publish(run, publish, following.send)
 
     def settle(size: int) -> None:
@@ -310,13 +312,12 @@ def train(
         plugins: list[Any] = [StateFiles(run)]
         if precision == "fp16" and where["accelerator"] == "cpu":  # Lightning by itself takes bfloat16 there
             plugins.append(MixedPrecision("16-mixed", "cpu"))
-        trainer = pl.Trainer(
+        trainer = Trainer(
             max_epochs=epochs,
             check_val_every_n_epoch=min(val_every, epochs),
             precision=None if len(plugins) > 1 else PRECISIONS[precision],
             num_sanity_val_steps=0,
             logger=False,  # ours are in `following`, where they can do no harm
-            profiler=data_wait,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
@@ -338,7 +339,7 @@ def train(
                 *([EarlyStopping(patience, min_delta)] if patience else []),
                 # after Publish, which is to see the averaged weights
                 *([WeightAverage(optim.ema_decay)] if optim.ema_decay else []),
-                SaveState(run, every=checkpoint_every),
+                SaveState(run, module.requests, every=checkpoint_every),
             ],
             plugins=plugins,
             enable_checkpointing=False,

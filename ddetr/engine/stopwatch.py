@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: a stop watch on the engine's own functions.
+"""Where the time of a training step goes: a stop watch whose regions the engine enters.
 
 On a GPU the marks are CUDA events, which cost no waiting: what a region gets is the time of the device between them,
 gaps included in which the device waits for Python.
@@ -7,20 +7,19 @@ gaps included in which the device waits for Python.
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import DataLoader
 
+from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
+from ddetr.engine.step import REGIONS, MicroBatch, Region
 from ddetr.runtime.precision import onednn_matmuls
-
-DATA_WAIT, TO_DEVICE, FORWARD, MATCHING = "data wait", "host to device", "forward", "matching"
-LOSSES, BACKWARD, OPTIMIZER, REST = "losses", "backward", "optimiser", "the rest"
-REGIONS = (DATA_WAIT, TO_DEVICE, FORWARD, MATCHING, LOSSES, BACKWARD, OPTIMIZER, REST)
 
 
 class StopWatch:
@@ -28,8 +27,8 @@ class StopWatch:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._open = [REST]
-        self._marks: list[tuple[str, Any]] = [(REST, self._now())]  # a region and when a stretch of it ended
+        self._open = ["the rest"]
+        self._marks: list[tuple[str, Any]] = [("the rest", self._now())]  # a region and when a stretch of it ended
         self._steps: list[list[tuple[str, Any]]] = []
 
     @contextmanager
@@ -41,15 +40,6 @@ class StopWatch:
         finally:
             self._mark()
             self._open.pop()
-
-    def wrap(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed as a region."""
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.region(name):
-                return function(*args, **kwargs)
-
-        return timed
 
     def end_step(self) -> None:
         """What comes now belongs to the next step."""
@@ -81,33 +71,12 @@ class StopWatch:
 
 
 class Split(Callback):
-    """Puts a stop watch on a run: the functions that Lightning and `DetectionModule.training_step` call are timed."""
+    """The stop watch of a run: give its `watch.region` to the criterion, the module and the data."""
 
-    def __init__(self, warmup: int, on_measure: Callable[[], None] = lambda: None, keep: int = 0):
-        """on_measure: called when the warm-up is over; keep: batches of the loader to remember, in `kept`."""
-        self.warmup, self.on_measure, self.keep = warmup, on_measure, keep
-        self.watch: StopWatch | None = None
-        self.kept: list[Any] = []
+    def __init__(self, device: torch.device, warmup: int, on_measure: Callable[[], None] = lambda: None):
+        """on_measure: called when the warm-up is over."""
+        self.watch, self.warmup, self.on_measure = StopWatch(device), warmup, on_measure
         self.last_loss = float("nan")
-
-    def on_fit_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
-        watch = self.watch = StopWatch(module.device)
-        trainer.strategy.batch_to_device = watch.wrap(TO_DEVICE, trainer.strategy.batch_to_device)
-        module.run_model = watch.wrap(FORWARD, module.run_model)
-        module.criterion.matcher.match_sets = watch.wrap(MATCHING, module.criterion.matcher.match_sets)
-        module.criterion.forward = watch.wrap(LOSSES, module.criterion.forward)
-        module.manual_backward = watch.wrap(BACKWARD, module.manual_backward)
-        optimizer_step = trainer.strategy.optimizer_step
-
-        def step(optimizer: Any, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-            with watch.region(OPTIMIZER):
-                return optimizer_step(optimizer, watch.wrap(REST, closure), *args, **kwargs)
-
-        trainer.strategy.optimizer_step = step
-
-    def loader(self, batches: Any) -> Any:
-        """The loader, whose waits are timed."""
-        return _TimedLoader(batches, self)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: DetectionModule, outputs: Any, batch: Any, index: int
@@ -123,38 +92,24 @@ class Split(Callback):
         return self.watch.steps()[self.warmup :]
 
 
-class _TimedLoader:
-    def __init__(self, batches: Any, split: Split):
-        self.batches, self.split = batches, split
+class InMemory(pl.LightningDataModule):
+    """Batches that are there, in place of `DetectionData`."""
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        with self.split.watch.region(DATA_WAIT):
-            iterator = iter(self.batches)
-        while True:
-            with self.split.watch.region(DATA_WAIT):
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            if len(self.split.kept) < self.split.keep:
-                self.split.kept.append(batch)
-            yield batch
-
-
-class _Batches(pl.LightningDataModule):
-    def __init__(self, make_loader: Callable[[pl.Trainer], Any], split: Split):
+    def __init__(self, batches: Sequence[list[MicroBatch]], region: Region):
         super().__init__()
-        self.make_loader, self.split = make_loader, split
+        self.batches, self.region = batches, region
 
-    def train_dataloader(self) -> Any:
-        return self.split.loader(self.make_loader(self.trainer))
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None, collate_fn=lambda batch: batch)
+
+    def transfer_batch_to_device(self, batch: list[MicroBatch], device: torch.device, dataloader_idx: int) -> Any:
+        with self.region("host to device"):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
 
 def run_steps(
     module: DetectionModule,
-    make_loader: Callable[[pl.Trainer], Any],
+    data: DetectionData | InMemory,
     split: Split,
     *,
     steps: int,
@@ -165,7 +120,7 @@ def run_steps(
 
     Args:
         module: what is trained.
-        make_loader: trainer -> batches as a training loader gives them.
+        data: the batches.
         split: the watch, which has the times afterwards.
         steps: with those of the warm-up.
         precision: Lightning's name.
@@ -188,7 +143,7 @@ def run_steps(
             use_distributed_sampler=False,
             callbacks=[split],
         )
-        trainer.fit(module, datamodule=_Batches(make_loader, split))
+        trainer.fit(module, datamodule=data)
 
 
 @contextmanager
