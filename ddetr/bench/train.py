@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 import re
 import statistics
 import time
@@ -18,16 +19,17 @@ from ddetr.bench import record, step_tables
 from ddetr.bench.official import official_step
 from ddetr.bench.peak import Peak
 from ddetr.bench.sides import reason_of
+from ddetr.bench.stopwatch import StopWatch
 from ddetr.datasets import Annotations, Category, padded_shapes
 from ddetr.datasets.config import DataConfig
 from ddetr.datasets.splits import load_split
 from ddetr.engine.compile import DEFAULT_SHAPES, CompiledForward, check_compiler
 from ddetr.engine.config import OptimConfig
-from ddetr.engine.loading.datamodule import DetectionData
+from ddetr.engine.fit import run_steps
+from ddetr.engine.loading.datamodule import BatchesInMemory, DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups
 from ddetr.engine.step import REGIONS, MicroBatch
-from ddetr.engine.stopwatch import InMemory, Split, run_steps
 from ddetr.engine.train import DEFAULT_MODEL, train
 from ddetr.errors import InputError
 from ddetr.evaluation.evaluator import CocoEvaluator
@@ -216,12 +218,20 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         if plan.batches is not None:
             shapes = list(dict.fromkeys(tuple(images.shape[-2:]) for batch in plan.batches for images, _, _ in batch))
         compiled = CompiledForward(model, shapes)
-    peak = Peak(plan.device)
-    split = Split(plan.device, warmup, peak.start)
-    region = split.watch.region
+    peak, watch = Peak(plan.device), StopWatch(plan.device)
+    last_loss = math.nan
+
+    def after_step(number: int, outputs: dict[str, Any]) -> None:
+        nonlocal last_loss
+        watch.end_step()
+        if number == warmup:
+            peak.start()
+        elif number == warmup + steps:
+            last_loss = float(outputs["loss"])
+
     module = DetectionModule(
         model,
-        build_criterion(model, plan.loss, region=region),
+        build_criterion(model, plan.loss, region=watch.region),
         plan.optim,
         CocoEvaluator(plan.train_set),
         backbone_pretrained=plan.is_pretrained,
@@ -229,16 +239,25 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         total_steps=steps + warmup,
         seed=0,
         compiled=compiled,
-        region=region,
+        region=watch.region,
     )
     if plan.batches is None:
         sizes = {"batch_size": plan.batch_size, "device_batch_size": plan.device_batch_size}
-        data = DetectionData(plan.train_set, plan.train_set, plan.data, **sizes, seed=0, region=region)
+        data = DetectionData(plan.train_set, plan.train_set, plan.data, **sizes, seed=0, region=watch.region)
     else:
-        data = InMemory([plan.batches[index % len(plan.batches)] for index in range(steps + warmup)], region)
+        data = BatchesInMemory(
+            [plan.batches[index % len(plan.batches)] for index in range(steps + warmup)], watch.region
+        )
     precision = PRECISIONS[plan.precision]
-    run_steps(module, data, split, steps=steps + warmup, precision=precision, device=plan.device.type)
-    rows = split.rows()
+    run_steps(
+        module,
+        data,
+        steps=warmup + steps,
+        precision=precision,
+        device=plan.device.type,
+        after_step=after_step,
+    )
+    rows = watch.steps()[warmup:]
     total = [sum(row.values()) for row in rows]
     found = {
         "ms": {name: statistics.median(row[name] for row in rows) for name in REGIONS},
@@ -247,7 +266,7 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         "steps_ms": total,
         "images_per_s": 1000 * plan.batch_size * len(rows) / sum(total),
         "peak_bytes": peak.bytes(),
-        "last_loss": split.last_loss,
+        "last_loss": last_loss,
     }
     return found, list(islice(data.train_dataloader(), keep))
 

@@ -2,7 +2,7 @@
 
 config.py          the settings of a run
 train.py           `train()`: everything put together
-fit.py             Lightning's loop and its ways of ending
+fit.py             Lightning's loop and its ways of ending; steps alone, for measurements
 detector.py        the network of a run, with the weights that it starts from
 step.py            what a step is made of, and the one place where its losses are computed
 module.py          one optimisation step, one validation: what Lightning calls
@@ -17,7 +17,6 @@ callbacks.py       progress bar, the run's tables, published checkpoints
 loggers.py         TensorBoard, Weights & Biases, MLflow
 run_folder.py      the run folder
 saving.py          a run's state: when it is saved, and stop signals
-stopwatch.py       where the time of a step goes
 run_report.py      the run report after every validation
 loading/           images on their way into the training process
 blackbox/          a step that fails

@@ -13,17 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr.bench import official
+from ddetr.bench import official, stopwatch
 from ddetr.bench import train as bench
 from ddetr.bench.official import LayerByLayerCriterion, cross_image_match, grid_sample_operator, official_step
+from ddetr.bench.stopwatch import StopWatch
 from ddetr.cli import main as cli
 from ddetr.engine import compile as engine_compile
-from ddetr.engine import stopwatch
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups
 from ddetr.engine.step import REGIONS
-from ddetr.engine.stopwatch import StopWatch
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.models.matcher import HungarianMatcher

@@ -111,7 +111,28 @@ class Loader(DataLoader):
             yield batch[0] if self.single else batch
 
 
-class DetectionData(pl.LightningDataModule):
+class _TimedTransfer(pl.LightningDataModule):
+    """Enters its `region` "host to device" while a batch goes there."""
+
+    region: Region = no_region
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        with self.region("host to device"):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+class BatchesInMemory(_TimedTransfer):
+    """Training batches that are there, for measurements."""
+
+    def __init__(self, batches: Sequence[list[MicroBatch]], region: Region = no_region):
+        super().__init__()
+        self.batches, self.region = batches, region
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None, collate_fn=lambda batch: batch)
+
+
+class DetectionData(_TimedTransfer):
     """Loaders of the two splits.
 
     `start` is (epoch, batch): where a resumed run goes on. The epoch of that number begins with that global batch, without
@@ -190,10 +211,6 @@ class DetectionData(pl.LightningDataModule):
             region=self.region,
             **self._loader_options(),
         )
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        with self.region("host to device"):
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, int]:
         """The position in the epoch, for Lightning to keep in a run's state."""
