@@ -107,10 +107,8 @@ def estimate_memory(
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     with FakeTensorMode():
         stand_ins = {id(t): _without_data(t) for t in (*model.parameters(), *model.buffers())}
-        fake, criterion = (
-            copy.deepcopy(model, stand_ins),
-            copy.copy(criterion),
-        )  # which takes them for copies it has made
+        fake = copy.deepcopy(model, stand_ins)  # which takes them for copies that it has made
+        criterion = copy.copy(criterion)
         criterion.matcher = _AnyMatch()  # the right one needs numbers
         for parameter in fake.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None  # of a micro-batch before
