@@ -9,7 +9,7 @@ data.py     `ddetr bench data`: the training loader, beside the plain Pillow rec
 plain_recipe.py  that recipe, step by step
 data_tables.py   its figures for people
 train.py    `ddetr bench train`: the engine's training step, and the same step by others
-peak.py     the memory of that step; step_tables.py its figures for people
+stopwatch.py where its time goes; peak.py its memory; step_tables.py its figures for people
 official.py that step as the official recipe has it; huggingface.py as transformers has it
 timing.py   interleaved medians: CPU time of the thread, wall time, CUDA events
 record.py   machine, commit and command beside every figure, and the files

@@ -9,7 +9,7 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection,
 
 from ddetr.datasets import normalize_images
 from ddetr.engine.config import OptimConfig
-from ddetr.engine.loading.datamodule import MicroBatch
+from ddetr.engine.step import MicroBatch
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.runtime.precision import AUTOCAST

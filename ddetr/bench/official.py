@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ddetr.boxes import box_cxcywh_to_xyxy, generalized_iou
 from ddetr.datasets import normalize_images
 from ddetr.engine.config import OptimConfig
-from ddetr.engine.loading.datamodule import MicroBatch
+from ddetr.engine.step import MicroBatch
 from ddetr.models import attention
 from ddetr.models.criterion import LossWeights, sigmoid_focal_loss
 from ddetr.models.matcher import linear_sum_assignment

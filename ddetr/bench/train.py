@@ -1,11 +1,13 @@
 """`ddetr bench train`: where the time of the engine's own training step goes, and the same step by others."""
 
 import logging
+import math
 import re
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,17 @@ from ddetr.bench import record, step_tables
 from ddetr.bench.official import official_step
 from ddetr.bench.peak import Peak
 from ddetr.bench.sides import reason_of
+from ddetr.bench.stopwatch import StopWatch
 from ddetr.datasets import Annotations, Category, padded_shapes
 from ddetr.datasets.config import DataConfig
 from ddetr.datasets.splits import load_split
 from ddetr.engine.compile import CompiledForward, check_compiler
 from ddetr.engine.config import TrainConfig
-from ddetr.engine.loading.datamodule import DetectionData, MicroBatch
+from ddetr.engine.fit import run_steps
+from ddetr.engine.loading.datamodule import BatchesInMemory, DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups
-from ddetr.engine.step_split import REGIONS, Split, run_steps
+from ddetr.engine.step import REGIONS, MicroBatch
 from ddetr.errors import InputError
 from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.files import make_folder, write_text
@@ -173,7 +177,7 @@ def bench_train(
 
 def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str, Any], list[list[MicroBatch]]]:
     """Measured steps of the engine: milliseconds by region (medians), images/s over all of them, peak memory; and the
-    first `keep` batches."""
+    `keep` batches that the loader gives."""
     model = plan.detector()
     model.transformer.set_activation_checkpointing(plan.config.activation_checkpointing)
     compiled = None
@@ -182,9 +186,20 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         if plan.batches is not None:
             shapes = list(dict.fromkeys(tuple(images.shape[-2:]) for batch in plan.batches for images, _, _ in batch))
         compiled = CompiledForward(model, shapes)
+    peak, watch = Peak(plan.device), StopWatch(plan.device)
+    last_loss = math.nan
+
+    def after_step(number: int, outputs: dict[str, Any]) -> None:
+        nonlocal last_loss
+        watch.end_step()
+        if number == warmup:
+            peak.start()
+        elif number == warmup + steps:
+            last_loss = float(outputs["loss"])
+
     module = DetectionModule(
         model,
-        build_criterion(model, plan.config.loss),
+        build_criterion(model, plan.config.loss, region=watch.region),
         plan.config.optim,
         CocoEvaluator(plan.train_set),
         backbone_pretrained=plan.is_pretrained,
@@ -192,23 +207,26 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         total_steps=steps + warmup,
         seed=0,
         compiled=compiled,
+        region=watch.region,
     )
-    peak = Peak(plan.device)
-    split = Split(warmup, peak.start, keep)
-
-    def make_loader(trainer: Any) -> Any:
-        """The engine's own, or batches that are there."""
-        if plan.batches is not None:
-            return [plan.batches[index % len(plan.batches)] for index in range(steps + warmup)]
+    if plan.batches is None:
         sizes = {"batch_size": plan.config.batch_size, "device_batch_size": plan.config.device_batch_size}
-        data = DetectionData(plan.train_set, plan.train_set, plan.config.data, **sizes, seed=0)
-        data.trainer = trainer
-        return data.train_dataloader()
-
+        data = DetectionData(plan.train_set, plan.train_set, plan.config.data, **sizes, seed=0, region=watch.region)
+    else:
+        data = BatchesInMemory(
+            [plan.batches[index % len(plan.batches)] for index in range(steps + warmup)], watch.region
+        )
     precision = PRECISIONS[plan.config.precision]
     with exactness(deterministic=plan.config.deterministic, tf32=plan.config.tf32):
-        run_steps(module, make_loader, split, steps=steps + warmup, precision=precision, device=plan.device.type)
-    rows = split.rows()
+        run_steps(
+            module,
+            data,
+            steps=warmup + steps,
+            precision=precision,
+            device=plan.device.type,
+            after_step=after_step,
+        )
+    rows = watch.steps()[warmup:]
     total = [sum(row.values()) for row in rows]
     found = {
         "ms": {name: statistics.median(row[name] for row in rows) for name in REGIONS},
@@ -217,9 +235,9 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         "steps_ms": total,
         "images_per_s": 1000 * plan.config.batch_size * len(rows) / sum(total),
         "peak_bytes": peak.bytes(),
-        "last_loss": split.last_loss,
+        "last_loss": last_loss,
     }
-    return found, split.kept
+    return found, list(islice(data.train_dataloader(), keep))
 
 
 def compare(plan: Plan, chosen: list[str], steps: int, warmup: int) -> tuple[list[dict], list[dict]]:

@@ -2,8 +2,9 @@
 
 config.py          the settings of a run
 train.py           `train()`: everything put together
-fit.py             Lightning's loop and its ways of ending
-module.py          one optimisation step, one validation
+fit.py             Lightning's loop and its ways of ending; steps alone, for measurements
+step.py            what a step is made of, and the one place where its losses are computed
+module.py          one optimisation step, one validation: what Lightning calls
 optimizer.py       parameter groups and schedule of the recipe
 freeze.py          parts that do not train
 ema.py             moving average of the weights
@@ -15,7 +16,6 @@ callbacks.py       progress bar, the run's tables, published checkpoints
 loggers.py         TensorBoard, Weights & Biases, MLflow
 run_folder.py      the run folder
 saving.py          a run's state: when it is saved, and stop signals
-step_split.py      where the time of a step goes
 run_report.py      the run report after every validation
 loading/           images on their way into the training process
 blackbox/          a step that fails

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from ddetr.datasets import normalize_images
 from ddetr.engine.memory import CURES, MemoryEstimate, estimate_memory, is_out_of_memory, make_batch, readable
 from ddetr.engine.module import DetectionModule
+from ddetr.engine.step import step_losses
 from ddetr.errors import InputError
 from ddetr.runtime.distributed import gathered
 from ddetr.runtime.limits import free_and_total
@@ -62,7 +62,7 @@ class MemoryPlan(Callback):
                     f"the memory of {module.device}: {CURES}"
                 )
             size = even_size(share, limit)
-            trainer.datamodule.device_batch_size = size
+            trainer.datamodule.set_device_batch_size(size)
             self.settle(size)
             if trainer.is_global_zero:
                 logger.info("device_batch_size auto: %d images at a time, of %d that would fit", size, limit)
@@ -174,12 +174,11 @@ def probe_step(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     with undisturbed(module), trainer.precision_plugin.train_step_context():
-        images, mask, targets = make_batch(batch, size_hw, num_objects, device)
-        outputs = module.model(normalize_images(images, mask), mask)
-        total = module.criterion.total(module.criterion(outputs, targets, float(batch * num_objects)))
+        made = make_batch(batch, size_hw, num_objects, device)
+        total = module.criterion.total(step_losses(module.model, module.criterion, made, float(batch * num_objects)))
         # Not `backward`: gradients stay out of the parameters, and DDP's hooks, which wait for other processes, asleep.
         torch.autograd.grad(total, [p for p in module.model.parameters() if p.requires_grad], allow_unused=True)
-        del outputs, total
+        del total
     if device.type != "cuda":
         return 0
     torch.cuda.synchronize(device)

@@ -37,7 +37,7 @@ class Watch(Callback):
         data_wait: DataWait,
         send: Send = lambda *_: None,
     ):
-        """data_wait: is also the trainer's profiler; send("train", step, values) hears of every row of train.csv."""
+        """data_wait: has its region in the loader; send("train", step, values) hears of every row of train.csv."""
         self.run, self.batch_size, self.total_steps, self.log_every = run, batch_size, total_steps, log_every
         self.data_wait, self.send = data_wait, send
         self._progress: Progress | None = None
@@ -154,10 +154,6 @@ class Publish(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_ap, self.best_metrics = state["best_ap"], state["best_metrics"]
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
-        if trainer.current_epoch + 1 == trainer.max_epochs:
-            trainer.check_val_every_n_epoch = 1  # the last epoch is always measured
 
     def on_validation_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
         metrics = module.metrics

@@ -4,17 +4,33 @@ import logging
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import LambdaCallback
 
-from ddetr.engine.loading.datamodule import DetectionData
+from ddetr.engine.loading.datamodule import BatchesInMemory, DetectionData
 from ddetr.engine.loading.workers import explained
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.run_folder import RESUME_FILE, RunFolder
 from ddetr.engine.saving import Stopped
+from ddetr.runtime.precision import onednn_matmuls
 
 logger = logging.getLogger(__name__)
+
+
+class Trainer(pl.Trainer):
+    """Lightning's, but that the last epoch is always validated, whatever `check_val_every_n_epoch` says of the others."""
+
+    @property
+    def check_val_every_n_epoch(self) -> int | None:
+        return 1 if self.current_epoch + 1 == self.max_epochs else self._check_val_every_n_epoch
+
+    @check_val_every_n_epoch.setter
+    def check_val_every_n_epoch(self, epochs: int | None) -> None:
+        self._check_val_every_n_epoch = epochs
 
 
 def fit(
@@ -47,6 +63,47 @@ def fit(
         if (run.path / RESUME_FILE).is_file():
             logger.info("stopped; the same command with --resume goes on from the last saved state")
         raise KeyboardInterrupt from None
+
+
+def run_steps(
+    module: DetectionModule,
+    data: DetectionData | BatchesInMemory,
+    *,
+    steps: int,
+    precision: str,
+    device: str,
+    after_step: Callable[[int, dict[str, Any]], None],
+) -> None:
+    """So many steps on one device, without validation, files and messages, for measurements.
+
+    Args:
+        precision: Lightning's name.
+        device: "cpu" or "cuda".
+        after_step: called with the step's number, from 1, and what `training_step` returned.
+    """
+    with warnings.catch_warnings(), onednn_matmuls():
+        quiet_lightning()
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            accelerator=device,
+            devices=1,
+            precision=precision,
+            max_steps=steps,
+            max_epochs=-1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            callbacks=[
+                LambdaCallback(
+                    on_train_batch_end=lambda trainer, _, outputs, *__: after_step(trainer.global_step, outputs)
+                )
+            ],
+        )
+        trainer.fit(module, datamodule=data)
 
 
 def quiet_lightning() -> None:

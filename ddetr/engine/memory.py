@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ddetr.datasets import normalize_images
+from ddetr.engine.step import MicroBatch, step_losses
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.matcher import HungarianMatcher, Matches, PaddedTargets
@@ -107,15 +107,21 @@ def estimate_memory(
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     with FakeTensorMode():
         stand_ins = {id(t): _without_data(t) for t in (*model.parameters(), *model.buffers())}
-        step = _Step(copy.deepcopy(model, stand_ins), criterion)  # deepcopy takes them for copies that it has made
-        for parameter in step.parameters():
+        fake = copy.deepcopy(model, stand_ins)  # which takes them for copies that it has made
+        criterion = copy.copy(criterion)
+        criterion.matcher = _AnyMatch()  # the right one needs numbers
+        for parameter in fake.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None  # of a micro-batch before
-        own = [*step.parameters(), *step.buffers(), *(p.grad for p in step.parameters() if p.grad is not None)]
+        own = [*fake.parameters(), *fake.buffers(), *(p.grad for p in fake.parameters() if p.grad is not None)]
         dtype = AUTOCAST.get(precision)
         # On the CPU there are no rules for float16; those for bfloat16 keep as many bytes.
         dtype = torch.bfloat16 if device.type == "cpu" and dtype is not None else dtype
         with LiveBytes(own) as live, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-            step(*make_batch(batch, size_hw, num_objects, device), live)
+            made = make_batch(batch, size_hw, num_objects, device)
+            total = criterion.total(step_losses(fake, criterion, made, num_boxes=1.0))
+            activations = live.now
+            with torch.autograd.set_multithreading_enabled(False):
+                total.backward()
     return MemoryEstimate(
         batch,
         *size_hw,
@@ -123,14 +129,12 @@ def estimate_memory(
         gradients=trained,
         optimizer=optimizer_states * trained,
         copies=copies * trained,
-        activations=step.activations,
+        activations=activations,
         peak=live.peak,
     )
 
 
-def make_batch(
-    n: int, size_hw: tuple[int, int], num_objects: int, device: torch.device
-) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+def make_batch(n: int, size_hw: tuple[int, int], num_objects: int, device: torch.device) -> MicroBatch:
     """A micro-batch as it comes from the loader."""
     images = torch.zeros(n, 3, *size_hw, dtype=torch.uint8, device=device)
     mask = torch.zeros(n, *size_hw, dtype=torch.bool, device=device)
@@ -173,24 +177,6 @@ class LiveBytes(TorchDispatchMode):
         self._storages[address] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-class _Step(nn.Module):
-    """Forward and backward pass of a micro-batch, as `DetectionModule.training_step` does it."""
-
-    def __init__(self, model: nn.Module, criterion: SetCriterion):
-        super().__init__()
-        self.model = model
-        self.criterion = copy.copy(criterion)
-        self.criterion.matcher = _AnyMatch()  # the right one needs numbers
-        self.activations = 0
-
-    def forward(self, images: Tensor, mask: Tensor, targets: list[dict[str, Tensor]], live: LiveBytes) -> None:
-        losses = self.criterion(self.model(normalize_images(images, mask), mask), targets, num_boxes=1.0)
-        total = sum(losses[name] * weight for name, weight in self.criterion.weight_dict.items())
-        self.activations = live.now
-        with torch.autograd.set_multithreading_enabled(False):
-            total.backward()
 
 
 class _AnyMatch(HungarianMatcher):

@@ -1,7 +1,6 @@
 """One optimisation step and one validation: what Lightning calls."""
 
 import math
-import signal
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -13,15 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from ddetr.datasets import normalize_images, sample_seed
+from ddetr.datasets import sample_seed
 from ddetr.engine.blackbox.guard import StepGuard
-from ddetr.engine.blackbox.trace import micro_losses
 from ddetr.engine.compile import CompiledForward
 from ddetr.engine.config import OptimConfig
-from ddetr.engine.loading.datamodule import MicroBatch
 from ddetr.engine.memory import explained_out_of_memory
 from ddetr.engine.optimizer import build_optimizer, lr_factor, parameter_groups
 from ddetr.engine.saving import Requests
+from ddetr.engine.step import MicroBatch, Model, Region, Step, count_objects, model_outputs, no_region, step_losses
 from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.evaluation.metrics import Metrics
 from ddetr.models.criterion import SetCriterion
@@ -50,9 +48,16 @@ class DetectionModule(pl.LightningModule):
         seed: int,
         compiled: CompiledForward | None = None,
         guard: StepGuard | None = None,
+        requests: Requests | None = None,
+        region: Region = no_region,
     ):
-        """compiled: the model's forward pass in training, where it is a compiled one; guard: what is done about steps that
-        are not finite, by default ten are skipped and none is recorded."""
+        """
+        Args:
+            compiled: the model's forward pass in training, where it is a compiled one.
+            guard: what is done about steps that are not finite, by default ten are skipped and none is recorded.
+            requests: what others wish to happen after a step; each step exchanges them between the processes.
+            region: is entered around each part of a step, with a name of `REGIONS`.
+        """
         super().__init__()
         self.automatic_optimization = False
         self.compiled = compiled
@@ -64,15 +69,12 @@ class DetectionModule(pl.LightningModule):
         self.backbone_pretrained = backbone_pretrained
         self.steps_per_epoch, self.total_steps, self.seed = steps_per_epoch, total_steps, seed
         self.metrics: Metrics | None = None  # of the last validation
-        self.requests = Requests()  # of this process, for the end of the step; what all together wish is `agreed`
-        self.agreed = Requests()
-        self.guard = guard or StepGuard()
+        self.guard, self.requests, self.region = guard or StepGuard(), requests or Requests(), region
         self._loss = self._grad_norm = torch.tensor(0.0)
 
     def configure_optimizers(self) -> dict[str, Any]:
         groups = parameter_groups(self.model, self.optim, backbone_pretrained=self.backbone_pretrained)
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        optimizer = build_optimizer(groups, self.optim, fused=scaler is None)
+        optimizer = build_optimizer(groups, self.optim, fused=self._scaler is None)
         factor = lr_factor(self.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
@@ -81,34 +83,55 @@ class DetectionModule(pl.LightningModule):
         "grad_norm" the L2 norm of the gradient before it is clipped, "lr_NAME" the rate of a parameter group."""
         optimizer = self.optimizers()
         # Dropout of each step from the step's own seed: a resumed run draws what the uninterrupted one would have drawn.
-        torch.manual_seed(sample_seed(self.seed, self.global_step, self.global_rank))
-        num_objects = sum(len(target["labels"]) for _, _, targets in batch for target in targets)
-        wishes = (self.requests.save, self.requests.stop)
-        (num_objects, save, stop), world_size = summed([num_objects, *wishes], self.device)
-        self.agreed = Requests(save > 0, self.requests.stop or int(stop > 0) * signal.SIGTERM)
-        num_boxes = max(num_objects / world_size, 1.0)
+        seed = sample_seed(self.seed, self.global_step, self.global_rank)
+        torch.manual_seed(seed)
+        (num_objects, *wishes), world_size = summed([count_objects(batch), *self.requests.own()], self.device)
+        self.requests.agree(*wishes)
+        step = Step(
+            model=self.model,
+            criterion=self.criterion,
+            optimizer=optimizer.optimizer,
+            optim=self.optim,
+            batch=batch,
+            num_boxes=max(num_objects / world_size, 1.0),
+            number=self.global_step + 1,
+            epoch=self.current_epoch,
+            seed=seed,
+            run_seed=self.seed,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+        )
         logged: dict[str, Tensor] = {}
 
         def forward_backward() -> None:
-            optimizer.zero_grad()
-            for index, micro_batch in enumerate(batch):
-                is_last = index == len(batch) - 1
-                exchange = nullcontext() if is_last else self._without_gradient_exchange()
-                with exchange, explained_out_of_memory(micro_batch[0], micro_batch[2]):
-                    losses = micro_losses(self.run_model, self.criterion, micro_batch, num_boxes)
-                    total = self.criterion.total(losses)
-                    self.manual_backward(total)
-                for name, value in {"loss": total, **losses}.items():
-                    share = 1.0 if name == "loss" or name in self.criterion.weight_dict else 1 / len(batch)
-                    logged[name] = logged.get(name, 0.0) + value.detach() * share
-            self._loss = logged["loss"]
+            with self.region("the rest"):
+                optimizer.zero_grad()
+                logged.update(self._accumulate(step))
+                self._loss = logged["loss"]
 
-        with self.guard.step(self, batch, num_boxes):
-            optimizer.step(closure=forward_backward)
+        with self.guard.step(step):
+            with self.region("optimiser"):
+                optimizer.step(closure=forward_backward)
             self._share_norm_statistics()
         rates = {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
         self.lr_schedulers().step()
         return logged | {"grad_norm": self._grad_norm} | rates
+
+    def _accumulate(self, step: Step) -> dict[str, Tensor]:
+        """Forward and backward pass of each micro-batch; gradients add up in the model, losses in what is returned."""
+        logged: dict[str, Tensor] = {}
+        for index, micro_batch in enumerate(step.batch):
+            is_last = index == len(step.batch) - 1
+            exchange = nullcontext() if is_last else self._without_gradient_exchange()
+            with exchange, explained_out_of_memory(micro_batch[0], micro_batch[2]):
+                losses = step_losses(self.run_model, self.criterion, micro_batch, step.num_boxes, self.region)
+                total = self.criterion.total(losses)
+                with self.region("backward"):
+                    self.manual_backward(total)
+            for name, value in {"loss": total, **losses}.items():
+                share = 1.0 if name == "loss" or name in self.criterion.weight_dict else 1 / len(step.batch)
+                logged[name] = logged.get(name, 0.0) + value.detach() * share
+        return logged
 
     def run_model(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
         """Normalised images (N, 3, H, W) and their mask -> the model's outputs, in training."""
@@ -117,21 +140,29 @@ class DetectionModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient of the whole model, after any scaler has restored its size."""
         self._grad_norm = clip_grad_norm_(self.model.parameters(), self.optim.clip_max_norm or math.inf)
-        self.guard.check(self, self._loss, self._grad_norm, optimizer)
+        self.guard.check(self._loss, self._grad_norm, optimizer, self._scaler)
 
     def on_validation_epoch_start(self) -> None:
         self.evaluator.reset()
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        images, mask, targets = batch
+        self.evaluate(batch, self.model, self.evaluator)
+
+    def evaluate(self, batch: MicroBatch, model: Model, evaluator: CocoEvaluator) -> None:
+        """Gives the evaluator what any model (normalised images and their mask -> outputs) finds in a validation batch."""
+        images, _, targets = batch
         with explained_out_of_memory(images, targets):
-            outputs = self.model(normalize_images(images, mask), mask)
+            outputs = model_outputs(model, batch)
         sizes_hw = torch.stack([target["orig_size"] for target in targets])
-        self.evaluator.update([int(target["image_id"]) for target in targets], self.postprocess(outputs, sizes_hw))
+        evaluator.update([int(target["image_id"]) for target in targets], self.postprocess(outputs, sizes_hw))
 
     def on_validation_epoch_end(self) -> None:
         self.evaluator.merge(gathered(self.evaluator.state()))
         self.metrics = self.evaluator.compute()
+
+    @property
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _share_norm_statistics(self) -> None:
         """Each process has seen its own images: the mean of their running statistics is everybody's, after each step, so

@@ -40,10 +40,21 @@ class Stopped(SystemExit):
 
 @dataclass
 class Requests:
-    """What a process wishes to happen after the step: exchanged with the others', so that all do the same."""
+    """What is wished to happen after the step. `SaveState` and the module share one: the first fills in what this process
+    wishes, each step exchanges it with the others' wishes, and what they `agree` on the first then does."""
 
     save: bool = False
     stop: int = 0  # the signal
+    agreed_save: bool = False
+    agreed_stop: int = 0
+
+    def own(self) -> tuple[int, int]:
+        """The wishes of this process, as numbers that the processes add up in `agree`'s order."""
+        return int(self.save), self.stop
+
+    def agree(self, num_save: float, sum_stop: float) -> None:
+        self.agreed_save = num_save > 0
+        self.agreed_stop = self.stop or int(sum_stop > 0) * signal.SIGTERM
 
 
 class StateFiles(TorchCheckpointIO):
@@ -61,9 +72,9 @@ class StateFiles(TorchCheckpointIO):
 class SaveState(Callback):
     """Saves the run's state every so often, at the end of an epoch, before a validation, and when it is told to stop."""
 
-    def __init__(self, run: RunFolder, *, every: int | None):
-        """every: steps between saves; None is `MINUTES_BETWEEN_SAVES`."""
-        self.file, self.every = run.path / RESUME_FILE, every
+    def __init__(self, run: RunFolder, requests: Requests, *, every: int | None):
+        """requests: also the module's; every: steps between saves, None is `MINUTES_BETWEEN_SAVES`."""
+        self.file, self.requests, self.every = run.path / RESUME_FILE, requests, every
         self._saved_at = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -71,7 +82,7 @@ class SaveState(Callback):
         handler, which would exchange tensors from within the signal; Lightning puts back the ones before at the end."""
 
         def handle(signum: int, frame: FrameType | None) -> None:
-            module.requests.stop = module.requests.stop or signum
+            self.requests.stop = self.requests.stop or signum
 
         if threading.current_thread() is threading.main_thread():
             for signum in STOP_SIGNALS:
@@ -85,20 +96,22 @@ class SaveState(Callback):
         # Lightning takes a state of an epoch's last step for that of a complete epoch, and would skip its validation. So
         # the step before it is always saved: a run that ends in its validation loses one step.
         is_second_to_last = batch_idx + 2 == trainer.num_training_batches
-        module.requests.save = bool(is_time or is_second_to_last)
+        self.requests.save = bool(is_time or is_second_to_last)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         is_last = batch_idx + 1 == trainer.num_training_batches
-        if (module.agreed.save or module.agreed.stop) and not is_last:
+        if is_last:
+            return
+        if self.requests.agreed_save or self.requests.agreed_stop:
             self.save(trainer)
-        if module.agreed.stop and not is_last:
-            raise Stopped(module.agreed.stop, trainer)
+        if self.requests.agreed_stop:
+            raise Stopped(self.requests.agreed_stop, trainer)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if module.requests.stop:
-            raise Stopped(module.requests.stop, trainer)
+        if self.requests.stop:
+            raise Stopped(self.requests.stop, trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         self.save(trainer)

@@ -27,7 +27,7 @@ from ddetr.engine.compile import CompiledForward, check_compiler
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.early_stopping import EarlyStopping
 from ddetr.engine.ema import WeightAverage
-from ddetr.engine.fit import fit, quiet_lightning
+from ddetr.engine.fit import Trainer, fit, quiet_lightning
 from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.loading.data_wait import DataWait
 from ddetr.engine.loading.datamodule import DetectionData
@@ -94,6 +94,7 @@ class Built:
     """What trains."""
 
     data: DetectionData
+    data_wait: DataWait
     module: DetectionModule
     guard: StepGuard
     num_steps: int  # of the whole run
@@ -171,6 +172,7 @@ def prepare(config: TrainConfig) -> Prepared:
 def build(prepared: Prepared) -> Built:
     """Loaders, the network with the weights that it starts from, and what takes a step."""
     config, run, train_set = prepared.config, prepared.run, prepared.train_set
+    data_wait = DataWait()
     data = DetectionData(
         train_set,
         prepared.val_set,
@@ -178,6 +180,7 @@ def build(prepared: Prepared) -> Built:
         batch_size=config.batch_size,
         device_batch_size=1 if config.device_batch_size == "auto" else config.device_batch_size,
         seed=config.seed,
+        region=data_wait.region,
     )
     pl.seed_everything(config.seed, verbose=False)
     detector = build_detector(config, train_set, is_resumed=prepared.resume_file is not None)
@@ -206,7 +209,7 @@ def build(prepared: Prepared) -> Built:
         compiled=CompiledForward(detector, data.shapes) if config.compile else None,
         guard=guard,
     )
-    return Built(data, module, guard, num_steps)
+    return Built(data, data_wait, module, guard, num_steps)
 
 
 def build_detector(config: TrainConfig, train_set: Annotations, *, is_resumed: bool) -> DeformableDETR:
@@ -270,31 +273,29 @@ def _begin(prepared: Prepared, built: Built) -> None:
 
 def _trainer(prepared: Prepared, built: Built) -> pl.Trainer:
     config, where = prepared.config, prepared.where
-    data_wait = DataWait()
     plugins: list[Any] = [StateFiles(prepared.run)]
     if config.precision == "fp16" and where["accelerator"] == "cpu":  # Lightning by itself takes bfloat16 there
         plugins.append(MixedPrecision("16-mixed", "cpu"))
     with warnings.catch_warnings():
         quiet_lightning()
-        return pl.Trainer(
+        return Trainer(
             max_epochs=config.epochs,
             check_val_every_n_epoch=min(config.val_every, config.epochs),
             precision=None if len(plugins) > 1 else PRECISIONS[config.precision],
             num_sanity_val_steps=0,
             logger=False,  # ours are among the callbacks, where they can do no harm
-            profiler=data_wait,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             default_root_dir=str(prepared.run.path),
-            callbacks=callbacks(prepared, built, data_wait),
+            callbacks=callbacks(prepared, built),
             plugins=plugins,
             enable_checkpointing=False,
             **where,
         )
 
 
-def callbacks(prepared: Prepared, built: Built, data_wait: DataWait) -> list[Callback]:
+def callbacks(prepared: Prepared, built: Built) -> list[Callback]:
     """What watches a run, in `CALLBACK_ORDER`."""
     config, run, optim = prepared.config, prepared.run, prepared.config.optim
     following = Loggers(prepared.loggers if is_first_process() else [], run, kept(config))
@@ -317,10 +318,10 @@ def callbacks(prepared: Prepared, built: Built, data_wait: DataWait) -> list[Cal
         batch_size=config.batch_size,
         total_steps=built.num_steps,
         log_every=config.log_every,
-        data_wait=data_wait,
+        data_wait=built.data_wait,
         send=following.send,
     )
-    saving = SaveState(run, every=config.checkpoint_every)
+    saving = SaveState(run, built.module.requests, every=config.checkpoint_every)
     chosen: list[Callback] = [following, memory_plan, built.guard, watch, publisher, Report(run, publisher), saving]
     if config.patience:
         chosen.append(EarlyStopping(config.patience, config.min_delta))

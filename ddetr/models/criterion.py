@@ -3,7 +3,8 @@
 Shapes: N batch, Q predictions of a set, K classes, G sets (decoder layers), n matched pairs of a set.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +57,14 @@ class SetCriterion(nn.Module):
         *,
         num_aux: int = 0,
         two_stage: bool = False,
+        region: Callable[[str], AbstractContextManager] = nullcontext,
     ):
-        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one. Both set `weight_dict`."""
+        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one. Both set `weight_dict`.
+        region: is entered with "matching" around that part, for whoever measures times."""
         super().__init__()
         self.num_classes = num_classes
         self.loss_weights = loss_weights
+        self.region = region
         self.weight_dict = loss_weights.weight_dict(num_aux, two_stage)
         self.matcher = HungarianMatcher(
             loss_weights.set_cost_class,
@@ -95,7 +99,8 @@ class SetCriterion(nn.Module):
             any_object = padded._replace(labels=torch.zeros_like(padded.labels))  # proposals know one class: an object
             if proposals is not None:
                 sets.append((proposals, any_object))
-            matches = self.matcher.match_sets(sets)
+            with self.region("matching"):
+                matches = self.matcher.match_sets(sets)
 
             losses: dict[str, Tensor] = {}
             decoder_losses = self._losses(layers, padded, matches[: len(layers)], num_boxes)

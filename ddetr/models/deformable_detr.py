@@ -256,10 +256,12 @@ def _accept_official_keys(model: DeformableDETR, state_dict: dict[str, Any], pre
             state_dict[key] = torch.zeros((), dtype=torch.long)
 
 
-def build_criterion(model: DeformableDETR, loss_weights: LossWeights = LossWeights()) -> SetCriterion:
-    """The criterion that fits the outputs of `model`."""
+def build_criterion(model: DeformableDETR, loss_weights: LossWeights = LossWeights(), **options: Any) -> SetCriterion:
+    """The criterion that fits the outputs of `model`; options: those of `SetCriterion` that do not follow from it."""
     num_aux = model.config["dec_layers"] - 1 if model.aux_loss else 0
-    return SetCriterion(model.config["num_classes"], loss_weights, num_aux=num_aux, two_stage=model.two_stage)
+    return SetCriterion(
+        model.config["num_classes"], loss_weights, num_aux=num_aux, two_stage=model.two_stage, **options
+    )
 
 
 # Flags of the official training script that decide nothing about model, loss or post-processing.

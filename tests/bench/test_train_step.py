@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr.bench import official
+from ddetr.bench import official, stopwatch
 from ddetr.bench import train as bench
 from ddetr.bench.official import LayerByLayerCriterion, cross_image_match, grid_sample_operator, official_step
+from ddetr.bench.stopwatch import StopWatch
 from ddetr.cli import main as cli
 from ddetr.datasets.config import DataConfig
 from ddetr.engine import compile as engine_compile
-from ddetr.engine import step_split
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups
-from ddetr.engine.step_split import REGIONS, StopWatch
+from ddetr.engine.step import REGIONS
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.models.matcher import HungarianMatcher
@@ -169,7 +169,7 @@ def test_mistakes(run: Callable[..., Any], arguments: list[str], message: str) -
 
 def test_regions_inside_of_others_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter(range(0, 10**9, 10**6))  # each look at the clock takes a millisecond
-    monkeypatch.setattr(step_split.time, "perf_counter_ns", lambda: next(now))
+    monkeypatch.setattr(stopwatch.time, "perf_counter_ns", lambda: next(now))
     watch = StopWatch(CPU)
     for _ in range(2):
         with watch.region("losses"), watch.region("matching"):

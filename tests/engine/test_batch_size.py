@@ -79,6 +79,7 @@ def plan(settle: Any = None) -> MemoryPlan:
 
 def stand_ins(device: str, share: int) -> tuple[Any, Any]:
     data = SimpleNamespace(batch_size=2 * share, device_batch_size=1)
+    data.set_device_batch_size = lambda size: setattr(data, "device_batch_size", size)
     trainer = SimpleNamespace(datamodule=data, world_size=2, num_devices=2, is_global_zero=False)
     weights = torch.empty(3 * GIB // 8, device="meta", requires_grad=True)  # 1.5 GiB of float32
     return trainer, SimpleNamespace(device=torch.device(device), model=SimpleNamespace(parameters=lambda: [weights]))

@@ -16,7 +16,7 @@ import yaml
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import OptimConfig, TrainConfig
-from ddetr.engine.loading.datamodule import EpochOrder
+from ddetr.engine.loading.sampler import EpochOrder
 from ddetr.engine.train import train
 
 SEED, BATCH = 5, 4

@@ -21,7 +21,6 @@ from ddetr.datasets.config import DataConfig
 from ddetr.engine.callbacks import Publish
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.ema import WeightAverage
-from ddetr.engine.loading.data_wait import DataWait
 from ddetr.engine.run_folder import RunFolder
 from ddetr.engine.run_report import Report
 from ddetr.engine.saving import SaveState
@@ -125,7 +124,7 @@ def test_the_callbacks_stand_in_the_order_that_is_declared(settings: dict[str, A
     optim = replace(settings["optim"], ema_decay=0.9)
     config = TrainConfig(**settings | {"optim": optim, "patience": 2, "output": str(tmp_path / "run")})
     prepared = prepare(config)
-    found = [type(callback) for callback in callbacks(prepared, build(prepared), DataWait())]
+    found = [type(callback) for callback in callbacks(prepared, build(prepared))]
     assert found == list(CALLBACK_ORDER)
     assert found.index(Publish) < found.index(Report), "the report reads what is published"
     assert found.index(Publish) < found.index(WeightAverage), "what is published are the averaged weights"

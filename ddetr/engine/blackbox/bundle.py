@@ -13,53 +13,28 @@ import math
 import platform
 import random
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ddetr import __version__
 from ddetr.checkpoint.published import portable_config
-from ddetr.datasets import Annotations, sample_seed
-from ddetr.engine.blackbox.trace import MicroBatch, NormStatistics, NotFinite
+from ddetr.datasets import Annotations
+from ddetr.engine.blackbox.trace import NotFinite
+from ddetr.engine.step import Step, on_device
 from ddetr.files import write_folder_atomically, write_text
-
-if TYPE_CHECKING:
-    from ddetr.engine.module import DetectionModule
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "blackbox"
 FORMAT = 1
 MAX_BUNDLES = 3  # a run: its first two and its latest; one holds weights and optimiser, three times the model
-
-
-@dataclass(frozen=True)
-class Step:
-    """A step as it starts, with all that computing it again needs."""
-
-    module: "DetectionModule"
-    batch: Sequence[MicroBatch]
-    num_boxes: float
-    number: int  # 1 for the first of a run, as in train.csv
-    seed: int
-    autocast: str | None  # "bfloat16", "float16"
-    norms: NormStatistics
-
-    @classmethod
-    def of(cls, module: "DetectionModule", batch: Sequence[MicroBatch], num_boxes: float) -> "Step":
-        kind = module.device.type
-        autocast = (
-            str(torch.get_autocast_dtype(kind)).removeprefix("torch.") if torch.is_autocast_enabled(kind) else None
-        )
-        seed = sample_seed(module.seed, module.global_step, module.global_rank)
-        norms = NormStatistics(module.model)
-        return cls(module, batch, num_boxes, module.global_step + 1, seed, autocast, norms)
 
 
 def write_bundle(
@@ -79,19 +54,19 @@ def write_bundle(
     batch nor weights can be read, still leaves the words.
 
     Args:
+        step: as it started, inside its autocast; its model and its optimiser are as they were before it.
         said: what happened.
         found: where it began, if that is known.
         config: settings of the run; annotations: of the training images, to name files and classes.
         scaler: state of the gradient scaler before the step.
         facts: loss, gradient norm or error, for bundle.json.
     """
-    rank = step.module.global_rank
-    path = run / FOLDER / f"step-{step.number:06d}{f'-rank{rank}' if rank else ''}"
+    path = run / FOLDER / f"step-{step.number:06d}{f'-rank{step.rank}' if step.rank else ''}"
 
     def write(folder: Path) -> None:
         header = _header(step, config) | {"what": said, "not_finite": None if found is None else asdict(found), **facts}
         try:
-            header["images"] = _images(step.batch, annotations)
+            header["images"] = _images(step, annotations)
             header["categories"] = [] if annotations is None else [c.name for c in annotations.categories]
             torch.save(_state(step, scaler), folder / "state.pt")
         except RuntimeError as error:
@@ -120,11 +95,6 @@ def module_of(trace: TracebackType | None, model: nn.Module) -> str | None:
     return innermost
 
 
-def run_bundles(run: Path) -> list[Path]:
-    """The bundles of a run, oldest step first."""
-    return sorted(path for path in (run / FOLDER).glob("step-*") if (path / "bundle.json").is_file())
-
-
 def _make_room(folder: Path, name: str) -> None:
     """At most `MAX_BUNDLES` with the new one: the first ones, where it began, stay."""
     others = sorted(path for path in folder.glob("step-*") if path.name != name)
@@ -132,34 +102,30 @@ def _make_room(folder: Path, name: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def image_ids(batch: Sequence[MicroBatch]) -> list[int]:
-    return [int(target["image_id"]) for _, _, targets in batch for target in targets]
-
-
 def _header(step: Step, config: Mapping[str, Any]) -> dict[str, Any]:
-    module, device = step.module, step.module.device
-    optimizer = module.optimizers()
-    names = {id(parameter): name for name, parameter in module.model.named_parameters()}
+    model, device = step.model, step.device
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     return {
         "format": FORMAT,
         "step": step.number,
-        "epoch": module.current_epoch,
-        "rank": module.global_rank,
-        "world_size": module.trainer.world_size,
-        "seed": module.seed,
+        "epoch": step.epoch,
+        "rank": step.rank,
+        "world_size": step.world_size,
+        "seed": step.run_seed,
         "step_seed": step.seed,
         "num_boxes": step.num_boxes,
         "images": [],
         "categories": [],
-        "model": portable_config(module.model.config),
-        "frozen": [name for name, parameter in module.model.named_parameters() if not parameter.requires_grad],
+        "model": portable_config(model.config),
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "loss": None,
-        "loss_weights": asdict(module.criterion.loss_weights),
-        "optim": asdict(module.optim),
-        "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,
-        "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups],
-        "autocast": step.autocast,
-        "channels_last": _is_channels_last(module.model.backbone),
+        "loss_weights": asdict(step.criterion.loss_weights),
+        "optim": asdict(step.optim),
+        "optimizer": type(step.optimizer).__name__,
+        "groups": [[names[id(p)] for p in group["params"]] for group in step.optimizer.param_groups],
+        "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+        "channels_last": _is_channels_last(model.backbone),
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
@@ -185,9 +151,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _images(batch: Sequence[MicroBatch], annotations: Annotations | None) -> list[dict[str, Any]]:
+def _images(step: Step, annotations: Annotations | None) -> list[dict[str, Any]]:
     """What image stands where in the batch; its file where the annotations are at hand."""
-    wanted = set(image_ids(batch))
+    wanted = set(step.image_ids)
     paths = {} if annotations is None else {r.image_id: str(r.path) for r in annotations.images if r.image_id in wanted}
     return [
         {
@@ -196,39 +162,27 @@ def _images(batch: Sequence[MicroBatch], annotations: Annotations | None) -> lis
             "image_id": int(target["image_id"]),
             "path": paths.get(int(target["image_id"])),
         }
-        for index, (_, _, targets) in enumerate(batch)
+        for index, (_, _, targets) in enumerate(step.batch)
         for row, target in enumerate(targets)
     ]
 
 
 def _state(step: Step, scaler: dict[str, Any] | None) -> dict[str, Any]:
-    module = step.module
     python = random.getstate()
     numpy = np.random.get_state()
-    cuda = [module.device] if module.device.type == "cuda" else []
+    cuda = [step.device] if step.device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         torch.manual_seed(step.seed)  # as the step started
         drawn = {"torch": torch.get_rng_state(), "cuda": [torch.cuda.get_rng_state(device) for device in cuda]}
     return {
-        "batch": [
-            {
-                "images": images.cpu(),
-                "mask": None if mask is None else mask.cpu(),
-                "targets": [_on_cpu(t) for t in targets],
-            }
-            for images, mask, targets in step.batch
-        ],
-        "weights": _on_cpu(module.model.state_dict()),
-        "optimizer": module.optimizers().state_dict(),
+        "batch": [dict(zip(("images", "mask", "targets"), on_device(micro, "cpu"))) for micro in step.batch],
+        "weights": {name: tensor.detach().cpu() for name, tensor in step.model.state_dict().items()},
+        "optimizer": step.optimizer.state_dict(),
         "scaler": scaler,
         "random": drawn
         | {"python": [python[0], list(python[1]), python[2]]}
         | {"numpy": [str(numpy[0]), [int(n) for n in numpy[1]], int(numpy[2]), int(numpy[3]), float(numpy[4])]},
     }
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def _is_channels_last(module: nn.Module) -> bool:

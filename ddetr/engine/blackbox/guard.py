@@ -7,25 +7,23 @@ that raises ends the run. Both leave a bundle (bundle.py) that `ddetr replay` co
 import logging
 import math
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddetr.datasets import Annotations
-from ddetr.engine.blackbox.bundle import Step, image_ids, module_of, write_bundle
-from ddetr.engine.blackbox.trace import MicroBatch, NotFinite, find_non_finite, non_finite_parameters
+from ddetr.engine.blackbox.bundle import module_of, write_bundle
+from ddetr.engine.blackbox.trace import NormStatistics, NotFinite, find_non_finite, non_finite_parameters
+from ddetr.engine.step import Step
 from ddetr.errors import InputError
 from ddetr.runtime.distributed import agree, gathered
-
-if TYPE_CHECKING:
-    from ddetr.engine.module import DetectionModule
 
 logger = logging.getLogger(__name__)
 
@@ -69,34 +67,38 @@ class StepGuard(Callback):
         self.total, self.in_a_row = state["total"], state["in_a_row"]
 
     @contextmanager
-    def step(self, module: "DetectionModule", batch: Sequence[MicroBatch], num_boxes: float) -> Iterator[None]:
+    def step(self, now: Step) -> Iterator[None]:
         """Around forward, backward and update of one step, in which `check` is called once the gradient is there.
 
         Raises:
             FloatingPointError: too many bad steps; on all processes alike.
         """
-        now = Step.of(module, batch, num_boxes)
         self._bad, self.skipped = None, False
-        repaired_before = _repaired_costs(module)
+        norms, matcher = NormStatistics(now.model), now.criterion.matcher
+        repaired_before = matcher.num_repaired
         try:
             yield
         except Exception as error:
-            self._record_crash(now, error)
+            self._record_crash(now, norms, error)
             raise
-        repaired = _repaired_costs(module) - repaired_before
+        repaired = matcher.num_repaired - repaired_before
         if self._bad is not None:
-            now.norms.restore()
-            self._settle(now, self._bad, repaired)
+            norms.restore()
+            self._settle(now, norms, self._bad, repaired)
             return
         self.in_a_row = 0
         if repaired:
             logger.warning(
                 "step %d: %d matching costs of images %s were not finite and counted as the worst, though the loss is finite",
-                now.number, repaired, ", ".join(map(str, image_ids(batch))),
+                now.number, repaired, ", ".join(map(str, now.image_ids)),
             )  # fmt: skip
 
     def check(
-        self, module: "DetectionModule", loss: Tensor, grad_norm: Tensor, optimizer: torch.optim.Optimizer
+        self,
+        loss: Tensor,
+        grad_norm: Tensor,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None,
     ) -> None:
         """After the backward pass, before the update: takes the gradient away where the step must be skipped.
 
@@ -106,39 +108,36 @@ class StepGuard(Callback):
         if not (is_bad_loss or is_bad_gradient):
             return
         self.skipped = True
-        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         if scaler is not None and not is_bad_loss and scaler.get_scale() > LEAST_LOSS_SCALE:
             return  # the scaler skips the update itself, and halves its scale
         self._bad = _BadStep(float(loss), float(grad_norm), None if scaler is None else scaler.state_dict())
         optimizer.zero_grad()  # without gradients the update changes nothing, neither weights nor moments
 
-    def on_validation_start(self, trainer: pl.Trainer, module: "DetectionModule") -> None:
-        self._refuse_broken_weights(trainer, module)
+    def on_validation_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self._refuse_broken_weights(module.model, trainer.global_step)
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, module: "DetectionModule", checkpoint: dict[str, Any]) -> None:
-        self._refuse_broken_weights(trainer, module)
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        self._refuse_broken_weights(module.model, trainer.global_step)
 
-    def _refuse_broken_weights(self, trainer: pl.Trainer, module: "DetectionModule") -> None:
+    def _refuse_broken_weights(self, model: nn.Module, step: int) -> None:
         """A finite gradient can still lead to weights that are not: they must not replace the last good ones."""
-        if broken := non_finite_parameters(module.model):
+        if broken := non_finite_parameters(model):
             raise FloatingPointError(
-                f"step {trainer.global_step} left weights that are not finite, {broken[0]} first: the run is stopped before "
+                f"step {step} left weights that are not finite, {broken[0]} first: the run is stopped before "
                 f"they are saved. {self._advice()}"
             )
 
-    def _settle(self, now: Step, bad: "_BadStep", repaired: int) -> None:
+    def _settle(self, now: Step, norms: NormStatistics, bad: "_BadStep", repaired: int) -> None:
         """Diagnose, record, report, and stop the run where it cannot go on. Every process comes here together."""
         self.total += 1
         self.in_a_row += 1
-        module = now.module
         # Every process looks at its own share: the exchange has spread what one of them brought in.
         scale = bad.scaler["scale"] if bad.scaler else 1.0
-        found, why_not = _diagnosed(now, scale)
-        now.norms.restore()
+        found, why_not = _diagnosed(now, norms, scale)
         own = {
-            "rank": module.global_rank,
+            "rank": now.rank,
             "loss": bad.loss,
-            "image_ids": image_ids(now.batch),
+            "image_ids": now.image_ids,
             "repaired": repaired,
             "found": None if found is None else asdict(found),
         }
@@ -154,20 +153,20 @@ class StepGuard(Callback):
             losses += f"; {guilty['repaired']} matching costs were not finite"
         place = f" on process {guilty['rank']}" if len(everyone) > 1 else ""
         said = f"step {now.number} has {losses}{place}, images {', '.join(map(str, guilty['image_ids']))}: {first}"
-        broken = non_finite_parameters(module.model)
+        broken = non_finite_parameters(now.model)
         bundle = None
-        if module.global_rank == guilty["rank"]:
+        if now.rank == guilty["rank"]:
             bundle = self._record(now, said, found, loss=bad.loss, grad_norm=bad.grad_norm, scaler=bad.scaler)
         bundle = next((path for path in gathered(bundle) if path), None)
         recorded = f". Recorded: ddetr replay {bundle}" if bundle else ""
         if broken:
-            why = "the weights themselves are not finite, which no skipping mends"
+            why = "the weights themselves are not finite, which no skipping repairs"
         elif self.total > self.max_bad_steps:
             why = f"{self.total} bad steps are more than --max_bad_steps {self.max_bad_steps} allows"
         elif self.in_a_row >= MAX_IN_A_ROW:
             why = f"{self.in_a_row} bad steps in a row are more than bad luck with the images"
         else:
-            if module.global_rank == 0:
+            if now.rank == 0:
                 logger.warning("%s. Skipped, %d of at most %d%s", said, self.total, self.max_bad_steps, recorded)
             return
         raise FloatingPointError(f"{said}. The run is stopped: {why}. {self._advice()}{recorded}")
@@ -183,21 +182,20 @@ class StepGuard(Callback):
             f"{intact}"
         )
 
-    def _record_crash(self, now: Step, error: Exception) -> None:
+    def _record_crash(self, now: Step, norms: NormStatistics, error: Exception) -> None:
         """Never raises: the error itself is what must reach the user."""
         if self.run is None:
             return
         if isinstance(error, InputError) and isinstance(error.__cause__, Exception):
             error = error.__cause__  # what happened, in place of what is said of it
         try:
-            now.norms.restore()
-            place = module_of(error.__traceback__, now.module.model)
+            norms.restore()
+            place = module_of(error.__traceback__, now.model)
             said = f"step {now.number} failed{f' in {place}' if place else ''}: {type(error).__name__}: {error}"
             found = None
             # A GPU that is out of memory, or in an unknown state, is not asked to compute the step again.
             if not isinstance(error, torch.cuda.OutOfMemoryError) and "CUDA" not in str(error):
-                found, _ = _diagnosed(now, 1.0)
-                now.norms.restore()
+                found, _ = _diagnosed(now, norms, 1.0)
             if found is not None:
                 said += f". Before that, {found.message}"
             words = "".join(traceback.format_exception(error))
@@ -222,17 +220,14 @@ class _BadStep:
     scaler: dict[str, Any] | None  # before it has reacted
 
 
-def _diagnosed(now: Step, loss_scale: float) -> tuple[NotFinite | None, str]:
+def _diagnosed(now: Step, norms: NormStatistics, loss_scale: float) -> tuple[NotFinite | None, str]:
     """What is not finite first, or why nothing is known about it."""
-    module = now.module
     try:
         found = find_non_finite(
-            module.model, module.criterion, now.batch, now.num_boxes, seed=now.seed, loss_scale=loss_scale
+            now.model, now.criterion, now.batch, now.num_boxes, seed=now.seed, loss_scale=loss_scale
         )
         return found, ""
     except Exception as error:  # whatever a broken step does when it is computed again
         return None, f"computing the step again to find the place failed ({type(error).__name__}: {error})"
-
-
-def _repaired_costs(module: "DetectionModule") -> int:
-    return module.criterion.matcher.num_repaired
+    finally:
+        norms.restore()

@@ -16,18 +16,11 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ddetr.boxes import box_cxcywh_to_xyxy
-from ddetr.datasets import normalize_images
 from ddetr.engine.blackbox.bundle import FORMAT, matmul_precision, module_of, versions
-from ddetr.engine.blackbox.trace import (
-    MicroBatch,
-    NormStatistics,
-    NotFinite,
-    find_non_finite,
-    micro_losses,
-    non_finite_parameters,
-)
+from ddetr.engine.blackbox.trace import NormStatistics, NotFinite, find_non_finite, non_finite_parameters
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.optimizer import build_optimizer
+from ddetr.engine.step import MicroBatch, model_outputs, on_device, step_losses
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
 from ddetr.inference.drawing import draw_boxes
@@ -82,14 +75,7 @@ def replay(bundle: str, *, device: Literal["auto", "cpu", "cuda"] = "auto") -> R
     header, state = _read(folder)
     chosen = _device(header["device"] if device == "auto" else device, asked=device != "auto")
     model, criterion, optimizer = _rebuilt(header, state, chosen)
-    batch = [
-        (
-            micro["images"].to(chosen),
-            None if micro["mask"] is None else micro["mask"].to(chosen),
-            [{name: tensor.to(chosen) for name, tensor in target.items()} for target in micro["targets"]],
-        )
-        for micro in state["batch"]
-    ]
+    batch = [on_device((micro["images"], micro["mask"], micro["targets"]), chosen) for micro in state["batch"]]
     recorded = None if header["loss"] is None else float(header["loss"])
     with _as_it_ran(header, chosen):
         norms = NormStatistics(model)
@@ -138,7 +124,7 @@ def _computed(
     torch.manual_seed(header["step_seed"])
     try:
         for micro_batch in batch:
-            loss = criterion.total(micro_losses(model, criterion, micro_batch, header["num_boxes"]))
+            loss = criterion.total(step_losses(model, criterion, micro_batch, header["num_boxes"]))
             (loss * scale).backward()
             total = total + loss.detach()
     except Exception as error:
@@ -171,7 +157,7 @@ def _traced(
         try:
             with torch.autograd.detect_anomaly(check_nan=True):
                 for micro_batch in batch:
-                    total = criterion.total(micro_losses(model, criterion, micro_batch, num_boxes))
+                    total = criterion.total(step_losses(model, criterion, micro_batch, num_boxes))
                     parameters = [p for p in model.parameters() if p.requires_grad]
                     torch.autograd.grad(total * scale, parameters, allow_unused=True)
         except RuntimeError as error:
@@ -182,7 +168,8 @@ def _traced(
 def _suspects(model: DeformableDETR, batch: Sequence[MicroBatch], header: Mapping[str, Any]) -> set[tuple[int, int]]:
     """(micro-batch, row) of the images that differ from the others: in pixels, boxes or what the model makes of them."""
     suspects = set()
-    for index, (images, mask, targets) in enumerate(batch):
+    for index, micro_batch in enumerate(batch):
+        images, _, targets = micro_batch
         for row, target in enumerate(targets):
             boxes = target["boxes"]
             is_odd = not bool(torch.isfinite(images[row].float()).all() & torch.isfinite(boxes).all())
@@ -190,7 +177,7 @@ def _suspects(model: DeformableDETR, batch: Sequence[MicroBatch], header: Mappin
                 suspects.add((index, row))
         try:
             with torch.no_grad():
-                outputs = model(normalize_images(images, mask), mask)
+                outputs = model_outputs(model, micro_batch)
         except Exception:
             continue
         for row in range(len(targets)):

@@ -5,7 +5,7 @@ its batch norms, which the caller keeps (`NormStatistics`), and no `.grad` is to
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,18 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ddetr.datasets import normalize_images
+from ddetr.engine.step import MicroBatch, step_losses
 from ddetr.models.criterion import SetCriterion
-
-MicroBatch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]  # as in ddetr/engine/loading/datamodule.py
-
-
-def micro_losses(
-    model: Callable[..., dict[str, Any]], criterion: SetCriterion, micro_batch: MicroBatch, num_boxes: float
-) -> dict[str, Tensor]:
-    """The losses of one micro-batch of a training step: what is trained on, recorded, replayed and checked is this."""
-    images, mask, targets = micro_batch
-    return criterion(model(normalize_images(images, mask), mask), targets, num_boxes)
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ def find_non_finite(
                 return found
             with torch.enable_grad(), _Tracer(model, index) as tracer:
                 try:
-                    losses = micro_losses(model, criterion, micro_batch, num_boxes)
+                    losses = step_losses(model, criterion, micro_batch, num_boxes)
                 except _Found as stop:
                     return stop.finding
                 for name in criterion.weight_dict:

@@ -3,33 +3,31 @@
 import logging
 import os
 import time
-
-from lightning.pytorch.profilers import Profiler
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
 MUCH, LONG_ENOUGH = 0.3, 30.0  # share of the time, and seconds over which it is measured
 
 
-class DataWait(Profiler):
-    """Lightning tells its profiler when it starts and stops to fetch a training batch; nothing else is measured.
+class DataWait:
+    """Adds up the time in the region "data wait", which the training loader enters while it waits; no other one counts.
 
     On a GPU this is the process's time, not the device's: a device that still has work to do loses less by it.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._seconds = self._since = 0.0
+        self._seconds = 0.0
         self._waited = self._measured = 0.0  # seconds, until the next look at whether a warning is due
         self._has_warned = False
 
-    def start(self, action_name: str) -> None:
-        if action_name.endswith("train_dataloader_next"):
-            self._since = time.perf_counter()
-
-    def stop(self, action_name: str) -> None:
-        if action_name.endswith("train_dataloader_next"):
-            self._seconds += time.perf_counter() - self._since
+    @contextmanager
+    def region(self, name: str) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        if name == "data wait":
+            self._seconds += time.perf_counter() - since
 
     def restart(self) -> None:
         self._seconds = 0.0
@@ -52,6 +50,3 @@ class DataWait(Profiler):
                 100 * self._waited / self._measured, num_workers, os.cpu_count(),
             )  # fmt: skip
         self._waited = self._measured = 0.0
-
-    def summary(self) -> str:
-        return ""

@@ -12,19 +12,17 @@ from torch.utils.data import BatchSampler, DataLoader, get_worker_info
 
 from ddetr.datasets import Annotations, DetectionDataset, build_transform, collate, padded_shapes, worst_padded_hw
 from ddetr.datasets.config import DataConfig
-from ddetr.engine.loading.sampler import EpochOrder, similar_together
+from ddetr.engine.loading.sampler import EpochOrder
 from ddetr.engine.loading.workers import PREFETCH, default_num_workers, explained, start_worker, workers_that_fit
+from ddetr.engine.step import MicroBatch, Region, no_region
 from ddetr.errors import InputError
 from ddetr.runtime.limits import allow_open_files, free_shared_memory
-
-__all__ = ["DetectionData", "EpochOrder", "MicroBatch", "collate_micro", "similar_together"]
 
 logger = logging.getLogger(__name__)
 
 MOST_UNREADABLE = 0.01  # of the images (but always one): above it training would be on another data set
 
 Shapes = Sequence[tuple[int, int]]
-MicroBatch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]  # images uint8 (n, 3, H, W), mask or None, targets
 
 
 def collate_micro(samples: Sequence[tuple[Tensor, dict[str, Any]]], size: int, shapes: Shapes = ()) -> list[MicroBatch]:
@@ -76,31 +74,65 @@ class PackingCollate:
 
 
 class Loader(DataLoader):
-    """A DataLoader of lists of micro-batches, or of single ones, that unpacks them and hands unreadable files to `report`."""
+    """A DataLoader of lists of micro-batches, or of single ones, that unpacks them and hands unreadable files to `report`.
 
-    def __init__(self, *args: Any, report: Callable[[str, str], None], single: bool = False, **options: Any):
+    It enters the `region` "data wait" while somebody waits for it.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        report: Callable[[str, str], None],
+        single: bool = False,
+        region: Region = no_region,
+        **options: Any,
+    ):
         super().__init__(*args, **options)
-        self.report, self.single = report, single
+        self.report, self.single, self.region = report, single, region
 
     def __iter__(self) -> Iterator[Any]:
-        return self._unpacked(super().__iter__())  # the workers start now, not when the first batch is asked for
+        with self.region("data wait"):
+            iterator = super().__iter__()  # the workers start now, not when the first batch is asked for
+        return self._unpacked(iterator)
 
     def _unpacked(self, iterator: Iterator[Loaded]) -> Iterator[Any]:
         while True:
-            with explained():
-                loaded = next(iterator, None)
-            if loaded is None:
-                return
-            for path, reason in loaded.unreadable:
-                self.report(path, reason)
-            batch = [
-                (images, mask, [{name: torch.as_tensor(values) for name, values in one.items()} for one in targets])
-                for images, mask, targets in loaded.batch
-            ]
+            with self.region("data wait"):
+                with explained():
+                    loaded = next(iterator, None)
+                if loaded is None:
+                    return
+                for path, reason in loaded.unreadable:
+                    self.report(path, reason)
+                batch = [
+                    (images, mask, [{name: torch.as_tensor(values) for name, values in one.items()} for one in targets])
+                    for images, mask, targets in loaded.batch
+                ]
             yield batch[0] if self.single else batch
 
 
-class DetectionData(pl.LightningDataModule):
+class _TimedTransfer(pl.LightningDataModule):
+    """Enters its `region` "host to device" while a batch goes there."""
+
+    region: Region = no_region
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        with self.region("host to device"):
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+
+
+class BatchesInMemory(_TimedTransfer):
+    """Training batches that are there, for measurements."""
+
+    def __init__(self, batches: Sequence[list[MicroBatch]], region: Region = no_region):
+        super().__init__()
+        self.batches, self.region = batches, region
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None, collate_fn=lambda batch: batch)
+
+
+class DetectionData(_TimedTransfer):
     """Loaders of the two splits.
 
     `start` is (epoch, batch): where a resumed run goes on. The epoch of that number begins with that global batch, without
@@ -118,8 +150,10 @@ class DetectionData(pl.LightningDataModule):
         batch_size: int,
         device_batch_size: int,
         seed: int,
+        region: Region = no_region,
     ):
-        """batch_size: images an optimisation step, over all processes; device_batch_size: images a forward pass."""
+        """batch_size: images an optimisation step, over all processes; device_batch_size: images a forward pass; region: is
+        entered where training waits for a batch, and where one goes to the device."""
         super().__init__()
         self.start = (0, 0)
         self.unreadable: dict[str, str] = {}
@@ -136,7 +170,7 @@ class DetectionData(pl.LightningDataModule):
             normalize=False,
             train=False,
         )
-        self.batch_size, self.device_batch_size, self.seed = batch_size, device_batch_size, seed
+        self.batch_size, self.device_batch_size, self.seed, self.region = batch_size, device_batch_size, seed, region
         self.shapes = () if data.padded_shapes is None else padded_shapes(data.image_size, data.padded_shapes)
         self.largest_hw = self.shapes[0] if self.shapes else worst_padded_hw(data.image_size)
         self.buckets, self.num_workers = data.buckets, data.num_workers
@@ -149,6 +183,10 @@ class DetectionData(pl.LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         return len(self.train_set) // self.batch_size
+
+    def set_device_batch_size(self, size: int) -> None:
+        """For a number that is only found at the start of a fit: before a loader is asked for."""
+        self.device_batch_size = size
 
     def train_dataloader(self) -> DataLoader:
         trainer = self.trainer
@@ -170,6 +208,7 @@ class DetectionData(pl.LightningDataModule):
             batch_sampler=BatchSampler(order, self.batch_size // trainer.world_size, drop_last=True),
             collate_fn=PackingCollate(self._collate(), self._found),
             report=self._report,
+            region=self.region,
             **self._loader_options(),
         )
 

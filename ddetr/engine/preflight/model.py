@@ -16,11 +16,11 @@ from torch.nn.utils import clip_grad_norm_
 
 from ddetr.datasets import DetectionDataset
 from ddetr.engine.blackbox.bundle import module_of
-from ddetr.engine.blackbox.trace import MicroBatch, micro_losses
 from ddetr.engine.loading.datamodule import DetectionData, collate_micro
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import build_optimizer, parameter_groups
 from ddetr.engine.preflight.data import Check, images_with_objects
+from ddetr.engine.step import MicroBatch, count_objects, on_device, step_losses
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.models.heads import PRIOR_BIAS
@@ -78,7 +78,7 @@ def check_model(
     model = copy.deepcopy(module.model).to(device).train()
     model.backbone.to(memory_format=torch.channels_last)
     try:
-        learning = _learn(model, criterion, _on(batch, device), module, autocast, max_seconds)
+        learning = _learn(model, criterion, on_device(batch, device), module, autocast, max_seconds)
     except Exception as error:
         place = module_of(error.__traceback__, model)
         found = f"{type(error).__name__}{f' in {place}' if place else ''}: {error}"
@@ -115,7 +115,7 @@ def _learn(
     optimizer = build_optimizer(groups, optim, fused=False)
     scaler = torch.amp.GradScaler(kind) if autocast is torch.float16 else None
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    num_boxes = float(max(1, sum(len(target["labels"]) for target in batch[2])))
+    num_boxes = float(max(1, count_objects([batch])))
     has_gradient: dict[str, bool] = {}  # missing: none; False: only zeros
     learning, start = _Learning(), time.perf_counter()
     tokens = _count_proposals(model, learning)
@@ -123,7 +123,7 @@ def _learn(
         for step in range(MAX_STEPS):
             optimizer.zero_grad()
             with torch.autocast(kind, autocast, cache_enabled=False) if autocast else nullcontext():
-                losses = micro_losses(model, criterion, batch, num_boxes)
+                losses = step_losses(model, criterion, batch, num_boxes)
                 total = criterion.total(losses)
             if step == 0:
                 learning.first = {name: float(value.detach()) for name, value in losses.items()}
@@ -170,7 +170,7 @@ def _check_first_loss(learning: _Learning, module: DetectionModule, batch: Micro
         return Check(
             name, "failed", "finite terms", listed, "numbers too large for the precision, or broken weights", advice
         )
-    num_objects = sum(len(target["labels"]) for target in batch[2])
+    num_objects = count_objects([batch])
     config, alpha = module.model.config, module.criterion.loss_weights.focal_alpha
     num_images, num_classes = len(batch[2]), config["num_classes"]
     facts: dict[str, Any] = {"losses": learning.first, "num_objects": num_objects}
@@ -278,15 +278,6 @@ def fixed_batch(data: DetectionData) -> MicroBatch | None:
     still.transform = data.val_set.transform
     places = images_with_objects(train.annotations)[: min(2, data.device_batch_size)]
     return collate_micro([still[index] for index in places], len(places))[0] if places else None
-
-
-def _on(batch: MicroBatch, device: str) -> MicroBatch:
-    images, mask, targets = batch
-    return (
-        images.to(device),
-        None if mask is None else mask.to(device),
-        [{name: tensor.to(device) for name, tensor in target.items()} for target in targets],
-    )
 
 
 def _switch_off_dropout(model: nn.Module) -> None:

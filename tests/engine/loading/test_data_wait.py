@@ -20,13 +20,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_only_the_fetch_of_a_training_batch_is_a_wait(clock: SimpleNamespace) -> None:
     wait = DataWait()
-    for action, seconds in (
-        ("[_TrainingEpochLoop].train_dataloader_next", 3.0),
-        ("run_training_batch", 5.0),
-        ("[_EvaluationLoop].val_next", 7.0),
-        ("[_TrainingEpochLoop].train_dataloader_next", 1.0),
-    ):
-        with wait.profile(action):
+    for region, seconds in (("data wait", 3.0), ("host to device", 5.0), ("the rest", 7.0), ("data wait", 1.0)):
+        with wait.region(region):
             clock.now += seconds
     assert wait.share(16.0) == 0.25
     wait.restart()

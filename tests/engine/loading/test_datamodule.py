@@ -21,7 +21,8 @@ from ddetr.datasets import load_annotations, padded_shapes
 from ddetr.datasets.config import DataConfig
 from ddetr.datasets.splits import load_split, load_splits, without_empty_images
 from ddetr.engine.config import TrainConfig
-from ddetr.engine.loading.datamodule import DetectionData, EpochOrder, Loaded, collate_micro
+from ddetr.engine.loading.datamodule import DetectionData, Loaded, collate_micro
+from ddetr.engine.loading.sampler import EpochOrder
 from ddetr.engine.loading.workers import default_num_workers, explained, workers_that_fit
 from ddetr.engine.train import train
 from ddetr.errors import InputError

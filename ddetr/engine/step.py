@@ -1,0 +1,90 @@
+"""A training step: what it is made of, and the one place where its losses are computed.
+
+Training, the estimate of its memory, the search for a batch size, preflight and the black box all call `step_losses`: what
+one of them finds out about a step holds for the others.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddetr.datasets import normalize_images
+from ddetr.engine.config import OptimConfig
+from ddetr.models.criterion import SetCriterion
+from ddetr.models.deformable_detr import DeformableDETR
+
+Targets = list[dict[str, Tensor]]  # of each image: labels (t,), boxes (t, 4) cxcywh in [0, 1], image_id, orig_size, ...
+MicroBatch = tuple[Tensor, Tensor | None, Targets]  # images uint8 (n, 3, H, W), mask (n, H, W) or None, targets
+Model = Callable[[Tensor, Tensor | None], dict[str, Any]]  # normalised images and mask -> outputs
+
+# Where the time of a step goes. Who runs a part of it enters the region of that name: a stop watch's, or none.
+REGIONS = ("data wait", "host to device", "forward", "matching", "losses", "backward", "optimiser", "the rest")
+Region = Callable[[str], AbstractContextManager]
+no_region: Region = nullcontext
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as it starts: with the random numbers of its seed, all that computing it needs."""
+
+    model: DeformableDETR
+    criterion: SetCriterion
+    optimizer: torch.optim.Optimizer
+    optim: OptimConfig
+    batch: Sequence[MicroBatch]
+    num_boxes: float  # what losses are divided by: objects of the whole step for each process, at least 1
+    number: int  # 1 for the first of a run, as in train.csv
+    epoch: int
+    seed: int  # of this step on this process
+    run_seed: int
+    rank: int
+    world_size: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def image_ids(self) -> list[int]:
+        return [int(target["image_id"]) for _, _, targets in self.batch for target in targets]
+
+
+def step_losses(
+    model: Model, criterion: SetCriterion, batch: MicroBatch, num_boxes: float, region: Region = no_region
+) -> dict[str, Tensor]:
+    """The unweighted losses of one micro-batch of a step.
+
+    The only place where model and targets meet: what trains with the targets beside the network gets them here.
+
+    Args:
+        batch: on the model's device.
+        num_boxes: what the sums are divided by: the objects of the whole step, of which this is a part.
+    """
+    outputs = model_outputs(model, batch, region)
+    with region("losses"):
+        return criterion(outputs, batch[2], num_boxes)
+
+
+def model_outputs(model: Model, batch: MicroBatch, region: Region = no_region) -> dict[str, Any]:
+    """What the model makes of the images of a micro-batch."""
+    images, mask, _ = batch
+    images = normalize_images(images, mask)
+    with region("forward"):
+        return model(images, mask)
+
+
+def count_objects(batch: Sequence[MicroBatch]) -> int:
+    return sum(len(target["labels"]) for _, _, targets in batch for target in targets)
+
+
+def on_device(batch: MicroBatch, device: torch.device | str) -> MicroBatch:
+    images, mask, targets = batch
+    return (
+        images.to(device),
+        None if mask is None else mask.to(device),
+        [{name: tensor.to(device) for name, tensor in target.items()} for target in targets],
+    )
