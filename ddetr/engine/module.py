@@ -2,6 +2,7 @@
 
 import math
 import signal
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -123,11 +124,17 @@ class DetectionModule(pl.LightningModule):
         self.evaluator.reset()
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        self.evaluate(batch, self.model, self.evaluator)
+
+    def evaluate(
+        self, batch: MicroBatch, model: Callable[[Tensor, Tensor | None], dict[str, Any]], evaluator: CocoEvaluator
+    ) -> None:
+        """Gives the evaluator what any model (normalised images and their mask -> outputs) finds in a validation batch."""
         images, mask, targets = batch
         with explained_out_of_memory(images, targets):
-            outputs = self.model(normalize_images(images, mask), mask)
+            outputs = model(normalize_images(images, mask), mask)
         sizes_hw = torch.stack([target["orig_size"] for target in targets])
-        self.evaluator.update([int(target["image_id"]) for target in targets], self.postprocess(outputs, sizes_hw))
+        evaluator.update([int(target["image_id"]) for target in targets], self.postprocess(outputs, sizes_hw))
 
     def on_validation_epoch_end(self) -> None:
         self.evaluator.merge(gathered(self.evaluator.state()))
