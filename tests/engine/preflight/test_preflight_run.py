@@ -36,9 +36,10 @@ def test_a_set_up_that_works_passes(set_up: Callable[..., SetUp], augmentation: 
     assert checks["evaluation"].facts["AP"] == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["bccd", "coco_tiny"])
-def test_real_data_pass(shared_data: Path, set_up: Callable[..., SetUp], name: str) -> None:
-    config = DataConfig(str(shared_data / name), image_size=128, num_workers=0)
+@pytest.mark.parametrize("name", ["cells", "drawn_coco"])
+def test_data_as_one_meets_it_pass(request: pytest.FixtureRequest, set_up: Callable[..., SetUp], name: str) -> None:
+    """Crowds, degenerate boxes, greyscale images, ids with gaps."""
+    config = DataConfig(str(request.getfixturevalue(name)), image_size=128, num_workers=0)
     train_set, val_set = load_splits(config)
     data = DetectionData(train_set, val_set, config, batch_size=4, device_batch_size=2, seed=1)
     module, _ = set_up(num_classes=len(train_set.categories), num_queries=60)
