@@ -28,7 +28,7 @@ TINY_MODEL = {
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with coco_tiny and bccd; a test that needs it is skipped where it is absent."""
+    """The folder with coco_tiny and bccd; what needs it is skipped where it is absent, and tried on a drawn set everywhere."""
     if not SHARED_DATA.is_dir():
         pytest.skip("the real data is not here: ../shared/data beside the project")
     return SHARED_DATA
@@ -40,6 +40,28 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from ddetr.datasets import draw_shapes
 
     return draw_shapes(tmp_path_factory.mktemp("data") / "shapes", 8, 4, 64)
+
+
+@pytest.fixture(scope="session")
+def drawn_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small set with the peculiarities of COCO: see `drawn_sets.draw_coco`. To be read only."""
+    from drawn_sets import draw_coco
+
+    return draw_coco(tmp_path_factory.mktemp("data") / "coco")
+
+
+@pytest.fixture(scope="session")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Pascal VOC set with the peculiarities of BCCD: see `drawn_sets.draw_cells`. To be read only."""
+    from drawn_sets import draw_cells
+
+    return draw_cells(tmp_path_factory.mktemp("data") / "cells")
+
+
+@pytest.fixture(params=["drawn", "real"])
+def any_coco(request: pytest.FixtureRequest, drawn_coco: Path) -> Path:
+    """The drawn set; and the real one where it is."""
+    return drawn_coco if request.param == "drawn" else request.getfixturevalue("shared_data") / "coco_tiny"
 
 
 @pytest.fixture(scope="session")

@@ -186,9 +186,9 @@ class _AnyMatch(HungarianMatcher):
     def match_sets(
         self, sets: Sequence[tuple[dict[str, Any], PaddedTargets]], device: torch.device | None = None
     ) -> list[Matches]:
+        self._costs(sets)
         matches = []
         for outputs, targets in sets:
-            self._cost(outputs, targets)
             device = outputs["pred_logits"].device
             counts = [min(size, outputs["pred_logits"].shape[1]) for size in targets.sizes]
             images = torch.cat([torch.full((count,), i, device=device) for i, count in enumerate(counts)])

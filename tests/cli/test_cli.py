@@ -477,10 +477,10 @@ def test_eval_takes_the_only_split(ddetr: Callable[..., Outcome], shapes: Path, 
     assert "COCO metrics: 4 images, 11 objects" in outcome.out
 
 
-def test_eval_on_other_classes_says_so(ddetr: Callable[..., Outcome], tiny_run: Any, shared_data: Path) -> None:
-    outcome = ddetr("eval", "--checkpoint", tiny_run.path / "best.pth", "--data", shared_data / "bccd")
+def test_eval_on_other_classes_says_so(ddetr: Callable[..., Outcome], tiny_run: Any, cells: Path) -> None:
+    outcome = ddetr("eval", "--checkpoint", tiny_run.path / "best.pth", "--data", cells)
     assert outcome.code == 2
-    assert "bccd/val has no object of the checkpoint's classes (circle, square, triangle)" in outcome.err
+    assert "cells/val has no object of the checkpoint's classes (circle, square, triangle)" in outcome.err
 
 
 def test_predict_takes_files_folders_and_patterns(
@@ -516,19 +516,17 @@ def test_predict_fails_where_nothing_could_be_read(
     assert outcome.err.splitlines()[-1] == "ddetr: error: none of the 1 images could be read"
 
 
-def test_audit_names_the_degenerate_boxes_of_bccd(
-    ddetr: Callable[..., Outcome], shared_data: Path, tmp_path: Path
-) -> None:
-    outcome = ddetr("data", "audit", shared_data / "bccd", "--output", "reports/bccd.json")
+def test_audit_names_degenerate_boxes(ddetr: Callable[..., Outcome], cells: Path, tmp_path: Path) -> None:
+    outcome = ddetr("data", "audit", cells, "--output", "reports/cells.json")
     assert outcome.code == 0, outcome.err
     assert "degenerate-box" in outcome.out
-    report = json.loads((tmp_path / "reports" / "bccd.json").read_text())
+    report = json.loads((tmp_path / "reports" / "cells.json").read_text())
     assert report["ok"] is True
     found = {finding["kind"]: finding for finding in report["findings"]}["degenerate-box"]
     assert found["action"] == "dropped"
     assert found["count"] >= 1
 
-    strict = ddetr("data", "audit", shared_data / "bccd", "--strict")
+    strict = ddetr("data", "audit", cells, "--strict")
     assert strict.code == 2
     assert "must be repaired before training, see the table above" in strict.err
 
@@ -557,11 +555,12 @@ def test_demo_runs(ddetr: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatc
     assert ddetr("demo", "--num_train", "0").code == 2
 
 
-def test_round_trip_with_gapped_category_ids(ddetr: Callable[..., Outcome], shared_data: Path, tmp_path: Path) -> None:
-    """Real COCO images: train -> checkpoint -> predict -> eval, in the data set's own category ids."""
-    source = shared_data / "coco_tiny"
+def test_round_trip_with_gapped_category_ids(ddetr: Callable[..., Outcome], any_coco: Path, tmp_path: Path) -> None:
+    """COCO images: train -> checkpoint -> predict -> eval, in the data set's own category ids."""
+    source = any_coco
     content = json.loads((source / "annotations" / "instances_train2017.json").read_text())
-    chosen = {24577, 188416, 542720}  # donuts, a keyboard, a bear: few and large objects
+    # donuts, a keyboard, a bear: few and large objects
+    chosen = {24577, 188416, 542720} if source.name == "coco_tiny" else {image["id"] for image in content["images"][:3]}
     images = [image for image in content["images"] if image["id"] in chosen]
     objects = [annotation for annotation in content["annotations"] if annotation["image_id"] in chosen]
     assert {annotation["category_id"] for annotation in objects} == {23, 60, 76}

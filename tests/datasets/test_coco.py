@@ -372,18 +372,17 @@ def test_explicit_files(make_coco, tmp_path, monkeypatch):
         load_annotations(root, "x", annotation_file="nothing.json")
 
 
-# ---- real data and the official call ---------------------------------------------------------------------------------
+# ---- whole sets and the official call ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train2017", "val2017"])
-def test_coco_tiny_is_read_as_pycocotools_reads_it(shared_data, split, capsys):
-    root = shared_data / "coco_tiny"
-    annotations = load_annotations(root, split)
+def test_a_coco_set_is_read_as_pycocotools_reads_it(any_coco, split, capsys):
+    annotations = load_annotations(any_coco, split)
     assert annotations.findings == ()
     assert len(annotations.categories) == 80
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        coco = COCO(str(root / "annotations" / f"instances_{split}.json"))
+        coco = COCO(str(any_coco / "annotations" / f"instances_{split}.json"))
     assert [record.image_id for record in annotations.images] == list(coco.imgs)
     for record in annotations.images:
         theirs = coco.imgToAnns[record.image_id]
@@ -397,16 +396,17 @@ def test_coco_tiny_is_read_as_pycocotools_reads_it(shared_data, split, capsys):
         assert record.size_hw == (coco.imgs[record.image_id]["height"], coco.imgs[record.image_id]["width"])
 
 
-def test_build_coco_dataset_on_real_images(shared_data):
-    args = {"coco_path": str(shared_data / "coco_tiny"), "masks": False, "cache_mode": True}
+def test_build_coco_dataset_on_cocos_own_layout(any_coco):
+    is_real = any_coco.name == "coco_tiny"
+    args = {"coco_path": str(any_coco), "masks": False, "cache_mode": True}
     val = build_coco_dataset("val", args)
     train = build_coco_dataset("train", args)
-    assert len(val) == len(train) == 80
+    assert len(val) == len(train) == (80 if is_real else 16)
     assert val.categories == train.categories
     image, target = val[0]
     assert min(image.shape[1:]) == 800 or max(image.shape[1:]) == 1333
-    assert target["image_id"].item() == 532481
-    assert target["orig_size"].tolist() == [426, 640]
+    assert target["image_id"].item() == (532481 if is_real else 532482)
+    assert target["orig_size"].tolist() == ([426, 640] if is_real else [120, 160])
 
 
 def test_build_coco_dataset_takes_other_layouts_and_refuses_masks(make_coco):

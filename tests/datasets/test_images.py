@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from drawn_sets import draw_photo
 from PIL import Image, ImageOps
 
 from ddetr.datasets import images
@@ -141,11 +142,17 @@ def test_size_is_found_behind_a_long_header(tmp_path):
     assert read_image(path).shape == (3, 16, 24)
 
 
-def test_headers_of_real_images_agree_with_pillow(shared_data):
-    for path in [
-        *sorted((shared_data / "coco_tiny").glob("*/*.jpg"))[:40],
-        *sorted((shared_data / "bccd/JPEGImages").iterdir())[:5],
-    ]:
+@pytest.fixture(params=["drawn", "real"])
+def jpegs(request, drawn_coco, cells):
+    """Files of several sizes and kinds; and some that cameras made, where these are."""
+    if request.param == "drawn":
+        return [*sorted(drawn_coco.glob("*/*.jpg")), *sorted((cells / "JPEGImages").iterdir())[:3]]
+    root = request.getfixturevalue("shared_data")
+    return [*sorted((root / "coco_tiny").glob("*/*.jpg"))[:20], *sorted((root / "bccd/JPEGImages").iterdir())[:3]]
+
+
+def test_headers_of_jpegs_agree_with_pillow(jpegs):
+    for path in jpegs:
         with Image.open(path) as image:
             assert image_size_hw(path) == image.size[::-1]
 
@@ -179,10 +186,9 @@ def damaged(data, rng):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_torchvisions_decoder_keeps_the_policy(tmp_path, monkeypatch, shared_data):
+def test_torchvisions_decoder_keeps_the_policy(tmp_path, monkeypatch):
     assert images.fast_jpeg_decoder() is not None, "this torchvision has no decoder that agrees with Pillow"
-    with Image.open(sorted((shared_data / "coco_tiny/val2017").iterdir())[3]) as file:
-        photo = file.convert("RGB").crop((40, 40, 237, 190))
+    photo = draw_photo((197, 150), seed=0)
     exif = Image.Exif()
     exif[0x0112] = 6
     kinds = {
@@ -215,12 +221,8 @@ def test_torchvisions_decoder_keeps_the_policy(tmp_path, monkeypatch, shared_dat
     assert len(kinds) < decoded < 8 * len(kinds)
 
 
-def test_real_jpegs_are_pillows_to_the_bit(shared_data):
-    paths = [
-        *sorted((shared_data / "coco_tiny").glob("*/*.jpg"))[:20],
-        *sorted((shared_data / "bccd/JPEGImages").iterdir())[:3],
-    ]
-    for path in paths:
+def test_jpegs_are_pillows_to_the_bit(jpegs):
+    for path in jpegs:
         with Image.open(path) as image:
             np.testing.assert_array_equal(as_array(read_image(path)), np.asarray(image.convert("RGB")))
 

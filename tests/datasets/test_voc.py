@@ -144,6 +144,27 @@ def test_unknown_split(make_voc):
         load_annotations(root, "trian")
 
 
+def test_a_set_with_all_splits_and_two_degenerate_boxes(cells):
+    """The degenerate boxes are named by file and object."""
+    assert default_splits(cells) == ("train", "val")
+    train = load_annotations(cells, "train")
+    val = load_annotations(cells, "val", categories=train.categories)
+    assert [category.name for category in train.categories] == ["Platelets", "RBC", "WBC"]
+    assert [len(load_annotations(cells, split).images) for split in ("train", "val", "trainval", "test")] == [
+        12,
+        5,
+        17,
+        4,
+    ]
+    assert [int(np.sum(train.images.labels == label)) for label in range(3)] == [12, 107, 12]
+    found = [(f.kind, f.action, f.where) for f in (*train.findings, *val.findings)]
+    assert found == [
+        ("degenerate-box", "dropped", "Annotations/Cell_00003.xml, object 4"),
+        ("degenerate-box", "dropped", "Annotations/Cell_00014.xml, object 6"),
+    ]
+    assert all(record.size_hw == (120, 160) for record in train.images)
+
+
 def test_bccd(shared_data):
     """205 + 87 images; its two degenerate boxes are named by file and object."""
     root = shared_data / "bccd"

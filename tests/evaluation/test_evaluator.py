@@ -170,8 +170,8 @@ def test_numbers_equal_pycocotools_on_synthetic_truth(backend, crowds):
 
 @needs_pycocotools
 @every_backend
-def test_numbers_equal_pycocotools_on_coco(backend, shared_data):
-    (annotation_file,) = (shared_data / "coco_tiny").glob("**/instances_val*.json")
+def test_numbers_equal_pycocotools_on_coco(backend, any_coco):
+    (annotation_file,) = any_coco.glob("**/instances_val*.json")
     truth = json.loads(annotation_file.read_text())
     annotations = read_truth(truth)
     detections = make_detections(annotations, per_image=100)

@@ -9,7 +9,6 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ddetr.models import matcher as matcher_module
 from ddetr.models.matcher import HungarianMatcher, PaddedTargets
 
 
@@ -80,31 +79,38 @@ def test_several_sets_equal_each_alone() -> None:
 
 @pytest.mark.parametrize("counts", [[4, 4], [40, 3, 0, 1], [0, 0]])
 def test_sets_of_one_shape_computed_at_once_are_the_same(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU does: layers stacked into one batch, proposals by themselves; their order is kept."""
+    """Layers are stacked, proposals are by themselves; their order is kept."""
     layers = [random_case(seed, counts, q=50, k=4)[0] for seed in (1, 2, 3)]
     proposals, targets = random_case(4, counts, q=90, k=4)
     padded = PaddedTargets.of(targets, torch.device("cpu"))
     one_class = padded._replace(labels=torch.zeros_like(padded.labels))
     sets = [(layers[0], padded), (proposals, one_class), (layers[1], padded), (layers[2], padded)]
-    expected = HungarianMatcher().match_sets(sets)
-    assert matcher_module._alike(sets) == [[0, 2, 3], [1]]
-    monkeypatch.setattr(matcher_module, "_groups", matcher_module._alike)
+    expected = [HungarianMatcher().match_sets([one])[0] for one in sets]
+    stacked: list[int] = []
+    original = HungarianMatcher._cost
+
+    def cost(self: HungarianMatcher, group: list[dict[str, Tensor]], targets: PaddedTargets) -> Tensor:
+        stacked.append(len(group))
+        return original(self, group, targets)
+
+    monkeypatch.setattr(HungarianMatcher, "_cost", cost)
     for got, wanted in zip(HungarianMatcher().match_sets(sets), expected):
         assert all(a.equal(b) for a, b in zip(got, wanted))
         assert len(got.images) == sum(counts)
+    assert stacked == [3, 1]
 
 
-def test_padding_is_computed_only_where_there_is_little() -> None:
+def test_padding_is_not_computed() -> None:
     """One crowded image among many: the costs have as many rows as there are objects, not as many as images times most."""
-    for counts, rows in (([10, 10, 9], 30), ([100, 1, 2, 0], 103)):
+    for counts in ([10, 10, 9], [100, 1, 2, 0]):
         outputs, targets = random_case(0, counts, q=120, k=5)
         outputs["pred_logits"] /= 3  # float32 keeps few digits of 1 - p where p is nearly 1
         padded = PaddedTargets.of(targets, torch.device("cpu"))
-        cost = HungarianMatcher()._cost(outputs, padded)
-        assert cost.shape == (rows, 120)
-        for image, (start, t) in enumerate(zip(padded.starts(), targets)):
+        cost = HungarianMatcher()._cost([outputs, outputs], padded)
+        assert cost.shape == (2, sum(counts), 120)
+        for image, (rows, t) in enumerate(zip(cost[1].split(counts), targets)):
             plain = plain_cost(outputs["pred_logits"][image], outputs["pred_boxes"][image], t["labels"], t["boxes"])
-            assert np.allclose(cost[start : start + counts[image]].numpy(), plain.T, atol=1e-4)
+            assert np.allclose(rows.numpy(), plain.T, atol=1e-4)
 
 
 def test_images_without_objects() -> None:

@@ -1,9 +1,13 @@
 """Preflight: the set-up of a run is tried on a handful of its own images before the run spends days on it.
 
-a. targets     labels and boxes make the round trip from the annotations, through transforms and criterion, and back
-b. evaluation  the ground truth, given as predictions to the run's own evaluation, has AP 1
-c. first loss  the class loss is the one that the prior of the class heads predicts; every term is finite
-d. learning    the loss on one fixed batch falls, and gradients reach every trainable parameter
+a. training images  a handful can be read, and goes through the augmentation
+b. evaluation       the ground truth, given as predictions to the run's own evaluation, has AP 1
+c. first loss       the class loss is the one that the prior of the class heads predicts; every term is finite
+d. learning         the loss on one fixed batch falls
+e. gradients        they reach every trainable parameter
+
+That labels and boxes make the round trip through transforms, criterion and post-processing is for our tests: no user can
+break it.
 
 All of it works on copies: weights, statistics and random states of the run are the same afterwards, bit for bit.
 """
@@ -22,7 +26,7 @@ import torch
 from ddetr.engine.blackbox.trace import eager
 from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.preflight.data import Check, check_evaluation, check_training_targets, check_validation_targets
+from ddetr.engine.preflight.data import Check, check_evaluation, check_training_images
 from ddetr.engine.preflight.model import MAX_SECONDS, check_model, fixed_batch
 from ddetr.runtime.precision import onednn_matmuls
 
@@ -92,8 +96,7 @@ def run_preflight(
     with _random_states_kept(device):
         criterion = copy.deepcopy(module.criterion)
         checks = [
-            _guarded("training targets", lambda: check_training_targets(data.train_set, criterion, module.seed)),
-            _guarded("validation targets", lambda: check_validation_targets(data.val_set, criterion, module)),
+            _guarded("training images", lambda: check_training_images(data.train_set, module.seed)),
             _guarded("evaluation", lambda: check_evaluation(module, data, module.model.num_queries)),
         ]
         batch = fixed_batch(data)
