@@ -21,38 +21,41 @@ collate.py        samples to a batch
 coco.py           build_coco_dataset: the official call
 """
 
-from ddetr.datasets.annotations import Annotations, Category, Finding, ImageRecord, ImageTable
-from ddetr.datasets.audit import AuditReport, audit
-from ddetr.datasets.coco import build_coco_dataset
-from ddetr.datasets.collate import collate
-from ddetr.datasets.dataset import DetectionDataset, sample_seed
-from ddetr.datasets.images import image_size_hw, read_image, rgb_from_pillow
-from ddetr.datasets.load import available_splits, default_splits, detect_format, load_annotations
-from ddetr.datasets.shapes import draw_shapes
-from ddetr.datasets.transforms import build_transform, normalize_images, padded_shapes, worst_padded_hw
+import importlib
+from typing import Any
 
-__all__ = [
-    "Annotations",
-    "AuditReport",
-    "Category",
-    "DetectionDataset",
-    "Finding",
-    "ImageRecord",
-    "ImageTable",
-    "audit",
-    "available_splits",
-    "build_coco_dataset",
-    "build_transform",
-    "collate",
-    "default_splits",
-    "detect_format",
-    "draw_shapes",
-    "image_size_hw",
-    "load_annotations",
-    "normalize_images",
-    "padded_shapes",
-    "read_image",
-    "rgb_from_pillow",
-    "sample_seed",
-    "worst_padded_hw",
-]
+from ddetr.datasets.audit import audit
+from ddetr.datasets.collate import collate
+
+# Name -> module. Loaded on first use: settings and help need none of what reads and transforms images. The two above are
+# called like their modules, which would stand in their place.
+_PUBLIC = {
+    "Annotations": "ddetr.datasets.annotations",
+    "AuditReport": "ddetr.datasets.audit",
+    "Category": "ddetr.datasets.annotations",
+    "DetectionDataset": "ddetr.datasets.dataset",
+    "Finding": "ddetr.datasets.annotations",
+    "ImageRecord": "ddetr.datasets.annotations",
+    "ImageTable": "ddetr.datasets.annotations",
+    "available_splits": "ddetr.datasets.load",
+    "build_coco_dataset": "ddetr.datasets.coco",
+    "build_transform": "ddetr.datasets.transforms",
+    "default_splits": "ddetr.datasets.load",
+    "detect_format": "ddetr.datasets.load",
+    "draw_shapes": "ddetr.datasets.shapes",
+    "image_size_hw": "ddetr.datasets.images",
+    "load_annotations": "ddetr.datasets.load",
+    "normalize_images": "ddetr.datasets.transforms",
+    "padded_shapes": "ddetr.datasets.transforms",
+    "read_image": "ddetr.datasets.images",
+    "rgb_from_pillow": "ddetr.datasets.images",
+    "sample_seed": "ddetr.datasets.dataset",
+    "worst_padded_hw": "ddetr.datasets.transforms",
+}
+__all__ = sorted([*_PUBLIC, "audit", "collate"])
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'ddetr.datasets' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
