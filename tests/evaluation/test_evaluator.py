@@ -16,10 +16,9 @@ from torchvision.ops import box_iou
 from ddetr.datasets.annotations import Annotations, Category, ImageRecord
 from ddetr.errors import InputError
 from ddetr.evaluation.backends import BACKENDS
-from ddetr.evaluation.evaluator import CocoEvaluator, detections_to_coco_results, evaluate
+from ddetr.evaluation.evaluator import CocoEvaluator, evaluate
 from ddetr.evaluation.metrics import METRIC_NAMES, Metrics, best_threshold
 from ddetr.evaluation.overlaps import Found, Objects, match_detections, overlapping_pairs
-from ddetr.evaluation.results import read_coco_results
 
 MODULES = {name: modules[0].split(".")[0] for name, modules in BACKENDS.items()}
 INSTALLED = [name for name, module in MODULES.items() if importlib.util.find_spec(module)]
@@ -259,19 +258,37 @@ def test_other_limits_of_detections(backend, max_detections):
         assert metrics.numbers() == pytest.approx(reference.numbers())
 
 
+def from_coco_results(annotations: Annotations, results: list[dict]) -> dict:
+    """The metrics of what a file in COCO's format holds."""
+    label_of = {category.category_id: label for label, category in enumerate(annotations.categories)}
+    ids = list(dict.fromkeys(result["image_id"] for result in results))
+    assert [result["image_id"] for result in results] == sorted(result["image_id"] for result in results)
+    evaluator = CocoEvaluator(annotations)
+    evaluator.merge(
+        [
+            {
+                "image_ids": np.array(ids),
+                "num_detections": np.array([sum(result["image_id"] == i for result in results) for i in ids]),
+                "num_non_finite": np.zeros(len(ids), np.int64),
+                "boxes_xywh": np.array([result["bbox"] for result in results], np.float32),
+                "scores": np.array([result["score"] for result in results], np.float32),
+                "labels": np.array([label_of[result["category_id"]] for result in results]),
+            }
+        ]
+    )
+    return evaluator.compute().to_dict()
+
+
 def test_saved_predictions_give_the_same_numbers(tmp_path):
     annotations = make_annotations()
     detections = make_detections(annotations)
     evaluator = CocoEvaluator(annotations)
     evaluator.update(ids_of(annotations), detections)
-    results = detections_to_coco_results(ids_of(annotations), detections, annotations.categories)
-    assert results == evaluator.coco_results()
+    results = evaluator.coco_results()
     assert {result["category_id"] for result in results} <= {c.category_id for c in annotations.categories}
     saved = tmp_path / "predictions.json"
     saved.write_text(json.dumps(results))
-    from_file = CocoEvaluator(annotations)
-    from_file.update_coco_results(read_coco_results(saved))
-    assert from_file.compute().to_dict() == evaluator.compute().to_dict()
+    assert from_coco_results(annotations, json.loads(saved.read_text())) == evaluator.compute().to_dict()
     if "pycocotools" in INSTALLED:
         evaluation = pycocotools_eval(coco_json(annotations), json.loads(saved.read_text()))
         assert_equals_pycocotools(evaluator.compute(), evaluation)
@@ -279,34 +296,12 @@ def test_saved_predictions_give_the_same_numbers(tmp_path):
 
 def test_results_are_short_and_exact():
     boxes = [[0.1, 0.2, 100.3, 50.4]]
-    (result,) = detections_to_coco_results(
-        [7], [as_detections(boxes, [0.9], [1])], [Category(1, "a"), Category(5, "b")]
-    )
+    record = ImageRecord(7, Path("a.jpg"), (100, 200), *empty_objects())
+    evaluator = CocoEvaluator(Annotations("one", "coco", (Category(1, "a"), Category(5, "b")), [record], ()))
+    evaluator.update([7], [as_detections(boxes, [0.9], [1])])
+    (result,) = evaluator.coco_results()
     assert result == {"image_id": 7, "category_id": 5, "bbox": pytest.approx([0.1, 0.2, 100.2, 50.2]), "score": 0.9}
     assert max(len(str(value)) for value in result["bbox"]) <= 10
-
-
-@pytest.mark.parametrize(
-    ("result", "message"),
-    [
-        ({"image_id": 3, "bbox": [0, 0, 1, 1], "score": 1}, "Result 0 is not in COCO's results format"),
-        ({"image_id": 3, "category_id": 2, "bbox": [0, 0, 1], "score": 1}, "Result 0 is not in COCO's results format"),
-        ({"image_id": 3, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}, "category_id 1, synthetic has 2, 9, 16"),
-        ({"image_id": 4, "category_id": 2, "bbox": [0, 0, 1, 1], "score": 1}, "Image id 4 is not in synthetic"),
-    ],
-)
-def test_wrong_saved_predictions_say_what_is_wrong(result, message):
-    with pytest.raises(InputError, match=message):
-        CocoEvaluator(make_annotations()).update_coco_results([result])
-
-
-@pytest.mark.parametrize(("text", "message"), [("{}", "got dict"), ("[", "Expected JSON"), (None, "Cannot read")])
-def test_unreadable_saved_predictions(tmp_path, text, message):
-    path = tmp_path / "predictions.json"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_coco_results(path)
 
 
 def test_merged_processes_equal_one():
