@@ -246,10 +246,6 @@ def check_batch_size(batch_size: int) -> None:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
 
 
-def _path_of(image: ImageInput) -> Path | None:
-    return Path(image) if isinstance(image, (str, PathLike)) else None
-
-
 def _usable_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
@@ -273,3 +269,7 @@ def _checked_colors(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[
     if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise InputError(f"mean and std are three numbers each, std above 0, got {mean} and {std}.")
     return mean, std
+
+
+def _path_of(image: ImageInput) -> Path | None:
+    return Path(image) if isinstance(image, (str, PathLike)) else None
