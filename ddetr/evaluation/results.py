@@ -1,4 +1,4 @@
-"""COCO's results format: a JSON list with an object a detection, the form that every COCO evaluator reads.
+"""COCO's results format: a JSON list with an object per detection, the form that every COCO evaluator reads.
 
 Numbers are written with the digits that a float32 has and no more (0.1, not 0.10000000149), so that a file read back is
 the same to the last bit and evaluates to the same metrics.

@@ -121,8 +121,8 @@ class Predictor:
         from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 
         checkpoint = load_checkpoint(path)
-        names = ("image_size", "max_size", "mean", "std")
-        saved = {name: checkpoint.input[name] for name in names if name in checkpoint.input}
+        saved = {name: checkpoint.input[name] for name in ("image_size", "max_size")}
+        saved |= {name: checkpoint.input[name] for name in ("mean", "std") if name in checkpoint.input}
         if 0 <= checkpoint.threshold <= 1:  # it is NaN where no threshold found anything
             saved["threshold"] = checkpoint.threshold
         return cls(build_from_checkpoint(checkpoint), checkpoint.categories, device=device, **{**saved, **options})
