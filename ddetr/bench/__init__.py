@@ -10,7 +10,10 @@ plain_recipe.py  that recipe, step by step
 data_tables.py   its figures for people
 train.py    `ddetr bench train`: the engine's training step, and the same step by others
 stopwatch.py where its time goes; peak.py its memory; step_tables.py its figures for people
-official.py that step as the official recipe has it; huggingface.py as transformers has it
+official.py that step as the official recipe has it; huggingface.py transformers' network and its step
+inference.py  `ddetr bench inference`: the whole detector beside transformers' with the same weights
+evaluation.py `ddetr bench evaluation`: COCO's evaluation by each library
+matcher.py  `ddetr bench matcher`: the matching beside the official formulation
 timing.py   interleaved medians: CPU time of the thread, wall time, CUDA events
 record.py   machine, commit and command beside every figure, and the files
 """

@@ -1,4 +1,4 @@
-"""A training step of Hugging Face transformers' Deformable DETR, of the sizes of ours and with its own loss."""
+"""Hugging Face transformers' Deformable DETR of the sizes of ours: the network, and a training step with its own loss."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,12 +15,11 @@ from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.runtime.precision import AUTOCAST
 
 
-def transformers_step(
-    detector: DeformableDETR, optim: OptimConfig, precision: str, device: torch.device
-) -> Callable[[list[MicroBatch]], float]:
-    """A step on micro-batches as they come from our loader, which returns the mean of their losses.
+def network_like(detector: DeformableDETR) -> DeformableDetrForObjectDetection:
+    """Its network of the sizes of ours with random weights, in training mode; the stem is frozen where ours is.
 
-    detector: ours, whose sizes are taken; its frozen stem too.
+    Raises:
+        InputError: it has none that is like ours.
     """
     config = detector.config
     if config["dilation"]:
@@ -54,11 +53,21 @@ def transformers_step(
             auxiliary_loss=True,
         )
     )
-    model.to(device).train()
     if not all(parameter.requires_grad for parameter in detector.parameters()):  # as ours: the stem is frozen
         for name, parameter in model.named_parameters():
             if "backbone" in name and any(f".{part}." in name for part in ("conv1", "bn1", "layer1")):
                 parameter.requires_grad_(False)
+    return model.train()
+
+
+def transformers_step(
+    detector: DeformableDETR, optim: OptimConfig, precision: str, device: torch.device
+) -> Callable[[list[MicroBatch]], float]:
+    """A step on micro-batches as they come from our loader, which returns the mean of their losses.
+
+    detector: ours, whose sizes are taken; its frozen stem too.
+    """
+    model = network_like(detector).to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=optim.lr, weight_decay=optim.weight_decay)
     dtype = AUTOCAST.get(precision)

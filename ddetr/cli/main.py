@@ -228,6 +228,45 @@ def bench_op_command(parser: Parser) -> Callable[[Any], None]:
     return run
 
 
+def bench_inference_command(parser: Parser) -> Callable[[Any], None]:
+    """Time the whole detector on a CPU, beside transformers' with the same weights."""
+    from ddetr.bench.inference import bench_inference
+
+    parser.usage = "ddetr bench inference [options]"
+    parser.add_function_arguments(bench_inference)
+
+    def run(settings: Any) -> None:
+        bench_inference(**vars(settings))
+
+    return run
+
+
+def bench_evaluation_command(parser: Parser) -> Callable[[Any], None]:
+    """Time COCO's evaluation by each library that is installed."""
+    from ddetr.bench.evaluation import bench_evaluation
+
+    parser.usage = "ddetr bench evaluation [options]"
+    parser.add_function_arguments(bench_evaluation)
+
+    def run(settings: Any) -> None:
+        bench_evaluation(**vars(settings))
+
+    return run
+
+
+def bench_matcher_command(parser: Parser) -> Callable[[Any], None]:
+    """Time the matching of a training step, beside the official formulation."""
+    from ddetr.bench.matcher import bench_matcher
+
+    parser.usage = "ddetr bench matcher [options]"
+    parser.add_function_arguments(bench_matcher)
+
+    def run(settings: Any) -> None:
+        bench_matcher(**vars(settings))
+
+    return run
+
+
 def replay_command(parser: Parser) -> Callable[[Any], None]:
     """Compute a failed training step again, from the bundle that it left."""
     from ddetr.engine.blackbox.replay import replay
@@ -309,6 +348,9 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
     "bench op": bench_op_command,
     "bench data": bench_data_command,
     "bench train": bench_train_command,
+    "bench inference": bench_inference_command,
+    "bench evaluation": bench_evaluation_command,
+    "bench matcher": bench_matcher_command,
 }
 
 
@@ -356,8 +398,8 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
 
 def _overview() -> str:
     lines = ["usage: ddetr COMMAND [options]; ddetr COMMAND --help lists the options of a command", ""]
-    lines += [f"  {name:<12} {command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", "  --version    the version of ddetr"])
+    lines += [f"  {name:<18} {command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "  --version          the version of ddetr"])
 
 
 if __name__ == "__main__":

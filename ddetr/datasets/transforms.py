@@ -293,12 +293,19 @@ def padded_shapes(image_size: int = PAPER_SIZE, count: int = MAX_PADDED_SHAPES) 
     return list(dict.fromkeys(shapes))
 
 
-def normalize_images(images: Tensor, mask: Tensor | None = None) -> Tensor:
-    """uint8 (..., 3, H, W) to float32 with ImageNet's mean and deviation, on the images' own device.
+def normalize_images(
+    images: Tensor,
+    mask: Tensor | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """uint8 (..., 3, H, W) to float32 with a mean and a deviation for each colour, on the images' own device.
 
-    mask: (..., H, W) bool, True = padding, which becomes 0 as if padding had come after normalising.
+    Args:
+        mask: (..., H, W) bool, True = padding, which becomes 0 as if padding had come after normalising.
+        mean, std: of red, green and blue in [0, 1]; by default ImageNet's.
     """
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255
-    deviation = torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1) * 255
+    mean = torch.tensor(mean, device=images.device).view(3, 1, 1) * 255
+    deviation = torch.tensor(std, device=images.device).view(3, 1, 1) * 255
     normalized = (images.to(torch.float32) - mean) / deviation
     return normalized if mask is None else normalized.masked_fill_(mask.unsqueeze(-3), 0.0)

@@ -23,26 +23,22 @@ import torch
 from torch import Tensor
 
 from ddetr.boxes import box_xyxy_to_xywh
-from ddetr.datasets.annotations import Annotations, Category, ImageTable
+from ddetr.datasets.annotations import Annotations, ImageTable
 from ddetr.errors import InputError
 from ddetr.evaluation.backends import BACKENDS, Backend
 from ddetr.evaluation.metrics import ClassMetrics, Metrics, best_threshold
 from ddetr.evaluation.overlaps import Found, Objects, match_detections
-from ddetr.evaluation.results import coco_results, read_coco_results
+from ddetr.evaluation.results import coco_results
 
 __all__ = [
     "BACKENDS",
     "ClassMetrics",
     "CocoEvaluator",
     "Metrics",
-    "detections_to_coco_results",
     "evaluate",
-    "read_coco_results",
 ]
 
 log = logging.getLogger(__name__)
-
-Detections = dict[str, Tensor]  # what PostProcess returns for an image: scores (k,), labels (k,), boxes (k, 4) xyxy px
 
 
 class CocoEvaluator:
@@ -50,7 +46,7 @@ class CocoEvaluator:
 
     Args:
         annotations: the ground truth; its labels are what detections are labelled with.
-        max_detections: best detections an image and class that count (COCO: 100).
+        max_detections: best detections per image and class that count (COCO: 100).
         backend: "auto" (the first installed of hotcoco, faster-coco-eval, pycocotools) or one of these by name.
     """
 
@@ -68,40 +64,18 @@ class CocoEvaluator:
             raise InputError(f"Image ids must differ: {annotations.name} has repeated ones.")
         self._found: dict[int, _ImageFound] = {}
 
-    def update(self, image_ids: Iterable[int], detections: Sequence[Detections]) -> None:
+    def update(self, image_ids: Iterable[int], detections: Sequence[dict[str, Tensor]]) -> None:
         """Takes the detections of some images; an image that was seen before keeps its first ones.
 
         The first ones stay because a sampler that wraps around, to give every process as many images, repeats some.
+
+        Args:
+            detections: for each image what PostProcess gives: scores (k,), labels (k,), boxes (k, 4) xyxy in pixels.
         """
         image_ids = [int(image_id) for image_id in image_ids]
         if len(image_ids) != len(detections):
             raise InputError(f"Expected detections for {len(image_ids)} images, got {len(detections)}.")
         for image_id, found in zip(image_ids, _to_found(detections)):
-            self._add(image_id, found)
-
-    def update_coco_results(self, results: Sequence[dict[str, Any]]) -> None:
-        """Takes a list in COCO's results format (`read_coco_results`), with the annotations' own category ids."""
-        label_of = {category.category_id: label for label, category in enumerate(self.annotations.categories)}
-        rows: dict[int, list[tuple[list[float], float, int]]] = {}
-        for i, result in enumerate(results):
-            try:
-                image_id, category_id = int(result["image_id"]), result["category_id"]
-                left, top, width, height = map(float, result["bbox"])
-                score = float(result["score"])
-            except (KeyError, TypeError, ValueError) as error:
-                wanted = "image_id, category_id, bbox (left, top, width, height) and score"
-                raise InputError(
-                    f"Result {i} is not in COCO's results format: expected {wanted}, got {result}."
-                ) from error
-            if category_id not in label_of:
-                known = _shortened(sorted(label_of))
-                raise InputError(f"Result {i} has category_id {category_id}, {self.annotations.name} has {known}.")
-            rows.setdefault(image_id, []).append(([left, top, width, height], score, label_of[category_id]))
-        for image_id, image_rows in rows.items():
-            boxes_xywh, scores, labels = zip(*image_rows)
-            found = _ImageFound(
-                np.array(boxes_xywh, np.float32), np.array(scores, np.float32), np.array(labels, np.int64)
-            )
             self._add(image_id, found)
 
     def coco_results(self) -> list[dict[str, Any]]:
@@ -239,7 +213,7 @@ class CocoEvaluator:
 
 
 def evaluate(
-    predict_fn: Callable[[Tensor, Tensor, Tensor], list[Detections]],
+    predict_fn: Callable[[Tensor, Tensor, Tensor], list[dict[str, Tensor]]],
     batches: Iterable[tuple[Tensor, Tensor, list[dict[str, Tensor]]]],
     annotations: Annotations,
     *,
@@ -272,17 +246,6 @@ def evaluate(
     return evaluator.compute(partial=partial)
 
 
-def detections_to_coco_results(
-    image_ids: Iterable[int], detections: Sequence[Detections], categories: Sequence[Category]
-) -> list[dict[str, Any]]:
-    """Detections in COCO's results format, an image each, with labels turned into the data set's own ids."""
-    results = []
-    for image_id, found in zip(image_ids, _to_found(detections), strict=True):
-        category_ids = [categories[label].category_id for label in found.labels.tolist()]
-        results.extend(coco_results(int(image_id), found.boxes_xywh, found.scores, category_ids))
-    return results
-
-
 class _ImageFound(NamedTuple):
     """The detections of an image: k of them."""
 
@@ -295,7 +258,7 @@ class _ImageFound(NamedTuple):
 _NOTHING = _ImageFound(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
-def _to_found(detections: Sequence[Detections]) -> list[_ImageFound]:
+def _to_found(detections: Sequence[dict[str, Tensor]]) -> list[_ImageFound]:
     """Those of several images at once: one copy from the device for all of them, not three for each."""
     for one in detections:
         if (
@@ -321,7 +284,3 @@ def _to_found(detections: Sequence[Detections]) -> list[_ImageFound]:
 def _mean(values: np.ndarray) -> float:
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else math.nan
-
-
-def _shortened(values: Sequence[object], most: int = 10) -> str:
-    return ", ".join(map(str, values[:most])) + (", ..." if len(values) > most else "")

@@ -19,7 +19,7 @@ from ddetr.errors import InputError
 from ddetr.files import write_atomically, write_text
 from ddetr.inference.detections import Detections
 from ddetr.inference.drawing import draw_boxes
-from ddetr.inference.predictor import Predictor, check_batch_size
+from ddetr.inference.predictor import BadImage, Predictor, check_batch_size
 
 __all__ = ["FileSummary", "find_images", "predict_files"]
 
@@ -72,21 +72,20 @@ def predict_files(
         raise InputError(f"Cannot make the output folder {output}: {error.strerror or error}.") from error
     done: list[tuple[Detections, Path]] = []
     failures: list[tuple[Path, str]] = []
-    for start in range(0, len(paths), batch_size):
-        batch = []
-        for i in range(start, min(start + batch_size, len(paths))):
-            try:
-                batch.append((i, predictor.prepare(paths[i])))
-            except InputError as error:
-                log.warning("Skipped: %s", error)
-                failures.append((paths[i], str(error)))
-        found = predictor.predict_prepared([prepared for _, prepared in batch], threshold) if batch else []
-        for (i, prepared), detections in zip(batch, found):
-            detections = replace(detections, image_id=image_ids[i])
-            _write_picture(prepared.image, detections, targets[i])
-            done.append((detections, targets[i]))
+    due = zip(paths, image_ids, targets)  # an iterator: each batch goes on where the last one ended
+    num_seen = 0
+    for batch in predictor.prepare_batches(paths, batch_size):
+        for prepared, found, (path, image_id, target) in zip(batch, predictor.predict_prepared(batch, threshold), due):
+            if isinstance(found, BadImage):
+                log.warning("Skipped: %s", found.reason)
+                failures.append((path, found.reason))
+                continue
+            detections = replace(found, image_id=image_id)
+            _write_picture(prepared.image, detections, target)
+            done.append((detections, target))
+        num_seen += len(batch)
         if progress is not None:
-            progress(min(start + batch_size, len(paths)), len(paths))
+            progress(num_seen, len(paths))
     results = [result for detections, _ in done for result in detections.to_coco()]
     named = {
         "threshold": predictor.threshold if threshold is None else threshold,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,13 @@ from ddetr.inference.detections import Detections
 from ddetr.inference.optimize import Optimization, optimize_model
 from ddetr.models.postprocess import PostProcess
 
-__all__ = ["Predictor", "PreparedImage"]
+__all__ = ["BadImage", "Network", "Predictor", "PreparedImage"]
 
 log = logging.getLogger(__name__)
+
+# (images (N, 3, H, W) normalised, mask (N, H, W) bool or None where nothing is padded) -> `pred_logits` (N, Q, K) and
+# `pred_boxes` (N, Q, 4) cxcywh in [0, 1]; the mask is True at padding
+Network = Callable[[Tensor, Tensor | None], dict[str, Any]]
 
 
 class PreparedImage(NamedTuple):
@@ -39,42 +44,65 @@ class PreparedImage(NamedTuple):
         return self.image.shape[1], self.image.shape[2]
 
 
+class BadImage(NamedTuple):
+    """What stands in the place of an image's detections where it can not be read, or not be used."""
+
+    path: Path | None  # None where the image did not come from a file
+    reason: str
+
+
 class Predictor:
-    """A model with everything that belongs to predicting with it: classes, image size, threshold, device.
+    """A network with everything that belongs to predicting with it: classes, image size, threshold, device.
 
     The images go the way of evaluation's: same decoding, same resizing, same padding.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Network,
         categories: Sequence[Category],
         *,
         image_size: int = 800,
         max_size: int = 1333,
         max_detections: int = 100,
         threshold: float = 0.5,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
         device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
         optimize: bool | Optimization = False,
     ):
         """
         Args:
-            model: `model(images, mask)` gives `pred_logits` (N, Q, K) and `pred_boxes` (N, Q, 4); it is moved to the
-                device and put into evaluation mode.
+            model: any function with `model(images, mask)` that gives `pred_logits` (N, Q, K) and `pred_boxes`
+                (N, Q, 4). A PyTorch module is moved to the device and put into evaluation mode; other functions are
+                taken as they are.
             categories: the K classes, by label.
             image_size: short side in pixels that images are resized to.
             max_size: limit for the long side, in pixels.
-            max_detections: the most objects an image.
+            max_detections: the most objects per image.
             threshold: least score of an object, where `predict` is given none.
-            device: where to run; by default a GPU if there is one.
-            optimize: work with a faster copy of the model (`ddetr.inference.optimize.optimize_model`): True or "float32" changes
-                nothing but rounding; "bfloat16" and "compile" are faster and less precise.
+            mean, std: of red, green and blue in [0, 1], with which the network was trained.
+            device: where the network takes its images; by default a GPU if there is one, and for a function that is no
+                module the CPU.
+            dtype: of the images that the network takes; weights keep theirs.
+            optimize: work with a faster copy of the model (`ddetr.inference.optimize.optimize_model`): True or
+                "float32" changes nothing but rounding; "bfloat16" and "compile" are faster and less precise.
+
+        Raises:
+            InputError: an option that can not be, or `optimize` for what is no PyTorch module.
         """
         self.threshold = _checked_threshold(threshold)
-        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.model = model.to(self.device).eval()
+        is_module = isinstance(model, nn.Module)
+        self.device = _usable_device(device or ("cuda" if is_module and torch.cuda.is_available() else "cpu"))
+        self.model: Network = model.to(self.device).eval() if is_module else model
         if optimize:
+            if not is_module:
+                name = getattr(model, "__name__", type(model).__name__)
+                raise InputError(f"optimize rewrites a PyTorch module, and {name} is none.")
             self.model = optimize_model(self.model, "float32" if optimize is True else optimize)
+        self.dtype = dtype
+        self.mean, self.std = _checked_colors(mean, std)
         self.categories = tuple(categories)
         self.image_size = image_size
         self.max_size = max_size
@@ -83,7 +111,7 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(cls, path: str | PathLike, device: str | torch.device | None = None, **options) -> Predictor:
-        """Of a checkpoint that `save_checkpoint` wrote: its model, classes, image size and threshold.
+        """Of a checkpoint that `save_checkpoint` wrote: its model, classes, image size, mean, deviation and threshold.
 
         Args:
             path: the checkpoint file.
@@ -93,11 +121,8 @@ class Predictor:
         from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 
         checkpoint = load_checkpoint(path)
-        for name, ours in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            theirs = checkpoint.input.get(name, ours)
-            if not torch.allclose(torch.tensor(theirs), torch.tensor(ours), atol=1e-4):
-                raise InputError(f"{path}: expected images normalised with ImageNet's {name} {ours}, got {theirs}.")
         saved = {name: checkpoint.input[name] for name in ("image_size", "max_size")}
+        saved |= {name: checkpoint.input[name] for name in ("mean", "std") if name in checkpoint.input}
         if 0 <= checkpoint.threshold <= 1:  # it is NaN where no threshold found anything
             saved["threshold"] = checkpoint.threshold
         return cls(build_from_checkpoint(checkpoint), checkpoint.categories, device=device, **{**saved, **options})
@@ -116,24 +141,46 @@ class Predictor:
 
         Returns:
             `Detections` for an image, a list of them for a list.
+
+        Raises:
+            InputError: an image that can not be read or used, or an option that can not be.
         """
         if not isinstance(images, (list, tuple)):
-            return next(self.predict_batches([images], threshold))[0]
-        return [one for batch in self.predict_batches(images, threshold, batch_size) for one in batch]
+            return self.predict([images], threshold)[0]
+        found = []
+        for batch in self.predict_batches(images, threshold, batch_size):
+            for one in batch:
+                if isinstance(one, BadImage):
+                    raise InputError(one.reason)
+                found.append(one)
+        return found
 
     def predict_batches(
         self, images: Iterable[ImageInput], threshold: float | None = None, batch_size: int = 1
-    ) -> Iterator[list[Detections]]:
-        """The same one batch after another, for many images or a progress bar; images are read when they are due."""
+    ) -> Iterator[list[Detections | BadImage]]:
+        """The same one batch after another, for many images or a progress bar; images are read when they are due.
+
+        An image that can not be read or used is a `BadImage` in its place, and the batch goes on.
+        """
+        for batch in self.prepare_batches(images, batch_size):
+            yield self.predict_prepared(batch, threshold)
+
+    def prepare_batches(
+        self, images: Iterable[ImageInput], batch_size: int = 1
+    ) -> Iterator[list[PreparedImage | BadImage]]:
+        """What `predict_batches` gives to `predict_prepared`: for who needs the pixels beside what is found in them."""
         check_batch_size(batch_size)
-        batch: list[PreparedImage] = []
+        batch: list[PreparedImage | BadImage] = []
         for image in images:
-            batch.append(self.prepare(image))
+            try:
+                batch.append(self.prepare(image))
+            except InputError as error:
+                batch.append(BadImage(_path_of(image), str(error)))
             if len(batch) == batch_size:
-                yield self.predict_prepared(batch, threshold)
+                yield batch
                 batch = []
         if batch:
-            yield self.predict_prepared(batch, threshold)
+            yield batch
 
     def prepare(self, image: ImageInput) -> PreparedImage:
         """Reads, checks and resizes one image; raises `InputError` where that can not be done."""
@@ -146,25 +193,30 @@ class Predictor:
             )
         no_objects = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size_hw)
         resized, _ = self._transform(tv_tensors.Image(rgb), {"boxes": no_objects, "area": torch.zeros(0)})
-        path = Path(image) if isinstance(image, (str, PathLike)) else None
-        return PreparedImage(rgb, resized.as_subclass(Tensor), path)
+        return PreparedImage(rgb, resized.as_subclass(Tensor), _path_of(image))
 
-    def predict_prepared(self, batch: Sequence[PreparedImage], threshold: float | None = None) -> list[Detections]:
-        """Finds the objects in a batch of prepared images."""
+    def predict_prepared(
+        self, batch: Sequence[PreparedImage | BadImage], threshold: float | None = None
+    ) -> list[Detections | BadImage]:
+        """Finds the objects in a batch of prepared images; a bad image stays in its place."""
         threshold = self.threshold if threshold is None else _checked_threshold(threshold)
-        images, mask, _ = collate([(image.resized, {}) for image in batch])
-        found = self.detect(images, mask if mask.any() else None, torch.tensor([image.size_hw for image in batch]))
-        return [
+        good = [one for one in batch if isinstance(one, PreparedImage)]
+        if not good:
+            return list(batch)
+        images, mask, _ = collate([(image.resized, {}) for image in good])
+        found = self.detect(images, mask if mask.any() else None, torch.tensor([image.size_hw for image in good]))
+        detections = (
             Detections.from_labels(self._sound(one), self.categories, image.size_hw, image.path).filter(threshold)
-            for one, image in zip(found, batch)
-        ]
+            for one, image in zip(found, good)
+        )
+        return [next(detections) if isinstance(one, PreparedImage) else one for one in batch]
 
     @torch.no_grad()
     def detect(self, images: Tensor, mask: Tensor | None, target_sizes_hw: Tensor) -> list[dict[str, Tensor]]:
         """The predict function that `ddetr.evaluation.evaluator.evaluate` takes: no threshold, as evaluation needs it.
 
         Args:
-            images: (N, 3, H, W), uint8 or normalised float.
+            images: (N, 3, H, W), uint8, or float that is normalised as the network wants it.
             mask: (N, H, W) bool, True = padding; None where nothing is padded.
             target_sizes_hw: (N, 2) original heights and widths.
 
@@ -173,12 +225,12 @@ class Predictor:
         """
         images, mask = images.to(self.device), None if mask is None else mask.to(self.device)
         if images.dtype == torch.uint8:
-            images = normalize_images(images, mask)
-        outputs = self.model(images, mask)
+            images = normalize_images(images, mask, self.mean, self.std)
+        outputs = self.model(images.to(self.dtype), mask)
         num_classes = outputs["pred_logits"].shape[-1]
         if num_classes != len(self.categories):
             raise InputError(f"The model has {num_classes} classes, but {len(self.categories)} categories were given.")
-        found = self._postprocess(outputs, target_sizes_hw.to(self.device))
+        found = self._postprocess(outputs, target_sizes_hw)
         return [{name: values.cpu() for name, values in one.items()} for one in found]
 
     def _sound(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -210,3 +262,14 @@ def _checked_threshold(threshold: float) -> float:
     if not 0 <= threshold <= 1:
         raise InputError(f"The score threshold must lie in [0, 1], got {threshold}.")
     return float(threshold)
+
+
+def _checked_colors(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise InputError(f"mean and std are three numbers each, std above 0, got {mean} and {std}.")
+    return mean, std
+
+
+def _path_of(image: ImageInput) -> Path | None:
+    return Path(image) if isinstance(image, (str, PathLike)) else None

@@ -16,6 +16,8 @@ from ddetr.inference import optimize
 from ddetr.inference.optimize import OneDNNLinear, fold_batch_norms, optimize_model
 from ddetr.inference.predictor import Predictor
 from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.runtime import precision
+from ddetr.runtime.allocator import keep_freed_memory
 from ddetr.runtime.precision import onednn_matmuls
 
 SMALL = {
@@ -180,7 +182,7 @@ def test_keep_freed_memory_without_glibc(monkeypatch: pytest.MonkeyPatch) -> Non
         raise OSError("no such library")
 
     monkeypatch.setattr(ctypes, "CDLL", without)
-    assert not optimize.keep_freed_memory()
+    assert not keep_freed_memory()
 
 
 def test_matrix_products_stay_exact() -> None:
@@ -189,7 +191,7 @@ def test_matrix_products_stay_exact() -> None:
     x = torch.randn(300, 200)
     with onednn_matmuls():
         product = x @ x.T
-        assert optimize._products_are_exact()
+        assert precision._products_are_exact()
     assert getattr(switch, "fp32_precision", None) == before
     torch.testing.assert_close(product.double(), x.double() @ x.double().T, rtol=1e-5, atol=1e-4)
 
@@ -198,10 +200,10 @@ def test_matrix_products_stay_exact() -> None:
 def test_matrix_products_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they would be rounded, where somebody has chosen, and after an error."""
     switch = torch.backends.mkldnn.matmul
-    monkeypatch.setattr(optimize, "_products_are_exact", lambda: False)
+    monkeypatch.setattr(precision, "_products_are_exact", lambda: False)
     with onednn_matmuls():
         assert switch.fp32_precision == "none"
-    monkeypatch.setattr(optimize, "_products_are_exact", lambda: True)
+    monkeypatch.setattr(precision, "_products_are_exact", lambda: True)
     block = onednn_matmuls()
     with block:
         assert switch.fp32_precision == "bf16"

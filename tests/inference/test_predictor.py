@@ -15,7 +15,7 @@ from ddetr.datasets.transforms import official_eval
 from ddetr.errors import InputError
 from ddetr.evaluation.evaluator import CocoEvaluator, evaluate
 from ddetr.inference.detections import Detections
-from ddetr.inference.predictor import Predictor
+from ddetr.inference.predictor import BadImage, Predictor
 
 CATEGORIES = (Category(3, "cat"), Category(17, "dog"), Category(90, "owl"))
 QUERIES = [(0.5, 0.5, 0.5, 0.5), (0.25, 0.25, 0.2, 0.4), (0.8, 0.6, 0.3, 0.2)]
@@ -155,6 +155,71 @@ def test_wrong_images_say_what_is_wrong(predictor, image, message):
         predictor.predict(image)
 
 
+def test_a_bad_image_is_an_item_and_never_the_end(predictor, pixels, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"nothing")
+    images = [pixels, tmp_path / "bad.jpg", pixels, 5, 5, pixels]
+    batches = list(predictor.predict_batches(images, batch_size=2))
+    assert [len(batch) for batch in batches] == [2, 2, 2]
+    found = [one for batch in batches for one in batch]
+    assert [isinstance(one, Detections) for one in found] == [True, False, True, False, False, True]
+    assert found[1].path == tmp_path / "bad.jpg"
+    assert "bad.jpg can't be read" in found[1].reason
+    assert found[3] == found[4] == BadImage(None, found[3].reason)
+    assert "got int" in found[3].reason
+    assert [len(seen) for seen, _ in predictor.model.seen] == [1, 1, 1], "the others of a batch go on"
+    assert list(predictor.predict_batches([5], batch_size=2)) == [[found[3]]]
+    assert len(predictor.model.seen) == 3, "nothing runs for a batch without images"
+    with pytest.raises(InputError, match=r"bad\.jpg can't be read"):
+        predictor.predict(images, batch_size=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_function_is_a_network(predictor, pixels, dtype):
+    """As a file that was exported is: nothing of it is moved, and it says what images it takes."""
+    seen = []
+
+    def network(images, mask):
+        seen.append((images, mask))
+        return {name: value.to(dtype) for name, value in StubModel().eval()(images, mask).items()}
+
+    plain = Predictor(network, CATEGORIES, image_size=40, max_size=64, dtype=dtype)
+    assert (plain.device, plain.dtype, plain.model) == (torch.device("cpu"), dtype, network)
+    found, expected = plain.predict([pixels, pixels[:, :60]], batch_size=2), predictor.predict([pixels, pixels[:, :60]])
+    for one, other in zip(found, expected):
+        assert (one.names, one.boxes_xyxy.dtype, one.scores.dtype) == (other.names, torch.float32, torch.float32)
+        assert torch.allclose(one.boxes_xyxy, other.boxes_xyxy, rtol=0.01)
+        assert torch.allclose(one.scores, other.scores, atol=0.005)
+    ((images, mask),) = seen
+    assert (images.dtype, images.shape, mask.dtype) == (dtype, (2, 3, 40, 60), torch.bool)
+    assert torch.allclose(images[0].float(), predictor.model.seen[0][0][0], atol=0.02)
+    plain.predict(pixels)
+    assert seen[1][1] is None, "where nothing is padded"
+    images = torch.zeros(1, 3, 40, 60)
+    assert len(plain.detect(images, None, torch.tensor([[60, 90]]))[0]["scores"]) == 9, "evaluation's way"
+    assert seen[2][0].dtype == dtype
+
+
+def test_only_a_module_can_be_optimized():
+    def network(images, mask): ...
+
+    with pytest.raises(InputError, match="optimize rewrites a PyTorch module, and network is none"):
+        Predictor(network, CATEGORIES, optimize=True)
+
+
+def test_another_mean_and_deviation(predictor, pixels):
+    other = Predictor(
+        StubModel(), CATEGORIES, image_size=40, max_size=64, mean=(0, 0, 0), std=(1, 0.5, 1), device="cpu"
+    )
+    other.predict([pixels, pixels[:, :60]], batch_size=2)
+    images, mask = other.model.seen[0]
+    resized = other.prepare(pixels).resized / 255
+    assert torch.allclose(images[0], resized * torch.tensor([1.0, 2, 1]).view(3, 1, 1), atol=1e-6)
+    assert (images[1].permute(1, 2, 0)[mask[1]] == 0).all()
+    for mean, std in (((0, 0, 0), (1, 0, 1)), ((0, 0), (1, 1, 1)), ((0, 0, float("nan")), (1, 1, 1))):
+        with pytest.raises(InputError, match="mean and std are three numbers each"):
+            Predictor(StubModel(), CATEGORIES, mean=mean, std=std)
+
+
 def test_wrong_options_say_what_is_wrong(predictor, pixels):
     with pytest.raises(InputError, match="batch_size"):
         predictor.predict([pixels], batch_size=0)
@@ -189,7 +254,9 @@ def test_same_preprocessing_and_numbers_as_evaluation(predictor, tmp_path):
             assert torch.allclose(evaluated, predicted, atol=1e-6)
         saved = [result for record, one in zip(records, found) for result in one.to_coco(record.image_id)]
         evaluator = CocoEvaluator(annotations)
-        evaluator.update_coco_results(saved)
+        columns = [{"boxes": one.boxes_xyxy, "scores": one.scores, "labels": one.labels} for one in found]
+        evaluator.update([record.image_id for record in records], columns)
+        assert evaluator.coco_results() == saved
         assert evaluator.compute().to_dict() == metrics.to_dict()
         assert 0 < metrics.AP < 1
 
@@ -300,14 +367,37 @@ def test_from_checkpoint(pixels, tmp_path, suffix):
     assert Predictor.from_checkpoint(path, device="cpu", threshold=0.9, image_size=32).image_size == 32
 
 
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_checkpoint_with_another_mean(pixels, tmp_path, suffix):
+    """As of weights that were trained elsewhere: images are normalised as those want it."""
+    from ddetr.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+
+    path, colors = tmp_path / f"best{suffix}", {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.5, 1.0)}
+    model = tiny_model()
+    save_checkpoint(path, Checkpoint.of(model, CATEGORIES, image_size=64, max_size=107, **colors))
+    predictor = Predictor.from_checkpoint(path, device="cpu")
+    assert (predictor.mean, predictor.std) == (colors["mean"], colors["std"])
+    found = predictor.predict(pixels, threshold=0)
+    same = Predictor(model, CATEGORIES, image_size=64, max_size=107, device="cpu", **colors).predict(
+        pixels, threshold=0
+    )
+    usual = Predictor(model, CATEGORIES, image_size=64, max_size=107, device="cpu").predict(pixels, threshold=0)
+    assert torch.equal(found.scores, same.scores)
+    assert not torch.equal(found.scores, usual.scores)
+    content = load_checkpoint(path)
+    del content.input["mean"], content.input["std"]  # a file without them means ImageNet's
+    save_checkpoint(path, content)
+    assert torch.equal(Predictor.from_checkpoint(path, device="cpu").predict(pixels, threshold=0).scores, usual.scores)
+
+
 def test_from_checkpoints_that_do_not_fit(tmp_path):
     from ddetr.checkpoint import Checkpoint, save_checkpoint
 
     with pytest.raises(InputError, match=r"no\.pth"):
         Predictor.from_checkpoint(tmp_path / "no.pth")
     path = tmp_path / "odd.pth"
-    save_checkpoint(path, Checkpoint.of(tiny_model(), CATEGORIES, mean=(0.5, 0.5, 0.5), threshold=float("nan")))
-    with pytest.raises(InputError, match="ImageNet's mean"):
+    save_checkpoint(path, Checkpoint.of(tiny_model(), CATEGORIES, mean=(0.5, 0.5)))
+    with pytest.raises(InputError, match="mean and std are three numbers"):
         Predictor.from_checkpoint(path)
     save_checkpoint(path, Checkpoint.of(tiny_model(), CATEGORIES, threshold=float("nan")))
     assert Predictor.from_checkpoint(path, device="cpu").threshold == 0.5

@@ -66,12 +66,19 @@ def test_what_training_left_gives_the_metrics_of_training(tiny_run: Any) -> None
         ignore=objects.ignore,
     )
     evaluator = CocoEvaluator(Annotations("again", "coco", validation.categories, table))
-    results = [
-        {"image_id": int(validation.image_ids[i]), "category_id": validation.categories[label].category_id}
-        | {"bbox": box, "score": score}
-        for i, box, score, label in zip(*(column.tolist() for column in found))
-    ]
-    evaluator.update_coco_results(results)
+    num_images = len(validation.image_ids)
+    evaluator.merge(
+        [
+            {
+                "image_ids": validation.image_ids,
+                "num_detections": np.bincount(found.image, minlength=num_images),
+                "num_non_finite": np.zeros(num_images, np.int64),
+                "boxes_xywh": found.boxes_xywh,
+                "scores": found.scores,
+                "labels": found.labels,
+            }
+        ]
+    )
     again = evaluator.compute()
     best = RunFiles.read(tiny_run.path).metrics["best"]
     assert best["AP"] > 0.1

@@ -1,4 +1,4 @@
-"""COCO evaluation by the three libraries, each behind our adapter: `python benchmarks/bench_evaluation.py`.
+"""`ddetr bench evaluation`: COCO evaluation by the three libraries, each behind our adapter.
 
 A synthetic set like COCO's validation: crowds, skewed classes, detections near the objects and anywhere. In one process
 and interleaved, each library evaluates the same detections; wall time, split into
@@ -8,14 +8,10 @@ and interleaved, each library evaluates the same detections; wall time, split in
 - library: its `evaluate` and `accumulate`
 - rest: matching, threshold of the best F1, summary
 
-What the adapter adds is all but `library`. The numbers must agree before any time is shown. `--output FOLDER` saves
-evaluation.json and evaluation.md.
+What the adapter adds is all but `library`. The numbers must agree before any time is shown.
 """
 
-import argparse
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ddetr.bench.record import describe, machine, save_json
+from ddetr import console
+from ddetr.bench import record
 from ddetr.datasets.annotations import Annotations, Category, ImageTable
 from ddetr.errors import InputError
 from ddetr.evaluation.backends import BACKENDS
-from ddetr.evaluation.evaluator import CocoEvaluator, Detections
+from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.evaluation.metrics import Metrics
 from ddetr.files import make_folder, write_text
 
@@ -39,8 +37,8 @@ BATCH = 16
 
 def make_set(
     images: int, objects: int, classes: int, per_image: int, seed: int
-) -> tuple[Annotations, list[Detections]]:
-    """Truth, and `per_image` detections an image: about two near each object, the others anywhere."""
+) -> tuple[Annotations, list[dict[str, Tensor]]]:
+    """Truth, and `per_image` detections per image: about two near each object, the others anywhere."""
     rng = np.random.default_rng(seed)
     frequency = 1 / np.arange(1, classes + 1)  # as in COCO, some classes have most of the objects
     frequency /= frequency.sum()
@@ -62,18 +60,18 @@ def make_set(
     )
     annotations = Annotations("synthetic", "coco", tuple(Category(i + 1, f"class {i}") for i in range(classes)), table)
     detections = []
-    for record in table:
-        near = np.repeat(np.arange(len(record.labels)), 2)[:per_image]
+    for image in table:
+        near = np.repeat(np.arange(len(image.labels)), 2)[:per_image]
         anywhere = per_image - len(near)
-        side = (record.boxes_xyxy[:, 2:] - record.boxes_xyxy[:, :2])[near][:, [0, 1, 0, 1]]
+        side = (image.boxes_xyxy[:, 2:] - image.boxes_xyxy[:, :2])[near][:, [0, 1, 0, 1]]
         corners = rng.uniform(0, 1, (anywhere, 2, 2)) * size_hw[::-1]
         boxes = np.concatenate(
             [
-                record.boxes_xyxy[near] + side * rng.normal(0, 0.08, (len(near), 4)),
+                image.boxes_xyxy[near] + side * rng.normal(0, 0.08, (len(near), 4)),
                 np.concatenate([corners.min(axis=1), corners.max(axis=1) + 1], axis=1),
             ]
         )
-        of_object = np.where(rng.random(len(near)) < 0.1, rng.choice(classes, len(near)), record.labels[near])
+        of_object = np.where(rng.random(len(near)) < 0.1, rng.choice(classes, len(near)), image.labels[near])
         found = {
             "boxes": boxes,
             "scores": np.concatenate([rng.uniform(0.1, 1, len(near)), rng.uniform(0, 0.3, anywhere)]),
@@ -84,7 +82,9 @@ def make_set(
     return annotations, detections
 
 
-def measure(backend: str, annotations: Annotations, detections: list[Detections]) -> tuple[dict[str, float], Metrics]:
+def measure(
+    backend: str, annotations: Annotations, detections: list[dict[str, Tensor]]
+) -> tuple[dict[str, float], Metrics]:
     """Wall seconds of each phase of one evaluation, and its numbers."""
     seconds = dict.fromkeys(PHASES, 0.0)
     evaluator = CocoEvaluator(annotations, backend=backend)
@@ -114,7 +114,11 @@ def measure(backend: str, annotations: Annotations, detections: list[Detections]
 
 
 def check(numbers: Mapping[str, Metrics]) -> float:
-    """The largest difference of any number from the first library's; raises beyond rounding."""
+    """The largest difference of any number from the first library's.
+
+    Raises:
+        RuntimeError: beyond rounding.
+    """
 
     def values(metrics: Metrics) -> np.ndarray:
         columns = ("AP", "AP50", "AP75", "AR100", "APs", "APm", "APl")
@@ -125,7 +129,7 @@ def check(numbers: Mapping[str, Metrics]) -> float:
     largest = 0.0
     for name, metrics in zip(list(numbers)[1:], others):
         if not np.allclose(values(metrics), values(first), rtol=0, atol=1e-6, equal_nan=True):
-            raise SystemExit(f"{name} gives other numbers than {next(iter(numbers))}: nothing is timed")
+            raise RuntimeError(f"{name} gives other numbers than {next(iter(numbers))}: nothing is timed")
         largest = max(largest, float(np.nanmax(np.abs(values(metrics) - values(first)), initial=0.0)))
     return largest
 
@@ -135,8 +139,9 @@ def table(result: Mapping[str, Any]) -> list[str]:
     rows = result["seconds"]
     base = rows.get(BASE) or list(rows.values())[-1]
     whole = lambda row: sum(row.values())  # noqa: E731
+    phases = " | ".join(f"{phase} s" for phase in PHASES)
     lines = [
-        f"| library | {' | '.join(f'{phase} s' for phase in PHASES)} | adapter adds | whole s | library's ratio | whole ratio |",
+        f"| library | {phases} | adapter adds | whole s | library's ratio | whole ratio |",
         "|---|" + "---|" * (len(PHASES) + 4),
     ]
     for name, row in rows.items():
@@ -152,10 +157,10 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"# COCO evaluation, {result['machine']['date']}",
         "",
-        f"- Machine: {describe(result['machine'])}.",
+        f"- Machine: {record.describe(result['machine'])}.",
         f"- Command: `{result['command']}`. Wall seconds, median of {result['rounds']} interleaved rounds in one process.",
         f"- Synthetic: {sizes['images']:,} images, {sizes['objects']:,} objects, {sizes['classes']} classes, "
-        f"{sizes['per_image']} detections an image.",
+        f"{sizes['per_image']} detections per image.",
         f"- All numbers (COCO's twelve, those by class and size, threshold and F1) agree; largest difference "
         f"{result['largest_difference']:.1e}. AP is {result['AP']:.3f}.",
         "- gather: taking the model's detections; convert: to the library's objects; library: its evaluate and accumulate;",
@@ -166,21 +171,39 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--images", type=int, default=5000)
-    parser.add_argument("--objects", type=int, default=36_000)
-    parser.add_argument("--classes", type=int, default=80)
-    parser.add_argument("--per-image", type=int, default=100, help="detections an image")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder for evaluation.json and evaluation.md")
-    options = parser.parse_args()
-    sizes = {name: getattr(options, name) for name in ("images", "objects", "classes", "per_image")}
-    for name, number in (*sizes.items(), ("rounds", options.rounds)):
+def bench_evaluation(
+    *,
+    images: int = 5000,
+    objects: int = 36_000,
+    classes: int = 80,
+    per_image: int = 100,
+    rounds: int = 3,
+    seed: int = 0,
+    output: str | None = None,
+) -> dict[str, Any]:
+    """Time COCO's evaluation of a synthetic set by each library that is installed.
+
+    Args:
+        images: images of the set.
+        objects: objects in all of them.
+        classes: classes; as in COCO, some have most of the objects.
+        per_image: detections per image.
+        rounds: turns of each library, of which the median counts.
+        seed: of the set.
+        output: folder for evaluation.json and evaluation.md.
+
+    Returns:
+        What evaluation.json holds.
+
+    Raises:
+        InputError: a number below 1.
+    """
+    settings = dict(locals())
+    sizes = {"images": images, "objects": objects, "classes": classes, "per_image": per_image}
+    for name, number in (*sizes.items(), ("rounds", rounds)):
         if number < 1:
-            parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {number}")
+            raise InputError(f"--{name}: expected at least 1, got {number}")
+    folder = make_folder(Path(output), "--output") if output else None
     installed, left_out = [], []
     for name in BACKENDS:
         try:
@@ -188,41 +211,31 @@ def main() -> None:
             installed.append(name)
         except InputError as error:
             left_out.append(str(error))
-    here = machine(torch.device("cpu"))
-    print(describe(here))
-    annotations, detections = make_set(**sizes, seed=options.seed)
+    here = record.machine(torch.device("cpu"))
+    console.show(record.describe(here))
+    annotations, detections = make_set(**sizes, seed=seed)
     times: dict[str, dict[str, list[float]]] = {name: {phase: [] for phase in PHASES} for name in installed}
     numbers: dict[str, Metrics] = {}
-    for round_ in range(options.rounds):
-        for name in installed:
+    with console.progress("evaluation") as update:
+        for turn in range(rounds * len(installed)):
+            name = installed[turn % len(installed)]
             seconds, numbers[name] = measure(name, annotations, detections)
             for phase, value in seconds.items():
                 times[name][phase].append(value)
-            print(f"round {round_ + 1}  {name:<18} {sum(seconds.values()):8.3f} s", file=sys.stderr)
+            update(turn + 1, rounds * len(installed))
     result = {
         "machine": here,
-        "command": shlex.join(["python", "benchmarks/bench_evaluation.py", *_arguments(parser, options)]),
+        "command": record.command_line("bench evaluation", bench_evaluation, settings),
         "sizes": sizes,
-        "rounds": options.rounds,
+        "rounds": rounds,
         "seconds": {name: {p: statistics.median(v) for p, v in phases.items()} for name, phases in times.items()},
         "largest_difference": check(numbers),
         "AP": numbers[installed[0]].AP,
         "left_out": left_out,
     }
-    print("\n".join([*table(result), *(f"left out: {line}" for line in left_out)]))
-    if options.output:
-        folder = make_folder(options.output, "--output")
-        save_json(folder / "evaluation.json", result)
+    console.show("\n".join([*table(result), *(f"left out: {line}" for line in left_out)]))
+    if folder:
+        record.save_json(folder / "evaluation.json", result)
         write_text(folder / "evaluation.md", markdown(result))
-        print(f"saved in {folder}: evaluation.json, evaluation.md")
-
-
-def _arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
-    chosen = {
-        key: value for key, value in vars(options).items() if value != parser.get_default(key) and key != "output"
-    }
-    return [word for key, value in chosen.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-
-
-if __name__ == "__main__":
-    main()
+        console.show(f"saved in {folder}: evaluation.json, evaluation.md")
+    return result

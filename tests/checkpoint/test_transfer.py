@@ -1,0 +1,140 @@
+"""Weights into a model of other sizes: what fits is taken, the rest stays as it was, and too little is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from weights_of import (
+    TWO_STAGE,
+    assert_accounts_for_everything,
+    assert_same_weights,
+    make_model,
+    reasons,
+    save_official,
+    to_transformers,
+)
+
+from ddetr.checkpoint import load_weights, to_official_state_dict
+from ddetr.errors import InputError
+
+
+@pytest.mark.parametrize(("source_queries", "num_queries"), [(6, 4), (6, 20), (6, 6)])
+def test_another_number_of_queries(source_queries: int, num_queries: int, tmp_path: Path) -> None:
+    source, model = make_model(1, num_queries=source_queries), make_model(2, num_queries=num_queries)
+    report = load_weights(model, save_official(tmp_path / "a.pth", source))
+    got, queries = model.query_embed.weight, source.query_embed.weight
+    common = min(num_queries, source_queries)
+    assert got[:common].equal(queries[:common])
+    assert ("query_embed.weight" in reasons(report.adapted)) == (num_queries != source_queries)
+    if num_queries > source_queries:
+        assert len({tuple(row.tolist()) for row in got}) == num_queries, "copies differ"
+        assert (got[6:12] - queries).abs().max() < queries.std(), "by little"
+
+
+def test_two_stage_takes_any_number_of_queries(tmp_path: Path) -> None:
+    source, model = make_model(1, **TWO_STAGE), make_model(2, num_queries=50, **TWO_STAGE)
+    report = load_weights(model, save_official(tmp_path / "a.pth", source))
+    assert report.share == 1
+    assert not report.adapted
+
+
+def test_single_scale_weights_into_four_levels(tmp_path: Path) -> None:
+    """The one level of the file is the third of the model: both come from the last stage of the backbone."""
+    source, model = make_model(1, num_feature_levels=1), make_model(2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_weights(model, save_official(tmp_path / "a.pth", source))
+    adapted = reasons(report.adapted)
+    assert model.input_proj[2][0].weight.equal(source.input_proj[0][0].weight)
+    assert adapted["input_proj.2.0.weight"] == "level 0 of the file, of the same stride"
+    level_embed = model.transformer.level_embed
+    assert level_embed[2].equal(source.transformer.level_embed[0])
+    assert level_embed[[0, 1, 3]].equal(before["transformer.level_embed"][[0, 1, 3]])
+    name = "transformer.encoder.layers.0.self_attn.sampling_offsets.bias"
+    got, kept = (tensor.view(4, 4, 4, 2) for tensor in (model.state_dict()[name], before[name]))
+    assert got[:, 2].equal(source.state_dict()[name].view(4, 1, 4, 2)[:, 0])
+    assert got[:, [0, 1, 3]].equal(kept[:, [0, 1, 3]])
+    assert "input_proj.0.0.weight" in reasons(report.initialised)
+    assert_accounts_for_everything(report, model, to_official_state_dict(source))
+
+
+def test_four_levels_into_a_single_scale_model(tmp_path: Path) -> None:
+    source, model = make_model(1), make_model(2, num_feature_levels=1)
+    report = load_weights(model, save_official(tmp_path / "a.pth", source))
+    assert model.input_proj[0][0].weight.equal(source.input_proj[2][0].weight)
+    assert model.transformer.level_embed.equal(source.transformer.level_embed[2:3])
+    assert {"input_proj.1.0.weight", "input_proj.3.0.weight"} <= reasons(report.skipped).keys()
+    assert_accounts_for_everything(report, model, to_official_state_dict(source))
+
+
+def test_other_points_and_layers(tmp_path: Path) -> None:
+    source = make_model(1, dec_layers=3, enc_n_points=2)
+    model = make_model(2, dec_layers=2, enc_n_points=4, enc_layers=2, dim_feedforward=48)
+    report = load_weights(model, save_official(tmp_path / "a.pth", source, enc_n_points=2))
+    name = "transformer.encoder.layers.0.self_attn.attention_weights.weight"
+    got, expected = model.state_dict()[name].view(4, 4, 4, 32), source.state_dict()[name].view(4, 4, 2, 32)
+    assert got[:, :, :2].equal(expected)
+    assert reasons(report.adapted)[name] == "4 of 4 levels, 2 of 4 points; the others as initialised"
+    assert reasons(report.skipped)["transformer.decoder.layers.2.norm1.weight"] == "not in the model"
+    missing = reasons(report.initialised)
+    assert missing["transformer.encoder.layers.1.norm1.weight"] == "not in the file"
+    name = "transformer.decoder.layers.0.linear1.weight"
+    assert missing[name] == reasons(report.skipped)[name] == "(32, 32) in the file, (48, 32) in the model"
+    assert_accounts_for_everything(report, model, to_official_state_dict(source))
+
+
+def test_another_number_of_heads_keeps_the_rest(tmp_path: Path) -> None:
+    source, model = make_model(1), make_model(2, nheads=2)
+    report = load_weights(model, save_official(tmp_path / "a.pth", source))
+    name = "transformer.encoder.layers.0.self_attn.sampling_offsets.weight"
+    assert "another number of heads" in reasons(report.initialised)[name]
+    assert name in reasons(report.skipped)
+
+
+def test_learned_positions(tmp_path: Path) -> None:
+    options = {"position_embedding": "learned"}
+    source, model = make_model(1, **options), make_model(2, **options)
+    weights = to_transformers(source, 5)
+    for ours, theirs in (("row_embed", "row_embeddings"), ("col_embed", "column_embeddings")):
+        weights[f"model.position_embedding.{theirs}.weight"] = weights.pop(f"model.backbone.1.{ours}.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    assert load_weights(model, tmp_path / "model.safetensors").share == 1
+    assert_same_weights(model, source)
+
+
+@pytest.mark.parametrize(("source_freeze", "freeze"), [("none", "stem"), ("stem", "none")])
+def test_norms_with_and_without_counters(source_freeze: str, freeze: str, tmp_path: Path) -> None:
+    source, model = make_model(1, freeze_backbone=source_freeze), make_model(2, freeze_backbone=freeze)
+    torch.save({"model": source.state_dict()}, tmp_path / "a.pth")
+    report = load_weights(model, tmp_path / "a.pth")
+    assert_same_weights(model, source)
+    counters = report.skipped if freeze == "stem" else report.initialised
+    assert counters
+    assert all(name.endswith("num_batches_tracked") and "counter" in why for name, why in counters)
+    assert report.share == 1
+
+
+def test_weights_in_half_precision(tmp_path: Path) -> None:
+    source, model = make_model(1), make_model(2, num_queries=9, num_feature_levels=3)
+    torch.save({n: t.half() for n, t in to_official_state_dict(source).items()}, tmp_path / "a.pth")
+    load_weights(model, tmp_path / "a.pth")
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    name = "transformer.decoder.layers.1.linear2.weight"
+    assert model.state_dict()[name].equal(source.state_dict()[name].half().float())
+
+
+def test_another_hidden_size_is_refused(tmp_path: Path) -> None:
+    path = save_official(tmp_path / "a.pth", make_model(hidden_dim=64))
+    with pytest.raises(
+        InputError, match="expected weights of hidden_dim 32, as the model has, got 64: set hidden_dim=64"
+    ):
+        load_weights(make_model(), path)
+
+
+def test_another_architecture_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    path = save_official(tmp_path / "a.pth", make_model(1))
+    model = make_model(2, backbone="resnet18")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"only \d+% of the model's parameters .* another architecture"):
+        load_weights(model, path)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
