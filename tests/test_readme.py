@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

@@ -16,7 +16,7 @@ from ddetr.bench import data as bench_of_data
 from ddetr.bench import record
 from ddetr.bench.data import OURS, PLAIN, comparable, in_own_process, one_core, padding_table
 from ddetr.bench.plain_recipe import plain_sample
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 from ddetr.datasets import DetectionDataset, build_transform, load_annotations
 from ddetr.datasets.config import DataConfig
 

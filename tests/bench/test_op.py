@@ -15,7 +15,7 @@ from torch import Tensor
 from ddetr.bench import growth, op, record, sides, tables
 from ddetr.bench.sizes import SIZES, Size, chosen_sizes, compulsory_bytes, make_inputs, num_sampled_rows, pyramid
 from ddetr.bench.timing import Clock, cuda_clock, interleaved
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 from ddetr.errors import InputError
 from ddetr.ops.reference import ms_deform_attn_reference, sampling_locations_reference
 from ddetr.runtime import environment

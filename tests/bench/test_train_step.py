@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr.bench import official, step_split
+from ddetr.bench import official
 from ddetr.bench import train as bench
 from ddetr.bench.official import LayerByLayerCriterion, cross_image_match, grid_sample_operator, official_step
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 from ddetr.engine import compile as engine_compile
+from ddetr.engine import step_split
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 
 MODEL = [
     *("--model.backbone", "test_resnet", "--model.pretrained_backbone", "false", "--model.hidden_dim", "32"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from doctor_facts import gpu_facts, without_gpu
 
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 from ddetr.doctor import diagnosis, rendering
 from ddetr.doctor.causes import Cause
 from ddetr.doctor.diagnosis import Diagnosis, check

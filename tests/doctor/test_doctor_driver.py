@@ -10,7 +10,7 @@ import pytest
 import torch
 from doctor_facts import gpu_facts
 
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 from ddetr.doctor import children, diagnosis, driver
 from ddetr.doctor.facts import Driver, Gpu
 

@@ -18,7 +18,7 @@ import torch
 
 import ddetr.engine.train  # noqa: F401  the slow part
 from ddetr import files as atomic
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 from ddetr.engine.callbacks import Watch
 
 

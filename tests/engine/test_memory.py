@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 from ddetr.datasets import normalize_images
 from ddetr.engine import memory
 from ddetr.engine.memory import LiveBytes, MemoryEstimate, estimate_memory, explained_out_of_memory

@@ -15,7 +15,7 @@ import pytest
 from made_validation import make_found, make_objects, make_validation
 from PIL import Image
 
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 from ddetr.report import REPORT_FILE, RunFiles, write_report
 from ddetr.report.page import SECTIONS
 from ddetr.report.validation import BEST_FILE

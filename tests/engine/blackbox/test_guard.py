@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ddetr.checkpoint import load_checkpoint
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 from ddetr.datasets import load_annotations
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.blackbox.bundle import MAX_BUNDLES, run_bundles

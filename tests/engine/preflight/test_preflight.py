@@ -18,17 +18,17 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ddetr.cli.main import main as cli
+from ddetr.cli import main as cli
 from ddetr.datasets.annotations import Category
 from ddetr.datasets.config import DataConfig
 from ddetr.datasets.splits import load_splits
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
+from ddetr.engine.preflight import model as preflight_model
 from ddetr.engine.preflight.data import Check
 from ddetr.engine.preflight.model import expected_class_loss
 from ddetr.engine.preflight.run import PreflightReport, run_preflight
-from ddetr.engine.preflight.run import model as preflight_model
 from ddetr.engine.train import train
 from ddetr.errors import InputError
 from ddetr.evaluation.evaluator import CocoEvaluator
