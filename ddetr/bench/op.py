@@ -26,6 +26,7 @@ from ddetr.bench.timing import (
 from ddetr.errors import InputError
 from ddetr.files import make_folder, write_text
 from ddetr.ops.reference import attention_step_reference
+from ddetr.runtime.device import choose_device
 
 FORWARD, BOTH = tables.KINDS
 COMPARED = ("output", "gradient of value", "gradient of offsets", "gradient of logits")
@@ -78,7 +79,7 @@ def bench_op(
         InputError: no such size or device, or a number below 1.
     """
     settings = dict(locals())
-    where, rounds = _device(device), _ROUNDS[device] if rounds is None else rounds
+    where, rounds = choose_device(device), _ROUNDS[device] if rounds is None else rounds
     for name, number in (("threads", threads), ("rounds", rounds)):
         if number < 1:
             raise InputError(f"--{name}: expected at least 1, got {number}")
@@ -208,14 +209,6 @@ def errors_of(step: Step, leaves: Inputs, truth: Truth) -> dict[str, float]:
 
 def _both(step: Step, leaves: Inputs, grad_output: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(step(*leaves), leaves[:3], grad_output)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device here; --device cpu measures on the processor")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _name(dtype: torch.dtype) -> str:

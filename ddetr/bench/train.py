@@ -33,6 +33,7 @@ from ddetr.files import make_folder, write_text
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.allocator import use_expandable_segments
+from ddetr.runtime.device import choose_device
 from ddetr.runtime.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ def bench_train(
         raise InputError(
             "bench train measures sizes that are given: --batch_size and --device_batch_size are numbers here"
         )
-    where = _device(device)
+    where = choose_device(device)
     if compile:
         check_compiler(where.type)
     if where.type == "cuda":
@@ -237,7 +238,7 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         data.trainer = trainer
         return data.train_dataloader()
 
-    precision = PRECISIONS[plan.precision]
+    precision = PRECISIONS[plan.precision].lightning
     run_steps(module, make_loader, split, steps=steps + warmup, precision=precision, device=plan.device.type)
     rows = split.rows()
     total = [sum(row.values()) for row in rows]
@@ -357,10 +358,3 @@ def _not_measured(others: Mapping[str, Any]) -> dict[str, Any]:
     return {
         f"--{name}": value for name, value in others.items() if name not in _IDLE and value != defaults.get(name, value)
     }
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device here; --device cpu measures on the processor")
-    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")

@@ -22,8 +22,9 @@ from ddetr.errors import InputError
 from ddetr.files import make_folder
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+from ddetr.runtime.device import choose_device
 from ddetr.runtime.distributed import is_first_process
-from ddetr.runtime.precision import PRECISIONS, exactness
+from ddetr.runtime.precision import PRECISIONS, numerics
 
 if TYPE_CHECKING:
     from ddetr.engine.loading.datamodule import DetectionData
@@ -313,7 +314,7 @@ def train(
         trainer = pl.Trainer(
             max_epochs=epochs,
             check_val_every_n_epoch=min(val_every, epochs),
-            precision=None if len(plugins) > 1 else PRECISIONS[precision],
+            precision=None if len(plugins) > 1 else PRECISIONS[precision].lightning,
             num_sanity_val_steps=0,
             logger=False,  # ours are in `following`, where they can do no harm
             profiler=data_wait,
@@ -344,7 +345,7 @@ def train(
             enable_checkpointing=False,
             **where,
         )
-        with onednn_matmuls(), exactness(deterministic=deterministic, tf32=tf32), last_word(run):
+        with onednn_matmuls(), numerics(deterministic=deterministic, tf32=tf32), last_word(run):
             fit(trainer, module, datamodule, run, resume_file)
     if trainer.is_global_zero:
         finish(run, num_pictures)
@@ -366,9 +367,8 @@ def _preflight(
     """Before the folder holds a run, so that the same command works once the set-up is mended. Of several processes the
     first alone comes here: the others wait for it where the process group is made, and end with it."""
     from ddetr.engine.preflight.run import run_preflight
-    from ddetr.runtime.precision import AUTOCAST
 
-    autocast = AUTOCAST.get(precision)
+    autocast = PRECISIONS[precision].autocast
     with console.waiting("preflight"):
         found = run_preflight(module, datamodule, from_nothing=from_nothing, autocast=autocast, device=device)
     console.show(found.render())
@@ -393,9 +393,7 @@ def _complete(model: dict[str, Any]) -> dict[str, Any]:
 
 def _where(device: str, devices: int | None, precision: str) -> dict[str, Any]:
     """Lightning's arguments for the device; under torchrun the numbers that torchrun set."""
-    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if use_cuda and not torch.cuda.is_available():
-        raise InputError("device cuda: PyTorch sees no GPU here (torch.cuda.is_available() is False); use --device cpu")
+    use_cuda = choose_device(device).type == "cuda"
     if devices is not None and devices < 1:
         raise InputError(f"devices must be at least 1, got {devices}")
     num_nodes = 1

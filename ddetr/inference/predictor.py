@@ -20,6 +20,7 @@ from ddetr.errors import InputError
 from ddetr.inference.detections import Detections
 from ddetr.inference.optimize import Optimization, optimize_model
 from ddetr.models.postprocess import PostProcess
+from ddetr.runtime.device import choose_device
 
 __all__ = ["Predictor", "PreparedImage"]
 
@@ -71,7 +72,7 @@ class Predictor:
                 nothing but rounding; "bfloat16" and "compile" are faster and less precise.
         """
         self.threshold = _checked_threshold(threshold)
-        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(device)
         self.model = model.to(self.device).eval()
         if optimize:
             self.model = optimize_model(self.model, "float32" if optimize is True else optimize)
@@ -192,18 +193,6 @@ class Predictor:
 def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        gpus = torch.cuda.device_count()
-        raise InputError(
-            f"The device is cpu, cuda or cuda:N, and PyTorch sees {gpus} GPUs here, got {device}."
-        ) from error
-    return chosen
 
 
 def _checked_threshold(threshold: float) -> float:

@@ -398,8 +398,7 @@ def test_weights_that_are_no_checkpoint(
 def test_a_device_that_is_not_there(refused: Callable[..., str], shapes: Path, tiny_run: Any) -> None:
     for device in ["gpu", "cuda:99"]:
         said = refused("eval", "--checkpoint", tiny_run.path / "best.pth", "--data", shapes, "--device", device)
-        assert said.startswith("The device is cpu, cuda or cuda:N")
-        assert said.endswith(f"got {device}.")
+        assert said.startswith(f"device {device}: expected auto, cpu, cuda or cuda:N, and PyTorch sees ")
 
 
 def test_a_failure_of_the_program_keeps_its_traceback(

@@ -12,7 +12,7 @@ from ddetr.checkpoint import load_checkpoint
 from ddetr.engine.train import train
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.matcher import HungarianMatcher
-from ddetr.runtime.precision import exactness
+from ddetr.runtime.precision import numerics
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_the_switches_are_set_and_put_back() -> None:
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
     for tf32 in True, False:
-        with exactness(deterministic=True, tf32=tf32):
+        with numerics(deterministic=True, tf32=tf32):
             assert (products.allow_tf32, convolutions.allow_tf32) == (tf32, tf32)
             with pytest.raises(RuntimeError, match="deterministic"):
                 torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
