@@ -12,7 +12,7 @@ import ddetr
 ROOT = Path(ddetr.__file__).parent
 FLOORS = {
     0: "errors",
-    1: "files console padding boxes ops",
+    1: "wording files console padding boxes ops",
     2: "runtime",
     3: "datasets models",
     4: "checkpoint evaluation doctor",

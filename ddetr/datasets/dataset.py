@@ -62,9 +62,9 @@ class DetectionDataset(Dataset):
         on_error: str | OnError = "raise",
     ) -> None:
         if on_error not in ("raise", "skip") and not callable(on_error):
-            raise InputError(f'on_error is "raise", "skip" or a function, not {on_error!r}.')
+            raise InputError(f'on_error is "raise", "skip" or a function, not {on_error!r}')
         if on_error != "raise" and not train:
-            raise InputError('on_error="skip" swaps images, which would falsify an evaluation; use "raise" there.')
+            raise InputError('on_error="skip" swaps images, which would falsify an evaluation; use "raise" there')
         self.annotations = annotations
         self.transform = transform
         self.normalize = normalize
@@ -98,12 +98,12 @@ class DetectionDataset(Dataset):
                 if callable(self.on_error):
                     self.on_error(str(record.path), str(error))
                 else:
-                    logger.warning("%s Another image stands in for it.", error)
+                    logger.warning("%s; another image stands in for it", error)
             others = sample_seed(seed, attempt, index) % max(1, len(self) - 1)  # never the image itself
             record = self.annotations.images[(index + 1 + others) % len(self)]
         raise InputError(
             f"{MOST_STAND_INS + 1} images of {self.annotations.name} in a row can't be read, the last is {record.path}: "
-            "restore them, or mend the path; `ddetr data audit --decode true` lists all that are damaged"
+            "restore them, or correct the path; `ddetr data audit --decode true` lists all that are damaged"
         )
 
     def _load(self, record: ImageRecord) -> tuple[Tensor, dict[str, Tensor]]:
@@ -153,8 +153,8 @@ class DetectionDataset(Dataset):
         lengths = {name: len(target[name]) for name in ("boxes", "labels", "area", "iscrowd")}
         if len(set(lengths.values())) > 1:
             raise InputError(
-                f"The transform left {lengths}: all four must keep the same objects. With torchvision's "
-                'SanitizeBoundingBoxes, give labels_getter=lambda s: [s[1][k] for k in ("labels", "area", "iscrowd")].'
+                f"the transform left {lengths}: all four must keep the same objects; with torchvision's "
+                'SanitizeBoundingBoxes, give labels_getter=lambda s: [s[1][k] for k in ("labels", "area", "iscrowd")]'
             )
         boxes_xyxy = target["boxes"].as_subclass(Tensor).to(torch.float32).reshape(-1, 4)
         target["boxes"] = box_xyxy_to_cxcywh(boxes_xyxy) / torch.tensor([width, height, width, height])

@@ -158,9 +158,9 @@ _DECODE_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, Imag
 
 def _unreadable(path: str | PathLike, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
-        return InputError(f"There is no image {path}.")
+        return InputError(f"there is no image {path}")
     if isinstance(error, Image.UnidentifiedImageError):
-        return InputError(f"{path} can't be read: it is no image of a known format.")
+        return InputError(f"{path} can't be read: it is no image of a known format")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return InputError(f"{path} can't be read: {reason}")
 

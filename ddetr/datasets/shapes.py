@@ -39,7 +39,7 @@ def draw_shapes(
     folder = Path(folder)
     if num_train < 1 or num_val < 1 or image_size < 32:
         raise InputError(
-            f"The shapes need at least 1 image a split and 32 pixels a side, not {num_train}, {num_val} and {image_size}."
+            f"the shapes need at least 1 image a split and 32 pixels a side, not {num_train}, {num_val} and {image_size}"
         )
     parameters = {
         "version": _VERSION,
@@ -63,7 +63,7 @@ def draw_shapes(
         except OSError:
             if not _is_complete(folder, parameters):  # else another process was faster with the same set
                 raise InputError(
-                    f"{folder} holds something other than the shapes asked for; name another folder or remove it."
+                    f"{folder} holds something other than the shapes asked for; name another folder or remove it"
                 ) from None
     finally:
         shutil.rmtree(drawing, ignore_errors=True)

@@ -23,8 +23,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from ddetr.datasets.annotations import did_you_mean
 from ddetr.errors import InputError
+from ddetr.wording import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -217,10 +217,10 @@ def build_transform(recipe: str = "official", *, train: bool, image_size: int = 
     """
     if recipe not in RECIPES:
         raise InputError(
-            f"The augmentation is one of {', '.join(RECIPES)}, not {recipe!r}.{did_you_mean(recipe, RECIPES)}"
+            f"the augmentation is one of {', '.join(RECIPES)}, not {recipe!r}{did_you_mean(recipe, RECIPES)}"
         )
     if image_size < 16:
-        raise InputError(f"image_size is the short side in pixels, 16 or more, not {image_size}.")
+        raise InputError(f"image_size is the short side in pixels, 16 or more, not {image_size}")
     max_size = scaled(PAPER_MAX_SIZE, image_size)
     if not train or recipe == "none":
         return official_eval(image_size, max_size)

@@ -38,7 +38,7 @@ def voc_root(path: Path) -> Path | None:
         )
         if len(roots) > 1:
             names = ", ".join(root.name for root in roots)
-            raise InputError(f"{path} holds several Pascal VOC data sets ({names}); name one of them.")
+            raise InputError(f"{path} holds several Pascal VOC data sets ({names}); name one of them")
         if roots:
             return roots[0]
     return None

@@ -25,6 +25,7 @@ from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.device import choose_device
 from ddetr.runtime.distributed import is_first_process
 from ddetr.runtime.precision import PRECISIONS, numerics
+from ddetr.wording import did_you_mean
 
 if TYPE_CHECKING:
     from ddetr.engine.loading.datamodule import DetectionData
@@ -380,14 +381,12 @@ def _preflight(
 
 def _complete(model: dict[str, Any]) -> dict[str, Any]:
     """All arguments of the network but the number of classes, so that the run folder does not depend on defaults."""
-    from ddetr.datasets.annotations import did_you_mean
-
     defaults = {name: parameter.default for name, parameter in inspect.signature(DeformableDETR).parameters.items()}
     del defaults["num_classes"]
     for name in model:
         if name not in defaults:
-            why = " It comes from the data." if name == "num_classes" else did_you_mean(name, defaults)
-            raise InputError(f"model: {name!r} is no setting that can be made.{why}")
+            why = ": it comes from the data" if name == "num_classes" else did_you_mean(name, defaults)
+            raise InputError(f"model: {name!r} is no setting that can be made{why}")
     return defaults | DEFAULT_MODEL | model
 
 

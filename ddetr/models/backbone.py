@@ -3,7 +3,6 @@
 timm is imported where it is used: it takes seconds, which `ddetr train --help` has no use for.
 """
 
-import difflib
 import logging
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddetr.errors import InputError
+from ddetr.wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -110,10 +110,8 @@ def _create(name: str, num_features: int, pretrained: bool, dilation: bool) -> n
     import timm
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise InputError(
-            f"unknown backbone {name!r}: expected a timm model name{', such as ' + ', '.join(near) if near else ''}"
-        )
+        hint = did_you_mean(name, timm.list_models(), most=3)
+        raise InputError(f"unknown backbone {name!r}: expected a timm model name{hint}")
     if pretrained:
         name = IMAGENET_V1.get(name, name)
         logger.info("ImageNet weights of %s: from timm's cache, or downloaded", name)

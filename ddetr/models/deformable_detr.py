@@ -3,7 +3,6 @@
 Shapes: N batch, H and W of the padded images, Q queries, K classes, C hidden_dim, L feature levels.
 """
 
-import difflib
 import inspect
 import math
 from argparse import Namespace
@@ -22,6 +21,7 @@ from ddetr.models.heads import BoxHead, class_head
 from ddetr.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from ddetr.models.postprocess import PostProcess
 from ddetr.padding import pad_images
+from ddetr.wording import did_you_mean
 
 
 class DeformableDETR(nn.Module):
@@ -293,8 +293,7 @@ def build_model(args: Mapping[str, Any] | Namespace) -> tuple[DeformableDETR, Se
     known = model_flags | loss_flags | TRAINING_FLAGS | {"masks", "max_detections"}
     for name in flags:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(f"unknown flag {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            raise InputError(f"unknown flag {name!r}{did_you_mean(name, known)}")
     if flags.get("lr_backbone", 1) <= 0 and "freeze_backbone" not in flags:
         flags["freeze_backbone"] = "all"  # the official meaning of a zero rate
     model = DeformableDETR(**{"num_classes": 91} | {name: flags[name] for name in flags if name in model_flags})

@@ -112,7 +112,7 @@ class Validation:
                 curves=columns["curves"],
             )
         except FileNotFoundError as error:
-            raise InputError(f"There is no {path}.") from error
+            raise InputError(f"there is no {path}") from error
         except Exception as error:  # a damaged zip file raises anything
             raise InputError(f"{path} can't be read ({type(error).__name__}: {error})") from error
 

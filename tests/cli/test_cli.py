@@ -319,7 +319,7 @@ def test_wrong_paths(refused: Callable[..., str], tmp_path: Path, shapes: Path, 
         assert refused(*command, "empty").startswith("empty is no data set that is known. Expected COCO")
     assert refused("train", "--data", shapes, "--data.format", "voc").endswith("holds no voc data set.")
     assert refused("eval", "--checkpoint", best, "--data", shapes, "--split", "vall").endswith(
-        'has no split "vall"; it has: train, val. Did you mean "val"?'
+        'has no split "vall"; it has: train, val (did you mean val?)'
     )
     assert (
         refused("predict", "--checkpoint", best, "--output", "out", "nowhere.jpg")

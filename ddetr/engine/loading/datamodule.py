@@ -216,7 +216,7 @@ class DetectionData(pl.LightningDataModule):
                 f"{reason} `ddetr data audit --decode true` lists all that are damaged: restore them, or remove their entries"
             )
         logger.warning(
-            "%s Another image stands in for it (unreadable so far: %d of %d; --data.on_bad_image raise stops instead).",
+            "%s; another image stands in for it (unreadable so far: %d of %d; --data.on_bad_image raise stops instead).",
             reason, len(self.unreadable), num_images,
         )  # fmt: skip
 

@@ -294,7 +294,7 @@ def test_a_bad_file_does_not_stop_training_and_is_told_once(
     assert len(epochs[0]) == 4
     for step, other in zip(*epochs):
         assert_same(step, other)
-    told = [record.getMessage() for record in caplog.records if "Another image stands in" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "another image stands in" in record.getMessage()]
     assert len(told) == 2  # once for each of the two runs, though it was met in both epochs
     assert name in told[0]
     assert "unreadable so far: 1 of 8" in told[0]
@@ -343,7 +343,7 @@ def test_a_run_with_everything_on(
     )
     steps = (result.path / "train.csv").read_text().splitlines()[1:]
     assert len(steps) == 4
-    told = [record.getMessage() for record in caplog.records if "Another image stands in" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "another image stands in" in record.getMessage()]
     assert len(told) == 1
     assert name in told[0]
 
