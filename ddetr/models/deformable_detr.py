@@ -79,10 +79,28 @@ class DeformableDETR(nn.Module):
         Raises:
             InputError: arguments that do not fit together.
         """
-        arguments = inspect.signature(DeformableDETR).parameters
-        self_config = {name: value for name, value in locals().items() if name in arguments}
         super().__init__()
-        self.config: dict[str, Any] = self_config
+        self.config: dict[str, Any] = {
+            "num_classes": num_classes,
+            "hidden_dim": hidden_dim,
+            "num_queries": num_queries,
+            "backbone": backbone,
+            "pretrained_backbone": pretrained_backbone,
+            "freeze_backbone": freeze_backbone,
+            "dilation": dilation,
+            "position_embedding": position_embedding,
+            "num_feature_levels": num_feature_levels,
+            "nheads": nheads,
+            "enc_layers": enc_layers,
+            "dec_layers": dec_layers,
+            "dim_feedforward": dim_feedforward,
+            "dropout": dropout,
+            "enc_n_points": enc_n_points,
+            "dec_n_points": dec_n_points,
+            "aux_loss": aux_loss,
+            "with_box_refine": with_box_refine,
+            "two_stage": two_stage,
+        }
         _check(self.config)
         if freeze_backbone is None:
             freeze_backbone = "stem" if pretrained_backbone else "none"

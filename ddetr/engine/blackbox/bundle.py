@@ -120,11 +120,6 @@ def module_of(trace: TracebackType | None, model: nn.Module) -> str | None:
     return innermost
 
 
-def run_bundles(run: Path) -> list[Path]:
-    """The bundles of a run, oldest step first."""
-    return sorted(path for path in (run / FOLDER).glob("step-*") if (path / "bundle.json").is_file())
-
-
 def _make_room(folder: Path, name: str) -> None:
     """At most `MAX_BUNDLES` with the new one: the first ones, where it began, stay."""
     others = sorted(path for path in folder.glob("step-*") if path.name != name)

@@ -20,7 +20,7 @@ from ddetr.checkpoint import load_checkpoint
 from ddetr.cli import main as cli
 from ddetr.datasets import load_annotations
 from ddetr.datasets.config import DataConfig
-from ddetr.engine.blackbox.bundle import MAX_BUNDLES, run_bundles
+from ddetr.engine.blackbox.bundle import FOLDER, MAX_BUNDLES
 from ddetr.engine.blackbox.guard import StepGuard
 from ddetr.engine.blackbox.replay import replay
 from ddetr.engine.blackbox.trace import find_non_finite, micro_losses
@@ -34,6 +34,11 @@ from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 
 STEPS = 4  # of an epoch
+
+
+def run_bundles(run: Path) -> list[Path]:
+    """The bundles of a run, oldest step first."""
+    return sorted(path for path in (run / FOLDER).glob("step-*") if (path / "bundle.json").is_file())
 
 
 @pytest.fixture
