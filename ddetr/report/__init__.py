@@ -4,6 +4,7 @@ validation.py   what a validation leaves: truth and detections, in one file
 analysis.py     detections against truth: confusion matrix, kinds of errors, a score an image
 run_files.py    everything else in a run folder, however old, unfinished or damaged
 charts.py       inline SVG
+plots.py        matplotlib, for pictures in files
 figures.py      which curves there are
 tables.py       which tables
 pictures.py     truth beside prediction
