@@ -178,7 +178,7 @@ def check(dataset: DetectionDataset, keys: Sequence[Key]) -> tuple[dict[str, flo
 def one_core(
     dataset: DetectionDataset, keys: Sequence[Key], device_batch_size: int, rounds: int, sides: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """CPU time, in milliseconds an image, by stage: medians of interleaved rounds, each in a process of its own, ours set
+    """CPU time, in milliseconds per image, by stage: medians of interleaved rounds, each in a process of its own, ours set
     up as our loader processes are."""
     times: dict[str, list[Counter]] = {side: [] for side in sides}
     for _ in range(rounds):
@@ -322,7 +322,7 @@ def _drawn_groups(
 def loader_speed(
     annotations: Annotations, data: DataConfig, batch_size: int, device_batch_size: int, seed: int, num_workers: int
 ) -> dict[str, Any]:
-    """Images a second that arrive in the training process, by the wall clock, after an unmeasured epoch."""
+    """Images per second that arrive in the training process, by the wall clock, after an unmeasured epoch."""
     loaders = DetectionData(
         annotations,
         annotations,

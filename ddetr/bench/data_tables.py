@@ -28,8 +28,8 @@ def header(report: Mapping[str, Any]) -> list[str]:
 
 
 def of_sides(report: Mapping[str, Any]) -> list[Any]:
-    """One core: images a second of each side, the ratio, and where the time goes."""
-    table = _table("", "images/s", "ratio", "ms an image")
+    """One core: images per second of each side, the ratio, and where the time goes."""
+    table = _table("", "images/s", "ratio", "ms per image")
     for row in report["rows"]:
         table.add_row(*_side_cells(row)[:-1])
     where = [f"  {row['side']}: {_side_cells(row)[-1]}" for row in report["rows"]]
@@ -45,7 +45,7 @@ def of_padding(report: Mapping[str, Any]) -> list[Any]:
 
 
 def of_loaders(report: Mapping[str, Any]) -> list[Any]:
-    """Images a second by number of loader processes."""
+    """Images per second by number of loader processes."""
     table = _table("processes", "images/s")
     for row in report["loaders"]:
         table.add_row(str(row["num_workers"]), f"{row['images_per_second']:.0f}")
@@ -79,7 +79,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"## One core: CPU time, median of {report['rounds']} interleaved rounds",
         "",
-        "| side | images/s | ratio | ms an image | of which |",
+        "| side | images/s | ratio | ms per image | of which |",
         "|---|---|---|---|---|",
         *(f"| {' | '.join(_side_cells(row))} |" for row in report["rows"]),
         "",

@@ -166,7 +166,7 @@ def measure(
 
 
 def figures(times: Mapping[str, Mapping[str, Sequence[float]]], num_bytes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Milliseconds of kind -> side -> rounds, made into a row a side: medians, ratios to grid_sample's, GB/s."""
+    """Milliseconds of kind -> side -> rounds, made into a row per side: medians, ratios to grid_sample's, GB/s."""
     rows = []
     for side in times[FORWARD]:
         row: dict[str, Any] = {"side": side}

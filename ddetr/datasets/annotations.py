@@ -1,6 +1,6 @@
 """The one in-memory form of a data set: every reader returns it; audit, data set, evaluation and sharding take it.
 
-Arrays are numpy: n objects an image, K categories. A category's place in `Annotations.categories` is its label.
+Arrays are numpy: n objects per image, K categories. A category's place in `Annotations.categories` is its label.
 """
 
 from __future__ import annotations

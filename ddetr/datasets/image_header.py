@@ -1,6 +1,6 @@
 """What an image file says of itself in its first bytes: size and orientation; nothing is decoded.
 
-JPEG and PNG, which are nearly all of any data set, are parsed here (about 20 us a file: Pillow needs five times that,
+JPEG and PNG, which are nearly all of any data set, are parsed here (about 20 us per file: Pillow needs five times that,
 and for a PNG without EXIF it decodes the whole image); everything else is asked of Pillow. Both `image_size_hw` and
 `read_image` go through this file, so that a size and the pixels can't disagree about orientation.
 """

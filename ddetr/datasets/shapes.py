@@ -39,7 +39,7 @@ def draw_shapes(
     folder = Path(folder)
     if num_train < 1 or num_val < 1 or image_size < 32:
         raise InputError(
-            f"the shapes need at least 1 image a split and 32 pixels a side, not {num_train}, {num_val} and {image_size}"
+            f"the shapes need at least 1 image per split and 32 pixels per side, not {num_train}, {num_val} and {image_size}"
         )
     parameters = {
         "version": _VERSION,

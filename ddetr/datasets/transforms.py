@@ -1,6 +1,6 @@
 """Augmentation recipes: (image, target) to (image, target), on uint8 tensors.
 
-`official`: the recipe of the published results (facts.md, 6), exactly; `plain`: flip and resize; `none`: resize.
+`official`: the recipe of the published results (official code, datasets/transforms.py and coco.py), exactly; `plain`: flip and resize; `none`: resize.
 Every length is the paper's at `image_size=800` and scales with it, so that `image_size=160` is the same recipe on
 images a fifth the size. Randomness is drawn from PyTorch's generator alone.
 

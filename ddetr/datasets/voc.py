@@ -1,4 +1,4 @@
-"""Pascal VOC: one XML file an image, splits in `ImageSets/Main/*.txt`.
+"""Pascal VOC: one XML file per image, splits in `ImageSets/Main/*.txt`.
 
 Classes are the names in the training split, sorted; `category_id` is label + 1 (VOC has no ids of its own). Coordinates
 are used as written: VOC's devkit counts pixels from 1 with both corners included, most tools that write its format count

@@ -1,4 +1,4 @@
-"""YOLO: one text file of `class x y w h` lines an image, `labels/` mirroring `images/`, classes in a `data.yaml`.
+"""YOLO: one text file of `class x y w h` lines per image, `labels/` mirroring `images/`, classes in a `data.yaml`.
 
 The YAML is read as it is found in the wild: `path` missing or of another machine, splits as a folder, a list of folders or a
 text file of images, paths relative to the wrong folder, `names` as list or map. Without a YAML, `images/` and `labels/` are

@@ -19,7 +19,7 @@ def check_trial(facts: Facts) -> list[Row]:
         if passed := [step for step in done if step.passed]:
             text = "; ".join(f"{step.name} ({step.detail})" if step.detail else step.name for step in passed)
             if device == "cpu" and facts.gpus and not facts.cpu:
-                text += "; the GPUs are not tried before the above is mended"
+                text += "; the GPUs are not tried before the above is repaired"
             rows.append(ok(SECTION, device, text))
         rows.extend(_failed(step, facts) for step in done if not step.passed)
     return rows

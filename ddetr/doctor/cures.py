@@ -74,7 +74,7 @@ def newer_pytorch(facts: Facts) -> str:
 
 
 def installing(facts: Facts, command: str) -> str:
-    """A command that mends the environment; in a container, the image that has what it installs."""
+    """A command that repairs the environment; in a container, the image that has what it installs."""
     if facts.machine.container:
         return "leave this container as it is, and build the image anew, in which everything matches: make image"
     return command

@@ -1,7 +1,7 @@
 """An exponential moving average of the weights: what is validated and published where `optim.ema_decay` is set.
 
 Costs: one more copy of the trained weights on the device (160 MB for the ResNet-50 model) and in last.ckpt, one fused
-multiply-add over them a step, two copies a validation.
+multiply-add over them per step, two copies per validation.
 """
 
 from typing import Any

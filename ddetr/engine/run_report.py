@@ -29,7 +29,7 @@ SESSIONS_FILE = "environment.json"
 class Report(Callback):
     """Stands behind `Publish`, whose files it reads. All of it on the first process alone.
 
-    environment.json holds a session a start of the run: what it ran on, from which step, when it gave the last sign of life,
+    environment.json holds a session per start of the run: what it ran on, from which step, when it gave the last sign of life,
     and how it ended.
     """
 

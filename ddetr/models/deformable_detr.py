@@ -70,8 +70,8 @@ class DeformableDETR(nn.Module):
             dec_layers: decoder layers.
             dim_feedforward: hidden size of the feed-forward parts.
             dropout: probability in encoder and decoder.
-            enc_n_points: points that an encoder head samples a level.
-            dec_n_points: points that a decoder head samples a level.
+            enc_n_points: points that an encoder head samples per level.
+            dec_n_points: points that a decoder head samples per level.
             aux_loss: return the outputs of all decoder layers, for the loss.
             with_box_refine: each decoder layer corrects the boxes of the one before ("+").
             two_stage: queries start from encoder proposals ("++"); needs with_box_refine.

@@ -1,6 +1,6 @@
 """What a validation leaves for the report: truth and detections as flat arrays in one file of NumPy's.
 
-Some 24 bytes a detection: COCO's validation set with 100 detections an image takes 13 MB.
+Some 24 bytes per detection: COCO's validation set with 100 detections per image takes 13 MB.
 """
 
 from __future__ import annotations

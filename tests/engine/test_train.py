@@ -23,7 +23,7 @@ from ddetr.engine.train import RunResult, train
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
 
-EPOCHS, STEPS = 3, 2  # of the short runs: epochs, and steps an epoch
+EPOCHS, STEPS = 3, 2  # of the short runs: epochs, and steps per epoch
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from ddetr.errors import InputError
 from ddetr.runtime.allocator import keep_freed_memory
 from ddetr.runtime.limits import available_cores
 
-MOST_WORKERS = 4  # each loads some 200 images a second at 800 pixels: no detector here trains as fast as four do
+MOST_WORKERS = 4  # each loads some 200 images per second at 800 pixels: no detector here trains as fast as four do
 PREFETCH = 2  # batches that each has ready
 GRACE_SECONDS = 30
 

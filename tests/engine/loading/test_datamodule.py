@@ -352,7 +352,7 @@ def test_a_run_with_everything_on(
 
 
 def test_targets_do_not_take_shared_memory(shapes: Path) -> None:
-    """Seven small tensors an image, each a file descriptor, would pass the limit of open files."""
+    """Seven small tensors per image, each a file descriptor, would pass the limit of open files."""
     loader = loaders(shapes, num_workers=1).train_dataloader()
     packed = next(iter(super(type(loader), loader).__iter__()))
     assert isinstance(packed, Loaded)
