@@ -1,4 +1,4 @@
-"""Imports go down (design): a module imports from lower floors or its own part, no two files import each other in a circle,
+"""Imports go down: a module imports from lower floors or its own part, no two files import each other in a circle,
 each heavy package has one home, and each folder's map is true."""
 
 import ast
@@ -61,8 +61,8 @@ FILES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
 def imports() -> Iterator[tuple[str, str, str]]:
-    """(file that imports, as a module's name; "file:line"; dotted name) for every import, wherever in the file it stands:
-    in functions and under TYPE_CHECKING too."""
+    """(file that imports, as a module's name; "file:line"; dotted name) for every import, wherever in the file it
+    stands: in functions and under TYPE_CHECKING too."""
     for module, path in FILES.items():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []

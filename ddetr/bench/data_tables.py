@@ -23,7 +23,8 @@ def header(report: Mapping[str, Any]) -> list[str]:
         describe(report["machine"]),
         report["command"],
         f"{report['num_images']} images of {report['data']}, augmentation {report['augmentation']}, image_size "
-        f"{report['image_size']}, steps of {report['batch_size']} images in micro-batches of {report['device_batch_size']}",
+        f"{report['image_size']}, steps of {report['batch_size']} images in micro-batches of "
+        f"{report['device_batch_size']}",
     ]
 
 
@@ -61,8 +62,8 @@ def correctness(report: Mapping[str, Any]) -> Iterator[str]:
     if not report["left_out"]:
         checked = report["checked"]
         yield (
-            f"both sides gave the same labels and sizes, boxes within {checked['boxes']:.0e} of the image's side, and pixels "
-            f"that differ by {checked['pixels']:.1f} of 255 levels in the mean (resampled once, and twice)"
+            f"both sides gave the same labels and sizes, boxes within {checked['boxes']:.0e} of the image's side, and "
+            f"pixels that differ by {checked['pixels']:.1f} of 255 levels in the mean (resampled once, and twice)"
         )
 
 

@@ -64,8 +64,8 @@ def bench_op(
 
     Args:
         device: where to measure.
-        sizes: names or patterns with commas between, such as "decoder-demo,encoder-*-b1"; "*" is all, "none" no table, and
-            a wrong name lists them.
+        sizes: names or patterns with commas between, such as "decoder-demo,encoder-*-b1"; "*" is all, "none" no table,
+            and a wrong name lists them.
         dtype: of values, offsets and logits; "auto" is float32 on the CPU, both on CUDA.
         threads: on the CPU; one is timed by its own CPU time, more by the wall clock.
         rounds: turns of each side, of which the median counts; by default 5 on the CPU, 30 on CUDA.

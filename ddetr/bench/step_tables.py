@@ -1,4 +1,5 @@
-"""The figures of `ddetr bench train` for people: tables of the terminal, and a markdown file for benchmarks/results/."""
+"""The figures of `ddetr bench train` for people: tables of the terminal, and a markdown file for
+benchmarks/results/."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,8 @@ def header(report: Mapping[str, Any]) -> list[str]:
     threads = f", {report['threads']} threads" if report["threads"] else ""
     return [
         describe(report["machine"]),
-        f"{report['command']}: medians of {report['steps']} steps after {report['warmup']} on {report['device']}{threads}",
+        f"{report['command']}: medians of {report['steps']} steps after {report['warmup']} on "
+        f"{report['device']}{threads}",
         f"{settings['images']}; {settings['batch_size']} images per step, {settings['device_batch_size']} at a time, "
         f"precision {settings['precision']}, activation checkpointing {_on(settings['activation_checkpointing'])}, "
         f"compile {_on(settings['compile'])}; {settings['model'].get('backbone', 'resnet50')}",

@@ -43,13 +43,13 @@ class DetectionDataset(Dataset):
 
     Args:
         annotations: what a reader returned.
-        transform: takes and returns (tv_tensors.Image uint8, dict with `boxes` as tv_tensors.BoundingBoxes XYXY, `labels`,
-            `area`, `iscrowd`); any torchvision v2 transform does.
+        transform: takes and returns (tv_tensors.Image uint8, dict with `boxes` as tv_tensors.BoundingBoxes XYXY,
+            `labels`, `area`, `iscrowd`); any torchvision v2 transform does.
         normalize: float32 normalised images instead of uint8.
         train: kept for whoever holds the data set (samplers, loggers); samples don't depend on it.
         on_error: "raise" stops at a file that can't be read (InputError naming it); "skip" logs it and lets another
-            image stand in, chosen by the sample's seed, which is for training only. A function is called with the path and
-            the reason instead of the log; with worker processes in the worker.
+            image stand in, chosen by the sample's seed, which is for training only. A function is called with the path
+            and the reason instead of the log; with worker processes in the worker.
     """
 
     def __init__(
@@ -102,8 +102,9 @@ class DetectionDataset(Dataset):
             others = sample_seed(seed, attempt, index) % max(1, len(self) - 1)  # never the image itself
             record = self.annotations.images[(index + 1 + others) % len(self)]
         raise InputError(
-            f"{MOST_STAND_INS + 1} images of {self.annotations.name} in a row can't be read, the last is {record.path}: "
-            "restore them, or correct the path; `ddetr data audit --decode true` lists all that are damaged"
+            f"{MOST_STAND_INS + 1} images of {self.annotations.name} in a row can't be read, the last is "
+            f"{record.path}: restore them, or correct the path; `ddetr data audit --decode true` lists all that are "
+            "damaged"
         )
 
     def _load(self, record: ImageRecord) -> tuple[Tensor, dict[str, Tensor]]:

@@ -20,8 +20,8 @@ _STANDALONE_MARKERS = frozenset([0x01, *range(0xD0, 0xD9)])
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """Size of the pixels as stored, the EXIF orientation (1..8) that turns them upright, and whether the file is a JPEG of
-    the usual kind: 8 bits, grey or three colours."""
+    """Size of the pixels as stored, the EXIF orientation (1..8) that turns them upright, and whether the file is a JPEG
+    of the usual kind: 8 bits, grey or three colours."""
 
     stored_hw: tuple[int, int]
     orientation: int

@@ -1,9 +1,9 @@
 """Pascal VOC: one XML file per image, splits in `ImageSets/Main/*.txt`.
 
 Classes are the names in the training split, sorted; `category_id` is label + 1 (VOC has no ids of its own). Coordinates
-are used as written: VOC's devkit counts pixels from 1 with both corners included, most tools that write its format count
-from 0, and nothing in a file tells which; the difference is one pixel. `difficult` objects are ignored, not dropped.
-Folders of images with their XML files beside them (Roboflow's export) are read too: each folder is a split.
+are used as written: VOC's devkit counts pixels from 1 with both corners included, most tools that write its format
+count from 0, and nothing in a file tells which; the difference is one pixel. `difficult` objects are ignored, not
+dropped. Folders of images with their XML files beside them (Roboflow's export) are read too: each folder is a split.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """YOLO: one text file of `class x y w h` lines per image, `labels/` mirroring `images/`, classes in a `data.yaml`.
 
-The YAML is read as it is found in the wild: `path` missing or of another machine, splits as a folder, a list of folders or a
-text file of images, paths relative to the wrong folder, `names` as list or map. Without a YAML, `images/` and `labels/` are
-enough. `category_id` is the id in the label files. An image without a label file is background, as YOLO defines it;
-polygons (segmentation, oriented boxes) become the box around them.
+The YAML is read as it is found in the wild: `path` missing or of another machine, splits as a folder, a list of folders
+or a text file of images, paths relative to the wrong folder, `names` as list or map. Without a YAML, `images/` and
+`labels/` are enough. `category_id` is the id in the label files. An image without a label file is background, as YOLO
+defines it; polygons (segmentation, oriented boxes) become the box around them.
 """
 
 from __future__ import annotations

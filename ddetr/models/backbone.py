@@ -76,8 +76,8 @@ class Backbone(nn.Module):
         return self.body(images)
 
     def stages(self) -> dict[str, int]:
-        """Name of every parameter -> the stage that it belongs to, counted as timm counts its feature maps: 0 is all that
-        leads to the first one (in a ResNet the stem), the last is the coarsest."""
+        """Name of every parameter -> the stage that it belongs to, counted as timm counts its feature maps: 0 is all
+        that leads to the first one (in a ResNet the stem), the last is the coarsest."""
         ends = [f"{info['module']}.".replace(".", "_") for info in self.body.feature_info.info]
         stages: dict[str, int] = {}
         stage, is_inside = 0, False
@@ -122,9 +122,9 @@ def _create(name: str, num_features: int, pretrained: bool, dilation: bool) -> n
         )
     except OSError as error:
         raise InputError(
-            f"the ImageNet weights of {name!r} could not be downloaded ({type(error).__name__}). Without a network, pass "
-            "pretrained_backbone=FILE (torchvision's names), --weights CHECKPOINT, or pretrained_backbone=false to "
-            "start from random values (which needs far more data)"
+            f"the ImageNet weights of {name!r} could not be downloaded ({type(error).__name__}). Without a network, "
+            "pass pretrained_backbone=FILE (torchvision's names), --weights CHECKPOINT, or pretrained_backbone=false "
+            "to start from random values (which needs far more data)"
         ) from error
 
 

@@ -57,7 +57,8 @@ class SetCriterion(nn.Module):
         num_aux: int = 0,
         two_stage: bool = False,
     ):
-        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one. Both set `weight_dict`."""
+        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one. Both set
+        `weight_dict`."""
         super().__init__()
         self.num_classes = num_classes
         self.loss_weights = loss_weights

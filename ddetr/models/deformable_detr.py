@@ -61,7 +61,8 @@ class DeformableDETR(nn.Module):
             backbone: name of a timm model.
             pretrained_backbone: true for ImageNet weights, or a file of weights in torchvision's names.
             freeze_backbone: "stem" (fixed batch norms, stem and first stage, as published), "norm" (batch norms alone),
-                "all" or "none"; by default "stem" where the backbone is pretrained and "none" where it starts from nothing.
+                "all" or "none"; by default "stem" where the backbone is pretrained and "none" where it starts from
+                nothing.
             dilation: DC5, stride 16 instead of 32 in the last stage; for num_feature_levels 1.
             position_embedding: "sine" or "learned".
             num_feature_levels: L; 1 is the last backbone stage alone, above 3 further levels are made from it.

@@ -34,7 +34,8 @@ def ap_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def class_rows(metrics: Mapping[str, Any], detections: Validation | None) -> list[dict[str, Any]]:
-    """A row per class: number of objects, of each size where the truth is there, and the metrics of the best validation."""
+    """A row per class: number of objects, of each size where the truth is there, and the metrics of the best
+    validation."""
     best = metrics.get("best") or metrics.get("last") or {}
     by_size = _objects_by_size(detections) if detections else {}
     return [

@@ -9,7 +9,8 @@ def choose_device(wanted: str | torch.device | None = "auto") -> torch.device:
     """The device to compute on. CUDA is asked what is there and not started: its allocator can still be set.
 
     Args:
-        wanted: "auto" or None for a GPU if there is one and the CPU otherwise; "cpu", "cuda", "cuda:N" or a torch.device.
+        wanted: "auto" or None for a GPU if there is one and the CPU otherwise; "cpu", "cuda", "cuda:N" or a
+            torch.device.
 
     Raises:
         InputError: no such device, or none here.

@@ -56,8 +56,9 @@ def free_and_total(device: torch.device, root: Path = Path("/")) -> tuple[int, i
 
 
 def _control_groups(root: Path, controller: str) -> list[Path]:
-    """Folders of the control groups around this process that may limit "cpu" or "memory", versions 2 and 1. The outermost
-    of each version is among them: a container sees its own group there, and often a path that is only there outside."""
+    """Folders of the control groups around this process that may limit "cpu" or "memory", versions 2 and 1. The
+    outermost of each version is among them: a container sees its own group there, and often a path that is only there
+    outside."""
     version_2, version_1 = root / "sys/fs/cgroup", root / "sys/fs/cgroup" / controller
     folders = [version_2, version_1]
     with suppress(OSError, ValueError):
@@ -96,7 +97,8 @@ def free_shared_memory() -> int | None:
 
 
 def allow_open_files() -> None:
-    """Lifts the soft limit of open files, often 1024, to the hard one: each tensor on its way from a loader holds one."""
+    """Lifts the soft limit of open files, often 1024, to the hard one: each tensor on its way from a loader holds
+    one."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

@@ -5,7 +5,8 @@ from pathlib import Path
 
 
 def kernel_module(root: Path = Path("/")) -> str | None:
-    """Version of the driver's kernel module, such as "570.86.10"; None where there is none. `root` is where /proc lies."""
+    """Version of the driver's kernel module, such as "570.86.10"; None where there is none. `root` is where /proc
+    lies."""
     try:
         text = (root / "proc/driver/nvidia/version").read_text("utf-8", "replace")
     except OSError:
