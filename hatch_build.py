@@ -1,9 +1,9 @@
 """Build hook: compiles the CPU kernel into the wheel (`py3-none-<platform>`), or says why it did not and goes on.
 
 Without the library the package works (ddetr.ops falls back to stock PyTorch), so no failure here stops an installation.
-DDETR_NATIVE=0 makes a pure wheel. DDETR_WHEEL_PLATFORM (`make wheel` sets it) makes one to give away, which every machine
-of a platform can use: linux-x86_64, linux-aarch64, macos-arm64, macos-x86_64, windows-x86_64, or `host` for this
-machine's. ziglang compiles it, and without a library there is no such wheel: failures end the build.
+DDETR_NATIVE=0 makes a pure wheel. DDETR_WHEEL_PLATFORM (`make wheel` sets it) makes one to give away, which every
+machine of a platform can use: linux-x86_64, linux-aarch64, macos-arm64, macos-x86_64, windows-x86_64, or `host` for
+this machine's. ziglang compiles it, and without a library there is no such wheel: failures end the build.
 """
 
 import importlib.util

@@ -1,4 +1,5 @@
-"""Prints the image's build arguments out of versions.json, one a line: `python3 container/build_arguments.py [VARIANT] [BASE_IMAGE]`.
+"""Prints the image's build arguments out of versions.json, one per line: `python3 container/build_arguments.py
+[VARIANT] [BASE_IMAGE]`.
 
 The Dockerfile has the same values as defaults, for a build without make; a test keeps them equal.
 """

@@ -1,6 +1,7 @@
 """The container's health: does what it was started for answer? Exit code 0 or 1.
 
-The mode is what the entrypoint was started with, as process 1's command line has it. A command of one's own is healthy while it runs.
+The mode is what the entrypoint was started with, as process 1's command line has it. A command of one's own is healthy
+while it runs.
 """
 
 import os

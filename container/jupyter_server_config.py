@@ -1,8 +1,8 @@
 """Jupyter in the container: never without a token or a password, whatever sets them.
 
 JUPYTER_TOKEN or JUPYTER_TOKEN_FILE (a path) is the token; JUPYTER_PASSWORD_FILE is a path to a password's hash, as
-`python -c "from jupyter_server.auth import passwd; print(passwd())"` prints it. With none of them a random token is made and printed.
-An empty one stops the start.
+`python -c "from jupyter_server.auth import passwd; print(passwd())"` prints it. With none of them a random token is
+made and printed. An empty one stops the start.
 """
 
 import os
@@ -71,7 +71,8 @@ if token is not None:
 if password is not None:
     if not password.startswith("argon2:"):
         stop(
-            "JUPYTER_PASSWORD_FILE must hold a hash that starts with argon2: (see jupyter_server.auth.passwd), not the password itself"
+            "JUPYTER_PASSWORD_FILE must hold a hash that starts with argon2: (see jupyter_server.auth.passwd), not the "
+            "password itself"
         )
     c.PasswordIdentityProvider.hashed_password = password
     c.PasswordIdentityProvider.allow_password_change = False

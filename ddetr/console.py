@@ -26,11 +26,11 @@ def is_terminal() -> bool:
 
 
 def set_up_logging() -> None:
-    """ddetr's messages on standard error, one a line."""
+    """ddetr's messages on standard error, one per line."""
     handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("ddetr").setLevel(logging.INFO)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries a file, before our own error says why
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries per file, before our own error says why
 
 
 def waiting(what: str) -> AbstractContextManager[Any]:

@@ -11,11 +11,12 @@ def pad_images(images: Sequence[Tensor], shapes: Sequence[tuple[int, int]] = ())
 
     Args:
         images: N tensors (C, h, w) of one dtype and device; h and w may differ.
-        shapes: (H, W) to choose from: the smallest that holds the batch is padded to, and the largest sides of the batch
-            only where none does. By default always those.
+        shapes: (H, W) to choose from: the smallest that holds the batch is padded to, and the largest sides of the
+            batch only where none does. By default always those.
 
     Returns:
-        images (N, C, H, W), channels-last in memory where the first image is, and mask (N, H, W), bool, True where padded.
+        images (N, C, H, W), channels-last in memory where the first image is, and mask (N, H, W), bool, True where
+        padded.
     """
     if not images:
         raise ValueError("expected at least one image, got an empty list")

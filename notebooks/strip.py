@@ -1,4 +1,5 @@
-"""Takes outputs, execution counts and editors' metadata out of the notebooks: `make notebooks-strip`, before a commit."""
+"""Takes outputs, execution counts and editors' metadata out of the notebooks: `make notebooks-strip`, before a
+commit."""
 
 from pathlib import Path
 

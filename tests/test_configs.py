@@ -76,7 +76,7 @@ def test_its_header_holds_its_command(config: Path) -> None:
     assert f"ddetr train --config configs/{config.relative_to(ROOT / 'configs')}" in header[0]
 
 
-# facts.md, 1 to 7: the official code's values, whether a file spells them out or leaves them to the defaults.
+# The official code's values, whether a file spells them out or leaves them to the defaults.
 PAPER = yaml.safe_load("""
 model: {backbone: resnet50, pretrained_backbone: true, position_embedding: sine, hidden_dim: 256, nheads: 8, enc_layers: 6,
   dec_layers: 6, dim_feedforward: 1024, dropout: 0.1, num_queries: 300, enc_n_points: 4, dec_n_points: 4, aux_loss: true}
@@ -87,7 +87,7 @@ optim: {lr: 0.0002, lr_backbone: 0.00002, lr_linear_proj_mult: 0.1, layer_decay:
 data: {augmentation: official, image_size: 800, keep_empty: true}
 run: {epochs: 50, batch_size: 32, precision: "32", seed: 42, max_detections: 100, val_every: 1, patience: null, weights: null}
 """)
-# facts.md, 9: (feature levels, DC5, refinement, two-stage) of each row, and its exact number of trained parameters
+# (feature levels, DC5, refinement, two-stage) of each row, and its exact number of trained parameters
 ROWS = {
     "deformable_detr_r50_single_scale": (1, False, False, False, 33_844_193),
     "deformable_detr_r50_single_scale_dc5": (1, True, False, False, 33_844_193),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ddetr.cli import main as cli
+from ddetr.report.run_files import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -68,6 +69,14 @@ def test_the_command_parses(command: list[str], monkeypatch: pytest.MonkeyPatch)
 def test_the_make_targets_exist() -> None:
     known = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert make_targets() <= known
+
+
+def test_a_run_folder_holds_what_is_listed(tiny_run: Any) -> None:
+    """README, report and a run agree on the names."""
+    table = README.read_text(encoding="utf-8").partition("## What a run folder holds")[2]
+    names = [name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(.*?)`", row)]
+    assert sorted(name.rstrip("/") for name in names) == sorted(FILES)
+    assert {path.name for path in tiny_run.path.iterdir()} <= set(FILES)
 
 
 def python_blocks() -> list[str]:

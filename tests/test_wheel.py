@@ -1,4 +1,5 @@
-"""The build hook and the wheel: what is in it, where it runs, and that an installation never ends for want of a compiler."""
+"""The build hook and the wheel: what is in it, where it runs, and that an installation never ends for want of a
+compiler."""
 
 import importlib.util
 import json

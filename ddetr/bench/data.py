@@ -1,4 +1,5 @@
-"""`ddetr bench data`: the loader alone, on any data set, beside the plain Pillow recipe, which gives the same samples."""
+"""`ddetr bench data`: the loader alone, on any data set, beside the plain Pillow recipe, which gives the same
+samples."""
 
 import statistics
 import time
@@ -136,7 +137,8 @@ def show(parts: Iterable[Any]) -> None:
 
 
 def comparable(annotations: Annotations, most: int) -> Annotations:
-    """At most `most` images, spread evenly over the split: upright and readable, since the plain recipe knows no turns."""
+    """At most `most` images, spread evenly over the split: upright and readable, since the plain recipe knows no
+    turns."""
     step = max(1, len(annotations.images) // most)
     records = []
     for index in range(0, len(annotations.images), step):
@@ -152,7 +154,8 @@ def comparable(annotations: Annotations, most: int) -> Annotations:
 
 
 def check(dataset: DetectionDataset, keys: Sequence[Key]) -> tuple[dict[str, float], str | None]:
-    """Largest deviations between the two sides over all samples, and what is wrong with the plain one, None if nothing is."""
+    """Largest deviations between the two sides over all samples, and what is wrong with the plain one, None if nothing
+    is."""
     boxes, pixels = 0.0, []
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     for key in keys:
@@ -178,8 +181,8 @@ def check(dataset: DetectionDataset, keys: Sequence[Key]) -> tuple[dict[str, flo
 def one_core(
     dataset: DetectionDataset, keys: Sequence[Key], device_batch_size: int, rounds: int, sides: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """CPU time, in milliseconds an image, by stage: medians of interleaved rounds, each in a process of its own, ours set
-    up as our loader processes are."""
+    """CPU time, in milliseconds per image, by stage: medians of interleaved rounds, each in a process of its own, ours
+    set up as our loader processes are."""
     times: dict[str, list[Counter]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
@@ -322,7 +325,7 @@ def _drawn_groups(
 def loader_speed(
     annotations: Annotations, data: DataConfig, batch_size: int, device_batch_size: int, seed: int, num_workers: int
 ) -> dict[str, Any]:
-    """Images a second that arrive in the training process, by the wall clock, after an unmeasured epoch."""
+    """Images per second that arrive in the training process, by the wall clock, after an unmeasured epoch."""
     loaders = DetectionData(
         annotations,
         annotations,

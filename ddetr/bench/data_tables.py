@@ -23,13 +23,14 @@ def header(report: Mapping[str, Any]) -> list[str]:
         describe(report["machine"]),
         report["command"],
         f"{report['num_images']} images of {report['data']}, augmentation {report['augmentation']}, image_size "
-        f"{report['image_size']}, steps of {report['batch_size']} images in micro-batches of {report['device_batch_size']}",
+        f"{report['image_size']}, steps of {report['batch_size']} images in micro-batches of "
+        f"{report['device_batch_size']}",
     ]
 
 
 def of_sides(report: Mapping[str, Any]) -> list[Any]:
-    """One core: images a second of each side, the ratio, and where the time goes."""
-    table = _table("", "images/s", "ratio", "ms an image")
+    """One core: images per second of each side, the ratio, and where the time goes."""
+    table = _table("", "images/s", "ratio", "ms per image")
     for row in report["rows"]:
         table.add_row(*_side_cells(row)[:-1])
     where = [f"  {row['side']}: {_side_cells(row)[-1]}" for row in report["rows"]]
@@ -45,7 +46,7 @@ def of_padding(report: Mapping[str, Any]) -> list[Any]:
 
 
 def of_loaders(report: Mapping[str, Any]) -> list[Any]:
-    """Images a second by number of loader processes."""
+    """Images per second by number of loader processes."""
     table = _table("processes", "images/s")
     for row in report["loaders"]:
         table.add_row(str(row["num_workers"]), f"{row['images_per_second']:.0f}")
@@ -61,8 +62,8 @@ def correctness(report: Mapping[str, Any]) -> Iterator[str]:
     if not report["left_out"]:
         checked = report["checked"]
         yield (
-            f"both sides gave the same labels and sizes, boxes within {checked['boxes']:.0e} of the image's side, and pixels "
-            f"that differ by {checked['pixels']:.1f} of 255 levels in the mean (resampled once, and twice)"
+            f"both sides gave the same labels and sizes, boxes within {checked['boxes']:.0e} of the image's side, and "
+            f"pixels that differ by {checked['pixels']:.1f} of 255 levels in the mean (resampled once, and twice)"
         )
 
 
@@ -79,7 +80,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"## One core: CPU time, median of {report['rounds']} interleaved rounds",
         "",
-        "| side | images/s | ratio | ms an image | of which |",
+        "| side | images/s | ratio | ms per image | of which |",
         "|---|---|---|---|---|",
         *(f"| {' | '.join(_side_cells(row))} |" for row in report["rows"]),
         "",

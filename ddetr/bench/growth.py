@@ -43,13 +43,13 @@ PANELS = {
         "queries", "Queries (480x640)", {q: Size(1, pyramid(*_IMAGE), q) for q in (100, 300, 1000, 3000, 10000)}
     ),
     "points": Panel(
-        "sampled points a query and head",
+        "sampled points per query and head",
         "Points (480x640, 1000 queries, 4 levels)",
         {4 * p: Size(1, pyramid(*_IMAGE), 1000, points=p) for p in (1, 2, 4, 8, 16, 32)},
     ),
     "levels": Panel(
         "levels",
-        "Levels (480x640, 1000 queries, 4 points a level)",
+        "Levels (480x640, 1000 queries, 4 points per level)",
         {n: Size(1, pyramid(*_IMAGE, STRIDES[:n]), 1000) for n in (1, 2, 3, 4)},
     ),
     "image": Panel(

@@ -12,7 +12,7 @@ from ddetr.engine.config import OptimConfig
 from ddetr.engine.step import MicroBatch
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
-from ddetr.runtime.precision import AUTOCAST
+from ddetr.runtime.precision import PRECISIONS
 
 
 def network_like(detector: DeformableDETR) -> DeformableDetrForObjectDetection:
@@ -70,7 +70,7 @@ def transformers_step(
     model = network_like(detector).to(device)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=optim.lr, weight_decay=optim.weight_decay)
-    dtype = AUTOCAST.get(precision)
+    dtype = PRECISIONS[precision].autocast
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def step(batch: list[MicroBatch]) -> float:

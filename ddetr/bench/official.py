@@ -1,9 +1,9 @@
 """A training step as the official recipe has it, read plainly: what ours is measured against.
 
-Written from the recipe (arXiv:2010.04159 and its published settings), not from its code: each decoder layer is matched by
-itself, from a cost matrix of all predictions of the batch against all objects of the batch; the operator is grid_sample;
-images are normalised on the CPU and always have a mask; AdamW runs without fused kernels. The network is ours, whose
-outputs and gradients are the official ones.
+Written from the recipe (arXiv:2010.04159 and its published settings), not from its code: each decoder layer is matched
+by itself, from a cost matrix of all predictions of the batch against all objects of the batch; the operator is
+grid_sample; images are normalised on the CPU and always have a mask; AdamW runs without fused kernels. The network is
+ours, whose outputs and gradients are the official ones.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -26,6 +26,7 @@ from ddetr.bench.timing import (
 from ddetr.errors import InputError
 from ddetr.files import make_folder, write_text
 from ddetr.ops.reference import attention_step_reference
+from ddetr.runtime.device import choose_device
 
 FORWARD, BOTH = tables.KINDS
 COMPARED = ("output", "gradient of value", "gradient of offsets", "gradient of logits")
@@ -63,8 +64,8 @@ def bench_op(
 
     Args:
         device: where to measure.
-        sizes: names or patterns with commas between, such as "decoder-demo,encoder-*-b1"; "*" is all, "none" no table, and
-            a wrong name lists them.
+        sizes: names or patterns with commas between, such as "decoder-demo,encoder-*-b1"; "*" is all, "none" no table,
+            and a wrong name lists them.
         dtype: of values, offsets and logits; "auto" is float32 on the CPU, both on CUDA.
         threads: on the CPU; one is timed by its own CPU time, more by the wall clock.
         rounds: turns of each side, of which the median counts; by default 5 on the CPU, 30 on CUDA.
@@ -78,7 +79,7 @@ def bench_op(
         InputError: no such size or device, or a number below 1.
     """
     settings = dict(locals())
-    where, rounds = _device(device), _ROUNDS[device] if rounds is None else rounds
+    where, rounds = choose_device(device), _ROUNDS[device] if rounds is None else rounds
     for name, number in (("threads", threads), ("rounds", rounds)):
         if number < 1:
             raise InputError(f"--{name}: expected at least 1, got {number}")
@@ -165,7 +166,7 @@ def measure(
 
 
 def figures(times: Mapping[str, Mapping[str, Sequence[float]]], num_bytes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Milliseconds of kind -> side -> rounds, made into a row a side: medians, ratios to grid_sample's, GB/s."""
+    """Milliseconds of kind -> side -> rounds, made into a row per side: medians, ratios to grid_sample's, GB/s."""
     rows = []
     for side in times[FORWARD]:
         row: dict[str, Any] = {"side": side}
@@ -208,14 +209,6 @@ def errors_of(step: Step, leaves: Inputs, truth: Truth) -> dict[str, float]:
 
 def _both(step: Step, leaves: Inputs, grad_output: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(step(*leaves), leaves[:3], grad_output)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device here; --device cpu measures on the processor")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -8,7 +8,8 @@ _PROCESS = Path("/proc/self")
 
 
 class Peak:
-    """Bytes from `start` to `bytes`: what PyTorch allocates on a GPU, what the whole process holds on the CPU (Linux)."""
+    """Bytes from `start` to `bytes`: what PyTorch allocates on a GPU, what the whole process holds on the CPU
+    (Linux)."""
 
     def __init__(self, device: torch.device):
         self.device = device

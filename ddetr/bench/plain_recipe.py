@@ -1,7 +1,9 @@
-"""The official training recipe step by step, as the paper's code and its descendants run it: Pillow's images, float tensors.
+"""The official training recipe step by step, as the paper's code and its descendants run it: Pillow's images, float
+tensors.
 
-The other side of `ddetr bench data`: decode, flip, resize, crop, resize with Pillow, boxes with PyTorch, then `to_tensor`
-and `normalize`. What is done to an image, the `View`, is drawn as in our recipe, so that sizes, boxes and labels must agree.
+The other side of `ddetr bench data`: decode, flip, resize, crop, resize with Pillow, boxes with PyTorch, then
+`to_tensor` and `normalize`. What is done to an image, the `View`, is drawn as in our recipe, so that sizes, boxes and
+labels must agree.
 """
 
 from typing import Any

@@ -3,7 +3,6 @@
 Shapes: N batch, S = sum_l H_l*W_l, M heads, D head size, Q queries, L levels, P points.
 """
 
-import difflib
 import fnmatch
 import math
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from ddetr.errors import InputError
 from ddetr.ops.corners import corners_of
 from ddetr.ops.reference import sampling_locations_reference
+from ddetr.wording import did_you_mean
 
 STRIDES = (8, 16, 32, 64)
 _MARGIN = 0.05  # of a cell
@@ -80,8 +80,7 @@ def chosen_sizes(patterns: str) -> dict[str, Size]:
     for pattern in (part.strip() for part in patterns.split(",")):
         found = set() if pattern == "none" else set(fnmatch.filter(SIZES, pattern))
         if not found and pattern != "none":
-            near = difflib.get_close_matches(pattern, SIZES, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(pattern, SIZES)
             raise InputError(f"--sizes: no size is called {pattern!r}{hint}: expected some of {', '.join(SIZES)}, none")
         wanted |= found
     return {name: size for name, size in SIZES.items() if name in wanted}

@@ -1,4 +1,5 @@
-"""The figures of `ddetr bench train` for people: tables of the terminal, and a markdown file for benchmarks/results/."""
+"""The figures of `ddetr bench train` for people: tables of the terminal, and a markdown file for
+benchmarks/results/."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +16,9 @@ def header(report: Mapping[str, Any]) -> list[str]:
     threads = f", {report['threads']} threads" if report["threads"] else ""
     return [
         describe(report["machine"]),
-        f"{report['command']}: medians of {report['steps']} steps after {report['warmup']} on {report['device']}{threads}",
-        f"{settings['images']}; {settings['batch_size']} images a step, {settings['device_batch_size']} at a time, "
+        f"{report['command']}: medians of {report['steps']} steps after {report['warmup']} on "
+        f"{report['device']}{threads}",
+        f"{settings['images']}; {settings['batch_size']} images per step, {settings['device_batch_size']} at a time, "
         f"precision {settings['precision']}, activation checkpointing {_on(settings['activation_checkpointing'])}, "
         f"compile {_on(settings['compile'])}; {settings['model'].get('backbone', 'resnet50')}",
     ]
@@ -38,7 +40,7 @@ def split(report: Mapping[str, Any]) -> Table:
 
 def sides(report: Mapping[str, Any]) -> Table:
     """The same step by others, on batches that are in memory."""
-    table = _table("", "ms a step", "images/s", "times ours", "peak memory")
+    table = _table("", "ms per step", "images/s", "times ours", "peak memory")
     for row in report["sides"]:
         table.add_row(*_cells(row))
     return table
@@ -71,7 +73,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += [f"| {name} | {ms:.1f} | {100 * engine['share'][name]:.1f} % |" for name, ms in engine["ms"].items()]
     if report["sides"]:
         lines += ["", f"The same step on {report['compared_batches']} batches that are in memory:", ""]
-        lines += ["| side | ms a step | images/s | times ours | peak memory |", "|---|---|---|---|---|"]
+        lines += ["| side | ms per step | images/s | times ours | peak memory |", "|---|---|---|---|---|"]
         lines += [f"| {' | '.join(_cells(row))} |" for row in report["sides"]]
         lines += ["", *(f"- {name}: {what}" for name, what in report["descriptions"].items())]
     lines += [f"- {line}" for line in left_out(report)]

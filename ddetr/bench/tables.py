@@ -68,7 +68,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"{report['rounds']} interleaved rounds; in brackets the ratio to {BASE}.",
         f"- Bandwidth: {copy}. GB/s are the bytes that must move (the sampled values, other inputs, output,",
         "  gradients, each once) over the time; what lies in a cache can be faster than a copy.",
-        "- Every side gave the output and the gradients of the reference in float64 before it was timed; `error` is its",
+        "- Every side gave the output and the gradients of the reference in float64 before it was timed; `error` is "
+        "its",
         "  largest deviation, relative to the largest value.",
     ]
     lines += [f"- {line[0].upper()}{line[1:]}." for line in correctness(report)]

@@ -99,7 +99,7 @@ def copy_bandwidth(device: torch.device, clock: Clock) -> float:
 
 
 def gigabytes_per_second(num_bytes: int, milliseconds: float) -> float:
-    """10^9 bytes a second."""
+    """10^9 bytes per second."""
     return num_bytes / milliseconds / 1e6
 
 

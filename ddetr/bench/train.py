@@ -34,7 +34,8 @@ from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.files import make_folder, write_text
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.allocator import use_expandable_segments
-from ddetr.runtime.precision import PRECISIONS, exactness
+from ddetr.runtime.device import choose_device
+from ddetr.runtime.precision import PRECISIONS, numerics
 from ddetr.settings import flat, kept
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ def bench_train(
         raise InputError(
             "bench train measures sizes that are given: --batch_size and --device_batch_size are numbers here"
         )
-    where = _device(config.device)
+    where = choose_device(config.device)
     if config.compile:
         check_compiler(where.type)
     if where.type == "cuda":
@@ -216,8 +217,8 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
         data = BatchesInMemory(
             [plan.batches[index % len(plan.batches)] for index in range(steps + warmup)], watch.region
         )
-    precision = PRECISIONS[plan.config.precision]
-    with exactness(deterministic=plan.config.deterministic, tf32=plan.config.tf32):
+    precision = PRECISIONS[plan.config.precision].lightning
+    with numerics(deterministic=plan.config.deterministic, tf32=plan.config.tf32):
         run_steps(
             module,
             data,
@@ -342,10 +343,3 @@ def _not_measured(config: TrainConfig) -> dict[str, Any]:
     """Options of training that are set, that would change a step, and that this measurement knows nothing of."""
     now, usual = flat(kept(config)), flat(kept(TrainConfig(DataConfig(""))))
     return {f"--{name}": now[name] for name in _NOT_MEASURED if now[name] != usual[name]}
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no CUDA device here; --device cpu measures on the processor")
-    use_cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")

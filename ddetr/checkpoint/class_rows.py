@@ -1,11 +1,12 @@
 """Which row of a foreign class head belongs to which class of ours."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, NUM_IDS
 from ddetr.datasets.annotations import Category
+from ddetr.wording import first_few
 
 
 class RowClass(NamedTuple):
@@ -42,7 +43,7 @@ def match_rows(
         return rows, ""
     new = [category.name for category, row in zip(categories, rows) if row is None and category.name]
     how = f"{note}rows of {sum(row is not None for row in rows)} of {num_classes} classes copied by {by}"
-    return rows, how + (f", new: {_some(new)}" if new else "")
+    return rows, how + (f", new: {first_few(new, 5)}" if new else "")
 
 
 def _rows_of(classes: Sequence[RowClass], categories: Sequence[Category]) -> tuple[list[int | None], str]:
@@ -69,8 +70,3 @@ def _coco_categories(classes: Sequence[RowClass], num_classes: int) -> tuple[Cat
 
 def _normalised(name: str) -> str:
     return re.sub(r"[\s_-]+", " ", name).strip().casefold()
-
-
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

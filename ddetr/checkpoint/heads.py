@@ -13,8 +13,9 @@ from ddetr.models.deformable_detr import DeformableDETR
 class HeadMap:
     """Which head of the file each head of the model starts from.
 
-    A plain model has one head for all decoder layers; a refining one has a head a layer; a two-stage one has a further
-    head for its proposals. A box head corrects points (plain; the first layer of refining) or boxes (all others).
+    A plain model has one head for all decoder layers; a refining one has a head per layer; a two-stage one has a
+    further head for its proposals. A box head corrects points (plain; the first layer of refining) or boxes (all
+    others).
     """
 
     def __init__(self, source: SourceWeights, model: DeformableDETR):

@@ -156,8 +156,8 @@ def parse_checkpoint(path: Path, content: Any, metadata: Mapping[str, str]) -> C
     version = header.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise InputError(
-            f"{path}: expected a checkpoint of format {FORMAT_VERSION} or older, got format {version}, written by ddetr "
-            f"{header.get('ddetr_version')}: this is ddetr {__version__}, upgrade it (pip install -U ddetr)"
+            f"{path}: expected a checkpoint of format {FORMAT_VERSION} or older, got format {version}, written by "
+            f"ddetr {header.get('ddetr_version')}: this is ddetr {__version__}, upgrade it (pip install -U ddetr)"
         )
     wrong = [name for name, kind in _PLAIN_FIELDS.items() if not isinstance(header.get(name), kind)]
     if wrong or not isinstance(model, dict) or not all(isinstance(tensor, Tensor) for tensor in model.values()):
@@ -179,8 +179,8 @@ def build_from_checkpoint(checkpoint: Checkpoint) -> DeformableDETR:
     unknown = [name for name in checkpoint.config if name not in known]
     if unknown:
         raise InputError(
-            f"the checkpoint was made by ddetr {checkpoint.ddetr_version} with {unknown[0]!r}, which ddetr {__version__} "
-            "does not know: upgrade it (pip install -U ddetr)"
+            f"the checkpoint was made by ddetr {checkpoint.ddetr_version} with {unknown[0]!r}, which ddetr "
+            f"{__version__} does not know: upgrade it (pip install -U ddetr)"
         )
     model = DeformableDETR(**portable_config(checkpoint.config))
     try:

@@ -82,8 +82,8 @@ class _Transfer:
         hidden_dim = self.source.tensors["transformer.level_embed"].shape[1]
         if hidden_dim != self.config["hidden_dim"]:
             raise InputError(
-                f"{path}: expected weights of hidden_dim {self.config['hidden_dim']}, as the model has, got {hidden_dim}: "
-                f"set hidden_dim={hidden_dim}"
+                f"{path}: expected weights of hidden_dim {self.config['hidden_dim']}, as the model has, got "
+                f"{hidden_dim}: set hidden_dim={hidden_dim}"
             )
         report = LoadReport(path, self.source.kind)
         for name, own in self.own.items():

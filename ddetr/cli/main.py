@@ -4,7 +4,6 @@ Exit codes: 0 done; 2 the input is wrong (one sentence says what); 1 the program
 `ddetr doctor` are in ddetr/doctor/causes.py.
 """
 
-import difflib
 import inspect
 import json
 import os
@@ -18,6 +17,7 @@ from typing import Any, Literal
 from ddetr import __version__, console
 from ddetr.cli.parser import Parser
 from ddetr.errors import InputError
+from ddetr.wording import did_you_mean
 
 
 def train_command(parser: Parser) -> Callable[[Any], None]:
@@ -388,9 +388,9 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
     if name is None:
         if group := [n.split()[1] for n in COMMANDS if n.startswith(f"{arguments[0]} ")]:
             raise InputError(f"ddetr {arguments[0]}: expected a command, one of: {', '.join(group)}")
-        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"no command {arguments[0]!r}{hint}: expected one of {', '.join(COMMANDS)}")
+        raise InputError(
+            f"no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}: expected one of {', '.join(COMMANDS)}"
+        )
     parser = Parser(name, COMMANDS[name].__doc__)
     run = COMMANDS[name](parser)
     return partial(run, parser.read(arguments[len(name.split()) :]))

@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ddetr.errors import InputError
+from ddetr.wording import did_you_mean
 
 SHORT = {"--data": "--data.path"}
 RENAMED = {"--data.num_workers": "--num_workers"}  # of `ddetr eval`, by its old name
@@ -108,8 +109,7 @@ class Parser(ArgumentParser):
         expected, choices = _described(_type_of(action))
         if _is_list(_type_of(action)):  # ['a', 'b'], as jsonargparse shows it
             value = ",".join(re.findall(r"'([^']*)'", value)) or value
-        near = difflib.get_close_matches(value, choices, n=1)
-        return f"{where}: expected {expected}, got {value!r}" + (f" (did you mean {near[0]}?)" if near else "")
+        return f"{where}: expected {expected}, got {value!r}{did_you_mean(value, choices)}"
 
     def _shown(self, dest: str) -> str:
         """An option as a person would type it."""
@@ -124,9 +124,7 @@ class Parser(ArgumentParser):
         try:
             content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            folder = Path(name).parent
-            near = difflib.get_close_matches(Path(name).name, [path.name for path in folder.glob("*")], n=1)
-            hint = f" (did you mean {folder / near[0]}?)" if near else ""
+            hint = did_you_mean(Path(name).name, (path.name for path in Path(name).parent.glob("*")))
             raise InputError(f"--config {name}: there is no such file{hint}") from None
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no text"

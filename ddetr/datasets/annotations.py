@@ -1,11 +1,10 @@
 """The one in-memory form of a data set: every reader returns it; audit, data set, evaluation and sharding take it.
 
-Arrays are numpy: n objects an image, K categories. A category's place in `Annotations.categories` is its label.
+Arrays are numpy: n objects per image, K categories. A category's place in `Annotations.categories` is its label.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ddetr.errors import InputError
+from ddetr.wording import did_you_mean
 
 ACTIONS = ("note", "repaired", "dropped", "refused")
 MAX_PLACES = 10_000  # a kind; a finding that repeats in each of COCO's 860,000 objects is counted, not listed
@@ -256,12 +256,6 @@ def match_categories(
     return labels
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' Did you mean "x"?' or '' — the tail of an error message."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f' Did you mean "{close[0]}"?' if close else ""
-
-
 def split_error(path: Path, split: str, known: Sequence[str]) -> InputError:
     listed = ", ".join(known) if known else "none"
-    return InputError(f'{path} has no split "{split}"; it has: {listed}.{did_you_mean(split, known)}')
+    return InputError(f'{path} has no split "{split}"; it has: {listed}{did_you_mean(split, known)}')

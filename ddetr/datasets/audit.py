@@ -293,8 +293,8 @@ def _report_classes(train: Annotations, summaries: Sequence[SplitSummary], log: 
 
 
 def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> None:
-    """The same content in training and validation. Files of one size are candidates, of those the ends are compared, and of
-    those the whole: on COCO a few hundred megabytes are read instead of 20 GB."""
+    """The same content in training and validation. Files of one size are candidates, of those the ends are compared,
+    and of those the whole: on COCO a few hundred megabytes are read instead of 20 GB."""
     shared = set(train.file_sizes) & set(val.file_sizes) - {-1, 0}
     of_training: dict[tuple[int, bytes], list[Path]] = defaultdict(list)
     for path, size in zip(train.paths, train.file_sizes, strict=True):

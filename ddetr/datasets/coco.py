@@ -32,11 +32,11 @@ def build_coco_dataset(image_set: str, args: Namespace | Mapping[str, Any]) -> D
     """
     options = dict(args) if isinstance(args, Mapping) else vars(args)
     if image_set not in ("train", "val"):
-        raise InputError(f'image_set is "train" or "val", not {image_set!r}.')
+        raise InputError(f'image_set is "train" or "val", not {image_set!r}')
     if options.get("masks"):
-        raise InputError("masks=True is segmentation, which ddetr does not do; leave it out or set it to False.")
+        raise InputError("masks=True is segmentation, which ddetr does not do; leave it out or set it to False")
     if not options.get("coco_path"):
-        raise InputError("args must have coco_path, the folder of the data set.")
+        raise InputError("args must have coco_path, the folder of the data set")
     if options.get("cache_mode"):
         logger.info("cache_mode: images are not kept in memory; the operating system caches the files.")
     annotations = _load(Path(options["coco_path"]), image_set)
@@ -53,5 +53,5 @@ def _load(coco_path: Path, image_set: str) -> Annotations:
     if image_set == "train":
         return load_annotations(coco_path, train_split)
     if val_split is None:
-        raise InputError(f"{coco_path} has no validation split; it has {train_split}.")
+        raise InputError(f"{coco_path} has no validation split; it has {train_split}")
     return load_annotations(coco_path, val_split, categories=load_annotations(coco_path, train_split).categories)

@@ -39,7 +39,7 @@ def load_json(file: Path) -> dict[str, Any]:
             content = json.load(stream, object_hook=without_mask)
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{file} is broken JSON: {error.msg} at line {error.lineno}, column {error.colno}. Restore or re-export it."
+            f"{file} is broken JSON: {error.msg} at line {error.lineno}, column {error.colno}; restore or re-export it"
         ) from None
     except (OSError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{file} can't be read: {error}") from None
@@ -47,7 +47,7 @@ def load_json(file: Path) -> dict[str, Any]:
         found = f"a {type(content).__name__}" if not isinstance(content, dict) else f"the keys {', '.join(content)}"
         raise InputError(
             f'{file} is no COCO annotation file: expected an object with "images", "annotations" and "categories", '
-            f"found {found}."
+            f"found {found}"
         )
     return content
 
@@ -70,7 +70,7 @@ def read_categories(file: Path) -> tuple[Category, ...] | None:
 def entries_of(content: dict[str, Any], key: str, file: Path) -> list[dict[str, Any]]:
     entries = content[key]
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f'{file}: "{key}" must be a list of objects.')
+        raise InputError(f'{file}: "{key}" must be a list of objects')
     return entries
 
 

@@ -100,7 +100,8 @@ def _read(
 def _images(
     entries: Sequence[dict[str, Any]], log: FindingLog, shown: str
 ) -> tuple[np.ndarray, list[str], np.ndarray, dict[Any, int]]:
-    """Ids (I,), file names, declared sizes (I, 2) as (h, w) with 0 for unknown, and the index of each id in the file."""
+    """Ids (I,), file names, declared sizes (I, 2) as (h, w) with 0 for unknown, and the index of each id in the
+    file."""
     index_of_id: dict[Any, int] = {}
     ids: list[Any] = []
     names: list[str] = []

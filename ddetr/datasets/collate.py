@@ -16,7 +16,8 @@ from ddetr.padding import pad_images
 def collate(
     samples: Sequence[tuple[Tensor, dict[str, Any]]], shapes: Sequence[tuple[int, int]] = ()
 ) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
-    """Pads right and bottom with 0, no size divisor (facts.md, 6); to the smallest of `shapes` (H, W) where some are given.
+    """Pads right and bottom with 0, no size divisor, as the official code; to the smallest of `shapes` (H, W) where
+    some are given.
 
     samples: (image (3, h, w) of one dtype, target) pairs. Returns images (N, 3, H, W), mask (N, H, W) bool with
     True = padding, and the targets as a list. uint8 images stay uint8: `normalize_images(images, mask)` makes of them

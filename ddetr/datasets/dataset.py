@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ddetr.boxes import box_xyxy_to_cxcywh, relative_boxes
+from ddetr.boxes import relative_boxes
 from ddetr.datasets.annotations import Annotations, Category, ImageRecord
 from ddetr.datasets.images import read_image
-from ddetr.datasets.transforms import Recipe, normalize_images, view_of_image, view_of_objects
+from ddetr.datasets.transforms import normalize_images
 from ddetr.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -43,13 +43,13 @@ class DetectionDataset(Dataset):
 
     Args:
         annotations: what a reader returned.
-        transform: takes and returns (tv_tensors.Image uint8, dict with `boxes` as tv_tensors.BoundingBoxes XYXY, `labels`,
-            `area`, `iscrowd`); any torchvision v2 transform does.
+        transform: takes and returns (tv_tensors.Image uint8, dict with `boxes` as tv_tensors.BoundingBoxes XYXY,
+            `labels`, `area`, `iscrowd`); any torchvision v2 transform does.
         normalize: float32 normalised images instead of uint8.
         train: kept for whoever holds the data set (samplers, loggers); samples don't depend on it.
         on_error: "raise" stops at a file that can't be read (InputError naming it); "skip" logs it and lets another
-            image stand in, chosen by the sample's seed, which is for training only. A function is called with the path and
-            the reason instead of the log; with worker processes in the worker.
+            image stand in, chosen by the sample's seed, which is for training only. A function is called with the path
+            and the reason instead of the log; with worker processes in the worker.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class DetectionDataset(Dataset):
         on_error: str | OnError = "raise",
     ) -> None:
         if on_error not in ("raise", "skip") and not callable(on_error):
-            raise InputError(f'on_error is "raise", "skip" or a function, not {on_error!r}.')
+            raise InputError(f'on_error is "raise", "skip" or a function, not {on_error!r}')
         if on_error != "raise" and not train:
-            raise InputError('on_error="skip" swaps images, which would falsify an evaluation; use "raise" there.')
+            raise InputError('on_error="skip" swaps images, which would falsify an evaluation; use "raise" there')
         self.annotations = annotations
         self.transform = transform
         self.normalize = normalize
@@ -98,12 +98,13 @@ class DetectionDataset(Dataset):
                 if callable(self.on_error):
                     self.on_error(str(record.path), str(error))
                 else:
-                    logger.warning("%s Another image stands in for it.", error)
+                    logger.warning("%s; another image stands in for it", error)
             others = sample_seed(seed, attempt, index) % max(1, len(self) - 1)  # never the image itself
             record = self.annotations.images[(index + 1 + others) % len(self)]
         raise InputError(
-            f"{MOST_STAND_INS + 1} images of {self.annotations.name} in a row can't be read, the last is {record.path}: "
-            "restore them, or mend the path; `ddetr data audit --decode true` lists all that are damaged"
+            f"{MOST_STAND_INS + 1} images of {self.annotations.name} in a row can't be read, the last is "
+            f"{record.path}: restore them, or correct the path; `ddetr data audit --decode true` lists all that are "
+            "damaged"
         )
 
     def _load(self, record: ImageRecord) -> tuple[Tensor, dict[str, Tensor]]:
@@ -112,8 +113,6 @@ class DetectionDataset(Dataset):
     def augmented(self, record: ImageRecord, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The sample of an image that was read already; pixels (3, h, w) uint8 of the record's `size_hw`."""
         keep = ~record.ignore
-        if isinstance(self.transform, Recipe):
-            return self._view(pixels, record, keep, self.transform)
         image = tv_tensors.Image(pixels)
         canvas_size = (image.shape[1], image.shape[2])
         boxes = torch.from_numpy(record.boxes_xyxy[keep])  # indexing with a mask copies: the record stays untouched
@@ -128,36 +127,16 @@ class DetectionDataset(Dataset):
         target = {**target, "image_id": torch.tensor(record.image_id), "orig_size": torch.tensor(record.size_hw)}
         return self._finish(torch.as_tensor(image).as_subclass(Tensor), target)
 
-    def _view(
-        self, pixels: Tensor, record: ImageRecord, keep: np.ndarray, recipe: Recipe
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What `recipe(image, target)` and `_finish` would give, without a fifth of a millisecond of small tensors."""
-        view = recipe.draw(record.size_hw)
-        boxes, area, kept = view_of_objects(record.boxes_xyxy[keep], record.area[keep], view, record.size_hw)
-        labels = record.labels[keep] if kept is None else record.labels[keep][kept]
-        target = {
-            "boxes": relative_boxes(boxes, view.out_hw),
-            "labels": labels,
-            "area": area,
-            "iscrowd": np.zeros(len(labels), np.int64),
-            "image_id": np.array(record.image_id),
-            "orig_size": np.array(record.size_hw),
-            "size": np.array(view.out_hw),
-        }
-        target = {name: torch.from_numpy(values) for name, values in target.items()}
-        image = view_of_image(pixels, view)
-        return normalize_images(image) if self.normalize else image, target
-
     def _finish(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         height, width = image.shape[1:]
         lengths = {name: len(target[name]) for name in ("boxes", "labels", "area", "iscrowd")}
         if len(set(lengths.values())) > 1:
             raise InputError(
-                f"The transform left {lengths}: all four must keep the same objects. With torchvision's "
-                'SanitizeBoundingBoxes, give labels_getter=lambda s: [s[1][k] for k in ("labels", "area", "iscrowd")].'
+                f"the transform left {lengths}: all four must keep the same objects; with torchvision's "
+                'SanitizeBoundingBoxes, give labels_getter=lambda s: [s[1][k] for k in ("labels", "area", "iscrowd")]'
             )
         boxes_xyxy = target["boxes"].as_subclass(Tensor).to(torch.float32).reshape(-1, 4)
-        target["boxes"] = box_xyxy_to_cxcywh(boxes_xyxy) / torch.tensor([width, height, width, height])
+        target["boxes"] = torch.from_numpy(relative_boxes(boxes_xyxy.numpy(), (height, width)))
         target["size"] = torch.tensor([height, width])
         if self.normalize:
             image = normalize_images(image)

@@ -93,16 +93,16 @@ def settle_size(
     if declared_hw is None or tuple(declared_hw) == actual_hw:
         if header.orientation > 1 and len(boxes_xyxy) and (declared_hw is None or header.stored_hw == actual_hw):
             message = (
-                f"{path.name} is turned by its EXIF orientation and its size does not tell whether its boxes were drawn "
-                "on the turned image; that was taken."
+                f"{path.name} is turned by its EXIF orientation and its size does not tell whether its boxes were "
+                "drawn on the turned image; that was taken."
             )
             log.add("orientation", "note", where, message)
         return actual_hw
     declared = f"{declared_hw[1]} x {declared_hw[0]}"
     if tuple(declared_hw) == header.stored_hw:
         message = (
-            f"{path.name} is turned by its EXIF orientation, but its boxes were drawn on the {declared} pixels as stored; "
-            "it is used as stored."
+            f"{path.name} is turned by its EXIF orientation, but its boxes were drawn on the {declared} pixels as "
+            "stored; it is used as stored."
         )
         log.add("orientation", "repaired", where, message)
         return header.stored_hw

@@ -1,6 +1,6 @@
 """What an image file says of itself in its first bytes: size and orientation; nothing is decoded.
 
-JPEG and PNG, which are nearly all of any data set, are parsed here (about 20 us a file: Pillow needs five times that,
+JPEG and PNG, which are nearly all of any data set, are parsed here (about 20 us per file: Pillow needs five times that,
 and for a PNG without EXIF it decodes the whole image); everything else is asked of Pillow. Both `image_size_hw` and
 `read_image` go through this file, so that a size and the pixels can't disagree about orientation.
 """
@@ -20,8 +20,8 @@ _STANDALONE_MARKERS = frozenset([0x01, *range(0xD0, 0xD9)])
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """Size of the pixels as stored, the EXIF orientation (1..8) that turns them upright, and whether the file is a JPEG of
-    the usual kind: 8 bits, grey or three colours."""
+    """Size of the pixels as stored, the EXIF orientation (1..8) that turns them upright, and whether the file is a JPEG
+    of the usual kind: 8 bits, grey or three colours."""
 
     stored_hw: tuple[int, int]
     orientation: int

@@ -1,22 +1,22 @@
 """The decode policy: an image file, or a Pillow image, to upright 8-bit RGB; one function each, used everywhere.
 
-| file                       | what is done                                                                             |
-|----------------------------|------------------------------------------------------------------------------------------|
-| EXIF orientation           | applied: images come upright, as every viewer shows them                                 |
-| greyscale                  | the one channel three times                                                              |
-| palette                    | its colours                                                                              |
-| RGBA, transparency         | laid over white, as browsers and labelling tools show it; hidden colours stay hidden     |
-| 16-bit greyscale           | divided by 257, so that 65,535 is 255; never stretched by the content of a single image  |
-| CMYK                       | converted to RGB by Pillow                                                               |
-| several frames             | the first                                                                                |
-| float or 32-bit pixels     | refused: there is no scale that is right for all                                         |
-| truncated, corrupt, absent | `InputError` naming the file; half an image is never used                                |
+| file                       | what is done                                                                            |
+|----------------------------|-----------------------------------------------------------------------------------------|
+| EXIF orientation           | applied: images come upright, as every viewer shows them                                |
+| greyscale                  | the one channel three times                                                             |
+| palette                    | its colours                                                                             |
+| RGBA, transparency         | laid over white, as browsers and labelling tools show it; hidden colours stay hidden    |
+| 16-bit greyscale           | divided by 257, so that 65,535 is 255; never stretched by the content of a single image |
+| CMYK                       | converted to RGB by Pillow                                                              |
+| several frames             | the first                                                                               |
+| float or 32-bit pixels     | refused: there is no scale that is right for all                                        |
+| truncated, corrupt, absent | `InputError` naming the file; half an image is never used                               |
 
-Pillow decodes, except for JPEGs of the usual kind: torchvision's decoder gives the same pixels in four fifths of the time. It
-is deprecated since torchvision 0.29, so it is used where it is there and agrees with Pillow on a small picture, and Pillow
-decodes everything where it does not. What it refuses is left to Pillow too, whose message is the one that people see.
-Tensors keep the decoder's interleaved memory: (3, h, w) with channels-last strides, which torchvision resizes twice as fast
-as contiguous ones.
+Pillow decodes, except for JPEGs of the usual kind: torchvision's decoder gives the same pixels in four fifths of the
+time. It is deprecated since torchvision 0.29, so it is used where it is there and agrees with Pillow on a small
+picture, and Pillow decodes everything where it does not. What it refuses is left to Pillow too, whose message is the
+one that people see. Tensors keep the decoder's interleaved memory: (3, h, w) with channels-last strides, which
+torchvision resizes twice as fast as contiguous ones.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def _decode_jpeg(data: bytes, header: ImageHeader) -> Tensor | None:
 
 @functools.cache
 def fast_jpeg_decoder() -> Callable[[bytes], Tensor] | None:
-    """torchvision's decoder, JPEG bytes -> (3, h, w) RGB in interleaved memory; None where it is absent or not Pillow's equal.
+    """torchvision's decoder, JPEG bytes -> (3, h, w) RGB in interleaved memory; None where it is absent or not
+    Pillow's equal.
 
     It is the operator beneath `torchvision.io.decode_jpeg`, which warns at each call since 0.29.
     """
@@ -147,8 +148,8 @@ def rgb_from_pillow(image: Image.Image) -> Tensor:
 def size_mismatch(path: str | PathLike, actual_hw: tuple[int, int], expected_hw: tuple[int, int]) -> str:
     (height, width), (expected_height, expected_width) = actual_hw, expected_hw
     return (
-        f"{path} is {width} x {height} pixels, but its annotations are for {expected_width} x {expected_height}: the image "
-        "was resized or replaced after it was annotated. Restore it or correct the annotations."
+        f"{path} is {width} x {height} pixels, but its annotations are for {expected_width} x {expected_height}: the "
+        "image was resized or replaced after it was annotated. Restore it or correct the annotations."
     )
 
 
@@ -158,9 +159,9 @@ _DECODE_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, Imag
 
 def _unreadable(path: str | PathLike, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
-        return InputError(f"There is no image {path}.")
+        return InputError(f"there is no image {path}")
     if isinstance(error, Image.UnidentifiedImageError):
-        return InputError(f"{path} can't be read: it is no image of a known format.")
+        return InputError(f"{path} can't be read: it is no image of a known format")
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return InputError(f"{path} can't be read: {reason}")
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from ddetr.datasets.annotations import Annotations, Category, did_you_mean, split_error
+from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.coco_layout import coco_splits
 from ddetr.datasets.coco_reader import read_coco
 from ddetr.datasets.voc import read_voc, voc_splits
 from ddetr.datasets.yolo import read_yolo, yolo_splits
 from ddetr.errors import InputError
+from ddetr.wording import did_you_mean, first_few
 
 FORMATS = ("coco", "voc", "yolo")  # in the order in which they are tried: a COCO file says most
 _TRAIN_NAMES = ("train", "train2017", "training", "trainval", "all")
@@ -44,7 +45,7 @@ def load_annotations(
     path = _existing(path)
     if annotation_file is not None:
         if format not in ("auto", "coco"):
-            raise InputError(f"annotation_file is for the COCO format; {format} has none.")
+            raise InputError(f"annotation_file is for the COCO format; {format} has none")
         file = _inside(path, annotation_file, "annotation_file")
         root = path if path.is_dir() else _coco_root(file)
         return _read_coco(root, split, file, image_dir, categories, check_images)
@@ -60,7 +61,7 @@ def load_annotations(
         train_split = default_splits(path, "voc")[0]
         return read_voc(path, split, train_split=train_split, image_dir=images, categories=categories)
     if images is not None:
-        raise InputError("image_dir is for COCO and VOC; a YOLO data set names its images in data.yaml.")
+        raise InputError("image_dir is for COCO and VOC; a YOLO data set names its images in data.yaml")
     return read_yolo(path, split, categories=categories)
 
 
@@ -70,11 +71,11 @@ def detect_format(path: str | PathLike) -> str:
     for format in FORMATS:
         if _splits(path, format):
             return format
-    found = "a file of another kind" if path.is_file() else _few(sorted(entry.name for entry in path.iterdir()))
+    found = "a file of another kind" if path.is_file() else first_few(sorted(entry.name for entry in path.iterdir()), 8)
     raise InputError(
-        f"{path} is no data set that is known. Expected COCO (annotations/*.json or */_annotations.coco.json), "
-        f"Pascal VOC (Annotations/*.xml) or YOLO (data.yaml, or images/ and labels/); found {found}. "
-        "Files of other names can be given as annotation_file and image_dir."
+        f"{path} is no data set that is known: expected COCO (annotations/*.json or */_annotations.coco.json), "
+        f"Pascal VOC (Annotations/*.xml) or YOLO (data.yaml, or images/ and labels/); found {found}; "
+        "files of other names can be given as annotation_file and image_dir"
     )
 
 
@@ -88,10 +89,10 @@ def default_splits(path: str | PathLike, format: str = "auto") -> tuple[str, str
     """(training split, validation split) by their names; the second is None where there is none."""
     splits = available_splits(path, format)
     if not splits:
-        raise InputError(f"{path} holds no {format} data set.")
+        raise InputError(f"{path} holds no {format} data set")
     train = _first(splits, _TRAIN_NAMES, "train") or (splits[0] if len(splits) == 1 else None)
     if train is None:
-        raise InputError(f"{path} has the splits {', '.join(splits)}: none is called train; name the one to train on.")
+        raise InputError(f"{path} has the splits {', '.join(splits)}: none is called train; name the one to train on")
     others = [split for split in splits if split not in (train, "trainval")]
     return train, _first(others, _VAL_NAMES, "val")
 
@@ -137,7 +138,7 @@ def _existing(path: str | PathLike) -> Path:
     parent = next(parent for parent in path.absolute().parents if parent.is_dir())
     missing = path.absolute().relative_to(parent).parts[0]
     hint = did_you_mean(missing, (entry.name for entry in parent.iterdir()))
-    raise InputError(f"There is no {path}: {parent} has no {missing!r}.{hint}")
+    raise InputError(f"there is no {path}: {parent} has no {missing!r}{hint}")
 
 
 def _inside(root: Path, name: str | PathLike, option: str) -> Path:
@@ -145,16 +146,12 @@ def _inside(root: Path, name: str | PathLike, option: str) -> Path:
     for place in (base / name, Path(name).expanduser()):
         if place.exists():
             return place
-    raise InputError(f"{option}: there is no {name} in {base}, nor in the working directory.")
+    raise InputError(f"{option}: there is no {name} in {base}, nor in the working directory")
 
 
 def _known(format: str) -> str:
     if format not in FORMATS:
         raise InputError(
-            f"The format is one of auto, {', '.join(FORMATS)}, not {format!r}.{did_you_mean(format, FORMATS)}"
+            f"the format is one of auto, {', '.join(FORMATS)}, not {format!r}{did_you_mean(format, FORMATS)}"
         )
     return format
-
-
-def _few(names: Sequence[str]) -> str:
-    return (", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")) or "nothing"

@@ -31,15 +31,17 @@ _JPEG_QUALITY = 92
 def draw_shapes(
     folder: str | Path, num_train: int = 2000, num_val: int = 200, image_size: int = 160, seed: int = 0
 ) -> Path:
-    """Writes the data set in COCO's layout (`annotations/instances_{train,val}.json`, `train/`, `val/`); returns `folder`.
+    """Writes the data set in COCO's layout (`annotations/instances_{train,val}.json`, `train/`, `val/`); returns
+    `folder`.
 
-    It is drawn beside `folder` and then renamed, so that a folder that is there is complete. One that already holds this
-    very set is used as it is; one that holds anything else raises `InputError`.
+    It is drawn beside `folder` and then renamed, so that a folder that is there is complete. One that already holds
+    this very set is used as it is; one that holds anything else raises `InputError`.
     """
     folder = Path(folder)
     if num_train < 1 or num_val < 1 or image_size < 32:
         raise InputError(
-            f"The shapes need at least 1 image a split and 32 pixels a side, not {num_train}, {num_val} and {image_size}."
+            f"the shapes need at least 1 image per split and 32 pixels per side, not {num_train}, {num_val} and "
+            f"{image_size}"
         )
     parameters = {
         "version": _VERSION,
@@ -63,7 +65,7 @@ def draw_shapes(
         except OSError:
             if not _is_complete(folder, parameters):  # else another process was faster with the same set
                 raise InputError(
-                    f"{folder} holds something other than the shapes asked for; name another folder or remove it."
+                    f"{folder} holds something other than the shapes asked for; name another folder or remove it"
                 ) from None
     finally:
         shutil.rmtree(drawing, ignore_errors=True)

@@ -1,12 +1,13 @@
 """Augmentation recipes: (image, target) to (image, target), on uint8 tensors.
 
-`official`: the recipe of the published results (facts.md, 6), exactly; `plain`: flip and resize; `none`: resize.
+`official`: the recipe of the published results, exactly; `plain`: flip and resize; `none`: resize.
 Every length is the paper's at `image_size=800` and scales with it, so that `image_size=160` is the same recipe on
 images a fifth the size. Randomness is drawn from PyTorch's generator alone.
 
 A recipe first draws a `View`, from the image's size alone, and then makes it. Sizes, boxes and areas are those of the
-steps one after another (flip, resize, crop, resize); the pixels are resampled once, from the window of the original. That
-is half of the work, and sharper: where the steps would resample twice, 8-bit values differ by 2 in the mean on photographs.
+steps one after another (flip, resize, crop, resize); the pixels are resampled once, from the window of the original.
+That is half of the work, and sharper: where the steps would resample twice, 8-bit values differ by 2 in the mean on
+photographs.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from ddetr.datasets.annotations import did_you_mean
 from ddetr.errors import InputError
+from ddetr.wording import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -64,8 +65,8 @@ class Recipe:
     """Flip; then either resize, or resize, crop and resize. `recipe(image, target)` draws a view and makes it.
 
     image: (3, h, w) uint8. target: `boxes` (n, 4) xyxy in pixels, `area` (n,), and what runs along with them: `labels`,
-    `iscrowd`. An object stays as long as any of its area does (the official recipe has no visibility threshold); the crop
-    makes its `area` its box's, and a resize scales it.
+    `iscrowd`. An object stays as long as any of its area does (the official recipe has no visibility threshold); the
+    crop makes its `area` its box's, and a resize scales it.
     """
 
     short_sides: tuple[int, ...]
@@ -135,8 +136,8 @@ def view_of_image(image: Tensor, view: View) -> Tensor:
 def view_of_objects(
     boxes_xyxy: np.ndarray, area: np.ndarray, view: View, size_hw: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Boxes (n, 4) and areas (n,) in an image of (h, w), as the recipe's steps change them one after another; and the mask
-    of the objects that a crop kept, None without one.
+    """Boxes (n, 4) and areas (n,) in an image of (h, w), as the recipe's steps change them one after another; and the
+    mask of the objects that a crop kept, None without one.
 
     In numpy: these are a dozen small operations, each of which costs PyTorch five times as much.
     """
@@ -179,8 +180,9 @@ class Span(NamedTuple):
 
 
 def whole_pixels(start: float, length: float, num_outputs: int, limit: int) -> Span:
-    """The window start..start + length of `limit` pixels, as whole pixels: it is made larger by as many outputs (0 to 8)
-    as bring each border nearest to a border between pixels, and moved there: by at most half a pixel, in the mean by 0.07."""
+    """The window start..start + length of `limit` pixels, as whole pixels: it is made larger by as many outputs (0 to
+    8) as bring each border nearest to a border between pixels, and moved there: by at most half a pixel, in the mean by
+    0.07."""
     step, stop = length / num_outputs, start + length
 
     def off(position: float) -> float:
@@ -217,10 +219,10 @@ def build_transform(recipe: str = "official", *, train: bool, image_size: int = 
     """
     if recipe not in RECIPES:
         raise InputError(
-            f"The augmentation is one of {', '.join(RECIPES)}, not {recipe!r}.{did_you_mean(recipe, RECIPES)}"
+            f"the augmentation is one of {', '.join(RECIPES)}, not {recipe!r}{did_you_mean(recipe, RECIPES)}"
         )
     if image_size < 16:
-        raise InputError(f"image_size is the short side in pixels, 16 or more, not {image_size}.")
+        raise InputError(f"image_size is the short side in pixels, 16 or more, not {image_size}")
     max_size = scaled(PAPER_MAX_SIZE, image_size)
     if not train or recipe == "none":
         return official_eval(image_size, max_size)
@@ -286,7 +288,8 @@ MAX_PADDED_SHAPES = len(_SHAPES)
 
 
 def padded_shapes(image_size: int = PAPER_SIZE, count: int = MAX_PADDED_SHAPES) -> list[tuple[int, int]]:
-    """At most `count` shapes (H, W), multiples of 32, of which one holds any batch of a recipe; that one comes first."""
+    """At most `count` shapes (H, W), multiples of 32, of which one holds any batch of a recipe; that one comes
+    first."""
     if not 1 <= count <= MAX_PADDED_SHAPES:
         raise InputError(f"padded_shapes must lie in 1 to {MAX_PADDED_SHAPES}, got {count}")
     shapes = [tuple(math.ceil(scaled(side, image_size) / 32) * 32 for side in shape) for shape in _SHAPES[:count]]

@@ -1,9 +1,9 @@
-"""Pascal VOC: one XML file an image, splits in `ImageSets/Main/*.txt`.
+"""Pascal VOC: one XML file per image, splits in `ImageSets/Main/*.txt`.
 
 Classes are the names in the training split, sorted; `category_id` is label + 1 (VOC has no ids of its own). Coordinates
-are used as written: VOC's devkit counts pixels from 1 with both corners included, most tools that write its format count
-from 0, and nothing in a file tells which; the difference is one pixel. `difficult` objects are ignored, not dropped.
-Folders of images with their XML files beside them (Roboflow's export) are read too: each folder is a split.
+are used as written: VOC's devkit counts pixels from 1 with both corners included, most tools that write its format
+count from 0, and nothing in a file tells which; the difference is one pixel. `difficult` objects are ignored, not
+dropped. Folders of images with their XML files beside them (Roboflow's export) are read too: each folder is a split.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def voc_root(path: Path) -> Path | None:
         )
         if len(roots) > 1:
             names = ", ".join(root.name for root in roots)
-            raise InputError(f"{path} holds several Pascal VOC data sets ({names}); name one of them.")
+            raise InputError(f"{path} holds several Pascal VOC data sets ({names}); name one of them")
         if roots:
             return roots[0]
     return None

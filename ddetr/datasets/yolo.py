@@ -1,9 +1,9 @@
-"""YOLO: one text file of `class x y w h` lines an image, `labels/` mirroring `images/`, classes in a `data.yaml`.
+"""YOLO: one text file of `class x y w h` lines per image, `labels/` mirroring `images/`, classes in a `data.yaml`.
 
-The YAML is read as it is found in the wild: `path` missing or of another machine, splits as a folder, a list of folders or a
-text file of images, paths relative to the wrong folder, `names` as list or map. Without a YAML, `images/` and `labels/` are
-enough. `category_id` is the id in the label files. An image without a label file is background, as YOLO defines it;
-polygons (segmentation, oriented boxes) become the box around them.
+The YAML is read as it is found in the wild: `path` missing or of another machine, splits as a folder, a list of folders
+or a text file of images, paths relative to the wrong folder, `names` as list or map. Without a YAML, `images/` and
+`labels/` are enough. `category_id` is the id in the label files. An image without a label file is background, as YOLO
+defines it; polygons (segmentation, oriented boxes) become the box around them.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def yolo_yaml(path: Path) -> Path | None:
             return file
     if len(candidates) > 1:
         names = ", ".join(file.name for file in candidates)
-        raise InputError(f"{path} holds several YOLO data sets ({names}); name one of them.")
+        raise InputError(f"{path} holds several YOLO data sets ({names}); name one of them")
     return candidates[0] if candidates else None
 
 
@@ -66,7 +66,7 @@ def _load_yaml(file: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{file} is broken YAML: {getattr(error, 'problem', error)}{place}.") from None
+        raise InputError(f"{file} is broken YAML: {getattr(error, 'problem', error)}{place}") from None
     except OSError as error:
         raise InputError(f"{file} can't be read: {error}") from None
     return content if isinstance(content, dict) else {}
@@ -236,14 +236,14 @@ def _names(root: Path, file: Path | None, log: FindingLog) -> list[Category]:
         try:
             categories = [Category(int(key), str(name)) for key, name in names.items()]
         except (TypeError, ValueError):
-            raise InputError(f"{file}: the keys of names must be class ids (0, 1, ...), found {list(names)}.") from None
+            raise InputError(f"{file}: the keys of names must be class ids (0, 1, ...), found {list(names)}") from None
         categories.sort(key=lambda category: category.category_id)
     elif isinstance(names, list):
         categories = [Category(i, str(name)) for i, name in enumerate(names)]
     else:
         count = content.get("nc")
         if not isinstance(count, int):
-            raise InputError(f"{file} has neither names (a list or a map) nor nc (a number of classes).")
+            raise InputError(f"{file} has neither names (a list or a map) nor nc (a number of classes)")
         categories = [Category(i, f"class_{i}") for i in range(count)]
     if isinstance(content.get("nc"), int) and content["nc"] != len(categories):
         message = f"nc is {content['nc']}, but there are {len(categories)} names; the names were used."

@@ -1,5 +1,5 @@
 """Why a machine is not fit, and the exit code of each cause. The most fundamental comes first: where several are found,
-`ddetr doctor` exits with the lowest, since mending that one often mends the others.
+`ddetr doctor` exits with the lowest, since repairing that one often repairs the others.
 
 Codes 1 and 2 are those of every command: the program failed, the input is wrong.
 """

@@ -119,8 +119,8 @@ def _version_row(facts: Facts) -> Row | None:
         return warning(
             SECTION,
             "driver",
-            f"{what}. Ready-made kernels run (minor-version compatibility), but kernels that are compiled here, as by Triton "
-            "and torch.compile, may fail",
+            f"{what}. Ready-made kernels run (minor-version compatibility), but kernels that are compiled here, as by "
+            "Triton and torch.compile, may fail",
             f"{update}; if the operator fails below: export DDETR_OPS=reference",
         )
     return ok(SECTION, "driver", what)

@@ -14,7 +14,8 @@ _REINSTALL = "uv pip install --reinstall torch torchvision"
 
 
 def check_answer(facts: Facts) -> list[Row]:
-    """Section 1, the first check of every tutorial: is CUDA available? How many GPUs? Which is current? What is its name?
+    """Section 1, the first check of every tutorial: is CUDA available? How many GPUs? Which is current? What is its
+    name?
 
     Its rows are answers; what is broken behind a "no" is in the sections that look for the cause.
     """
@@ -148,7 +149,8 @@ def _library_rows(facts: Facts) -> list[Row]:
             warning(
                 SECTION,
                 "C compiler",
-                "none here, and Triton needs one at first use: the operator then runs in plain PyTorch, which is slower",
+                "none here, and Triton needs one at first use: the operator then runs in plain PyTorch, which is "
+                "slower",
                 installing(facts, "sudo apt install gcc python3-dev"),
             )
         )

@@ -19,7 +19,7 @@ def check_trial(facts: Facts) -> list[Row]:
         if passed := [step for step in done if step.passed]:
             text = "; ".join(f"{step.name} ({step.detail})" if step.detail else step.name for step in passed)
             if device == "cpu" and facts.gpus and not facts.cpu:
-                text += "; the GPUs are not tried before the above is mended"
+                text += "; the GPUs are not tried before the above is repaired"
             rows.append(ok(SECTION, device, text))
         rows.extend(_failed(step, facts) for step in done if not step.passed)
     return rows
@@ -29,8 +29,9 @@ def _failed(step: Step, facts: Facts) -> Row:
     text = f"{step.name} fails: {step.detail}"
     if step.name == "all-reduce":
         to_do = (
-            "NCCL_DEBUG=INFO ddetr doctor shows more; NCCL_P2P_DISABLE=1 helps where GPUs cannot reach each other; docker run "
-            "--shm-size=8g --ulimit memlock=-1 where shared memory is small; until then train on one: CUDA_VISIBLE_DEVICES=0"
+            "NCCL_DEBUG=INFO ddetr doctor shows more; NCCL_P2P_DISABLE=1 helps where GPUs cannot reach each other; "
+            "docker run --shm-size=8g --ulimit memlock=-1 where shared memory is small; until then train on one: "
+            "CUDA_VISIBLE_DEVICES=0"
         )
         return broken(SECTION, step.device, text, to_do, Cause.NCCL)
     if step.name == "nms":
@@ -54,6 +55,6 @@ def _of_computation(step: Step) -> str:
         return f"see whether another program keeps it busy: nvidia-smi -i {index}; a GPU that hangs needs a reboot of the host"
     others = "leave it out: CUDA_VISIBLE_DEVICES=<the others>"
     return (
-        f"look for faults of the card: nvidia-smi -q -i {index} | grep -A8 -i ecc; sudo dmesg | grep -i xid; reboot the host; "
-        f"if it stays, {others}"
+        f"look for faults of the card: nvidia-smi -q -i {index} | grep -A8 -i ecc; sudo dmesg | grep -i xid; reboot "
+        f"the host; if it stays, {others}"
     )

@@ -8,8 +8,8 @@ from ddetr.doctor.rows import Row, broken
 SECTION = "GPU and driver"
 _INSTALL_DRIVER = "Ubuntu: sudo ubuntu-drivers install; Debian: sudo apt install nvidia-driver; then reboot"
 _WINDOWS_DRIVER = (
-    "if Windows has an NVIDIA GPU: install NVIDIA's newest driver in Windows, then wsl --update and wsl --shutdown there, and "
-    "start anew. Install no Linux driver inside WSL: it hides the one that Windows passes in"
+    "if Windows has an NVIDIA GPU: install NVIDIA's newest driver in Windows, then wsl --update and wsl --shutdown "
+    "there, and start anew. Install no Linux driver inside WSL: it hides the one that Windows passes in"
 )
 _NVML_NOT_LOADED, _NVML_MISMATCH, _NVML_UNKNOWN = 9, 18, 999
 _CUDA_STUB, _CUDA_NO_DEVICE, _CUDA_MISMATCH = 34, 100, 803
@@ -48,12 +48,14 @@ def why_unusable(facts: Facts) -> Row | None:
         return broken(
             SECTION,
             "driver",
-            f"Driver/library version mismatch: the driver was updated, and the old one still runs in the kernel{module}",
+            "Driver/library version mismatch: the driver was updated, and the old one still runs in the "
+            f"kernel{module}",
             "in Windows: wsl --shutdown, then start anew; if it stays, " + _WINDOWS_DRIVER
             if machine.wsl
             else "reboot the host"
             + ("; then start this container anew" if machine.container else "")
-            + ". Without a reboot, when no program uses the GPU: sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset nvidia && sudo modprobe nvidia",
+            + ". Without a reboot, when no program uses the GPU: sudo rmmod nvidia_uvm nvidia_drm nvidia_modeset "
+            "nvidia && sudo modprobe nvidia",
             Cause.DRIVER_MISMATCH,
         )
     if usable(facts):
@@ -109,7 +111,8 @@ def _on_wsl(facts: Facts) -> Row:
             SECTION,
             "GPU",
             f"no NVIDIA GPU reaches WSL: {without}",
-            f"{start}{_WINDOWS_DRIVER}. Without one everything runs on the CPU, slowly, and ddetr doctor --cpu checks just that",
+            f"{start}{_WINDOWS_DRIVER}. Without one everything runs on the CPU, slowly, and ddetr doctor --cpu checks "
+            "just that",
             Cause.NO_GPU,
         )
     text = f"the driver of Windows does not start in WSL: {_answers(driver)}"
@@ -196,7 +199,8 @@ def _not_loaded(facts: Facts) -> Row:
         "driver",
         "NVIDIA's libraries are installed, but its kernel module is not at work: it was not built for this kernel, or "
         "Secure Boot refuses it",
-        "sudo modprobe nvidia says why; for a new kernel: sudo dkms autoinstall; for Secure Boot: enrol the key (mokutil)",
+        "sudo modprobe nvidia says why; for a new kernel: sudo dkms autoinstall; for Secure Boot: enrol the key "
+        "(mokutil)",
         Cause.NO_DRIVER,
     )
 

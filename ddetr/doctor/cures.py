@@ -1,4 +1,5 @@
-"""What is to be done, where that depends on the place: nothing can be installed into a container, whose image is built anew."""
+"""What is to be done, where that depends on the place: nothing can be installed into a container, whose image is built
+anew."""
 
 from typing import Any
 
@@ -58,8 +59,8 @@ def another_pytorch(facts: Facts, capability: str | None, *, which: str) -> str 
     and_driver = f" (and driver {needed[0]} or newer)" if too_old and needed else ""
     if container:
         return (
-            "outside the container (no image of ddetr has one for it): pip install . into an environment with PyTorch 2.7 or "
-            f"later for CUDA {first}{and_driver}"
+            "outside the container (no image of ddetr has one for it): pip install . into an environment with PyTorch "
+            f"2.7 or later for CUDA {first}{and_driver}"
         )
     backend = f"cu{first.replace('.', '')}"
     return (
@@ -74,7 +75,7 @@ def newer_pytorch(facts: Facts) -> str:
 
 
 def installing(facts: Facts, command: str) -> str:
-    """A command that mends the environment; in a container, the image that has what it installs."""
+    """A command that repairs the environment; in a container, the image that has what it installs."""
     if facts.machine.container:
         return "leave this container as it is, and build the image anew, in which everything matches: make image"
     return command

@@ -1,5 +1,6 @@
 """What NVIDIA's driver says of itself, through its own two libraries: NVML and libcuda. Runs in a child, since a broken
-driver can crash or hang whoever asks it. ctypes, since it takes seven functions, and must work where nothing is installed.
+driver can crash or hang whoever asks it. ctypes, since it takes seven functions, and must work where nothing is
+installed.
 """
 
 import ctypes

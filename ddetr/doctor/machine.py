@@ -10,6 +10,8 @@ from pathlib import Path
 
 import ddetr
 from ddetr.doctor.facts import Folder, Hardware, Limits, Machine
+from ddetr.runtime.limits import available_cores
+from ddetr.runtime.nvidia import kernel_module
 
 _PATIENCE = 20  # seconds for a folder
 # Where the image mounts them.
@@ -33,7 +35,7 @@ def look(root: str = "/") -> Machine:
         python=platform.python_version(),
         executable=sys.executable,
         ddetr=ddetr.__version__,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        cores=available_cores(Path(root)),
         wsl=Path(root, "dev/dxg").exists() or "microsoft" in platform.release().lower(),
         container=container(Path(root)),
     )
@@ -42,14 +44,13 @@ def look(root: str = "/") -> Machine:
 def look_at_hardware(root: str = "/") -> Hardware:
     base = Path(root)
     devices = [f"/dev/{path.name}" for path in sorted(base.glob("dev/nvidia[0-9]*"))]
-    module = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", _read(base / "proc/driver/nvidia/version"))
     pci = base / "sys/bus/pci/devices"
     gpus = [path for path in _listed(pci) if _is_gpu(path)]
     drivers = {(path / "driver").resolve().name for path in gpus if (path / "driver").exists()}
     return Hardware(
         gpus_on_pci=len(gpus) if pci.is_dir() else None,
         pci_drivers=sorted(drivers),
-        kernel_module=module[1] if module else None,
+        kernel_module=kernel_module(base),
         devices=devices,
         driver_folder=DRIVER_FOLDER if (base / DRIVER_FOLDER[1:] / "libcuda.so.1").exists() else None,
     )

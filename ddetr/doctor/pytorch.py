@@ -1,4 +1,5 @@
-"""What the installed PyTorch says of itself. Runs in a child: an import can crash, and CUDA must not be touched here."""
+"""What the installed PyTorch says of itself. Runs in a child: an import can crash, and CUDA must not be touched
+here."""
 
 import importlib.metadata
 import warnings
@@ -10,7 +11,8 @@ from ddetr.doctor.facts import Gpu, PyTorch
 
 
 def look(timeout: float = 90) -> PyTorch:
-    """PyTorch, as a child sees it. A part in which the child dies is left out by the next one, so that the rest is known."""
+    """PyTorch, as a child sees it. A part in which the child dies is left out by the next one, so that the rest is
+    known."""
     found: dict[str, Any] = {"state": "fails"}
     died: dict[str, str] = {}
     while True:
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _tell(part: str, what: Callable[[], dict[str, Any]]) -> None:
-    """What `what` finds; the error that it ends with where that is a fact: under the part's name, if it is `..._error`."""
+    """What `what` finds; the error that it ends with where that is a fact: under the part's name, if it is
+    `..._error`."""
     children.tell(doing=part)
     try:
         children.tell(**what())

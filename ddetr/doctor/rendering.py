@@ -54,7 +54,7 @@ def table(rows: list[Row]) -> Group:
 
 
 def lines(rows: list[Row]) -> Iterator[str]:
-    """For a file: a line a row, what to do under it; not wrapped, so that a search finds them."""
+    """For a file: a line per row, what to do under it; not wrapped, so that a search finds them."""
     for section, members in groupby(rows, key=lambda row: row.section):
         yield section
         yield from map(line, members)

@@ -15,8 +15,8 @@ from ddetr.doctor.pytorch import wrong_nms
 GPU_STEPS = ("allocation", "matrix product", "convolution", "operator", "nms")
 CPU_STEPS = ("operator",)
 _MIB = 2**20
-# Relative to the largest value: rounding of the inputs and of 512 products is 2 to 4 times smaller. A wrong kernel is off
-# by about 1.
+# Relative to the largest value: rounding of the inputs and of 512 products is 2 to 4 times smaller. A wrong kernel is
+# off by about 1.
 _TOLERANCES = {"float32": 1e-5, "tf32": 4e-3, "bfloat16": 3e-2, "float16": 4e-3}
 
 

@@ -1,4 +1,5 @@
-"""The published versions that machines are held against: versions.json, which the image, its locks and labels read too."""
+"""The published versions that machines are held against: versions.json, which the image, its locks and labels read
+too."""
 
 import functools
 import json

@@ -27,7 +27,7 @@ class CompiledForward:
     """`model(images, mask)` in training, compiled as one graph for each shape; the model itself stays as it is.
 
     Not a module: names of parameters, copies of the model (EMA) and evaluation know nothing of it. A batch is padded
-    further to the smallest shape that holds it, and always has a mask: none would be one more graph a shape.
+    further to the smallest shape that holds it, and always has a mask: none would be one more graph per shape.
     """
 
     def __init__(self, model: nn.Module, shapes_hw: Sequence[tuple[int, int]]):

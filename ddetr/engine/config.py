@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ddetr.datasets.annotations import did_you_mean
 from ddetr.datasets.config import DataConfig
 from ddetr.errors import InputError
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.settings import check_ranges, option
+from ddetr.wording import did_you_mean
 
 BatchSize = int | Literal["auto"]
 PAPER_BATCH_SIZE = 32
@@ -165,6 +165,6 @@ def complete_model(model: Mapping[str, Any]) -> dict[str, Any]:
     del defaults["num_classes"]
     for name in model:
         if name not in defaults:
-            why = " It comes from the data." if name == "num_classes" else did_you_mean(name, defaults)
-            raise InputError(f"model: {name!r} is no setting that can be made.{why}")
+            why = ": it comes from the data" if name == "num_classes" else did_you_mean(name, defaults)
+            raise InputError(f"model: {name!r} is no setting that can be made{why}")
     return defaults | DEFAULT_MODEL | dict(model)

@@ -48,6 +48,7 @@ class EarlyStopping(Callback):
         trainer.should_stop = True
         if trainer.is_global_zero:
             logger.info(
-                "the AP has not risen above %.3f for %d validations: the run ends here (--patience %d; with a larger one "
+                "the AP has not risen above %.3f for %d validations: the run ends here (--patience %d; with a larger "
+                "one "
                 "--resume goes on)", max(self.best_ap, 0.0), self.num_worse, self.patience,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """An exponential moving average of the weights: what is validated and published where `optim.ema_decay` is set.
 
 Costs: one more copy of the trained weights on the device (160 MB for the ResNet-50 model) and in last.ckpt, one fused
-multiply-add over them a step, two copies a validation.
+multiply-add over them per step, two copies per validation.
 """
 
 from typing import Any
@@ -20,14 +20,14 @@ _IN_CHECKPOINT = "weight_average"
 class WeightAverage(Callback):
     """Keeps the average beside the model, and exchanges the two for the time of a validation.
 
-    It stands behind the callbacks that publish, so that their `on_validation_end` still sees the averaged weights. Values
-    are exchanged, not tensors: optimiser, DistributedDataParallel and compiled graphs notice nothing.
+    It stands behind the callbacks that publish, so that their `on_validation_end` still sees the averaged weights.
+    Values are exchanged, not tensors: optimiser, DistributedDataParallel and compiled graphs notice nothing.
 
-    The decay of update n (from 0) is min(decay, (1 + n) / (10 + n)): the first averages soon forget the initial weights.
-    Running statistics of batch norms are averaged as the weights are.
+    The decay of update n (from 0) is min(decay, (1 + n) / (10 + n)): the first averages soon forget the initial
+    weights. Running statistics of batch norms are averaged as the weights are.
 
-    Lightning's own callback is not used: it gives the trained weights back before the hook that publishes, it counts the
-    steps that fp16's scaler leaves out, and a checkpoint that it saves during a validation has the two exchanged.
+    Lightning's own callback is not used: it gives the trained weights back before the hook that publishes, it counts
+    the steps that fp16's scaler leaves out, and a checkpoint that it saves during a validation has the two exchanged.
     """
 
     def __init__(self, decay: float):

@@ -1,4 +1,5 @@
-"""Lightning's loop, with its ways of ending told as a person would, and without what it says that does not apply here."""
+"""Lightning's loop, with its ways of ending told as a person would, and without what it says that does not apply
+here."""
 
 import logging
 import signal
@@ -141,12 +142,12 @@ def died_process(trainer: pl.Trainer, error: Exception) -> str | None:
         for number, child in enumerate(children, start=1):
             if child.poll():
                 return (
-                    f"process {number} of {size} (pid {child.pid}) has ended with exit code {child.returncode}, a negative "
-                    "one is a signal (-9: killed, often for lack of memory): the run is stopped. What it said stands above; "
-                    "the same command with --resume goes on from the last saved state"
+                    f"process {number} of {size} (pid {child.pid}) has ended with exit code {child.returncode}, a "
+                    "negative one is a signal (-9: killed, often for lack of memory): the run is stopped. What it "
+                    "said stands above; the same command with --resume goes on from the last saved state"
                 )
         time.sleep(0.1)
     return (
-        f"process {rank} of {size} has lost another one ({reason}): the run is stopped. The launcher (torchrun, Slurm) names "
-        "the process that ended first; the same command with --resume goes on from the last saved state"
+        f"process {rank} of {size} has lost another one ({reason}): the run is stopped. The launcher (torchrun, Slurm) "
+        "names the process that ended first; the same command with --resume goes on from the last saved state"
     )

@@ -1,6 +1,5 @@
 """Parts of a model that do not train: `optim.freeze`, glob patterns over the official parameter names."""
 
-import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -8,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddetr.errors import InputError
+from ddetr.wording import did_you_mean
 
 
 def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -40,5 +40,5 @@ def _hint(pattern: str, names: Sequence[str]) -> str:
     """' (did you mean ...?)': the nearest among whole names and the modules that contain them."""
     parts = [name.split(".") for name in names]
     modules = {".".join(path[:depth]) + ".*" for path in parts for depth in range(1, len(path))}
-    near = difflib.get_close_matches(pattern, [*sorted(modules), *names], n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(near)}?)" if near else ", for instance backbone.* or transformer.encoder.*"
+    near = did_you_mean(pattern, [*sorted(modules), *names], most=3)
+    return near or ", for instance backbone.* or transformer.encoder.*"

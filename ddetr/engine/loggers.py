@@ -145,7 +145,7 @@ def _wandb(run: RunFolder, ids: dict[str, str], step: int) -> tuple[bool, Logger
 
 
 def _mlflow(run: RunFolder, ids: dict[str, str], step: int) -> tuple[bool, Logger]:
-    # Its own patience with a server that does not answer is several minutes a row.
+    # Its own patience with a server that does not answer is several minutes per row.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     from lightning.pytorch.loggers import MLFlowLogger

@@ -24,7 +24,7 @@ from ddetr.models.criterion import SetCriterion
 from ddetr.models.matcher import HungarianMatcher, Matches, PaddedTargets
 from ddetr.runtime.allocator import allocator_settings
 from ddetr.runtime.limits import free_and_total
-from ddetr.runtime.precision import AUTOCAST
+from ddetr.runtime.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def estimate_memory(
         for parameter in fake.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None  # of a micro-batch before
         own = [*fake.parameters(), *fake.buffers(), *(p.grad for p in fake.parameters() if p.grad is not None)]
-        dtype = AUTOCAST.get(precision)
+        dtype = PRECISIONS[precision].autocast
         # On the CPU there are no rules for float16; those for bfloat16 keep as many bytes.
         dtype = torch.bfloat16 if device.type == "cpu" and dtype is not None else dtype
         with LiveBytes(own) as live, torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):

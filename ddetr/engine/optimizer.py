@@ -75,8 +75,8 @@ def describe_groups(groups: list[dict], model: nn.Module) -> list[str]:
     """A line a group, and one for what is frozen: tensors, parameters, rate, weight decay."""
     width = max(12, *(len(group["name"]) for group in groups))
     lines = [
-        f"{group['name']:<{width}} {len(group['params']):>4} tensors {sum(p.numel() for p in group['params']):>12,} parameters  "
-        f"lr {group['lr']:g}  weight decay {group['weight_decay']:g}"
+        f"{group['name']:<{width}} {len(group['params']):>4} tensors {sum(p.numel() for p in group['params']):>12,} "
+        f"parameters  lr {group['lr']:g}  weight decay {group['weight_decay']:g}"
         for group in groups
     ]
     frozen = [p for p in model.parameters() if not p.requires_grad]

@@ -1,20 +1,5 @@
-"""The run folder: where everything that a run leaves lies, and how a run is found again.
-
-config.yaml          all settings, readable by `ddetr train --config`
-audit.json           what was found in the data
-preflight.json       what was tried before the first step
-train.csv, val.csv   a row every few steps, a row a validation
-metrics.json         the last and the best validation, by class
-per_class.csv        the best validation's table
-last.ckpt            everything that resuming needs; previous.ckpt is the one before
-best.pth, last.pth   published checkpoints, for `ddetr eval` and `ddetr predict`
-curves.png           losses and AP by step
-tensorboard/         the same rows for TensorBoard; loggers.json: the ids of the run at other services
-pictures/            validation images, truth beside prediction
-blackbox/            what is kept of steps that failed, for `ddetr replay`
-report.html          all of it to look at, in one file (`ddetr report`)
-environment.json     machine, software, command and end of each session
-validation_*.npz     truth and detections of the last and the best validation
+"""The run folder: where everything that a run leaves lies, and how a run is found again. `ddetr.report.run_files.FILES`
+says what each file is.
 """
 
 import csv

@@ -29,8 +29,8 @@ SESSIONS_FILE = "environment.json"
 class Report(Callback):
     """Stands behind `Publish`, whose files it reads. All of it on the first process alone.
 
-    environment.json holds a session a start of the run: what it ran on, from which step, when it gave the last sign of life,
-    and how it ended.
+    environment.json holds a session per start of the run: what it ran on, from which step, when it gave the last sign
+    of life, and how it ended.
     """
 
     def __init__(self, run: RunFolder, publish: Publish):

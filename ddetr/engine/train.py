@@ -43,8 +43,9 @@ from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.files import make_folder
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.allocator import use_expandable_segments
+from ddetr.runtime.device import choose_device
 from ddetr.runtime.distributed import is_first_process
-from ddetr.runtime.precision import AUTOCAST, PRECISIONS, exactness, onednn_matmuls
+from ddetr.runtime.precision import PRECISIONS, numerics, onednn_matmuls
 from ddetr.settings import kept
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def train(config: TrainConfig) -> RunResult:
     with (
         warnings.catch_warnings(),
         onednn_matmuls(),
-        exactness(deterministic=config.deterministic, tf32=config.tf32),
+        numerics(deterministic=config.deterministic, tf32=config.tf32),
         last_word(prepared.run),
     ):
         quiet_lightning()
@@ -239,7 +240,7 @@ def _try(prepared: Prepared, built: Built) -> None:
             built.module,
             built.data,
             from_nothing=config.weights is None,
-            autocast=AUTOCAST.get(config.precision),
+            autocast=PRECISIONS[config.precision].autocast,
             device=prepared.where["accelerator"],
         )
     console.show(found.render())
@@ -281,7 +282,7 @@ def _trainer(prepared: Prepared, built: Built) -> pl.Trainer:
         return Trainer(
             max_epochs=config.epochs,
             check_val_every_n_epoch=min(config.val_every, config.epochs),
-            precision=None if len(plugins) > 1 else PRECISIONS[config.precision],
+            precision=None if len(plugins) > 1 else PRECISIONS[config.precision].lightning,
             num_sanity_val_steps=0,
             logger=False,  # ours are among the callbacks, where they can do no harm
             enable_progress_bar=False,
@@ -347,9 +348,7 @@ def _publish(prepared: Prepared, name: str, module: DetectionModule, metrics: Me
 def _where(config: TrainConfig) -> dict[str, Any]:
     """Lightning's arguments for the device; under torchrun the numbers that torchrun set."""
     devices = config.devices
-    use_cuda = torch.cuda.is_available() if config.device == "auto" else config.device == "cuda"
-    if use_cuda and not torch.cuda.is_available():
-        raise InputError("device cuda: PyTorch sees no GPU here (torch.cuda.is_available() is False); use --device cpu")
+    use_cuda = choose_device(config.device).type == "cuda"
     num_nodes = 1
     if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])

@@ -21,6 +21,7 @@ from ddetr.errors import InputError
 from ddetr.inference.detections import Detections
 from ddetr.inference.optimize import Optimization, optimize_model
 from ddetr.models.postprocess import PostProcess
+from ddetr.runtime.device import choose_device
 
 __all__ = ["BadImage", "Network", "Predictor", "PreparedImage"]
 
@@ -94,7 +95,7 @@ class Predictor:
         """
         self.threshold = _checked_threshold(threshold)
         is_module = isinstance(model, nn.Module)
-        self.device = _usable_device(device or ("cuda" if is_module and torch.cuda.is_available() else "cpu"))
+        self.device = choose_device(device if device is not None or is_module else "cpu")
         self.model: Network = model.to(self.device).eval() if is_module else model
         if optimize:
             if not is_module:
@@ -244,18 +245,6 @@ class Predictor:
 def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        gpus = torch.cuda.device_count()
-        raise InputError(
-            f"The device is cpu, cuda or cuda:N, and PyTorch sees {gpus} GPUs here, got {device}."
-        ) from error
-    return chosen
 
 
 def _checked_threshold(threshold: float) -> float:

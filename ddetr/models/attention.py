@@ -14,7 +14,7 @@ from ddetr.ops.reference import sampling_locations_reference
 
 
 class MSDeformAttn(nn.Module):
-    """Each query looks at P points a level and head, at learned offsets around its reference."""
+    """Each query looks at P points per level and head, at learned offsets around its reference."""
 
     def __init__(self, d_model: int, n_levels: int, n_heads: int, n_points: int):
         super().__init__()

@@ -3,7 +3,6 @@
 timm is imported where it is used: it takes seconds, which `ddetr train --help` has no use for.
 """
 
-import difflib
 import logging
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddetr.errors import InputError
+from ddetr.wording import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,8 @@ class Backbone(nn.Module):
         return self.body(images)
 
     def stages(self) -> dict[str, int]:
-        """Name of every parameter -> the stage that it belongs to, counted as timm counts its feature maps: 0 is all that
-        leads to the first one (in a ResNet the stem), the last is the coarsest."""
+        """Name of every parameter -> the stage that it belongs to, counted as timm counts its feature maps: 0 is all
+        that leads to the first one (in a ResNet the stem), the last is the coarsest."""
         ends = [f"{info['module']}.".replace(".", "_") for info in self.body.feature_info.info]
         stages: dict[str, int] = {}
         stage, is_inside = 0, False
@@ -110,10 +110,8 @@ def _create(name: str, num_features: int, pretrained: bool, dilation: bool) -> n
     import timm
 
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
-        raise InputError(
-            f"unknown backbone {name!r}: expected a timm model name{', such as ' + ', '.join(near) if near else ''}"
-        )
+        hint = did_you_mean(name, timm.list_models(), most=3)
+        raise InputError(f"unknown backbone {name!r}: expected a timm model name{hint}")
     if pretrained:
         name = IMAGENET_V1.get(name, name)
         logger.info("ImageNet weights of %s: from timm's cache, or downloaded", name)
@@ -124,9 +122,9 @@ def _create(name: str, num_features: int, pretrained: bool, dilation: bool) -> n
         )
     except OSError as error:
         raise InputError(
-            f"the ImageNet weights of {name!r} could not be downloaded ({type(error).__name__}). Without a network, pass "
-            "pretrained_backbone=FILE (torchvision's names), --weights CHECKPOINT, or pretrained_backbone=false to "
-            "start from random values (which needs far more data)"
+            f"the ImageNet weights of {name!r} could not be downloaded ({type(error).__name__}). Without a network, "
+            "pass pretrained_backbone=FILE (torchvision's names), --weights CHECKPOINT, or pretrained_backbone=false "
+            "to start from random values (which needs far more data)"
         ) from error
 
 

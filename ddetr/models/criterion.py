@@ -167,7 +167,7 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gam
 
 
 def global_num_boxes(num_boxes: int, device: torch.device) -> float:
-    """Objects a process, averaged over all processes, at least 1. Every process must call it."""
+    """Objects per process, averaged over all processes, at least 1. Every process must call it."""
     if not (dist.is_available() and dist.is_initialized()):
         return max(float(num_boxes), 1.0)
     total = torch.tensor([float(num_boxes)], device=device)

@@ -3,7 +3,6 @@
 Shapes: N batch, H and W of the padded images, Q queries, K classes, C hidden_dim, L feature levels.
 """
 
-import difflib
 import inspect
 import math
 from argparse import Namespace
@@ -22,6 +21,7 @@ from ddetr.models.heads import BoxHead, class_head
 from ddetr.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from ddetr.models.postprocess import PostProcess
 from ddetr.padding import pad_images
+from ddetr.wording import did_you_mean
 
 
 class DeformableDETR(nn.Module):
@@ -61,7 +61,8 @@ class DeformableDETR(nn.Module):
             backbone: name of a timm model.
             pretrained_backbone: true for ImageNet weights, or a file of weights in torchvision's names.
             freeze_backbone: "stem" (fixed batch norms, stem and first stage, as published), "norm" (batch norms alone),
-                "all" or "none"; by default "stem" where the backbone is pretrained and "none" where it starts from nothing.
+                "all" or "none"; by default "stem" where the backbone is pretrained and "none" where it starts from
+                nothing.
             dilation: DC5, stride 16 instead of 32 in the last stage; for num_feature_levels 1.
             position_embedding: "sine" or "learned".
             num_feature_levels: L; 1 is the last backbone stage alone, above 3 further levels are made from it.
@@ -70,8 +71,8 @@ class DeformableDETR(nn.Module):
             dec_layers: decoder layers.
             dim_feedforward: hidden size of the feed-forward parts.
             dropout: probability in encoder and decoder.
-            enc_n_points: points that an encoder head samples a level.
-            dec_n_points: points that a decoder head samples a level.
+            enc_n_points: points that an encoder head samples per level.
+            dec_n_points: points that a decoder head samples per level.
             aux_loss: return the outputs of all decoder layers, for the loss.
             with_box_refine: each decoder layer corrects the boxes of the one before ("+").
             two_stage: queries start from encoder proposals ("++"); needs with_box_refine.
@@ -79,10 +80,28 @@ class DeformableDETR(nn.Module):
         Raises:
             InputError: arguments that do not fit together.
         """
-        arguments = inspect.signature(DeformableDETR).parameters
-        self_config = {name: value for name, value in locals().items() if name in arguments}
         super().__init__()
-        self.config: dict[str, Any] = self_config
+        self.config: dict[str, Any] = {
+            "num_classes": num_classes,
+            "hidden_dim": hidden_dim,
+            "num_queries": num_queries,
+            "backbone": backbone,
+            "pretrained_backbone": pretrained_backbone,
+            "freeze_backbone": freeze_backbone,
+            "dilation": dilation,
+            "position_embedding": position_embedding,
+            "num_feature_levels": num_feature_levels,
+            "nheads": nheads,
+            "enc_layers": enc_layers,
+            "dec_layers": dec_layers,
+            "dim_feedforward": dim_feedforward,
+            "dropout": dropout,
+            "enc_n_points": enc_n_points,
+            "dec_n_points": dec_n_points,
+            "aux_loss": aux_loss,
+            "with_box_refine": with_box_refine,
+            "two_stage": two_stage,
+        }
         _check(self.config)
         if freeze_backbone is None:
             freeze_backbone = "stem" if pretrained_backbone else "none"
@@ -295,8 +314,7 @@ def build_model(args: Mapping[str, Any] | Namespace) -> tuple[DeformableDETR, Se
     known = model_flags | loss_flags | TRAINING_FLAGS | {"masks", "max_detections"}
     for name in flags:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise InputError(f"unknown flag {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+            raise InputError(f"unknown flag {name!r}{did_you_mean(name, known)}")
     if flags.get("lr_backbone", 1) <= 0 and "freeze_backbone" not in flags:
         flags["freeze_backbone"] = "all"  # the official meaning of a zero rate
     model = DeformableDETR(**{"num_classes": 91} | {name: flags[name] for name in flags if name in model_flags})

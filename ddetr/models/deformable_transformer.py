@@ -220,7 +220,7 @@ class DeformableTransformer(nn.Module):
             masks: L masks (N, H_l, W_l), True = padding, or None where nothing is padded.
             pos_embeds: L encodings (N or 1, C, H_l, W_l), float32.
             query_embed: (Q, 2C), the position half first; None for two-stage.
-            class_embed, bbox_embed: heads, one a decoder layer, for two-stage one more for the proposals.
+            class_embed, bbox_embed: heads, one per decoder layer, for two-stage one more for the proposals.
         """
         n = srcs[0].shape[0]
         spatial_shapes = [(src.shape[2], src.shape[3]) for src in srcs]

@@ -12,7 +12,7 @@ class PostProcess(nn.Module):
     """The best (query, class) pairs of each image: no threshold, no suppression; a query may give several classes."""
 
     def __init__(self, max_detections: int = 100):
-        """max_detections: detections an image, 100 as in COCO's evaluation; fewer where there are fewer pairs."""
+        """max_detections: detections per image, 100 as in COCO's evaluation; fewer where there are fewer pairs."""
         super().__init__()
         self.max_detections = max_detections
 

@@ -31,7 +31,8 @@ class Sampling:
 
 @contextmanager
 def record_sampling(model: nn.Module) -> Iterator[list[Sampling]]:
-    """Inside the block each forward pass of `model` appends its attention calls to the list, in the order of the layers.
+    """Inside the block each forward pass of `model` appends its attention calls to the list, in the order of the
+    layers.
 
         with record_sampling(model) as calls, torch.no_grad():
             outputs = model(images)

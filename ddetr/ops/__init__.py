@@ -6,6 +6,7 @@ operators.py        the torch.library operator: autograd, fake tensors
 backends.py         which back end computes where, DDETR_OPS, and why not another; self_test.py before it is trusted,
                     verified.py what passed before
 native/             fused CPU kernels: C++ behind a plain C interface, loaded by ctypes
+triton_kernels.py   fused CUDA kernels
 embedding_bag.py    stock PyTorch, for machines without the native library
 reference.py        plain PyTorch, any device and dtype: the truth, and what exports; corners.py is its gather form
 accelerate.py       the operator in models of Hugging Face transformers, and out again

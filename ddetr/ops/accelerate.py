@@ -2,8 +2,8 @@
 
 Three forms of multi-scale deformable attention are known by their attributes and by the names of their arguments:
 
-- attention modules with linear layers of their own (Deformable DETR and what copied it): the whole step is swapped, after
-  a comparison with the module's own forward on small random numbers;
+- attention modules with linear layers of their own (Deformable DETR and what copied it): the whole step is swapped,
+  after a comparison with the module's own forward on small random numbers;
 - `MultiScaleDeformableAttention`, the sampling inside of those, where the whole step can't be swapped;
 - the sampling function of D-FINE and DEIMv2, an attribute of its module, with a number of points for each level.
 
@@ -89,11 +89,11 @@ def accelerate(model: nn.Module) -> Acceleration:
     Deformable DETR, RT-DETR (v1, v2), D-FINE, DEIMv2, LW-DETR, RF-DETR, Grounding DINO, MM Grounding DINO, OmDet-Turbo,
     Mask2Former, OneFormer, PP-DocLayout (v2 to v4). Outputs, gradients and returned attention weights stay the same up
     to rounding; below float32 locations are computed in float32, which is more exact. Weights, `state_dict` and other
-    models of the process are untouched; copies and pickles of the model keep the swap (loading one needs ddetr). Not for
-    `nn.DataParallel`, whose replicas would run on the weights of the first device.
+    models of the process are untouched; copies and pickles of the model keep the swap (loading one needs ddetr). Not
+    for `nn.DataParallel`, whose replicas would run on the weights of the first device.
 
-    Modules that were swapped before stay so, and belong to the earlier handle. Modules whose `forward` somebody else has
-    replaced (kernels from the hub, offloading) are left as they are.
+    Modules that were swapped before stay so, and belong to the earlier handle. Modules whose `forward` somebody else
+    has replaced (kernels from the hub, offloading) are left as they are.
 
     Args:
         model: the model or any part of it, with its weights loaded, in training or evaluation.
@@ -141,9 +141,9 @@ def accelerate(model: nn.Module) -> Acceleration:
         reasons = "".join(f"; {name!r} was left as it is: {why}" for name, why in handle.skipped.items())
         raise ValueError(
             f"nothing to accelerate in {type(model).__name__}: expected a module of Hugging Face transformers for "
-            "multi-scale deformable attention (MultiScaleDeformableAttention or ...MultiscaleDeformableAttention, as in "
-            f"Deformable DETR, RT-DETR, Grounding DINO, Mask2Former){reasons}. Models of ddetr use the operator anyway; "
-            "in a module of your own call ddetr.ops.ms_deform_attn"
+            "multi-scale deformable attention (MultiScaleDeformableAttention or ...MultiscaleDeformableAttention, as "
+            f"in Deformable DETR, RT-DETR, Grounding DINO, Mask2Former){reasons}. Models of ddetr use the operator "
+            "anyway; in a module of your own call ddetr.ops.ms_deform_attn"
         )
     return handle
 
@@ -217,7 +217,8 @@ def _sample_point_list(
 
 
 class _Step:
-    """In the place of the `forward` of an attention module, whose layers it uses; an object, since closures don't pickle."""
+    """In the place of the `forward` of an attention module, whose layers it uses; an object, since closures don't
+    pickle."""
 
     def __init__(self, module: nn.Module, mask_is_padding: bool):
         self.module = module
@@ -267,8 +268,8 @@ def _step_like(module: nn.Module) -> _Step | str:
     """The step that computes what the module's own forward does, or why there is none.
 
     The form leaves open which mask marks padding, how offsets are scaled ("discrete" RT-DETRv2 does not even
-    interpolate), and what later versions of transformers will do. A copy with random weights shows it, whatever those of
-    the module are.
+    interpolate), and what later versions of transformers will do. A copy with random weights shows it, whatever those
+    of the module are.
     """
     generator = torch.Generator().manual_seed(0)  # the program's own random state is not touched
     why = ""

@@ -172,13 +172,15 @@ class _Levels:
         return torch.cat(parts, 1)
 
     def _inner(self, table: Tensor, level: int, shift: int = 0) -> Tensor:
-        """(N, H, W, M, D) view of the cells of a level, or of those `shift` before them, in a (N, cells, M, D) table."""
+        """(N, H, W, M, D) view of the cells of a level, or of those `shift` before them, in a (N, cells, M, D)
+        table."""
         (h, w), first = self.sizes[level], self.firsts[level] - shift
         return table[:, first : first + h * (w + 2)].unflatten(1, (h, w + 2))[:, :, :w]
 
 
 class _Chunk(NamedTuple):
-    """Some queries, as a slice of the N*Q; the corners in the order upper left, upper right, lower left, lower right."""
+    """Some queries, as a slice of the N*Q; the corners in the order upper left, upper right, lower left, lower
+    right."""
 
     queries: slice
     rows: Tensor  # (q, M, 4, L*P) of the table

@@ -18,8 +18,8 @@ class SelfTestError(RuntimeError):
 def self_test(module: ModuleType, device: torch.device) -> None:
     """Compare all outputs and gradients of `module` on a device, points outside included.
 
-    In a thread of its own, where nothing of what the caller is in the midst of counts: inference mode, autocast, and the
-    hooks by which activation checkpointing keeps account of the tensors that are saved for gradients.
+    In a thread of its own, where nothing of what the caller is in the midst of counts: inference mode, autocast, and
+    the hooks by which activation checkpointing keeps account of the tensors that are saved for gradients.
 
     Raises:
         SelfTestError: a difference beyond rounding, or an error of the back end.

@@ -1,6 +1,6 @@
 """The operator as fused Triton kernels for CUDA: softmax, locations, sampling and sum in one launch.
 
-A program computes a block of queries of one head. Coordinates and weights are computed once a query, not once a
+A program computes a block of queries of one head. Coordinates and weights are computed once per query, not once per
 channel, and rows of values are read whole; everything is added up in float32. Loops run at run time: unrolled, the
 float32 kernel spills registers. The gradient of the values is added atomically, except under
 `torch.use_deterministic_algorithms(True)`, which takes the stock PyTorch backward.

@@ -63,7 +63,8 @@ def _identity(device: torch.device) -> str | None:
 
 @functools.cache
 def _driver_version() -> str | None:
-    """NVIDIA's driver as its management library names it, which PyTorch does not; None where there is no such library."""
+    """NVIDIA's driver as its management library names it, which PyTorch does not; None where there is no such
+    library."""
     text = ctypes.create_string_buffer(80)
     try:
         nvml = ctypes.CDLL("nvml.dll" if sys.platform == "win32" else "libnvidia-ml.so.1")

@@ -1,9 +1,10 @@
 """What a run shows for itself, made from what lies in its folder: the model is never run for it.
 
 validation.py   what a validation leaves: truth and detections, in one file
-analysis.py     detections against truth: confusion matrix, kinds of errors, a score an image
+analysis.py     detections against truth: confusion matrix, kinds of errors, a score per image
 run_files.py    everything else in a run folder, however old, unfinished or damaged
 charts.py       inline SVG
+plots.py        matplotlib, for pictures in files
 figures.py      which curves there are
 tables.py       which tables
 pictures.py     truth beside prediction

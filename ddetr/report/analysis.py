@@ -1,7 +1,8 @@
-"""Detections against truth at one score threshold: confusion matrix, kinds of errors, a score an image.
+"""Detections against truth at one score threshold: confusion matrix, kinds of errors, a score per image.
 
-A detection that has an object of its class to itself, at an IoU of at least 0.5, is correct; the detections choose in the
-order of their scores, as in COCO. What lies in a region to be ignored (crowd, difficult) counts neither for nor against.
+A detection that has an object of its class to itself, at an IoU of at least 0.5, is correct; the detections choose in
+the order of their scores, as in COCO. What lies in a region to be ignored (crowd, difficult) counts neither for nor
+against.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Line charts as inline SVG: colours come from the page's style sheet, so that they follow light and dark.
 
-A long run has more rows than pixels: beyond `MOST_POINTS` the line is the mean of neighbouring rows, on a band from their
-least to their greatest value, so that a spike stays visible.
+A long run has more rows than pixels: beyond `MOST_POINTS` the line is the mean of neighbouring rows, on a band from
+their least to their greatest value, so that a spike stays visible.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _TRAINING = (
     _Panel("Training losses", re.compile(r"loss|loss_(ce|bbox|giou)").fullmatch, log=True),
     _Panel("Learning rates", re.compile(r"lr(_.*)?").fullmatch),
     _Panel("Gradient norm", re.compile(r"grad_norm.*").fullmatch, log=True),
-    _Panel("Images a second", re.compile(r"images_per_second.*").fullmatch, y_range=(0, None)),
+    _Panel("Images per second", re.compile(r"images_per_second.*").fullmatch, y_range=(0, None)),
     _Panel(
         "Share of time waiting for data",
         re.compile(r"(data_)?wait(_share|_fraction)?|data_wait.*").fullmatch,
@@ -62,7 +62,7 @@ def training_charts(training: Table, validation: Table) -> tuple[list[Markup], l
 
 
 def precision_recall_charts(validation: Validation) -> tuple[list[Markup], list[Markup]]:
-    """(overall and, where they fit into one, by class; a small chart a class)."""
+    """(overall and, where they fit into one, by class; a small chart per class)."""
     curves = np.where(validation.curves < 0, np.nan, validation.curves.astype(np.float64))  # (2, 101, K)
     defined = [label for label in range(curves.shape[2]) if np.isfinite(curves[0, :, label]).any()]
     if not defined:

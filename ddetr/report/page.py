@@ -126,7 +126,7 @@ def _summary(run: RunFiles) -> dict[str, Any]:
         cards.append(("Time", _duration(run.seconds), note))
     speed = run.training.get("images_per_second", np.zeros(0))
     if np.isfinite(speed).any():
-        cards.append(("Images a second", shown(float(np.nanmedian(speed))), "median of training"))
+        cards.append(("Images per second", shown(float(np.nanmedian(speed))), "median of training"))
     began = run.sessions[0].get("began") if run.sessions else None
     seen = run.sessions[-1].get("seen") if run.sessions else None
     train = run.audit.get("train") or {}

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -18,17 +18,47 @@ from ddetr.errors import InputError
 from ddetr.report.validation import BEST_FILE, LAST_FILE, Validation
 from ddetr.runtime.environment import is_running
 
-Table = dict[str, np.ndarray]  # column -> a number a row, NaN where the cell is empty
+Table = dict[str, np.ndarray]  # column -> a number per row, NaN where the cell is empty
 
-# file: what is missing without it; of a folder that has none of these no report can be made
-_PARTS = {
-    "config.yaml": "the settings",
-    "environment.json": "machine, software and command line; runs of older versions did not write it",
-    "audit.json": "what was found in the data",
-    "metrics.json": "the metrics; they come with the first validation",
-    "train.csv": "the curves of training",
-    "val.csv": "the curves of validation",
+
+class Entry(NamedTuple):
+    """A file or folder of a run."""
+
+    what: str
+    without: str = ""  # what a report lacks where it is not there; "" where a report does not read it
+
+
+# All that a run leaves, in the order in which a person wants it. The README lists the same.
+FILES = {
+    "best.pth": Entry("published checkpoint of the best validation, for ddetr eval and ddetr predict"),
+    "last.pth": Entry("published checkpoint of the last validation"),
+    "report.html": Entry("all of it to look at, in one file"),
+    "last.ckpt": Entry("everything that --resume needs"),
+    "previous.ckpt": Entry("the state before it"),
+    "config.yaml": Entry("all settings, readable by ddetr train --config", "the settings"),
+    "metrics.json": Entry(
+        "metrics of the last and the best validation", "the metrics; they come with the first validation"
+    ),
+    "per_class.csv": Entry("the best validation's table by class"),
+    "train.csv": Entry("a row every few steps", "the curves of training"),
+    "val.csv": Entry("a row per validation", "the curves of validation"),
+    "curves.png": Entry("losses and AP by step"),
+    "pictures": Entry("validation images, truth beside prediction"),
+    "environment.json": Entry(
+        "machine, software and command line of each session",
+        "machine, software and command line; runs of older versions did not write it",
+    ),
+    "audit.json": Entry("what was found in the data", "what was found in the data"),
+    "preflight.json": Entry("what was tried before the first step"),
+    BEST_FILE: Entry(
+        "truth and detections of the best validation", "the detections of a validation; older versions left none"
+    ),
+    LAST_FILE: Entry("truth and detections of the last validation"),
+    "tensorboard": Entry("the rows of train.csv and val.csv for TensorBoard"),
+    "loggers.json": Entry("the run's ids at other services"),
+    "blackbox": Entry("steps that failed, for ddetr replay"),
 }
+_READ = [name for name, entry in FILES.items() if entry.without]  # of a folder with none of these there is no report
 
 
 @dataclass
@@ -53,9 +83,9 @@ class RunFiles:
         """
         if not path.is_dir():
             raise InputError(f"expected a run folder, but {path} is {'a file' if path.exists() else 'not there'}")
-        if not any((path / name).is_file() for name in _PARTS):
+        if not any((path / name).is_file() for name in _READ):
             raise InputError(
-                f"{path} is no run folder: it has none of {', '.join(_PARTS)}. A run folder is what --output of "
+                f"{path} is no run folder: it has none of {', '.join(_READ)}. A run folder is what --output of "
                 "`ddetr train` named"
             )
         run = cls(path)
@@ -102,9 +132,9 @@ class RunFiles:
                 raise ValueError("it does not hold what it should")
             return value
         except FileNotFoundError:
-            self.missing.append((name, f"not there: {_PARTS[name]}"))
+            self.missing.append((name, f"not there: {FILES[name].without}"))
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            self.missing.append((name, f"can't be read ({_first_line(error)}): {_PARTS[name]}"))
+            self.missing.append((name, f"can't be read ({_first_line(error)}): {FILES[name].without}"))
         return {}
 
     def _table(self, name: str) -> Table:
@@ -112,10 +142,10 @@ class RunFiles:
         try:
             text = (self.path / name).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
-            self.missing.append((name, f"not there: {_PARTS[name]}"))
+            self.missing.append((name, f"not there: {FILES[name].without}"))
             return {}
         except OSError as error:
-            self.missing.append((name, f"can't be read ({_first_line(error)}): {_PARTS[name]}"))
+            self.missing.append((name, f"can't be read ({_first_line(error)}): {FILES[name].without}"))
             return {}
         whole = text[: text.rfind("\n") + 1]  # a last line without its end may have lost digits
         header, *rows = list(csv.reader(whole.replace("\0", "").splitlines())) or [[]]
@@ -140,7 +170,7 @@ class RunFiles:
                 return Validation.load(self.path / name)
             except InputError as error:
                 reasons.append((name, str(error)))
-        self.missing += reasons or [(BEST_FILE, "not there: the detections of a validation; older versions left none")]
+        self.missing += reasons or [(BEST_FILE, f"not there: {FILES[BEST_FILE].without}")]
         return None
 
 

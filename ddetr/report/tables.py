@@ -13,6 +13,7 @@ import numpy as np
 
 from ddetr.evaluation.metrics import METRIC_NAMES
 from ddetr.report.analysis import ERROR_KINDS, Analysis
+from ddetr.report.run_files import FILES
 from ddetr.report.validation import Validation
 
 MOST_CLASSES = 16  # of a whole confusion matrix; beyond, the most confused ones
@@ -20,24 +21,6 @@ MOST_PAIRS = 12
 PLACES_SHOWN = 3
 CLASS_COLUMNS = ("AP", "AP50", "AP75", "AR100", "APs", "APm", "APl")
 _SIZES = (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, math.inf))  # COCO's, in pixels^2
-
-# What the files of a run folder are, in the order in which a person wants them.
-FILES = {
-    "best.pth": "published checkpoint of the best validation, for ddetr eval and ddetr predict",
-    "last.pth": "published checkpoint of the last validation",
-    "last.ckpt": "everything that --resume needs",
-    "metrics.json": "metrics of the last and the best validation",
-    "per_class.csv": "the best validation's table by class",
-    "train.csv": "a row every few steps",
-    "val.csv": "a row a validation",
-    "curves.png": "losses and AP by step",
-    "pictures": "validation images, truth beside prediction",
-    "config.yaml": "all settings, readable by ddetr train --config",
-    "environment.json": "machine, software and command line of each session",
-    "audit.json": "what was found in the data",
-    "validation_best.npz": "truth and detections of the best validation",
-    "validation_last.npz": "truth and detections of the last validation",
-}
 
 
 def ap_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -51,7 +34,8 @@ def ap_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def class_rows(metrics: Mapping[str, Any], detections: Validation | None) -> list[dict[str, Any]]:
-    """A row a class: number of objects, of each size where the truth is there, and the metrics of the best validation."""
+    """A row per class: number of objects, of each size where the truth is there, and the metrics of the best
+    validation."""
     best = metrics.get("best") or metrics.get("last") or {}
     by_size = _objects_by_size(detections) if detections else {}
     return [
@@ -145,7 +129,7 @@ def errors(analysis: Analysis, names: list[str]) -> dict[str, Any]:
 
 
 def findings(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a kind of finding, with the first places."""
+    """A row per kind of finding, with the first places."""
     return [
         {
             "action": group["action"],
@@ -183,7 +167,12 @@ def files(run: Path) -> list[dict[str, str]]:
         href = quote(os.fsencode(name)) + ("/" if is_folder else "")
         # "./": a name with a colon would be taken for a scheme
         rows.append(
-            {"name": name + ("/" if is_folder else ""), "href": f"./{href}", "size": size, "what": FILES.get(name, "")}
+            {
+                "name": name + ("/" if is_folder else ""),
+                "href": f"./{href}",
+                "size": size,
+                "what": FILES[name].what if name in FILES else "",
+            }
         )
     return rows
 

@@ -1,6 +1,6 @@
 """What a validation leaves for the report: truth and detections as flat arrays in one file of NumPy's.
 
-Some 24 bytes a detection: COCO's validation set with 100 detections an image takes 13 MB.
+Some 24 bytes per detection: COCO's validation set with 100 detections per image takes 13 MB.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Validation:
                 curves=columns["curves"],
             )
         except FileNotFoundError as error:
-            raise InputError(f"There is no {path}.") from error
+            raise InputError(f"there is no {path}") from error
         except Exception as error:  # a damaged zip file raises anything
             raise InputError(f"{path} can't be read ({type(error).__name__}: {error})") from error
 

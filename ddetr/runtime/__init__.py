@@ -5,5 +5,6 @@ precision.py     the table of precisions; TF32, determinism, oneDNN's products
 allocator.py     what the process keeps of freed memory; the CUDA allocator's segments
 limits.py        cores, memory, shared memory and open files that this process may use; a container's limits
 distributed.py   which process this is, and what the processes of a run tell each other
+nvidia.py        NVIDIA's kernel module
 environment.py   machine and software, beside every run and figure
 """

@@ -16,11 +16,11 @@ import torch
 
 import ddetr
 from ddetr.ops import backends
+from ddetr.runtime.nvidia import kernel_module
 
 __all__ = ["commit", "describe", "environment", "is_running", "machine"]
 
 _PACKAGE = Path(ddetr.__file__).parent
-_NVIDIA = Path("/proc/driver/nvidia/version")
 # What a run's outcome can depend on; those that are not installed are left out.
 _PACKAGES = (
     *("torch", "torchvision", "lightning", "timm", "numpy", "scipy", "pillow", "triton"),
@@ -55,7 +55,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     found = machine(device)
     if device.type == "cuda":
         found["gpus"] = torch.cuda.device_count()
-        found["driver"] = _driver()
+        found["driver"] = kernel_module()
     return found | {
         "kernel": platform.release(),
         "packages": dict(filter(None, map(_version, _PACKAGES))),
@@ -118,15 +118,6 @@ def _version(package: str) -> tuple[str, str] | None:
         return package, importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _driver() -> str | None:
-    """Of NVIDIA's GPUs, as the kernel module says; None where it does not."""
-    try:
-        first = _NVIDIA.read_text(encoding="utf-8").splitlines()[0]
-    except (OSError, IndexError):
-        return None
-    return next((word for word in first.split() if word[0].isdigit() and "." in word), None)
 
 
 def _git(*arguments: str) -> str | None:

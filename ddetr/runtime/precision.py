@@ -3,12 +3,27 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 
+class Precision(NamedTuple):
+    """What a --precision is to others."""
+
+    lightning: str  # Lightning's name
+    autocast: torch.dtype | None  # dtype inside `torch.autocast`; None where there is none
+
+
+PRECISIONS = {
+    "32": Precision("32-true", None),
+    "bf16": Precision("bf16-mixed", torch.bfloat16),
+    "fp16": Precision("16-mixed", torch.float16),
+}
+
+
 @contextmanager
-def exactness(*, deterministic: bool, tf32: bool) -> Iterator[None]:
+def numerics(*, deterministic: bool, tf32: bool) -> Iterator[None]:
     """Within it, products follow the settings of the run; afterwards PyTorch's switches are as before.
 
     Args:
@@ -36,10 +51,6 @@ def exactness(*, deterministic: bool, tf32: bool) -> Iterator[None]:
         products.allow_tf32, convolutions.allow_tf32, convolutions.benchmark = before[:3]
         torch.use_deterministic_algorithms(before[3])
         torch.utils.deterministic.fill_uninitialized_memory = before[4]
-
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtype by --precision
-PRECISIONS = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 @contextmanager

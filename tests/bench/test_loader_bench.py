@@ -1,4 +1,5 @@
-"""`ddetr bench data`: files and figures, and that a side which gives something else is not timed. Times are never asserted."""
+"""`ddetr bench data`: files and figures, and that a side which gives something else is not timed. Times are never
+asserted."""
 
 import json
 import re

@@ -198,7 +198,8 @@ def test_cuda_without_a_gpu(bench: Callable[..., Any], monkeypatch: pytest.Monke
     outcome = bench("--device", "cuda")
     assert outcome.code == 2
     assert outcome.err.strip() == (
-        "ddetr: error: --device cuda: PyTorch sees no CUDA device here; --device cpu measures on the processor"
+        "ddetr: error: device cuda: expected auto, cpu, cuda or cuda:N, and PyTorch sees no GPU here "
+        "(torch.cuda.is_available() is False); use cpu"
     )
 
 

@@ -1,4 +1,5 @@
-"""`ddetr bench train`: it measures the engine's own step, every side does the same work, and nothing is left out unsaid."""
+"""`ddetr bench train`: it measures the engine's own step, every side does the same work, and nothing is left out
+unsaid."""
 
 import json
 import logging
@@ -83,7 +84,8 @@ def test_the_engines_step_is_split_and_set_beside_the_others(run: Callable[..., 
     for row in report["sides"]:
         assert row["images_per_s"] == pytest.approx(4000 / row["step_ms"])
         assert row["ratio"] == pytest.approx(row["step_ms"] / report["sides"][0]["step_ms"])
-    # The same network, batches, dropout and rates: after the same steps the same loss. transformers' is another network.
+    # The same network, batches, dropout and rates: after the same steps the same loss. transformers' is another
+    # network.
     ours, theirs = (row["last_loss"] for row in report["sides"][:2])
     assert theirs == pytest.approx(ours, rel=1e-3)
     assert report["left_out"] == []
@@ -199,7 +201,8 @@ def batch(seed: int, counts: list[int]) -> tuple[Tensor, Tensor, list[dict[str, 
 
 @pytest.mark.parametrize("two_stage", [False, True])
 def test_the_official_step_is_ours(tiny_model: dict[str, Any], two_stage: bool) -> None:
-    """The same loss and the same weights after a step of two micro-batches, one without an object: it is the same work."""
+    """The same loss and the same weights after a step of two micro-batches, one without an object: it is the same
+    work."""
     config = tiny_model | {"num_classes": 5, "dropout": 0.0, "two_stage": two_stage, "freeze_backbone": "stem"}
     optim = OptimConfig(lr=1e-3)
     batches = [batch(0, [3, 4]), batch(1, [0, 0])]

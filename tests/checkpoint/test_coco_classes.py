@@ -1,4 +1,4 @@
-"""COCO's class names and ids are those of its own files."""
+"""COCO's class names and ids are those of COCO itself."""
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 

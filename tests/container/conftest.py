@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from light_containers import CANARY, IMAGE, ROOT, Container, engine, free_port, is_podman
 
-# A build from nothing takes one to two minutes on two quiet cores. Without a limit of its own a build that hangs holds everything up and names nothing.
+# A build from nothing takes one to two minutes on two quiet cores. Without a limit of its own a build that hangs holds
+# everything up and names nothing.
 BUILD_SECONDS = 900
 
 

@@ -1,4 +1,5 @@
-"""compose.yaml: what each service may not do, several side by side, and the CPU pair really started with podman-compose."""
+"""compose.yaml: what each service may not do, several side by side, and the CPU pair really started with
+podman-compose."""
 
 import json
 import os

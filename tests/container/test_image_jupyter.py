@@ -1,4 +1,5 @@
-"""Jupyter in the container: who gets in, what stops the start. Each row of the design's table, on a hardened container."""
+"""Jupyter in the container: who gets in, what stops the start. Each row of the design's table, on a hardened
+container."""
 
 import json
 import re
@@ -93,7 +94,8 @@ def test_the_right_token_opens_a_kernel_that_computes(with_a_token: Container) -
         "from jupyter_core.paths import jupyter_runtime_dir\n"
         f"client = BlockingKernelClient(connection_file=jupyter_runtime_dir() + '/kernel-{kernel}.json')\n"
         "client.load_connection_file(); client.start_channels(); client.wait_for_ready(timeout=30)\n"
-        "client.execute_interactive('import numpy, os; print(int(numpy.arange(7).sum()), os.getuid(), os.getcwd())', timeout=30)",
+        "client.execute_interactive('import numpy, os; print(int(numpy.arange(7).sum()), os.getuid(), os.getcwd())', "
+        "timeout=30)",
     )
     assert ran.stdout.split() == ["21", "1000", "/workspace"]
     assert with_a_token.http("DELETE", f"/api/kernels/{kernel}", **header).status == 204

@@ -169,7 +169,8 @@ def test_a_private_key_by_mistake(once: Callable, keys: dict[str, Path]) -> None
 
 
 def test_an_arbitrary_user_is_told(once: Callable) -> None:
-    """podman gives the uid a name and no home; Docker gives it neither: either way a sentence, and not a broken server."""
+    """podman gives the uid a name and no home; Docker gives it neither: either way a sentence, and not a broken
+    server."""
     done = once(*HARDENED, "--user=12345:0", "-e=AUTHORIZED_KEYS=x", command=("ssh",))
     assert done.returncode == 64
     assert re.search("ssh: not started: (uid 12345 has no name|.* cannot be written to)", done.stderr)

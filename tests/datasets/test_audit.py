@@ -1,4 +1,4 @@
-"""One data set made wrong for each thing that the audit must say (pains.md, 1b)."""
+"""One data set made wrong for each thing that the audit must say."""
 
 import io
 import json

@@ -127,9 +127,9 @@ def test_what_is_no_image_says_so(tmp_path):
     (tmp_path / "a.jpg").write_text("<html>404</html>")
     with pytest.raises(InputError, match=r"a\.jpg can't be read: it is no image of a known format"):
         read_image(tmp_path / "a.jpg")
-    with pytest.raises(InputError, match=r"There is no image .*absent\.jpg"):
+    with pytest.raises(InputError, match=r"there is no image .*absent\.jpg"):
         read_image(tmp_path / "absent.jpg")
-    with pytest.raises(InputError, match=r"There is no image"):
+    with pytest.raises(InputError, match=r"there is no image"):
         image_size_hw(tmp_path / "absent.jpg")
     with pytest.raises(InputError, match="can't be read"):
         image_header(tmp_path)

@@ -13,9 +13,9 @@ from ddetr.errors import InputError
 
 def test_a_path_that_is_not_there_suggests_one(tmp_path):
     (tmp_path / "cells").mkdir()
-    with pytest.raises(InputError, match=r"There is no .*cels: .* has no 'cels'\. Did you mean \"cells\"\?"):
+    with pytest.raises(InputError, match=r"there is no .*cels: .* has no 'cels' \(did you mean cells\?\)"):
         detect_format(tmp_path / "cels")
-    with pytest.raises(InputError, match=r"has no 'x'\."):
+    with pytest.raises(InputError, match=r"has no 'x'$"):
         load_annotations(tmp_path / "x" / "y", "train")
 
 
@@ -23,7 +23,7 @@ def test_a_folder_of_something_else_says_what_was_expected(tmp_path, write_image
     for i in range(12):
         write_image(tmp_path / f"{i:02d}.jpg")
     (tmp_path / "package.json").write_text("{}")
-    with pytest.raises(InputError, match=r"Expected COCO .* Pascal VOC .* YOLO .*; found 00\.jpg, .* and 5 more\."):
+    with pytest.raises(InputError, match=r"expected COCO .* Pascal VOC .* YOLO .*; found 00\.jpg, .* and 5 more; "):
         available_splits(tmp_path)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="found a file of another kind"):
@@ -32,9 +32,9 @@ def test_a_folder_of_something_else_says_what_was_expected(tmp_path, write_image
 
 def test_unknown_format_and_split(make_coco):
     root = make_coco()
-    with pytest.raises(InputError, match=r'not \'cocoo\'\. Did you mean "coco"\?'):
+    with pytest.raises(InputError, match=r"not \'cocoo\' \(did you mean coco\?\)"):
         load_annotations(root, "train", format="cocoo")
-    with pytest.raises(InputError, match=r'has no split "tain"; it has: train\. Did you mean "train"\?'):
+    with pytest.raises(InputError, match=r'has no split "tain"; it has: train \(did you mean train\?\)'):
         load_annotations(root, "tain")
     with pytest.raises(InputError, match="no voc data set"):
         default_splits(root, "voc")

@@ -96,5 +96,5 @@ def test_image_size_and_wrong_numbers(tmp_path):
     assert read_image(folder / "train" / "000000.jpg").shape == (3, 320, 320)
     content = json.loads((folder / "annotations" / "instances_train.json").read_text())
     assert content["images"][0]["width"] == 320
-    with pytest.raises(InputError, match="at least 1 image a split and 32 pixels"):
+    with pytest.raises(InputError, match="at least 1 image per split and 32 pixels"):
         draw_shapes(tmp_path / "none", 0, 1)

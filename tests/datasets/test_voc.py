@@ -140,7 +140,7 @@ def test_size_of_the_real_image(make_voc, write_image, kinds):
 
 def test_unknown_split(make_voc):
     root = make_voc({"a": voc_xml([])})
-    with pytest.raises(InputError, match=r'has no split "trian"; it has: train\. Did you mean "train"\?'):
+    with pytest.raises(InputError, match=r'has no split "trian"; it has: train \(did you mean train\?\)'):
         load_annotations(root, "trian")
 
 

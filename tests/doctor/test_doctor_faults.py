@@ -149,7 +149,8 @@ def test_a_kernel_module_that_is_not_loaded(nvml: int | None, cu_init: int) -> N
 
 @pytest.mark.parametrize(("nvml", "cu_init"), [(999, 100), (999, 999), (9, 100), (4, 100)])
 def test_a_container_that_lost_its_gpus(nvml: int, cu_init: int) -> None:
-    """ "Failed to initialize NVML: Unknown Error" after systemctl daemon-reload: the devices are there, and are refused."""
+    """ "Failed to initialize NVML: Unknown Error" after systemctl daemon-reload: the devices are there, and are
+    refused."""
     facts = without_gpu("docker")
     facts.hardware = Hardware(gpus_on_pci=1, kernel_module="550.54.15", devices=["/dev/nvidia0"])
     facts.driver = Driver(libcuda=True, cuda="12.4", cu_init=cu_init, nvml=nvml, nvml_error="Unknown Error")
@@ -399,8 +400,8 @@ def test_a_toolkit_that_the_table_does_not_know_yet() -> None:
         ("", "install a PyTorch with kernels for it: uv pip install --upgrade --torch-backend=cu128 torch torchvision"),
         (
             "docker",
-            "outside the container (no image of ddetr has one for it): pip install . into an environment with PyTorch 2.7 or "
-            "later for CUDA 12.8",
+            "outside the container (no image of ddetr has one for it): pip install . into an environment with "
+            "PyTorch 2.7 or later for CUDA 12.8",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""torch.compile of the training step: one graph a shape, no break in it, and the eager model's numbers.
+"""torch.compile of the training step: one graph per shape, no break in it, and the eager model's numbers.
 
 Dynamo traces as it does in training; what it hands the graph to is a back end that runs it as it stands, in seconds.
 """

@@ -91,7 +91,7 @@ def fit(
 def watched(
     request: pytest.FixtureRequest, shapes: Path, tiny_model: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Spy, DetectionModule]:
-    """A run that was looked at, of a model with a head a layer and of one whose layers share theirs."""
+    """A run that was looked at, of a model with a head per layer and of one whose layers share theirs."""
     spy = Spy(tmp_path_factory.mktemp("saved"))
     return spy, fit(shapes, tiny_model | request.param, spy, WeightAverage(DECAY))
 

@@ -1,4 +1,4 @@
-"""Parameter groups and schedule against the official recipe (facts.md, 1)."""
+"""Parameter groups and schedule against the official recipe."""
 
 import math
 from typing import Any
@@ -174,7 +174,7 @@ def rates_of(config: OptimConfig, *, steps_per_epoch: int, total_steps: int) -> 
 
 
 def test_the_step_schedule_is_the_official_one() -> None:
-    """StepLR, stepped once an epoch."""
+    """StepLR, stepped once per epoch."""
     config, steps_per_epoch, epochs = OptimConfig(lr_drop=2), 3, 5
     official = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(official, config.lr_drop)

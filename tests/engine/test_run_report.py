@@ -22,7 +22,7 @@ from ddetr.runtime import environment
 @pytest.fixture
 def start(shapes: Path, tiny_model: dict[str, Any], tmp_path: Path) -> Callable[..., Path]:
     def start(**options: Any) -> Path:
-        """A run of two steps an epoch; returns its folder."""
+        """A run of two steps per epoch; returns its folder."""
         settings = {"epochs": 2, "batch_size": 4, "device_batch_size": 4, "log_every": 1, "num_pictures": 1} | options
         data = DataConfig(str(shapes), augmentation="none", image_size=64, num_workers=0)
         return train(TrainConfig(data, tiny_model, output=str(tmp_path / "run"), **settings)).path

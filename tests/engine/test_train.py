@@ -28,7 +28,7 @@ from ddetr.engine.train import CALLBACK_ORDER, RunResult, build, callbacks, prep
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
 
-EPOCHS, STEPS = 3, 2  # of the short runs: epochs, and steps an epoch
+EPOCHS, STEPS = 3, 2  # of the short runs: epochs, and steps per epoch
 
 
 @pytest.fixture
@@ -345,8 +345,8 @@ def test_ctrl_c_is_a_keyboard_interrupt(
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
         ({"batch_size": 9}, "fewer than one batch of 9"),
         ({"weights": "nowhere.pth"}, "nowhere.pth: expected a file of weights, but there is none"),
-        ({"model": {"num_querys": 3}}, 'is no setting that can be made. Did you mean "num_queries"'),
-        ({"model": {"num_classes": 3}}, "'num_classes' is no setting that can be made. It comes from the data"),
+        ({"model": {"num_querys": 3}}, r"is no setting that can be made \(did you mean num_queries\?\)"),
+        ({"model": {"num_classes": 3}}, "'num_classes' is no setting that can be made: it comes from the data"),
         ({"model": {"backbone": "resnet18x", "pretrained_backbone": False}}, "unknown backbone 'resnet18x'"),
     ],
 )

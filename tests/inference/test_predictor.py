@@ -134,7 +134,7 @@ def test_max_detections(pixels):
     ("image", "message"),
     [
         (5, "a numpy array or a torch tensor, got int"),
-        ("no/such/image.jpg", "There is no image no/such/image.jpg"),
+        ("no/such/image.jpg", "there is no image no/such/image.jpg"),
         (np.zeros((3, 60, 90), np.uint8), "move the channels to the end"),
         (np.zeros((60, 90, 3), np.float32), r"got float32 \(60, 90, 3\): scale it"),
         (np.zeros((2, 60, 90, 3), np.uint8), "as a list"),

@@ -1,4 +1,5 @@
-"""Activation checkpointing: the same gradients from fewer kept tensors; measured by what autograd saves, not by time."""
+"""Activation checkpointing: the same gradients from fewer kept tensors; measured by what autograd saves, not by
+time."""
 
 from typing import Any
 

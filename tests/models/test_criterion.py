@@ -45,7 +45,7 @@ def random_targets(counts: list[int], k: int) -> Targets:
     ]
 
 
-# --- the formulas once more, in float64, one number at a time -----------------------------------------------------------
+# --- the formulas once more, in float64, one number at a time ---------------------------------------------------------
 
 
 def giou_of(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,4 +1,5 @@
-"""The operator in tiny random models of Hugging Face transformers: same outputs and gradients, and no trace after undo."""
+"""The operator in tiny random models of Hugging Face transformers: same outputs and gradients, and no trace after
+undo."""
 
 import copy
 import os

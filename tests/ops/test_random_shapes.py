@@ -1,4 +1,5 @@
-"""Each back end on the CPU against float64 on random shapes and memory layouts, and where index arithmetic could end."""
+"""Each back end on the CPU against float64 on random shapes and memory layouts, and where index arithmetic could
+end."""
 
 import math
 from pathlib import Path
@@ -42,7 +43,8 @@ def pixels_of(inputs: Inputs) -> torch.Tensor:
 
 
 def off_the_kinks(inputs: Inputs) -> Inputs:
-    """Points that lie on a line between cells moved off it: there the gradient jumps, and rounding decides which way."""
+    """Points that lie on a line between cells moved off it: there the gradient jumps, and rounding decides which
+    way."""
     with torch.no_grad():
         for _ in range(3):
             pixels = pixels_of(inputs)

@@ -1,4 +1,4 @@
-"""The numbers of the report, by hand: confusion matrix, kinds of errors, a score an image."""
+"""The numbers of the report, by hand: confusion matrix, kinds of errors, a score per image."""
 
 import numpy as np
 import pytest

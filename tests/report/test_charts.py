@@ -86,7 +86,7 @@ def test_every_column_has_a_chart_whoever_wrote_it() -> None:
         "Validation AP",
         "Learning rates",
         "Gradient norm",
-        "Images a second",
+        "Images per second",
         "Share of time",
     ):
         assert title in drawn

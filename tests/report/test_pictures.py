@@ -57,7 +57,7 @@ def test_pictures_leave_out_what_cannot_be_read(
     validation = RunFiles.read(tiny_run.path).detections
     broken = replace(validation, paths=[tmp_path / "gone.jpg", *validation.paths[1:]])
     assert len(draw_pictures(tmp_path, broken, 8)) == 7
-    assert "no picture: There is no image" in caplog.text
+    assert "no picture: there is no image" in caplog.text
 
 
 def test_boxes_are_drawn_where_they_are_also_in_another_size(tmp_path: Path) -> None:

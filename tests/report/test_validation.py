@@ -33,7 +33,7 @@ def test_a_validation_reads_back_the_same(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_said_to_be_damaged(tmp_path: Path) -> None:
     path = tmp_path / "validation_best.npz"
-    with pytest.raises(InputError, match="There is no"):
+    with pytest.raises(InputError, match="there is no"):
         Validation.load(path)
     make_validation(["a"], [tmp_path / "a.jpg"], make_objects(), make_found()).save(path)
     content = path.read_bytes()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from ddetr.runtime import environment
+from ddetr.runtime.nvidia import kernel_module
 
 
 def test_it_is_plain_and_names_what_matters() -> None:
@@ -38,8 +40,9 @@ def test_a_gpu_is_named_with_its_driver(
 ) -> None:
     """On a machine whose CUDA is made up."""
     if text is not None:
-        (tmp_path / "version").write_text(text)
-    monkeypatch.setattr(environment, "_NVIDIA", tmp_path / "version")
+        (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+        (tmp_path / "proc/driver/nvidia/version").write_text(text)
+    monkeypatch.setattr(environment, "kernel_module", partial(kernel_module, tmp_path))
     gpu = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -1,120 +1,18 @@
-"""Precision and determinism: what is rounded, what is not, and what has the same bits in every run."""
-
-import csv
-from pathlib import Path
-from typing import Any
+"""PyTorch's switches for precision and determinism."""
 
 import pytest
 import torch
 
-import ddetr.models.attention
-from ddetr.checkpoint import load_checkpoint
-from ddetr.engine.config import TrainConfig
-from ddetr.engine.train import train
-from ddetr.models.criterion import SetCriterion
-from ddetr.models.matcher import HungarianMatcher
-from ddetr.runtime.precision import exactness
-
-
-@pytest.fixture
-def settings(short_run: dict[str, Any]) -> dict[str, Any]:
-    model = short_run["model"] | {"two_stage": True}
-    return short_run | {"model": model, "epochs": 1, "batch_size": 8, "device_batch_size": 4}
-
-
-def first_losses(run: Path) -> dict[str, float]:
-    with (run / "train.csv").open() as file:
-        row = next(csv.DictReader(file))
-    return {name: float(value) for name, value in row.items() if name.startswith("loss")}
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 2e-2), ("fp16", 2e-3)])
-def test_the_loss_of_a_step_agrees_with_float32(
-    settings: dict[str, Any], tmp_path: Path, precision: str, tolerance: float
-) -> None:
-    """Same weights, images, dropout: every loss term within 2 % (bf16: 8 bits) or 0.2 % (fp16: 11 bits) of float32's,
-    measured against the total; and not the same, which would be float32 under another name."""
-    exact = first_losses(train(TrainConfig(**settings, output=str(tmp_path / "32"))).path)
-    rounded = first_losses(train(TrainConfig(**settings, precision=precision, output=str(tmp_path / precision))).path)
-    assert exact.keys() == rounded.keys()
-    for name, value in exact.items():
-        assert abs(rounded[name] - value) < tolerance * exact["loss"], name
-    assert rounded["loss"] != exact["loss"]
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_locations_costs_and_losses_are_float32(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
-    seen: dict[str, set[torch.dtype]] = {"references": set(), "values": set(), "costs": set(), "losses": set()}
-    step = ddetr.models.attention.ms_deform_attn_step
-
-    def watched_step(value: Any, shapes: Any, offsets: Any, logits: Any, reference_points: Any) -> Any:
-        seen["values"].add(value.dtype)
-        seen["references"].add(reference_points.dtype)
-        return step(value, shapes, offsets, logits, reference_points)
-
-    def watched(original: Any, key: str) -> Any:
-        def call(*arguments: Any) -> Any:
-            result = original(*arguments)
-            seen[key] |= {value.dtype for value in (result.values() if isinstance(result, dict) else [result])}
-            return result
-
-        return call
-
-    monkeypatch.setattr(ddetr.models.attention, "ms_deform_attn_step", watched_step)
-    monkeypatch.setattr(HungarianMatcher, "_cost", watched(HungarianMatcher._cost, "costs"))
-    monkeypatch.setattr(SetCriterion, "forward", watched(SetCriterion.forward, "losses"))
-    train(TrainConfig(**settings, precision=precision, output=str(tmp_path / "run")))
-    half = torch.bfloat16 if precision == "bf16" else torch.float16
-    assert half in seen["values"]
-    assert seen["references"] == seen["costs"] == seen["losses"] == {torch.float32}
-
-
-def test_deterministic_runs_have_the_same_bits(
-    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    switched: list[bool] = []
-    original = HungarianMatcher.match_sets
-
-    def watched(*arguments: Any) -> Any:
-        switched.append(torch.are_deterministic_algorithms_enabled())
-        return original(*arguments)
-
-    monkeypatch.setattr(HungarianMatcher, "match_sets", watched)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        runs = [
-            train(TrainConfig(**settings, deterministic=True, output=str(tmp_path / name))).path / "last.pth"
-            for name in ("a", "b")
-        ]
-    finally:
-        torch.set_num_threads(threads)
-    one, other = (load_checkpoint(file).model for file in runs)
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-    assert all(switched)
-    assert not torch.are_deterministic_algorithms_enabled()
+from ddetr.runtime.precision import numerics
 
 
 def test_the_switches_are_set_and_put_back() -> None:
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32
     for tf32 in True, False:
-        with exactness(deterministic=True, tf32=tf32):
+        with numerics(deterministic=True, tf32=tf32):
             assert (products.allow_tf32, convolutions.allow_tf32) == (tf32, tf32)
             with pytest.raises(RuntimeError, match="deterministic"):
                 torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
         assert (products.allow_tf32, convolutions.allow_tf32) == before
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_deterministic_runs_on_a_gpu_have_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
-    options = {"deterministic": True, "device": "cuda", "devices": 1, "precision": "bf16"}
-    files = [
-        train(TrainConfig(**settings, **options, output=str(tmp_path / name))).path / "last.pth" for name in ("a", "b")
-    ]
-    one, other = (load_checkpoint(file).model for file in files)
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []

@@ -26,6 +26,7 @@ from ddetr.files import write_atomically
 from ddetr.inference.drawing import draw_boxes
 from ddetr.models.criterion import LossWeights, SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+from ddetr.runtime.device import choose_device
 from ddetr.runtime.precision import onednn_matmuls
 
 PICTURE_SIDE = 320
@@ -73,7 +74,7 @@ def replay(bundle: str, *, device: Literal["auto", "cpu", "cuda"] = "auto") -> R
     """
     folder = Path(bundle)
     header, state = _read(folder)
-    chosen = _device(header["device"] if device == "auto" else device, asked=device != "auto")
+    chosen = choose_device("cpu" if device == "auto" and header["device"] == "cpu" else device)
     model, criterion, optimizer = _rebuilt(header, state, chosen)
     batch = [on_device((micro["images"], micro["mask"], micro["targets"]), chosen) for micro in state["batch"]]
     recorded = None if header["loss"] is None else float(header["loss"])
@@ -242,16 +243,6 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except Exception as error:  # a damaged pickle raises anything
         raise InputError(f"replay: {folder / 'state.pt'} is damaged ({type(error).__name__})") from error
     return header, state
-
-
-def _device(kind: str, *, asked: bool) -> torch.device:
-    if kind == "cuda" and not torch.cuda.is_available():
-        if asked:
-            raise InputError(
-                "device cuda: PyTorch sees no GPU here (torch.cuda.is_available() is False); use --device cpu"
-            )
-        kind = "cpu"
-    return torch.device(kind)
 
 
 def _rebuilt(

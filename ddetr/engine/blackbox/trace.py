@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddetr.engine.step import MicroBatch, step_losses
 from ddetr.models.criterion import SetCriterion
+from ddetr.wording import first_few
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ def find_non_finite(
     """
     broken = non_finite_parameters(model)
     if broken:
-        names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-        message = f"the weights themselves are not finite: {names}"
+        message = f"the weights themselves are not finite: {first_few(broken, 3)}"
         return NotFinite("parameter", broken[0], "", 0, message)
     device = next(model.parameters()).device
     cuda = [device] if device.type == "cuda" else []

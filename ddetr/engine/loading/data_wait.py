@@ -45,8 +45,8 @@ class DataWait:
         if self._waited > MUCH * self._measured:
             self._has_warned = True
             logger.warning(
-                "%.0f %% of the time is spent waiting for images: raise --data.num_workers (now %s, this machine has %s "
-                "cores), or let them come from a faster disk or in smaller files",
+                "%.0f %% of the time is spent waiting for images: raise --data.num_workers (now %s, this machine has "
+                "%s cores), or let them come from a faster disk or in smaller files",
                 100 * self._waited / self._measured, num_workers, os.cpu_count(),
             )  # fmt: skip
         self._waited = self._measured = 0.0

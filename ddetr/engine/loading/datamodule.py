@@ -49,8 +49,8 @@ class Unreadable:
 class Loaded(NamedTuple):
     """What a loader process sends: micro-batches whose targets are arrays, and the files that it could not read.
 
-    Arrays go through the pipe with the rest. Tensors would each take a file descriptor and a piece of shared memory of its
-    own: seven an image, which by itself can pass the limit of open files.
+    Arrays go through the pipe with the rest. Tensors would each take a file descriptor and a piece of shared memory of
+    its own: seven an image, which by itself can pass the limit of open files.
     """
 
     batch: list[MicroBatch]
@@ -135,8 +135,9 @@ class BatchesInMemory(_TimedTransfer):
 class DetectionData(_TimedTransfer):
     """Loaders of the two splits.
 
-    `start` is (epoch, batch): where a resumed run goes on. The epoch of that number begins with that global batch, without
-    loading those before it, though its loader's length stays that of the whole epoch. Set it before the loader is asked for.
+    `start` is (epoch, batch): where a resumed run goes on. The epoch of that number begins with that global batch,
+    without loading those before it, though its loader's length stays that of the whole epoch. Set it before the loader
+    is asked for.
 
     `unreadable` are the training files that could not be read so far, in this process: path -> reason.
     """
@@ -222,7 +223,8 @@ class DetectionData(_TimedTransfer):
 
     def val_dataloader(self) -> DataLoader:
         # A plain stride: the shares may differ by one image, since validation waits for the others only at its end. A
-        # process without a share repeats the first image, which the evaluator counts once: none at all would skip the end.
+        # process without a share repeats the first image, which the evaluator counts once: none at all would skip the
+        # end.
         share = range(self.trainer.global_rank, len(self.val_set), self.trainer.world_size) or range(1)
         return Loader(
             self.val_set,
@@ -251,11 +253,13 @@ class DetectionData(_TimedTransfer):
         allowed = max(1, int(MOST_UNREADABLE * num_images))
         if len(self.unreadable) > allowed:
             raise InputError(
-                f"{len(self.unreadable)} of the {num_images} training images can't be read, more than {allowed}; the last: "
-                f"{reason} `ddetr data audit --decode true` lists all that are damaged: restore them, or remove their entries"
+                f"{len(self.unreadable)} of the {num_images} training images can't be read, more than {allowed}; the "
+                f"last: {reason}; `ddetr data audit --decode true` lists all that are damaged: restore them, or remove "
+                "their entries"
             )
         logger.warning(
-            "%s Another image stands in for it (unreadable so far: %d of %d; --data.on_bad_image raise stops instead).",
+            "%s; another image stands in for it (unreadable so far: %d of %d; --data.on_bad_image raise stops "
+            "instead)",
             reason, len(self.unreadable), num_images,
         )  # fmt: skip
 
@@ -277,8 +281,9 @@ class DetectionData(_TimedTransfer):
         fitting = workers_that_fit(wanted, batch_bytes, None if free is None else free // processes)
         if fitting < wanted:
             logger.warning(
-                "/dev/shm has %.0f MiB free, and a batch may take %.0f MiB of it: %s. Give it room (docker run --shm-size 8g; "
-                "compose: shm_size; Kubernetes: an emptyDir in memory); --data.num_workers insists on a number",
+                "/dev/shm has %.0f MiB free, and a batch may take %.0f MiB of it: %s. Give it room (docker run "
+                "--shm-size 8g; compose: shm_size; Kubernetes: an emptyDir in memory); --data.num_workers insists on "
+                "a number",
                 free / 2**20, batch_bytes / 2**20,
                 f"{fitting} instead of {wanted} processes load images" if fitting
                 else f"the training process loads images itself, instead of {wanted} others",

@@ -69,12 +69,13 @@ class EpochOrder(Sampler[tuple[int, int]]):
 def similar_together(sizes_hw: Sequence[tuple[int, int]], device_batch_size: int, world_size: int = 1) -> list[int]:
     """An order of a global batch in which each process's share, cut into micro-batches, needs little padding.
 
-    Each micro-batch is begun by the largest image that is left and filled with those that add the least padding to it; then
-    the micro-batches are dealt out so that the processes have about the same number of pixels.
+    Each micro-batch is begun by the largest image that is left and filled with those that add the least padding to it;
+    then the micro-batches are dealt out so that the processes have about the same number of pixels.
 
     Args:
         sizes_hw: (h, w) of each image; their number is divisible by `world_size`.
-        device_batch_size: images of a micro-batch; the last one of a share is smaller where it does not divide the share.
+        device_batch_size: images of a micro-batch; the last one of a share is smaller where it does not divide the
+            share.
         world_size: shares: the first process takes the first part of the order, and so on.
 
     Returns:

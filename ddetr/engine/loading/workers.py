@@ -11,7 +11,7 @@ from ddetr.errors import InputError
 from ddetr.runtime.allocator import keep_freed_memory
 from ddetr.runtime.limits import available_cores
 
-MOST_WORKERS = 4  # each loads some 200 images a second at 800 pixels: no detector here trains as fast as four do
+MOST_WORKERS = 4  # each loads some 200 images per second at 800 pixels: no detector here trains as fast as four do
 PREFETCH = 2  # batches that each has ready
 GRACE_SECONDS = 30
 
@@ -19,8 +19,8 @@ GRACE_SECONDS = 30
 def default_num_workers(*, on_gpu: bool, processes: int = 1, cores: int | None = None) -> int:
     """Loader processes for each of `processes` training processes on this machine.
 
-    A GPU leaves the processor to them, but for one core that drives it. Training on the processor needs the cores itself:
-    there they are worth it from four cores on.
+    A GPU leaves the processor to them, but for one core that drives it. Training on the processor needs the cores
+    itself: there they are worth it from four cores on.
     """
     cores = (available_cores() if cores is None else cores) // processes
     if on_gpu:
@@ -44,9 +44,9 @@ def start_worker(worker_id: int) -> None:
     """Called in each loader process first. (PyTorch sets its threads to one itself.)
 
     Images of some megabytes come and go: the process keeps what they free, instead of asking for fresh pages.
-    Ctrl+C and a scheduler's SIGTERM go to all processes of a job, but what becomes of it is the training process's to say:
-    a loader that died at once would stop it before it has saved. So SIGTERM ends a loader at once only if the training
-    process sent it, and otherwise after a grace.
+    Ctrl+C and a scheduler's SIGTERM go to all processes of a job, but what becomes of it is the training process's to
+    say: a loader that died at once would stop it before it has saved. So SIGTERM ends a loader at once only if the
+    training process sent it, and otherwise after a grace.
     """
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -80,7 +80,8 @@ def explained() -> Iterator[None]:
             raise
         how = re.search(r"killed by signal: ([\w ]+)", str(error))
         raise InputError(
-            f"a process that loads images died ({how[1].strip() if how else 'without a word'}): usually the memory, or the "
-            "shared memory (/dev/shm; Docker gives 64 MB unless told --shm-size 8g or --ipc host), is full. Use fewer "
-            "--data.num_workers (0 loads in the training process), a smaller --batch_size, or give the machine more"
+            f"a process that loads images died ({how[1].strip() if how else 'without a word'}): usually the memory, or "
+            "the shared memory (/dev/shm; Docker gives 64 MB unless told --shm-size 8g or --ipc host), is full. Use "
+            "fewer --data.num_workers (0 loads in the training process), a smaller --batch_size, or give the machine "
+            "more"
         ) from error

@@ -1,1 +1,5 @@
-"""The CPU kernel: C++ sources, their build, and the ctypes binding. Importing it loads no library."""
+"""The CPU kernel in C++. Importing this loads no library.
+
+build.py     the sources beside it -> the library
+library.py   the library, called by ctypes
+"""

@@ -27,7 +27,6 @@ from ddetr.engine.loading.workers import default_num_workers, explained, workers
 from ddetr.engine.train import train
 from ddetr.errors import InputError
 from ddetr.ops import ms_deform_attn
-from ddetr.runtime.limits import available_cores
 
 
 def batches_of(
@@ -297,7 +296,7 @@ def test_a_bad_file_does_not_stop_training_and_is_told_once(
     assert len(epochs[0]) == 4
     for step, other in zip(*epochs):
         assert_same(step, other)
-    told = [record.getMessage() for record in caplog.records if "Another image stands in" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "another image stands in" in record.getMessage()]
     assert len(told) == 2  # once for each of the two runs, though it was met in both epochs
     assert name in told[0]
     assert "unreadable so far: 1 of 8" in told[0]
@@ -348,7 +347,7 @@ def test_a_run_with_everything_on(
     )
     steps = (result.path / "train.csv").read_text().splitlines()[1:]
     assert len(steps) == 4
-    told = [record.getMessage() for record in caplog.records if "Another image stands in" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "another image stands in" in record.getMessage()]
     assert len(told) == 1
     assert name in told[0]
 
@@ -357,7 +356,7 @@ def test_a_run_with_everything_on(
 
 
 def test_targets_do_not_take_shared_memory(shapes: Path) -> None:
-    """Seven small tensors an image, each a file descriptor, would pass the limit of open files."""
+    """Seven small tensors per image, each a file descriptor, would pass the limit of open files."""
     loader = loaders(shapes, num_workers=1).train_dataloader()
     packed = next(iter(super(type(loader), loader).__iter__()))
     assert isinstance(packed, Loaded)
@@ -459,26 +458,3 @@ def test_a_small_shared_memory_gets_fewer_loaders(
     assert (f"/dev/shm has {mib} MiB free, and a batch may take 54 MiB of it" in caplog.text) == (expected < 2)
     data.num_workers = 2  # asked for
     assert data.train_dataloader().num_workers == 2
-
-
-def test_cores_are_those_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
-    assert available_cores(tmp_path) == 12
-    own = tmp_path / "proc/self/cgroup"
-    own.parent.mkdir(parents=True)
-    own.write_text("0::/job\n")
-    job = tmp_path / "sys/fs/cgroup/job"
-    job.mkdir(parents=True)
-    (job / "cpu.max").write_text("max 100000\n")
-    assert available_cores(tmp_path) == 12
-    (job / "cpu.max").write_text("250000 100000\n")
-    assert available_cores(tmp_path) == 3
-    (tmp_path / "sys/fs/cgroup/cpu.max").write_text("200000 100000\n")
-    assert available_cores(tmp_path) == 2
-    old = tmp_path / "old"
-    (old / "sys/fs/cgroup/cpu").mkdir(parents=True)
-    for name, value in (("cpu.cfs_quota_us", "400000"), ("cpu.cfs_period_us", "100000")):
-        (old / "sys/fs/cgroup/cpu" / name).write_text(value)
-    assert available_cores(old) == 4
-    (old / "sys/fs/cgroup/cpu/cpu.cfs_quota_us").write_text("-1")
-    assert available_cores(old) == 12

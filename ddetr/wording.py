@@ -1,0 +1,18 @@
+"""Words that many messages share."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
+    """ " (did you mean train?)", the tail of an error message: of the known names the nearest ones; "" where none is
+    near."""
+    near = difflib.get_close_matches(word, list(known), n=most, cutoff=0.5)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def first_few(names: Iterable[object], most: int) -> str:
+    """ "a, b, c and 4 more"; "nothing" where there are none."""
+    shown = [str(name) for name in names]
+    rest = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return (", ".join(shown[:most]) or "nothing") + rest
