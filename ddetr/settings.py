@@ -1,7 +1,7 @@
 """One option, one place: default, range and what becomes of it on resume stand beside the field of a dataclass.
 
-The text under a field is its help. The command line, YAML files, the run folder and the check of a resumed run all read the
-fields; nothing lists them a second time.
+The text under a field is its help. The command line, YAML files, the run folder and the check of a resumed run all read
+the fields; nothing lists them a second time.
 """
 
 import dataclasses
@@ -22,15 +22,16 @@ def option(
     Args:
         default: a value, or for lists and dicts the type that makes an empty one.
         at_least, at_most: limits of a number; None and words such as "auto" have none. `check_ranges` holds them.
-        resume: "same": a resumed run must have the same value; "free": it decides nothing about the outcome but when it is
-            reached and who hears of it, so it may change; "session": it concerns one start of a run and is not kept.
+        resume: "same": a resumed run must have the same value; "free": it decides nothing about the outcome but when it
+            is reached and who hears of it, so it may change; "session": it concerns one start of a run and is not kept.
     """
     kind = {"default_factory": default} if isinstance(default, type) else {"default": default}
     return dataclasses.field(**kind, metadata={"at_least": at_least, "at_most": at_most, "resume": resume})
 
 
 def check_ranges(settings: Any) -> None:
-    """Raises `InputError` where a number of a dataclass lies outside of its field's limits (NaN lies outside of any)."""
+    """Raises `InputError` where a number of a dataclass lies outside of its field's limits (NaN lies outside of
+    any)."""
     for field in dataclasses.fields(settings):
         value, low, high = getattr(settings, field.name), field.metadata.get("at_least"), field.metadata.get("at_most")
         if not isinstance(value, int | float):

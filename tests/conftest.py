@@ -28,7 +28,8 @@ TINY_MODEL = {
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with coco_tiny and bccd; what needs it is skipped where it is absent, and tried on a drawn set everywhere."""
+    """The folder with coco_tiny and bccd; what needs it is skipped where it is absent, and tried on a drawn set
+    everywhere."""
     if not SHARED_DATA.is_dir():
         pytest.skip("the real data is not here: ../shared/data beside the project")
     return SHARED_DATA

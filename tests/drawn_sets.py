@@ -29,9 +29,9 @@ def draw_photo(size_wh: tuple[int, int], seed: int) -> Image.Image:
 def draw_coco(root: Path, num_images: int = 16) -> Path:
     """COCO 2017's layout, names and 80 classes, whose ids have gaps.
 
-    16 images per split of several shapes, one of them greyscale; six to eight objects with a polygon each, of fractions of a
-    pixel, one a hundredth beyond the edge; in every fourth image a crowd, whose mask is run-length encoded. The first three
-    images of `train2017` have one large object each: a bear (23), a donut (60), a keyboard (76).
+    16 images per split of several shapes, one of them greyscale; six to eight objects with a polygon each, of fractions
+    of a pixel, one a hundredth beyond the edge; in every fourth image a crowd, whose mask is run-length encoded. The
+    first three images of `train2017` have one large object each: a bear (23), a donut (60), a keyboard (76).
     """
     categories = [{"supercategory": "thing", "id": number, "name": name} for number, name in COCO_CLASSES.items()]
     ids = itertools.cycle(COCO_CLASSES)  # each class is in both splits

@@ -78,15 +78,17 @@ def test_its_header_holds_its_command(config: Path) -> None:
 
 # The official code's values, whether a file spells them out or leaves them to the defaults.
 PAPER = yaml.safe_load("""
-model: {backbone: resnet50, pretrained_backbone: true, position_embedding: sine, hidden_dim: 256, nheads: 8, enc_layers: 6,
-  dec_layers: 6, dim_feedforward: 1024, dropout: 0.1, num_queries: 300, enc_n_points: 4, dec_n_points: 4, aux_loss: true}
+model: {backbone: resnet50, pretrained_backbone: true, position_embedding: sine, hidden_dim: 256, nheads: 8, enc_layers:
+    6,
+  dec_layers: 6, dim_feedforward: 1024, dropout: 0.1, num_queries: 300, enc_n_points: 4, dec_n_points: 4, aux_loss:
+      true}
 loss: {cls_loss_coef: 2.0, bbox_loss_coef: 5.0, giou_loss_coef: 2.0, focal_alpha: 0.25,
   set_cost_class: 2.0, set_cost_bbox: 5.0, set_cost_giou: 2.0}
 optim: {lr: 0.0002, lr_backbone: 0.00002, lr_linear_proj_mult: 0.1, layer_decay: 1.0, freeze: [], weight_decay: 0.0001,
   decay_norms: true, clip_max_norm: 0.1, schedule: step, lr_drop: 40, warmup_steps: 0, sgd: false, ema_decay: null}
 data: {augmentation: official, image_size: 800, keep_empty: true}
-run: {epochs: 50, batch_size: 32, precision: "32", seed: 42, max_detections: 100, val_every: 1, patience: null, weights: null}
-""")
+run: {epochs: 50, batch_size: 32, precision: "32", seed: 42, max_detections: 100, val_every: 1, patience: null, weights:
+null} """)
 # (feature levels, DC5, refinement, two-stage) of each row, and its exact number of trained parameters
 ROWS = {
     "deformable_detr_r50_single_scale": (1, False, False, False, 33_844_193),

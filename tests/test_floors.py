@@ -46,6 +46,7 @@ HEAVY = {
     *("hotcoco", "faster_coco_eval", "pycocotools", "jinja2", "markupsafe"),
 }
 MOST_FILES = 22  # in a folder; beyond, it wants rooms
+MOST_LINES = 80  # of a function without a reason above it
 
 
 def module_name(path: Path) -> str:
@@ -123,6 +124,18 @@ def test_the_map_of_a_folder_names_what_is_there_and_nothing_else(init: Path) ->
     there |= {f"{path.parent.name}/" for path in init.parent.glob("*/__init__.py")}
     assert [name for name in sorted(there) if not any(fnmatch(name, pattern) for pattern in named)] == [], "not named"
     assert [name for name in sorted(named) if not any(fnmatch(real, name) for real in there)] == [], "not there"
+
+
+def test_a_long_function_says_why() -> None:
+    silent = []
+    for path in FILES.values():
+        lines = path.read_text("utf-8").splitlines()
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= MOST_LINES:
+                first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+                if not lines[first - 2].lstrip().startswith("#"):
+                    silent.append(f"{path.relative_to(ROOT.parent)}:{node.lineno} {node.name}")
+    assert silent == []
 
 
 def test_no_folder_is_crowded() -> None:

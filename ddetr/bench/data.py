@@ -48,6 +48,7 @@ class Key(NamedTuple):
     seed: int
 
 
+# Long, since it is a list: each table is measured, shown and kept, one after the other.
 def bench_data(
     data: DataConfig,
     *,

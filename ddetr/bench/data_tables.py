@@ -12,7 +12,8 @@ STAGES = ("read", "decode", "augment", "all up to tensors", "collate")
 DESCRIPTIONS = {
     "ours": "torchvision's JPEG decoder where it agrees with Pillow; flip, crop and resize in one resampling of uint8; "
     "batches of uint8, which the device normalises",
-    "plain Pillow": "the paper's recipe step by step: Pillow decodes, flips, resizes, crops and resizes again; to_tensor, "
+    "plain Pillow": "the paper's recipe step by step: Pillow decodes, flips, resizes, crops and resizes again; "
+    "to_tensor, "
     "normalize; batches of float32",
 }
 

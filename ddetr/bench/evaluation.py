@@ -158,12 +158,14 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"# COCO evaluation, {result['machine']['date']}",
         "",
         f"- Machine: {record.describe(result['machine'])}.",
-        f"- Command: `{result['command']}`. Wall seconds, median of {result['rounds']} interleaved rounds in one process.",
+        f"- Command: `{result['command']}`. Wall seconds, median of {result['rounds']} interleaved rounds in "
+        "one process.",
         f"- Synthetic: {sizes['images']:,} images, {sizes['objects']:,} objects, {sizes['classes']} classes, "
         f"{sizes['per_image']} detections per image.",
         f"- All numbers (COCO's twelve, those by class and size, threshold and F1) agree; largest difference "
         f"{result['largest_difference']:.1e}. AP is {result['AP']:.3f}.",
-        "- gather: taking the model's detections; convert: to the library's objects; library: its evaluate and accumulate;",
+        "- gather: taking the model's detections; convert: to the library's objects; library: its evaluate and "
+        "accumulate;",
         "  rest: threshold of the best F1 and summary. The adapter adds all but the library.",
         "",
         *table(result),

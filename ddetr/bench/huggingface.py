@@ -1,4 +1,5 @@
-"""Hugging Face transformers' Deformable DETR of the sizes of ours: the network, and a training step with its own loss."""
+"""Hugging Face transformers' Deformable DETR of the sizes of ours: the network, and a training step with its own
+loss."""
 
 from collections.abc import Callable
 from contextlib import nullcontext

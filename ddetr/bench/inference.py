@@ -1,8 +1,8 @@
 """`ddetr bench inference`: the whole detector on a CPU beside transformers', with the same weights.
 
-Sides: transformers' eager, ours as it is, ours with each `optimize`, on one image; then a training step (forward, a plain
-loss on the outputs, backward) of transformers' and of ours as `ddetr train` runs it: backbone channels-last, matrix
-products by oneDNN. Wall time, interleaved, medians.
+Sides: transformers' eager, ours as it is, ours with each `optimize`, on one image; then a training step (forward, a
+plain loss on the outputs, backward) of transformers' and of ours as `ddetr train` runs it: backbone channels-last,
+matrix products by oneDNN. Wall time, interleaved, medians.
 """
 
 import math
@@ -49,7 +49,8 @@ def bench_inference(
         threads: of the CPU; one is timed by its own CPU time, more by the wall clock.
         rounds: turns of each side, of which the median counts.
         compile: measure `optimize="compile"` too, which takes minutes to compile.
-        keep_freed_memory: let the process keep the memory that it frees, as `ddetr predict --optimize` does, for all sides.
+        keep_freed_memory: let the process keep the memory that it frees, as `ddetr predict --optimize` does, for all
+            sides.
         output: folder for inference.json and inference.md.
 
     Returns:

@@ -190,7 +190,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         f"- Machine: {machine}.",
         f"- Command: `{command.replace(': ', '`. ', 1)}.",
-        "- Both sides assign the same, which is checked before they are timed. What part of a training step the matching is,",
+        "- Both sides assign the same, which is checked before they are timed. What part of a training step "
+        "the matching is,",
         "  `ddetr bench train` shows.",
         "",
         *table(report),

@@ -43,10 +43,10 @@ logger = logging.getLogger(__name__)
 OURS, OFFICIAL, TRANSFORMERS = "ours", "official", "transformers"
 DESCRIPTIONS = {
     OURS: "ddetr's engine: DetectionModule.training_step under Lightning, with the options given",
-    OFFICIAL: "a plain reading of the official recipe on our network: grid_sample, a cross-image matching for each layer, "
-    "AdamW without fused kernels, float32",
-    TRANSFORMERS: "Hugging Face's DeformableDetrForObjectDetection of the same sizes with its own loss and AdamW, at the "
-    "precision given",
+    OFFICIAL: "a plain reading of the official recipe on our network: grid_sample, a cross-image matching for each "
+    "layer, AdamW without fused kernels, float32",
+    TRANSFORMERS: "Hugging Face's DeformableDetrForObjectDetection of the same sizes with its own loss and AdamW, at "
+    "the precision given",
 }
 # Settings of a run that change a step and are measured, beside its data, model, loss and optimiser.
 _SETTINGS = (
@@ -99,8 +99,8 @@ def bench_train(
     """Time training steps.
 
     Args:
-        config: the run whose steps are timed; its sizes of batches must be numbers. What decides nothing about a step is
-            not looked at.
+        config: the run whose steps are timed; its sizes of batches must be numbers. What decides nothing about a step
+            is not looked at.
         steps: measured steps.
         warmup: steps before them.
         sides: "ours" alone, or with "official" and "transformers" on the same batches.
@@ -115,16 +115,7 @@ def bench_train(
     Raises:
         InputError: no data, or settings that can't be measured.
     """
-    for name, number in (("steps", steps), ("warmup", warmup), ("compared_batches", compared_batches)):
-        if number < 1:
-            raise InputError(f"--{name}: expected at least 1, got {number}")
-    chosen = [name.strip() for name in sides.split(",")]
-    if unknown := set(chosen) - set(DESCRIPTIONS):
-        raise InputError(f"--sides: expected some of {', '.join(DESCRIPTIONS)}, got {', '.join(sorted(unknown))}")
-    if "auto" in (config.batch_size, config.device_batch_size):
-        raise InputError(
-            "bench train measures sizes that are given: --batch_size and --device_batch_size are numbers here"
-        )
+    chosen = _checked(config, sides, steps=steps, warmup=warmup, compared_batches=compared_batches)
     where = choose_device(config.device)
     if config.compile:
         check_compiler(where.type)
@@ -174,6 +165,21 @@ def bench_train(
         write_text(folder / "train.md", step_tables.markdown(report))
         console.show(f"saved in {folder}: train.json, train.md")
     return report
+
+
+def _checked(config: TrainConfig, sides: str, **counts: int) -> list[str]:
+    """The names of the sides, after a look at what was given."""
+    for name, number in counts.items():
+        if number < 1:
+            raise InputError(f"--{name}: expected at least 1, got {number}")
+    chosen = [name.strip() for name in sides.split(",")]
+    if unknown := set(chosen) - set(DESCRIPTIONS):
+        raise InputError(f"--sides: expected some of {', '.join(DESCRIPTIONS)}, got {', '.join(sorted(unknown))}")
+    if "auto" in (config.batch_size, config.device_batch_size):
+        raise InputError(
+            "bench train measures sizes that are given: --batch_size and --device_batch_size are numbers here"
+        )
+    return chosen
 
 
 def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str, Any], list[list[MicroBatch]]]:

@@ -28,7 +28,8 @@ _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 
 class Parser(ArgumentParser):
-    """Every mistake is an `InputError` of one sentence that names the option or the file, and the nearest known name."""
+    """Every mistake is an `InputError` of one sentence that names the option or the file, and the nearest known
+    name."""
 
     def __init__(self, command: str, description: str):
         set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -27,8 +27,8 @@ from typing import Any
 from ddetr.datasets.audit import audit
 from ddetr.datasets.collate import collate
 
-# Name -> module. Loaded on first use: settings and help need none of what reads and transforms images. The two above are
-# called like their modules, which would stand in their place.
+# Name -> module. Loaded on first use: settings and help need none of what reads and transforms images. The two above
+# are called like their modules, which would stand in their place.
 _PUBLIC = {
     "Annotations": "ddetr.datasets.annotations",
     "AuditReport": "ddetr.datasets.audit",

@@ -129,7 +129,9 @@ class AuditReport:
         role = "training" if split is self.train else "validation"
         yield f"{role} images", f"{split.num_images:,}", f"{split.name} ({split.format})"
         ignored = f"; {split.num_ignored:,} more are crowds or difficult: ignored" if split.num_ignored else ""
-        per_image = f"an image: {split.objects_p50:g} (median), {split.objects_p99:g} (p99), {split.objects_max} (most)"
+        per_image = (
+            f"per image: {split.objects_p50:g} (median), {split.objects_p99:g} (p99), {split.objects_max} (most)"
+        )
         yield (
             f"{role} objects",
             f"{split.num_objects:,}",

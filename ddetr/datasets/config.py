@@ -1,4 +1,5 @@
-"""Settings of a data set: where it is, and how training loads it. Each part that reads less takes the class with less."""
+"""Settings of a data set: where it is, and how training loads it. Each part that reads less takes the class with
+less."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -50,7 +51,8 @@ class DataConfig(TrainingSource):
     """Sort the images of each step into micro-batches of similar shape, to save padding; a step has the same images. It
     helps where --device_batch_size is at least 2 and well below --batch_size."""
     padded_shapes: int | None = None
-    """Pad batches to one of so many shapes (1 to 12), for torch.compile and cuDNN; by default to their largest sides."""
+    """Pad batches to one of so many shapes (1 to 12), for torch.compile and cuDNN; by default to their largest
+    sides."""
     num_workers: int | None = option(None, at_least=0, resume="free")
     """Processes that load images; by default up to 4, as many as there are cores to spare, and 0 for training on a
     processor with fewer than 4."""

@@ -109,7 +109,10 @@ def settle_size(
     finite = boxes_xyxy[np.isfinite(boxes_xyxy).all(axis=1)]
     limits = np.array([actual_hw[1], actual_hw[0]], dtype=np.float64) + _ROUNDING_PX
     if (finite[:, 2:] <= limits).all():
-        message = f"{path.name} is {actual_hw[1]} x {actual_hw[0]} pixels, not {declared} as annotated; its boxes fit, the file is believed."
+        message = (
+            f"{path.name} is {actual_hw[1]} x {actual_hw[0]} pixels, not {declared} as annotated; its boxes fit, "
+            "the file is believed."
+        )
         log.add("size-mismatch", "repaired", where, message)
         return actual_hw
     log.add("size-mismatch", "dropped", where, f"{size_mismatch(path, actual_hw, declared_hw)} It was left out.")

@@ -40,7 +40,7 @@ def load_annotations(
         image_dir: where the images are, likewise; found by itself in the usual layouts.
         categories: the training set's: labels are mapped on to them, by id and name (COCO) or by name (VOC, YOLO), and
             objects of classes that they lack are left out with a finding.
-        check_images: False trusts the width and height of a COCO file and saves reading a header an image.
+        check_images: False trusts the width and height of a COCO file and saves reading a header per image.
     """
     path = _existing(path)
     if annotation_file is not None:

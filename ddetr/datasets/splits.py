@@ -26,7 +26,8 @@ def load_split(
         split = which if annotation_file else dict(zip(("train", "val"), default_splits(data.path, data.format)))[which]
     if split is None:
         raise InputError(
-            f"{data.path} has no validation split of a usual name (val, valid, test, ...): name one by val_split, or give "
+            f"{data.path} has no validation split of a usual name (val, valid, test, ...): name one by "
+            "val_split, or give "
             "its annotation file by val_annotations"
         )
     return load_annotations(

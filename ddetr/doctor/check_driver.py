@@ -43,7 +43,10 @@ def _gpu_rows(facts: Facts) -> list[Row]:
     for index, gpu in enumerate(facts.driver.gpus):
         if gpu.memory_free is not None and gpu.memory_total and gpu.memory_free < gpu.memory_total / 5:
             total = gpu.memory_total / 2**30
-            text = f"others hold {total - gpu.memory_free / 2**30:.0f} of {total:.0f} GiB of GPU {index}: training may not fit"
+            text = (
+                f"others hold {total - gpu.memory_free / 2**30:.0f} of {total:.0f} GiB of GPU {index}: training "
+                "may not fit"
+            )
             rows.append(warning(SECTION, "GPU memory", text, f"nvidia-smi -i {index} names the programs that hold it"))
     return rows
 
@@ -69,7 +72,10 @@ def _answer_row(facts: Facts) -> Row | None:
             f"the driver answers slowly: {problem}. Without persistence mode every program sets all GPUs up anew",
             "update NVIDIA's driver in Windows"
             if facts.machine.wsl
-            else "on the host: sudo nvidia-persistenced --persistence-mode, or sudo systemctl enable --now nvidia-persistenced",
+            else (
+                "on the host: sudo nvidia-persistenced --persistence-mode, or sudo systemctl enable --now "
+                "nvidia-persistenced"
+            ),
         )
     return warning(
         SECTION,

@@ -40,7 +40,10 @@ def check_limits(facts: Facts) -> list[Row]:
             }.get(container, "docker run --shm-size=8g ... (compose: shm_size: 8gb)")
             if limits.shared_memory >= _SHARED_MEMORY:
                 cure = "look for files that a killed program left there: ls -l /dev/shm"
-            text += ": little for the processes that load images, of which training then starts fewer, or none, and is slower"
+            text += (
+                ": little for the processes that load images, of which training then starts fewer, or none, and is "
+                "slower"
+            )
             rows.append(warning(LIMITS, "shared memory", text, cure))
         else:
             rows.append(ok(LIMITS, "shared memory", text))

@@ -72,7 +72,10 @@ def _import_fails(facts: Facts) -> Row:
     ):
         to_do = f"LD_LIBRARY_PATH={path} may bring other libraries in: unset LD_LIBRARY_PATH and try again; else {anew}"
     elif "no answer" in error:
-        to_do = "the disk or the network file system may be slow: try again; python -X importtime -c 'import torch' shows where"
+        to_do = (
+            "the disk or the network file system may be slow: try again; python -X importtime -c 'import torch' "
+            "shows where"
+        )
     elif "killed" in error:
         to_do = "give the process more memory (docker run --memory, Kubernetes resources.limits.memory): 2 GiB at least"
     else:

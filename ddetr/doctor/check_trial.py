@@ -52,7 +52,10 @@ def _of_computation(step: Step) -> str:
     if any(word in step.detail.lower() for word in ("out of memory", "busy or unavailable")):
         return f"another program holds the GPU or its memory: nvidia-smi -i {index} names it"
     if "no answer" in step.detail:
-        return f"see whether another program keeps it busy: nvidia-smi -i {index}; a GPU that hangs needs a reboot of the host"
+        return (
+            f"see whether another program keeps it busy: nvidia-smi -i {index}; a GPU that hangs needs a reboot of "
+            "the host"
+        )
     others = "leave it out: CUDA_VISIBLE_DEVICES=<the others>"
     return (
         f"look for faults of the card: nvidia-smi -q -i {index} | grep -A8 -i ecc; sudo dmesg | grep -i xid; reboot "

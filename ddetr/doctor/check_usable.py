@@ -165,7 +165,10 @@ def _no_libcuda(facts: Facts) -> Row:
             "the GPU's devices are in this container, but the driver's libraries are not (no libcuda.so.1)",
             f"NVIDIA_DRIVER_CAPABILITIES={asked} lacks compute: set it to compute,utility"
             if wrong
-            else f"pass the GPUs in with their driver: {start_with_gpus(facts)}, not as bare devices (/dev/nvidia0); {toolkit(facts)}",
+            else (
+                f"pass the GPUs in with their driver: {start_with_gpus(facts)}, not as bare devices "
+                f"(/dev/nvidia0); {toolkit(facts)}"
+            ),
             Cause.NO_DRIVER,
         )
     held = [name for name in facts.hardware.pci_drivers if name != "nvidia"]
@@ -208,8 +211,14 @@ def _not_loaded(facts: Facts) -> Row:
 def _not_opened(facts: Facts) -> Row:
     """The kernel module is at work, and CUDA finds no GPU all the same."""
     who = "container" if facts.machine.container else "user"
-    text = f"the driver runs ({facts.hardware.kernel_module}), but this {who} may not open /dev/nvidia*: {_answers(facts.driver)}"
-    to_do = "look at the permissions: ls -l /dev/nvidia* (groups video and render); with MIG, at its instances: nvidia-smi -L"
+    text = (
+        f"the driver runs ({facts.hardware.kernel_module}), but this {who} may not open /dev/nvidia*: "
+        f"{_answers(facts.driver)}"
+    )
+    to_do = (
+        "look at the permissions: ls -l /dev/nvidia* (groups video and render); with MIG, at its instances: "
+        "nvidia-smi -L"
+    )
     if facts.machine.container:  # whose right to the devices systemd takes away with every daemon-reload
         to_do = (
             f"start the container anew (systemctl daemon-reload on the host takes its GPUs away); if it stays, {to_do}"

@@ -11,7 +11,10 @@ _START = {
     "podman": "podman run --device nvidia.com/gpu=all ...",
     "kubernetes": "put nvidia.com/gpu: 1 into resources.limits of the container",
 }
-_TOOLKIT = "if that is refused, install the NVIDIA Container Toolkit on the host: sudo apt install nvidia-container-toolkit && "
+_TOOLKIT = (
+    "if that is refused, install the NVIDIA Container Toolkit on the host: sudo apt install "
+    "nvidia-container-toolkit && "
+)
 _TOOLKITS = {
     "docker": _TOOLKIT + "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker",
     "podman": _TOOLKIT

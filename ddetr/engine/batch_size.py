@@ -1,6 +1,8 @@
-"""`--device_batch_size auto`: as many images at a time as the device's memory holds, with the largest images there can be.
+"""`--device_batch_size auto`: as many images at a time as the device's memory holds, with the largest images there can
+be.
 
-On a GPU it is tried out, before the first step; on the CPU, where running out of memory ends the process, it is estimated.
+On a GPU it is tried out, before the first step; on the CPU, where running out of memory ends the process, it is
+estimated.
 """
 
 import logging
@@ -122,7 +124,8 @@ def largest_that_fits(used: Callable[[int], int], budget: int, most: int) -> int
     """The largest batch of at most `most` images that stays within the budget: doubling, then halving the gap.
 
     Args:
-        used: bytes that a step on so many images takes at its peak; raises torch.OutOfMemoryError where it can't be had.
+        used: bytes that a step on so many images takes at its peak; raises torch.OutOfMemoryError where it can't be
+            had.
         budget: bytes.
         most: images, at least 1.
 

@@ -136,7 +136,8 @@ def _peak_memory_mb(trainer: pl.Trainer) -> int | None:
 
 
 class Publish(Callback):
-    """After every validation: a row in val.csv, metrics.json, last.pth, and best.pth where the AP is the best so far."""
+    """After every validation: a row in val.csv, metrics.json, last.pth, and best.pth where the AP is the best so
+    far."""
 
     def __init__(
         self,
@@ -144,8 +145,8 @@ class Publish(Callback):
         publish: Callable[[str, DetectionModule, Metrics], None],
         send: Send = lambda *_: None,
     ):
-        """publish(name, module, metrics) writes a published checkpoint into the run folder; send("val", step, values) hears
-        of every row of val.csv."""
+        """publish(name, module, metrics) writes a published checkpoint into the run folder; send("val", step, values)
+        hears of every row of val.csv."""
         self.run, self.publish, self.send = run, publish, send
         self.best_ap, self.best_metrics = -math.inf, {}
 

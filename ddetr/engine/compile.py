@@ -89,7 +89,8 @@ def check_compiler(device_type: str) -> None:
             cpp_builder.get_cpp_compiler()
         except Exception as error:  # of a private class, another in each version
             raise InputError(
-                "--compile on the CPU needs a C++ compiler, and none was found (install g++, or set CXX); train without "
+                "--compile on the CPU needs a C++ compiler, and none was found (install g++, or set CXX); "
+                "train without "
                 "--compile"
             ) from error
     if sys.platform != "win32" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
@@ -99,8 +100,9 @@ def check_compiler(device_type: str) -> None:
 def _prepare_dynamo(limit: int) -> None:
     """For the whole process: room for as many graphs as there are shapes, and whole ones under DDP.
 
-    PyTorch counts the graphs of all models of the process that a run may have had before together. DDP's own splitting of graphs, which lets it exchange gradients during the backward pass, refuses activation
-    checkpointing; the exchange takes a small part of a step of this model.
+    PyTorch counts the graphs of all models of the process that a run may have had before together. DDP's own splitting
+    of graphs, which lets it exchange gradients during the backward pass, refuses activation checkpointing; the exchange
+    takes a small part of a step of this model.
     """
     config = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # the second before 2.7

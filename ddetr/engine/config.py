@@ -31,7 +31,8 @@ class OptimConfig:
     lr_linear_proj_mult: float = option(0.1, at_least=0)
     """Factor on lr for sampling offsets and reference points."""
     layer_decay: float = 1.0
-    """Factor on lr_backbone per stage: the last stage has lr_backbone, the one before it lr_backbone * layer_decay, ..."""
+    """Factor on lr_backbone per stage: the last stage has lr_backbone, the one before it lr_backbone * layer_decay,
+    ..."""
     freeze: list[str] = option(list)
     """Parts that do not train: glob patterns of the official parameter names, e.g. backbone.*,transformer.encoder.*"""
     weight_decay: float = option(1e-4, at_least=0)
@@ -67,8 +68,8 @@ class TrainConfig:
     data: DataConfig
     """Where the data set is, and how it is loaded."""
     model: Mapping[str, Any] = option(dict)
-    """Arguments of `DeformableDETR`; `num_classes` comes from the data, and what is left out has `DEFAULT_MODEL` and then
-    the constructor's default."""
+    """Arguments of `DeformableDETR`; `num_classes` comes from the data, and what is left out has `DEFAULT_MODEL` and
+    then the constructor's default."""
     loss: LossWeights = LossWeights()
     """Weights of losses and matching costs."""
     optim: OptimConfig = OptimConfig()

@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(pl.Trainer):
-    """Lightning's, but that the last epoch is always validated, whatever `check_val_every_n_epoch` says of the others."""
+    """Lightning's, but that the last epoch is always validated, whatever `check_val_every_n_epoch` says of the
+    others."""
 
     @property
     def check_val_every_n_epoch(self) -> int | None:

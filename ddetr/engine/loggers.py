@@ -1,7 +1,7 @@
 """TensorBoard, Weights & Biases and MLflow beside the tables of the run folder, all through Lightning's loggers.
 
-Only the first process speaks to them. None of them may cost the run: one that fails is reported once and switched off. A
-resumed run continues what it has begun there, without repeated steps.
+Only the first process speaks to them. None of them may cost the run: one that fails is reported once and switched off.
+A resumed run continues what it has begun there, without repeated steps.
 
 What the services themselves read from the environment is honoured: WANDB_PROJECT, WANDB_MODE, MLFLOW_TRACKING_URI,
 MLFLOW_EXPERIMENT_NAME, ...
@@ -62,8 +62,8 @@ class Loggers(Callback):
     def __init__(self, names: Sequence[LoggerName], run: RunFolder, config: Mapping[str, Any]):
         self.names, self.run, self.config = names, run, config
         self._open: dict[str, Logger] = {}
-        # A killed run has logged more than its last checkpoint knows of, and a service takes nothing back. The steps that
-        # are trained again give the same numbers: they are not sent again.
+        # A killed run has logged more than its last checkpoint knows of, and a service takes nothing back. The steps
+        # that are trained again give the same numbers: they are not sent again.
         self._sent = {kind: self._last_step(f"{kind}.csv") for kind in ("train", "val")}
 
     def _last_step(self, name: str) -> int:
@@ -90,7 +90,8 @@ class Loggers(Callback):
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def send(self, kind: Literal["train", "val"], step: int, values: Mapping[str, float | None]) -> None:
-        """Send a row of train.csv or val.csv; numbers that are none, as the AP of a size that does not occur, are left out."""
+        """Send a row of train.csv or val.csv; numbers that are none, as the AP of a size that does not occur, are left
+        out."""
         metrics = {
             f"{kind}/{name}": float(value)
             for name, value in values.items()

@@ -94,11 +94,12 @@ def estimate_memory(
     """What a training step takes, by running it on fake tensors.
 
     Args:
-        model: the detector, in training, on its device, with activation checkpointing as it shall be; it is not changed.
+        model: the detector, in training, on its device, with activation checkpointing as it shall be; it is not
+            changed.
         criterion: its losses.
         batch: images of a micro-batch.
         size_hw: its padded (H, W).
-        num_objects: objects an image.
+        num_objects: objects per image.
         precision: "32", "bf16" or "fp16".
         optimizer_states: tensors that the optimiser keeps for each parameter; AdamW two.
         copies: whole copies of the trained parameters beside that: one for EMA, one of the gradients for DDP.
@@ -149,7 +150,8 @@ def _without_data(tensor: Tensor) -> Tensor:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside the block: bytes of the tensors that operations have made and that are still there (`now`), and their peak."""
+    """Inside the block: bytes of the tensors that operations have made and that are still there (`now`), and their
+    peak."""
 
     def __init__(self, uncounted: Iterable[Tensor] = ()):
         """uncounted: tensors that were there before; operations may return views of them."""

@@ -82,7 +82,8 @@ class DetectionModule(pl.LightningModule):
         """Returns the losses of the step, summed over its micro-batches, as detached scalars; "loss" is the total,
         "grad_norm" the L2 norm of the gradient before it is clipped, "lr_NAME" the rate of a parameter group."""
         optimizer = self.optimizers()
-        # Dropout of each step from the step's own seed: a resumed run draws what the uninterrupted one would have drawn.
+        # Dropout of each step from the step's own seed: a resumed run draws what the uninterrupted one would have
+        # drawn.
         seed = sample_seed(self.seed, self.global_step, self.global_rank)
         torch.manual_seed(seed)
         (num_objects, *wishes), world_size = summed([count_objects(batch), *self.requests.own()], self.device)
@@ -149,7 +150,8 @@ class DetectionModule(pl.LightningModule):
         self.evaluate(batch, self.model, self.evaluator)
 
     def evaluate(self, batch: MicroBatch, model: Model, evaluator: CocoEvaluator) -> None:
-        """Gives the evaluator what any model (normalised images and their mask -> outputs) finds in a validation batch."""
+        """Gives the evaluator what any model (normalised images and their mask -> outputs) finds in a validation
+        batch."""
         images, _, targets = batch
         with explained_out_of_memory(images, targets):
             outputs = model_outputs(model, batch)
@@ -165,8 +167,8 @@ class DetectionModule(pl.LightningModule):
         return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _share_norm_statistics(self) -> None:
-        """Each process has seen its own images: the mean of their running statistics is everybody's, after each step, so
-        that the state which the first process saves is that of all."""
+        """Each process has seen its own images: the mean of their running statistics is everybody's, after each step,
+        so that the state which the first process saves is that of all."""
         if not (dist.is_available() and dist.is_initialized()):
             return
         norms = [
@@ -181,6 +183,6 @@ class DetectionModule(pl.LightningModule):
             statistic.copy_(mean.view_as(statistic))
 
     def _without_gradient_exchange(self) -> AbstractContextManager:
-        """Processes exchange gradients once a step, with the last micro-batch."""
+        """Processes exchange gradients once per step, with the last micro-batch."""
         wrapped = self.trainer.strategy.model
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext()

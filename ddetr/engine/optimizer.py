@@ -18,8 +18,8 @@ NORMS = ".norms"  # ends the name of a group without weight decay
 def parameter_groups(model: DeformableDETR, config: OptimConfig, *, backbone_pretrained: bool) -> list[dict]:
     """Disjoint groups with their rates: backbone, linear projections, everything else; empty ones are left out.
 
-    With layer_decay the backbone is a group a stage, "backbone.stage4" the last; without decay_norms the normalisation
-    layers of a group are one of their own, "rest.norms".
+    With layer_decay the backbone is a group per stage, "backbone.stage4" the last; without decay_norms the
+    normalisation layers of a group are one of their own, "rest.norms".
 
     Each is {"name", "params", "lr", "weight_decay"}; every trainable parameter is in exactly one.
     """

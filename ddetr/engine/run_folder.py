@@ -39,15 +39,16 @@ class RunFolder:
 
     @contextmanager
     def going_on_without(self, name: str) -> Iterator[None]:
-        """Reports that a file could not be written instead of raising: a disk that is full now may have room at the next
-        try, and what was there before is intact."""
+        """Reports that a file could not be written instead of raising: a disk that is full now may have room at the
+        next try, and what was there before is intact."""
         try:
             yield
         except OSError as error:
             self.unwritten[name] = error.strerror or str(error)
             free = shutil.disk_usage(self.path).free / 2**20
             logger.error(
-                "%s could not be written (%s; %.0f MB are free there): what was there before is intact and the run goes on",
+                "%s could not be written (%s; %.0f MB are free there): what was there before is intact and the "
+                "run goes on",
                 self.path / name, self.unwritten[name], free,
             )  # fmt: skip
         else:
@@ -58,7 +59,8 @@ class RunFolder:
         if self.unwritten:
             names = ", ".join(f"{name} ({reason})" for name, reason in self.unwritten.items())
             raise InputError(
-                f"the run has come to its end, but in {self.path} these could not be written: {names}. Make room; the same "
+                f"the run has come to its end, but in {self.path} these could not be written: {names}. Make "
+                "room; the same "
                 "command with --resume goes on from the last state that was written"
             )
 
@@ -68,8 +70,8 @@ class RunFolder:
 
         Args:
             output: the folder that the user wants; by default runs/NAME, or runs/NAME-2 and so on.
-            resume: None for a new run, "last" for the one in `output` or else the newest of this name, "auto" for the same
-                where there is one and otherwise a new run, or a run folder or its last.ckpt.
+            resume: None for a new run, "last" for the one in `output` or else the newest of this name, "auto" for the
+                same where there is one and otherwise a new run, or a run folder or its last.ckpt.
             default_name: NAME.
 
         Raises:

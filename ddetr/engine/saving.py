@@ -1,8 +1,9 @@
 """The state of a run on disk: when it is saved, how it is found again, and what happens when the run is told to stop.
 
 A state is last.ckpt; the one before it stays as previous.ckpt. Both are written under another name first, so that a run
-killed at any moment leaves a whole one. A step draws its random numbers from (seed, step, process), a sample its own from
-(seed, epoch, index): with weights, optimiser, schedule, scaler and the position in the epoch that is all the state.
+killed at any moment leaves a whole one. A step draws its random numbers from (seed, step, process), a sample its own
+from (seed, epoch, index): with weights, optimiser, schedule, scaler and the position in the epoch that is all the
+state.
 """
 
 import signal
@@ -25,7 +26,8 @@ STOP_SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1")
 
 
 class Stopped(SystemExit):
-    """A signal has ended the run after its state was saved. The exit code is 128 + signal, as a shell would report it."""
+    """A signal has ended the run after its state was saved. The exit code is 128 + signal, as a shell would report
+    it."""
 
     def __init__(self, signum: int, trainer: pl.Trainer):
         # Lightning kills the whole run where a process that it has started fails; this one has done as it was told.
@@ -40,8 +42,8 @@ class Stopped(SystemExit):
 
 @dataclass
 class Requests:
-    """What is wished to happen after the step. `SaveState` and the module share one: the first fills in what this process
-    wishes, each step exchanges it with the others' wishes, and what they `agree` on the first then does."""
+    """What is wished to happen after the step. `SaveState` and the module share one: the first fills in what this
+    process wishes, each step exchanges it with the others' wishes, and what they `agree` on the first then does."""
 
     save: bool = False
     stop: int = 0  # the signal
@@ -58,7 +60,8 @@ class Requests:
 
 
 class StateFiles(TorchCheckpointIO):
-    """Lightning's reader and writer of a run's state. A state that cannot be written is reported, and the run goes on."""
+    """Lightning's reader and writer of a run's state. A state that cannot be written is reported, and the run goes
+    on."""
 
     def __init__(self, run: RunFolder):
         self.run = run
@@ -70,7 +73,8 @@ class StateFiles(TorchCheckpointIO):
 
 
 class SaveState(Callback):
-    """Saves the run's state every so often, at the end of an epoch, before a validation, and when it is told to stop."""
+    """Saves the run's state every so often, at the end of an epoch, before a validation, and when it is told to
+    stop."""
 
     def __init__(self, run: RunFolder, requests: Requests, *, every: int | None):
         """requests: also the module's; every: steps between saves, None is `MINUTES_BETWEEN_SAVES`."""
@@ -78,8 +82,9 @@ class SaveState(Callback):
         self._saved_at = time.monotonic()
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """A stop signal is a request from now on, answered at the end of the step. It takes the place of Lightning's own
-        handler, which would exchange tensors from within the signal; Lightning puts back the ones before at the end."""
+        """A stop signal is a request from now on, answered at the end of the step. It takes the place of Lightning's
+        own handler, which would exchange tensors from within the signal; Lightning puts back the ones before at the
+        end."""
 
         def handle(signum: int, frame: FrameType | None) -> None:
             self.requests.stop = self.requests.stop or signum
@@ -93,8 +98,8 @@ class SaveState(Callback):
             is_time = (trainer.global_step + 1) % self.every == 0
         else:
             is_time = trainer.is_global_zero and time.monotonic() - self._saved_at > MINUTES_BETWEEN_SAVES * 60
-        # Lightning takes a state of an epoch's last step for that of a complete epoch, and would skip its validation. So
-        # the step before it is always saved: a run that ends in its validation loses one step.
+        # Lightning takes a state of an epoch's last step for that of a complete epoch, and would skip its validation.
+        # So the step before it is always saved: a run that ends in its validation loses one step.
         is_second_to_last = batch_idx + 2 == trainer.num_training_batches
         self.requests.save = bool(is_time or is_second_to_last)
 

@@ -1,7 +1,7 @@
 """A training step: what it is made of, and the one place where its losses are computed.
 
-Training, the estimate of its memory, the search for a batch size, preflight and the black box all call `step_losses`: what
-one of them finds out about a step holds for the others.
+Training, the estimate of its memory, the search for a batch size, preflight and the black box all call `step_losses`:
+what one of them finds out about a step holds for the others.
 """
 
 from collections.abc import Callable, Sequence

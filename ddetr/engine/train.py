@@ -230,8 +230,8 @@ def build_detector(config: TrainConfig, train_set: Annotations, *, is_resumed: b
 
 
 def _try(prepared: Prepared, built: Built) -> None:
-    """Before the folder holds a run, so that the same command works once the set-up is repaired. Of several processes the
-    first alone comes here: the others wait for it where the process group is made, and end with it."""
+    """Before the folder holds a run, so that the same command works once the set-up is repaired. Of several processes
+    the first alone comes here: the others wait for it where the process group is made, and end with it."""
     if not is_first_process():
         return
     config, run = prepared.config, prepared.run

@@ -44,7 +44,7 @@ class Backend:
     ) -> tuple[np.ndarray, np.ndarray]:
         """precision (10 IoUs, 101 recalls, K, 4 areas, 3 limits) and recall (10, K, 4, 3); -1 is undefined.
 
-        `max_dets` are the three limits on detections an image and class.
+        `max_dets` are the three limits on detections per image and class.
         """
         if not num_images or not num_classes:
             return np.full((10, 101, num_classes, 4, 3), -1.0), np.full((10, num_classes, 4, 3), -1.0)

@@ -227,7 +227,7 @@ def evaluate(
 
     Args:
         predict_fn: `predict_fn(images, mask, target_sizes_hw)`, with what `collate` returns and (N, 2) int64 heights
-            and widths of the originals, all where the loader left them; gives a dict an image as PostProcess does.
+            and widths of the originals, all where the loader left them; gives a dict per image as PostProcess does.
         batches: what a loader over `annotations` with `collate` yields.
         partial: compute over the images seen alone (see `CocoEvaluator.compute`).
         evaluator: where to gather, to have the detections afterwards (`evaluator.coco_results()`), or more batches.

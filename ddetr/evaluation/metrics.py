@@ -1,4 +1,4 @@
-"""The numbers of an evaluation: COCO's twelve, a row a class, and the score threshold of the best F1."""
+"""The numbers of an evaluation: COCO's twelve, a row per class, and the score threshold of the best F1."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ClassMetrics:
 class Metrics:
     """COCO's twelve numbers as fractions in [0, 1], NaN where undefined.
 
-    AR1, AR10 and AR100 allow 1, 10 and `max_detections` detections an image and class. `threshold` is the score
+    AR1, AR10 and AR100 allow 1, 10 and `max_detections` detections per image and class. `threshold` is the score
     threshold of the highest F1 (mean over classes, IoU 0.5), NaN where no threshold finds anything.
     """
 
@@ -82,7 +82,7 @@ class Metrics:
         return cls(**{**_with_nan(cls, values), "per_class": rows, "curves": None})
 
     def render(self, per_class: bool = True) -> RenderableType:
-        """Tables for `rich.print`: the twelve numbers and, unless switched off, a row a class."""
+        """Tables for `rich.print`: the twelve numbers and, unless switched off, a row per class."""
         from rich.console import Group
         from rich.table import Table
 

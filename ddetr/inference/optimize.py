@@ -176,7 +176,7 @@ def use_onednn_linears(module: nn.Module) -> None:
 class ChunkedFeedForward(nn.Module):
     """Linear, activation, linear over some rows at a time: the wide rows between them never leave the cache.
 
-    At 800x1066 they are 73 MB a layer, which cost more to allocate than to compute.
+    At 800x1066 they are 73 MB per layer, which cost more to allocate than to compute.
     """
 
     def __init__(self, linear1: nn.Module, activation: nn.Module, linear2: nn.Module, rows: int):

@@ -30,6 +30,8 @@ class DeformableDETR(nn.Module):
     `model.config` holds the constructor's arguments: `DeformableDETR(**model.config)` builds the same network.
     """
 
+    # Long, since the signature with its help is the interface of command line, YAML and checkpoint: each argument
+    # stands in it, in the help and in `config`.
     def __init__(
         self,
         num_classes: int = 80,

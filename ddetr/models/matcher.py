@@ -1,7 +1,8 @@
 """One-to-one assignment of predictions to objects (arXiv:2005.12872, sec. 3.1; focal class cost as in the official
 Deformable DETR).
 
-Shapes: N batch, Q predictions of a set, K classes, T the most objects per image of the batch, M objects of all images, G sets.
+Shapes: N batch, Q predictions of a set, K classes, T the most objects per image of the batch, M objects of all images,
+    G sets.
 """
 
 import logging
@@ -99,7 +100,8 @@ class HungarianMatcher:
         ]
 
     def _costs(self, sets: Sequence[tuple[dict[str, Any], PaddedTargets]]) -> list[Tensor]:
-        """(M, Q) of each set. Those of the same objects and shape are computed at once: launches are what a GPU waits for."""
+        """(M, Q) of each set. Those of the same objects and shape are computed at once: launches are what a GPU waits
+        for."""
         groups: dict[Any, list[int]] = {}
         for index, (outputs, targets) in enumerate(sets):
             groups.setdefault((id(targets), outputs["pred_logits"].shape), []).append(index)
@@ -119,7 +121,8 @@ class HungarianMatcher:
         cost = positive.sub_(negative).mul_(self.set_cost_class)
 
         boxes = torch.stack([one["pred_boxes"] for one in group]).float()  # (G, N, Q, 4)
-        # Planes of one number each, cx, cy, w, h, left, top, right, bottom: of predictions (G, M, Q), of objects (M, 1).
+        # Planes of one number each, cx, cy, w, h, left, top, right, bottom: of predictions (G, M, Q), of objects (M,
+        # 1).
         planes = torch.cat((boxes, box_cxcywh_to_xyxy(boxes)), dim=-1).permute(3, 0, 1, 2).contiguous()
         a = [plane.index_select(1, images) for plane in planes]
         b = torch.cat((wanted, box_cxcywh_to_xyxy(wanted)), dim=-1).t()[..., None]
@@ -135,7 +138,8 @@ class HungarianMatcher:
             if not finite.all():
                 num_repaired = int(finite.size - finite.sum())
                 logger.warning(
-                    "matcher: %d of %d costs of image %d in the batch are not finite: the model predicted NaN or infinity; "
+                    "matcher: %d of %d costs of image %d in the batch are not finite: the model predicted NaN "
+                    "or infinity; "
                     "they count as the worst",
                     num_repaired,
                     finite.size,

@@ -214,7 +214,8 @@ def _corner(value, grad_value, rows, there, grad, coefficient):
 def _backward_kernel(
     grad_output, value, points, weights, reference, levels, grad_value, grad_points, grad_weights, grad_reference,
     q, s, m, num_levels, per_level,
-    D: tl.constexpr, REFERENCE: tl.constexpr, WITH_REFERENCE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, REFERENCE: tl.constexpr, WITH_REFERENCE: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     n, head, query = _place(q, m, BLOCK_Q)
     channel = tl.arange(0, BLOCK_D)

@@ -80,7 +80,8 @@ def chart(
         Markup(key).format(line.color % NUM_COLORS, line.name, last) for line, last in zip(lines, lasts)
     )
     return Markup(
-        '<figure class="chart"><figcaption>{}{}</figcaption><svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
+        '<figure class="chart"><figcaption>{}{}</figcaption>'
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
         '<ul class="legend">{}</ul></figure>'
     ).format(title, " (logarithmic)" if log else "", _WIDTH, _HEIGHT, label, Markup("").join(parts), legend)
 

@@ -101,7 +101,8 @@ def _built(section: str, build: Callable[[RunFiles], dict[str, Any]], run: RunFi
         return {
             "there": False,
             "data_name": "",
-            "problem": f"This section could not be made from the files that are here ({type(error).__name__}: {error}).",
+            "problem": "This section could not be made from the files that are here "
+            f"({type(error).__name__}: {error}).",
         }
 
 

@@ -106,7 +106,8 @@ def test_detrex_and_mmdetection_weights(variant_name: str, project: str, tmp_pat
 
 
 def test_decoder_heads_alone_are_enough(tmp_path: Path) -> None:
-    """A library that stores shared tensors once may keep the decoder's copy of a head, or one head of many equal ones."""
+    """A library that stores shared tensors once may keep the decoder's copy of a head, or one head of many equal
+    ones."""
     source, model = make_model(1, **REFINE), make_model(2, **REFINE)
     weights = to_official_state_dict(source)
     torch.save({n: t for n, t in weights.items() if not n.startswith("bbox_embed.")}, tmp_path / "a.pth")

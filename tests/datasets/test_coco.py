@@ -372,7 +372,8 @@ def test_explicit_files(make_coco, tmp_path, monkeypatch):
         load_annotations(root, "x", annotation_file="nothing.json")
 
 
-# ---- whole sets and the official call ---------------------------------------------------------------------------------
+# ---- whole sets and the official call
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train2017", "val2017"])

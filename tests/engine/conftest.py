@@ -34,7 +34,8 @@ def short_run(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def oblong(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six images of 96 x 64 pixels a split, with three objects each, whose classes have ids that do not count from 0."""
+    """Six images of 96 x 64 pixels a split, with three objects each, whose classes have ids that do not count from
+    0."""
     folder = tmp_path_factory.mktemp("data") / "oblong"
     generator = torch.Generator().manual_seed(0)
     categories = [{"id": number, "name": name} for number, name in ((7, "seven"), (3, "three"), (90, "ninety"))]

@@ -1,9 +1,9 @@
 """Runs `ddetr` commands in processes that are disturbed on the way; for test_resume.py.
 
-python disturbed.py JSON: [[ARGUMENTS, DISTURBANCE], ...], one after the other. A disturbance is null, ["seconds", t]: SIGKILL
-after that time, or [NAME, ...]: one of the functions below, called in the process before it starts. Prints the list of exit
-codes, negative for a signal. Everything is imported once; the processes are forks. Where a launcher runs several of this
-program, each takes the part of a process: one command, no fork, and its exit code is the program's.
+python disturbed.py JSON: [[ARGUMENTS, DISTURBANCE], ...], one after the other. A disturbance is null, ["seconds", t]:
+SIGKILL after that time, or [NAME, ...]: one of the functions below, called in the process before it starts. Prints the
+list of exit codes, negative for a signal. Everything is imported once; the processes are forks. Where a launcher runs
+several of this program, each takes the part of a process: one command, no fork, and its exit code is the program's.
 """
 
 import io

@@ -39,8 +39,8 @@ def estimate(detector: tuple[DeformableDETR, SetCriterion], **changes: Any) -> M
 
 
 def real_step(detector: tuple[DeformableDETR, SetCriterion], precision: str) -> tuple[int, int]:
-    """Bytes of the batch and of what autograd really saves of it, and the peak of what lives, on real tensors; model and
-    gradients left out."""
+    """Bytes of the batch and of what autograd really saves of it, and the peak of what lives, on real tensors; model
+    and gradients left out."""
     model, criterion = detector
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -101,7 +101,8 @@ def start(configuration: Path, run: Path, *options: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "disturbances", "codes"),
     [
-        # In the midst of an epoch, with a save every step: the second process starts at another step than an epoch's first.
+        # In the midst of an epoch, with a save every step: the second process starts at another step than an epoch's
+        # first.
         ("killed-in-epochs", [["at_step", 2, KILL], ["at_step", 7, KILL], ["at_step", 12, KILL]], [-KILL] * 3),
         ("killed-in-validation", [["in_validation", 0, KILL], ["in_validation", 2, KILL]], [-KILL] * 2),
         ("killed-writing", [["writing_state", 2], ["between_renamings", 3], ["writing_state", 1]], [-KILL] * 3),

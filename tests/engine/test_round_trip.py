@@ -1,4 +1,5 @@
-"""Labels and boxes make the round trip: annotation -> transform -> target, and -> criterion, post-processing, evaluation."""
+"""Labels and boxes make the round trip: annotation -> transform -> target, and -> criterion, post-processing,
+evaluation."""
 
 import copy
 from collections.abc import Callable, Sequence

@@ -104,7 +104,8 @@ def test_what_cannot_be_made_is_said_and_stops_nothing(
 
 
 def test_the_model_is_not_run_for_the_report(start: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures and report come from the boxes of the validation: as many forward passes as steps and validation batches."""
+    """Pictures and report come from the boxes of the validation: as many forward passes as steps and validation
+    batches."""
     from ddetr.models.deformable_detr import DeformableDETR
 
     calls = []

@@ -73,7 +73,8 @@ def test_a_run_leaves_everything(tiny_run: RunResult, shapes: Path) -> None:
     run = tiny_run.path
     expected = (
         "config.yaml audit.json environment.json train.csv val.csv metrics.json per_class.csv last.ckpt "
-        "previous.ckpt best.pth last.pth validation_best.npz validation_last.npz curves.png pictures report.html tensorboard"
+        "previous.ckpt best.pth last.pth validation_best.npz validation_last.npz curves.png pictures "
+        "report.html tensorboard"
     )
     assert {path.name for path in run.iterdir()} == set(expected.split())
     assert sorted(path.name for path in (run / "pictures").iterdir()) == ["000000.png", "000007.png"]

@@ -101,7 +101,8 @@ def test_sets_of_one_shape_computed_at_once_are_the_same(counts: list[int], monk
 
 
 def test_padding_is_not_computed() -> None:
-    """One crowded image among many: the costs have as many rows as there are objects, not as many as images times most."""
+    """One crowded image among many: the costs have as many rows as there are objects, not as many as images times
+    most."""
     for counts in ([10, 10, 9], [100, 1, 2, 0]):
         outputs, targets = random_case(0, counts, q=120, k=5)
         outputs["pred_logits"] /= 3  # float32 keeps few digits of 1 - p where p is nearly 1

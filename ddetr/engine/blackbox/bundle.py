@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "blackbox"
 FORMAT = 1
-MAX_BUNDLES = 3  # a run: its first two and its latest; one holds weights and optimiser, three times the model
+MAX_BUNDLES = 3  # per run: its first two and its latest; one holds weights and optimiser, three times the model
 
 
 def write_bundle(

@@ -89,7 +89,8 @@ class StepGuard(Callback):
         self.in_a_row = 0
         if repaired:
             logger.warning(
-                "step %d: %d matching costs of images %s were not finite and counted as the worst, though the loss is finite",
+                "step %d: %d matching costs of images %s were not finite and counted as the worst, though the "
+                "loss is finite",
                 now.number, repaired, ", ".join(map(str, now.image_ids)),
             )  # fmt: skip
 
@@ -178,7 +179,8 @@ class StepGuard(Callback):
         else:
             intact = "it has no checkpoint yet"
         return (
-            f"A lower --optim.lr, --optim.warmup_steps or --precision 32 usually helps; `ddetr data audit` checks the boxes; "
+            "A lower --optim.lr, --optim.warmup_steps or --precision 32 usually helps; `ddetr data audit` "
+            "checks the boxes; "
             f"{intact}"
         )
 

@@ -167,7 +167,8 @@ def _traced(
 
 
 def _suspects(model: DeformableDETR, batch: Sequence[MicroBatch], header: Mapping[str, Any]) -> set[tuple[int, int]]:
-    """(micro-batch, row) of the images that differ from the others: in pixels, boxes or what the model makes of them."""
+    """(micro-batch, row) of the images that differ from the others: in pixels, boxes or what the model makes of
+    them."""
     suspects = set()
     for index, micro_batch in enumerate(batch):
         images, _, targets = micro_batch
@@ -253,7 +254,8 @@ def _rebuilt(
         model.load_state_dict(state["weights"], strict=True)
     except (TypeError, RuntimeError) as error:
         raise InputError(
-            f"replay: the model of the bundle, made by ddetr {header['versions']['ddetr']}, is not one of this version: "
+            f"replay: the model of the bundle, made by ddetr {header['versions']['ddetr']}, is not one of this "
+            "version: "
             f"{str(error).splitlines()[0]}"
         ) from error
     if header["channels_last"]:

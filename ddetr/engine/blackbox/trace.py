@@ -114,7 +114,8 @@ def find_non_finite(
                 largest = max(largest, norm)
         if largest[0] ** 2 * sum(p.numel() for p in model.parameters()) > torch.finfo(torch.float32).max:
             message = (
-                f"every gradient is finite, but they are so large (up to {largest[0]:.3g}, in {largest[1]}) that the norm "
+                f"every gradient is finite, but they are so large (up to {largest[0]:.3g}, in {largest[1]}) "
+                "that the norm "
                 "of them all is not"
             )
             return NotFinite("norm", largest[1], "", 0, message)
@@ -234,7 +235,8 @@ class _Tracer:
                 clean = not any(one["num_nan"] or one["num_inf"] for one in inputs)
                 counts = f"{sum(o['num_nan'] for o in outputs)} NaN, {sum(o['num_inf'] for o in outputs)} infinite"
                 message = (
-                    f"the output of {name} ({type(module).__name__}) is the first that is not finite ({counts}); what went "
+                    f"the output of {name} ({type(module).__name__}) is the first that is not finite "
+                    f"({counts}); what went "
                     f"in was {'finite' if clean else 'not finite either: made between modules'}"
                 )
                 raise _Found(self._finding("forward", name, message, inputs, outputs))

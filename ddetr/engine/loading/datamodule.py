@@ -50,7 +50,7 @@ class Loaded(NamedTuple):
     """What a loader process sends: micro-batches whose targets are arrays, and the files that it could not read.
 
     Arrays go through the pipe with the rest. Tensors would each take a file descriptor and a piece of shared memory of
-    its own: seven an image, which by itself can pass the limit of open files.
+    its own: seven per image, which by itself can pass the limit of open files.
     """
 
     batch: list[MicroBatch]
@@ -74,7 +74,8 @@ class PackingCollate:
 
 
 class Loader(DataLoader):
-    """A DataLoader of lists of micro-batches, or of single ones, that unpacks them and hands unreadable files to `report`.
+    """A DataLoader of lists of micro-batches, or of single ones, that unpacks them and hands unreadable files to
+    `report`.
 
     It enters the `region` "data wait" while somebody waits for it.
     """
@@ -153,8 +154,8 @@ class DetectionData(_TimedTransfer):
         seed: int,
         region: Region = no_region,
     ):
-        """batch_size: images an optimisation step, over all processes; device_batch_size: images a forward pass; region: is
-        entered where training waits for a batch, and where one goes to the device."""
+        """batch_size: images per optimisation step, over all processes; device_batch_size: images per forward pass;
+        region: is entered where training waits for a batch, and where one goes to the device."""
         super().__init__()
         self.start = (0, 0)
         self.unreadable: dict[str, str] = {}

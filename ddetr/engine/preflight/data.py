@@ -1,5 +1,5 @@
-"""Preflight, the data's half: training images can be read, and the ground truth as predictions has AP 1 in the run's own
-evaluation."""
+"""Preflight, the data's half: training images can be read, and the ground truth as predictions has AP 1 in the run's
+own evaluation."""
 
 import copy
 from collections.abc import Sequence
@@ -85,7 +85,10 @@ def check_evaluation(module: DetectionModule, data: DetectionData, num_queries: 
     count = int((~most.ignore).sum())
     if count > min(limit, num_queries):
         option = "--max_detections" if limit < num_queries else "--model.num_queries"
-        cause = f"image {most.image_id} has {count} objects: {limit} detections count, and the model has {num_queries} queries"
+        cause = (
+            f"image {most.image_id} has {count} objects: {limit} detections count, and the model has {num_queries} "
+            "queries"
+        )
         return Check(name, "warning", expected, found, cause, f"a larger {option}", facts)
     return Check(name, "failed", expected, found, "", "the validation annotations: `ddetr data audit`", facts)
 

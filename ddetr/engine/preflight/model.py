@@ -1,4 +1,5 @@
-"""Preflight, the model's half: the first loss is the expected one, a batch can be learnt, gradients reach everything."""
+"""Preflight, the model's half: the first loss is the expected one, a batch can be learnt, gradients reach
+everything."""
 
 import copy
 import math
@@ -108,7 +109,8 @@ def _learn(
     autocast: torch.dtype | None,
     max_seconds: float,
 ) -> _Learning:
-    """Steps of the run's own optimiser on one batch, without dropout, at the rates that the run has after its warm-up."""
+    """Steps of the run's own optimiser on one batch, without dropout, at the rates that the run has after its
+    warm-up."""
     _switch_off_dropout(model)
     optim, kind = module.optim, batch[0].device.type
     groups = parameter_groups(model, optim, backbone_pretrained=module.backbone_pretrained)

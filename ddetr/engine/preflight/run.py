@@ -6,8 +6,8 @@ c. first loss       the class loss is the one that the prior of the class heads 
 d. learning         the loss on one fixed batch falls
 e. gradients        they reach every trainable parameter
 
-That labels and boxes make the round trip through transforms, criterion and post-processing is for our tests: no user can
-break it.
+That labels and boxes make the round trip through transforms, criterion and post-processing is for our tests: no user
+can break it.
 
 All of it works on copies: weights, statistics and random states of the run are the same afterwards, bit for bit.
 """

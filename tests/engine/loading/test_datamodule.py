@@ -374,7 +374,10 @@ def test_loaders_outlive_the_schedulers_sigterm(shapes: Path) -> None:
     for _ in range(2):  # one of each: both have started
         next(steps)
     pids = [worker.pid for worker in loader._iterator._workers]
-    somebody_else = f"import os; [os.kill(pid, signal) for signal in {[signal.SIGTERM.value, signal.SIGINT.value]} for pid in {pids}]"
+    somebody_else = (
+        f"import os; [os.kill(pid, signal) for signal in {[signal.SIGTERM.value, signal.SIGINT.value]} for pid in "
+        f"{pids}]"
+    )
     subprocess.run([sys.executable, "-c", somebody_else], check=True)
     assert len(list(steps)) == 2
     for worker in loader._iterator._workers:

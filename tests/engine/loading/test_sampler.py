@@ -1,4 +1,5 @@
-"""Similar images together: nothing lost, nothing doubled, the same global batches; and epochs that begin in the middle."""
+"""Similar images together: nothing lost, nothing doubled, the same global batches; and epochs that begin in the
+middle."""
 
 import pytest
 import torch
