@@ -54,8 +54,9 @@ def write_file(path: Path, content: Any, keep_as: Path | None = None) -> None:
             with temporary.open("wb") as file:
                 torch.save(content, file)
         except RuntimeError as error:  # what PyTorch's writer makes of a failed write
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
+            reason = error.__context__
+            if isinstance(reason, OSError) or (reason is not None and not isinstance(reason, Exception)):
+                raise reason from error  # Ctrl+C is one of the second kind
             raise
 
     write_atomically(path, write, keep_as)

@@ -236,25 +236,3 @@ def test_the_estimate_stands_before_the_first_step(
     assert messages[0].startswith("memory of a step with the largest images, estimated: ")
     assert "activations of 2 x 107 x 107 px" in messages[0]  # 1333/800 of 64 pixels
     assert "; cpu has " in messages[0]
-
-
-def test_segments_expand_unless_the_user_has_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("sys.platform", "linux")
-    monkeypatch.setattr(memory, "version", lambda _: "2.6.0+cu124")
-    assert memory.use_expandable_segments()
-    assert memory.os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
-    assert not memory.use_expandable_segments()  # set now
-
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
-    monkeypatch.setattr(memory, "version", lambda _: "2.14.1")
-    assert memory.use_expandable_segments()
-    assert memory.os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
-
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
-    assert not memory.use_expandable_segments()
-    assert memory.os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:128"
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # too late
-    assert not memory.use_expandable_segments()

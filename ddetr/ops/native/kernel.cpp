@@ -11,13 +11,6 @@ namespace {
 typedef Ops<MSDA_WIDTH> V;
 typedef Ops<4> V4;
 
-const int64_t kBlockPoints = 128;
-const int64_t kMaxBlockQueries = 8;
-
-int64_t block_queries(const MsdaArgs* a) {
-    int64_t points = a->levels * a->points, queries = points ? kBlockPoints / points : kMaxBlockQueries;
-    return queries < 1 ? 1 : queries > kMaxBlockQueries ? kMaxBlockQueries : queries;
-}
 int64_t padded_points(const MsdaArgs* a) { return (block_queries(a) * a->levels * a->points + 15) & ~(int64_t)15; }
 int64_t type_bytes(int64_t type) { return type == MSDA_FLOAT32 ? 4 : 2; }
 int64_t padded_size(const MsdaArgs* a) { return (a->d + 3) & ~(int64_t)3; }

@@ -78,6 +78,13 @@ static int64_t cut(int64_t total, int64_t parts, int64_t part) {  // start of a 
     return total / parts * part + least(part, total % parts);
 }
 
+// The first query of a part. Parts begin where blocks do, so that a block has the same queries, and with them the same
+// bits, for any number of parts: compilers may round the last, odd queries of a block unlike the others.
+static int64_t cut_queries(const MsdaArgs* a, int64_t parts, int64_t part) {
+    int64_t step = block_queries(a), blocks = (a->q + step - 1) / step;
+    return least(a->q, cut(blocks, parts, part) * step);
+}
+
 // Threads worth waking: a wake-up costs about 10 us, which is some 20k vector operations.
 static int64_t worth(const MsdaArgs* a, int64_t threads, bool backward) {
     double work = (double)a->n * a->q * a->m * a->levels * a->points * (4.0 + a->d / 4.0) * (backward ? 3 : 1);
@@ -151,7 +158,7 @@ static void work_part(void* context, int64_t task, Scratch* scratch) {
         return;
     }
     int64_t head = task / job->splits, part = task % job->splits;
-    int64_t q0 = cut(a->q, job->splits, part), q1 = cut(a->q, job->splits, part + 1);
+    int64_t q0 = cut_queries(a, job->splits, part), q1 = cut_queries(a, job->splits, part + 1);
     const float* packed = job->packed ? job->packed + head * job->packed_floats : 0;
     if (a->grad_output)
         job->k->backward(a, head / a->m, head % a->m, q0, q1, packed,

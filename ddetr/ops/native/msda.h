@@ -42,6 +42,13 @@ void* scratch_get(Scratch* scratch, size_t bytes);  // 64-byte aligned, null if 
 typedef void (*TaskFunction)(void* context, int64_t task, Scratch* scratch);
 void pool_run(int64_t threads, int64_t tasks, TaskFunction function, void* context);
 
+// Queries that the kernels work on at a time.
+static inline int64_t block_queries(const MsdaArgs* a) {
+    const int64_t most_points = 128, most_queries = 8;
+    int64_t points = a->levels * a->points, queries = points ? most_points / points : most_queries;
+    return queries < 1 ? 1 : queries > most_queries ? most_queries : queries;
+}
+
 // One head of one image, with rows of `row` floats: D padded to whole vectors.
 struct MsdaKernels {
     const char* name;

@@ -23,7 +23,7 @@ from ddetr.datasets.splits import load_split, load_splits, without_empty_images
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.loading.datamodule import DetectionData, Loaded, collate_micro
 from ddetr.engine.loading.sampler import EpochOrder
-from ddetr.engine.loading.workers import default_num_workers, explained, workers_that_fit
+from ddetr.engine.loading.workers import GRACE_SECONDS, default_num_workers, explained, workers_that_fit
 from ddetr.engine.train import train
 from ddetr.errors import InputError
 from ddetr.ops import ms_deform_attn
@@ -381,8 +381,8 @@ def test_loaders_outlive_the_schedulers_sigterm(shapes: Path) -> None:
     subprocess.run([sys.executable, "-c", somebody_else], check=True)
     assert len(list(steps)) == 2
     for worker in loader._iterator._workers:
-        worker.terminate()  # from the training process: at once
-        worker.join(10)
+        worker.terminate()  # from the training process: at once, before the grace is over
+        worker.join(GRACE_SECONDS - 5)
         assert worker.exitcode == 0
 
 
