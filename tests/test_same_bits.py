@@ -7,7 +7,6 @@ The command line is what both commits have in common, so it is what starts the r
 
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -47,13 +46,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tree of the earlier commit, with the compiled kernel of this one."""
+    """The tree of the earlier commit, with its own kernel."""
     folder = tmp_path_factory.mktemp("before")
     packed = subprocess.run(["git", "archive", str(BEFORE), "ddetr"], cwd=ROOT, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         archive.extractall(folder, filter="data")
-    if (ROOT / "ddetr/ops/native/lib").is_dir():
-        shutil.copytree(ROOT / "ddetr/ops/native/lib", folder / "ddetr/ops/native/lib", dirs_exist_ok=True)
+    build = [sys.executable, "-B", str(folder / "ddetr/ops/native/build.py")]
+    subprocess.run(build, cwd=folder, capture_output=True, check=True)
     return folder
 
 
