@@ -381,8 +381,10 @@ def test_loaders_outlive_the_schedulers_sigterm(shapes: Path) -> None:
     subprocess.run([sys.executable, "-c", somebody_else], check=True)
     assert len(list(steps)) == 2
     for worker in loader._iterator._workers:
-        worker.terminate()  # from the training process: at once, before the grace is over
-        worker.join(GRACE_SECONDS - 5)
+        give_up = time.monotonic() + GRACE_SECONDS - 5
+        while worker.exitcode is None and time.monotonic() < give_up:
+            worker.terminate()  # from the training process: at once; again, where it merged with the first signal
+            worker.join(1)
         assert worker.exitcode == 0
 
 
