@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """What goes where: results to standard output, everything else to standard error."""
 
 import subprocess
@@ -30,8 +31,9 @@ def test_messages_go_to_standard_error_one_a_line() -> None:
 import logging
 from ddetr import console
 console.set_up_logging()
-logging.getLogger("ddetr.engine").info("a message of %s", "ninety characters, [which] is longer than a narrow terminal
-would be, on one line") logging.getLogger("ddetr.engine").debug("a detail") logging.getLogger("other").info("chatter")
+logging.getLogger("ddetr.engine").info("a message of %s", "ninety characters, [which] is longer than a narrow terminal would be, on one line")
+logging.getLogger("ddetr.engine").debug("a detail")
+logging.getLogger("other").info("chatter")
 logging.getLogger("other").warning("a warning")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+# ruff: noqa: E501
 VALUES = f"""
 import sys, torch
 sys.path.insert(0, {os.path.dirname(__file__)!r})
@@ -20,9 +21,7 @@ from ddetr.ops import triton_kernels
 from ddetr.ops.self_test import self_test
 self_test(triton_kernels, torch.device("cpu"))
 # The interpreter truncates to bfloat16 where a GPU rounds.
-for d, dtype, tolerance in (
-    (7, torch.float32, 2e-5), (64, torch.float32, 2e-5), (16, torch.bfloat16, 9e-3), (16, torch.float16, 1e-3)
-):
+for d, dtype, tolerance in ((7, torch.float32, 2e-5), (64, torch.float32, 2e-5), (16, torch.bfloat16, 9e-3), (16, torch.float16, 1e-3)):
     for reference in (0, 2, 4):
         inputs = make_inputs(n=2, m=2, d=d, q=5, p=3, reference=reference, dtype=torch.bfloat16)
         output, grad_output, grads = truth(inputs)
@@ -56,13 +55,16 @@ for kernel, more in ((kernels._forward_kernel, {}), (kernels._backward_kernel, {
         block_q, block_d = kernels._blocks(32)
         constants = {"D": 32, "REFERENCE": 2, "BLOCK_Q": block_q, "BLOCK_D": block_d, **more}
         types = dict.fromkeys(("value", "output", "grad_output", "points", "weights", "grad_points"), dtype)
-        types |= dict.fromkeys(("reference", "grad_value", "grad_weights", "grad_reference"), "fp32") | {"levels":
-        "i32"} names = kernel.arg_names kind = {n: "constexpr" if n in constants else "*" + types[n] if n in types else
-        "i32" for n in names} aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n in names}
-        source = ASTSource(kernel, kind, {(names.index(k),): v for k, v in constants.items()}, aligned) compiled =
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}) ptx = compiled.asm["ptx"]
-        assert len(compiled.asm["cubin"]) > 1000 assert len(re.findall(r"ld.global[.a-z0-9]*.v4", ptx)) >= 4, "rows of
-        values must be read 16 bytes at a time" if more:
+        types |= dict.fromkeys(("reference", "grad_value", "grad_weights", "grad_reference"), "fp32") | {"levels": "i32"}
+        names = kernel.arg_names
+        kind = {n: "constexpr" if n in constants else "*" + types[n] if n in types else "i32" for n in names}
+        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n in names}
+        source = ASTSource(kernel, kind, {(names.index(k),): v for k, v in constants.items()}, aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+        ptx = compiled.asm["ptx"]
+        assert len(compiled.asm["cubin"]) > 1000
+        assert len(re.findall(r"ld.global[.a-z0-9]*.v4", ptx)) >= 4, "rows of values must be read 16 bytes at a time"
+        if more:
             assert "add.v4.f32" in ptx, "gradients of values must be added 16 bytes at a time"
         print(kernel.__name__, dtype)
 """
