@@ -25,6 +25,7 @@ from ddetr.engine.step import MicroBatch, count_objects, on_device, step_losses
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.models.heads import PRIOR_BIAS
+from ddetr.wording import first_few
 
 MAX_SECONDS, MAX_STEPS = 60.0, 200  # of learning one batch
 MIN_STEPS = 4  # the first correction of a box head that starts as zero reaches no layer behind it
@@ -246,7 +247,7 @@ def _check_gradients(learning: _Learning, module: DetectionModule, from_nothing:
     named = dict(module.model.named_parameters())
     facts = {"without_gradient": learning.without_gradient, "only_zeros": learning.only_zeros}
     if learning.without_gradient:
-        found = f"none reaches {_listed(learning.without_gradient)}"
+        found = f"none reaches {first_few(learning.without_gradient, 4)}"
         if not module.model.aux_loss and all(
             key.startswith(("class_embed.", "bbox_embed.")) for key in learning.without_gradient
         ):
@@ -259,9 +260,11 @@ def _check_gradients(learning: _Learning, module: DetectionModule, from_nothing:
     if frozen:
         status = "failed" if from_nothing else "warning"
         cause = "they keep their initial, random values" if from_nothing else "they keep the values that they came with"
-        return Check(name, status, expected, f"frozen: {_listed(frozen)}", cause, "which parameters are frozen", facts)
+        return Check(
+            name, status, expected, f"frozen: {first_few(frozen, 4)}", cause, "which parameters are frozen", facts
+        )
     if learning.only_zeros:
-        found = f"only zeros reach {_listed(learning.only_zeros)}"
+        found = f"only zeros reach {first_few(learning.only_zeros, 4)}"
         cause = "dead units, or inputs that are all zero"
         return Check(name, "warning", expected, found, cause, "these modules' inputs", facts)
     backbone = [p for key, p in named.items() if key.startswith("backbone.")]
@@ -300,7 +303,3 @@ def _count_proposals(model: DeformableDETR, learning: _Learning) -> Any:
             learning.num_proposals = outputs["enc_outputs"]["pred_logits"].shape[1]
 
     return model.register_forward_hook(note)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
