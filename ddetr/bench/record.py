@@ -32,4 +32,6 @@ def save_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _spelled(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

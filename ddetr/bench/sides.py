@@ -127,6 +127,18 @@ def _msda_triton(setting: Setting) -> Step:
     return _plain(setting, _in_float32(core))
 
 
+def _torch_ms_deform_attn(setting: Setting) -> Step:
+    _check_cuda(setting)
+    import torch_ms_deform_attn
+
+    shapes, starts = _tensors(setting)
+
+    def core(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return torch_ms_deform_attn.ms_deform_attn(value, shapes, starts, locations, weights, _IM2COL_STEP)
+
+    return _plain(setting, _in_float32(core))
+
+
 def _mmcv(setting: Setting) -> Step:
     _check_cuda(setting)
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
@@ -150,6 +162,7 @@ SIDES: dict[str, Callable[[Setting], Step]] = {
     "hub kernel": _hub,
     "hub kernel, bfloat16": _hub_bfloat16,
     "msda-triton": _msda_triton,
+    "torch-ms-deform-attn": _torch_ms_deform_attn,
     "mmcv": _mmcv,
 }
 DESCRIPTIONS = {
@@ -162,6 +175,7 @@ DESCRIPTIONS = {
     "hub kernel": "kernels-community/deformable-detr through the package kernels",
     "hub kernel, bfloat16": "the same with bfloat16 values, locations and weights",
     "msda-triton": "rziga/msda-triton",
+    "torch-ms-deform-attn": "S-aiueo32/torch-ms-deform-attn",
     "mmcv": "mmcv.ops.multi_scale_deform_attn",
 }
 

@@ -129,7 +129,7 @@ def bench_train(
         network |= {"pretrained_backbone": False, "freeze_backbone": network["freeze_backbone"] or "stem"}
     plan = Plan(config, network, where, train_set)
     if size_hw:
-        plan.batches = [_random_batch(plan, size_hw, seed) for seed in range(compared_batches)]
+        plan.batches = [random_batch(plan, size_hw, seed) for seed in range(compared_batches)]
     report: dict[str, Any] = {
         "machine": record.machine(where),
         "command": command or "ddetr.bench.train.bench_train",
@@ -305,17 +305,22 @@ _SIDES: dict[str, Callable[[Plan], Callable[[list[MicroBatch]], float]]] = {
 
 
 def _annotations(config: TrainConfig, synthetic: str | None) -> Annotations:
-    """What the batches are made from; for random images a data set of COCO's classes without any image."""
+    """What the batches are made from."""
     if synthetic is None:
         if not config.data.path:
             raise InputError("bench train needs --data PATH, or --synthetic HEIGHTxWIDTH")
         with console.waiting(f"reading {config.data.path}"):
             return load_split(config.data, "train")
+    return no_images()
+
+
+def no_images() -> Annotations:
+    """A data set of COCO's classes without any image."""
     categories = tuple(Category(number + 1, f"class {number}") for number in range(80))
     return Annotations("synthetic", "coco", categories, [])
 
 
-def _random_batch(plan: Plan, size_hw: tuple[int, int], seed: int) -> list[MicroBatch]:
+def random_batch(plan: Plan, size_hw: tuple[int, int], seed: int) -> list[MicroBatch]:
     """Random images that fill all but a margin of the batch, with ten objects each."""
     generator = torch.Generator().manual_seed(seed)
     h, w = size_hw

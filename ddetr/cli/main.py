@@ -228,6 +228,15 @@ def bench_op_command(parser: Parser) -> Callable[[Any], None]:
     return run
 
 
+def bench_gpu_command(parser: Parser) -> Callable[[Any], int]:
+    """Prove and measure everything on a GPU, in minutes and without a network."""
+    from ddetr.bench.gpu.command import bench_gpu
+
+    parser.usage = "ddetr bench gpu --output FOLDER [options]"
+    parser.add_function_arguments(bench_gpu)
+    return lambda settings: bench_gpu(**vars(settings))
+
+
 def bench_inference_command(parser: Parser) -> Callable[[Any], None]:
     """Time the whole detector on a CPU, beside transformers' with the same weights."""
     from ddetr.bench.inference import bench_inference
@@ -346,6 +355,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
     "doctor": doctor_command,
     "data audit": audit_command,
     "bench op": bench_op_command,
+    "bench gpu": bench_gpu_command,
     "bench data": bench_data_command,
     "bench train": bench_train_command,
     "bench inference": bench_inference_command,

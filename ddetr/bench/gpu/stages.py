@@ -1,0 +1,67 @@
+"""The stages of `ddetr bench gpu` in the order of their worth, and the process of one: `python -m
+ddetr.bench.gpu.stages NAME JSON`."""
+
+import importlib
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ddetr import console
+from ddetr.bench import record
+from ddetr.bench.gpu.sheet import Place, Sheet
+from ddetr.bench.sides import reason_of
+
+logger = logging.getLogger(__name__)
+
+SECONDS_TO_END = 3  # before its time is up a stage should have come to its end by itself
+
+
+class Stage(NamedTuple):
+    """A function `run(sheet, place)` of a module of this package."""
+
+    module: str
+    seconds: int  # of nine minutes
+    what: str
+
+
+STAGES = {
+    "checks": Stage("checks", 65, "Is everything right?"),
+    "operator": Stage("operator", 80, "The operator, beside others"),
+    "sweep": Stage("sweep", 65, "The kernels' own choices"),
+    "network": Stage("network", 80, "The whole detector, beside transformers"),
+    "training": Stage("training", 85, "The training step, beside transformers and the official recipe"),
+    "runs": Stage("runs", 125, "Real training: killed, starved, poisoned"),
+    "tests": Stage("marked", 40, "The tests marked gpu"),
+}
+
+
+def main(name: str, order: dict[str, Any]) -> None:
+    """One stage: its sheet is in the file after every entry, whatever becomes of the process."""
+    console.set_up_logging()
+    place = Place(**order["place"] | {"device": torch.device(order["place"]["device"])})
+    place = Place(**vars(place) | {"scratch": Path(place.scratch)})
+    left = order["ends"] - time.time() - SECONDS_TO_END
+    sheet = Sheet(name, Path(order["file"]), time.monotonic() + left)
+    sheet.save()
+    try:
+        if place.on_gpu:
+            torch.cuda.init()
+        sheet.data["machine"] = record.machine(place.device)
+        importlib.import_module(f"ddetr.bench.gpu.{STAGES[name].module}").run(sheet, place)
+        sheet.state = "done" if sheet.checks or sheet.tables or sheet.lines else "skipped"
+        sheet.reason = "" if sheet.state == "done" else "; ".join(why for _, why in sheet.skipped)
+    except Exception as error:  # it is told where the figures are told
+        logger.exception("%s", name)
+        sheet.state, sheet.reason = "failed", reason_of(error)
+    sheet.save()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    main(sys.argv[1], json.loads(sys.argv[2]))
