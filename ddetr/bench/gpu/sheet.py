@@ -29,7 +29,6 @@ class Place:
     small: bool  # a rehearsal: every line of the code on sizes that take seconds
     scratch: Path  # folder of the stage for its own files, removed afterwards
     data: str | None = None  # data set of the real training; drawn shapes where there is none
-    official: str | None = None  # folder with the official operator's source, or with it built
     built: str | None = None  # folder in which the official operator appears once it is built
 
     @property

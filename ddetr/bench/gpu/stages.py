@@ -16,6 +16,7 @@ from ddetr import console
 from ddetr.bench import record
 from ddetr.bench.gpu.sheet import Place, Sheet
 from ddetr.bench.sides import reason_of
+from ddetr.runtime.allocator import use_expandable_segments
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +45,14 @@ STAGES = {
 def main(name: str, order: dict[str, Any]) -> None:
     """One stage: its sheet is in the file after every entry, whatever becomes of the process."""
     console.set_up_logging()
-    place = Place(**order["place"] | {"device": torch.device(order["place"]["device"])})
-    place = Place(**vars(place) | {"scratch": Path(place.scratch)})
+    given = order["place"]
+    place = Place(**given | {"device": torch.device(given["device"]), "scratch": Path(given["scratch"])})
     left = order["ends"] - time.time() - SECONDS_TO_END
     sheet = Sheet(name, Path(order["file"]), time.monotonic() + left)
     sheet.save()
     try:
         if place.on_gpu:
-            torch.cuda.init()
+            use_expandable_segments()  # as `ddetr train` does, before CUDA starts
         sheet.data["machine"] = record.machine(place.device)
         importlib.import_module(f"ddetr.bench.gpu.{STAGES[name].module}").run(sheet, place)
         sheet.state = "done" if sheet.checks or sheet.tables or sheet.lines else "skipped"

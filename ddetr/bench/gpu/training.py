@@ -14,7 +14,6 @@ from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.memory import estimate_memory, readable
 from ddetr.models.deformable_detr import build_criterion
-from ddetr.runtime.allocator import use_expandable_segments
 
 _COLUMNS = ("batch", "options", "step ms", "images/s", "peak memory", "estimate", "measured / estimate")
 _ROWS: tuple[tuple[int, dict[str, Any], int], ...] = (  # images, options, seconds that are needed for it
@@ -34,8 +33,6 @@ _STEPS, _WARMUP = 8, 3
 def run(sheet: Sheet, place: Place) -> None:
     """The stage: ours alone, then beside the others, compiled last."""
     logging.getLogger("ddetr").setLevel(logging.WARNING)
-    if place.on_gpu:
-        use_expandable_segments()
     sheet.data |= {"rows": [], "sides": []}
     rows = _SMALL_ROWS if place.small else _ROWS
     for batch, options, seconds in rows[:1]:
