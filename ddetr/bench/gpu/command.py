@@ -28,6 +28,7 @@ from ddetr.runtime.device import choose_device
 
 StageName = Literal["checks", "operator", "sweep", "network", "training", "runs", "tests"]
 
+PROCESS = ["-m", "ddetr.bench.gpu.stages"]  # of a stage
 _LEAST_SECONDS = 10  # a stage is not begun with less: loading PyTorch takes most of it
 
 
@@ -121,7 +122,7 @@ class _Run:
         scratch = self.scratch / name
         scratch.mkdir()
         order = {"place": {**place, "scratch": str(scratch)}, "file": str(file), "ends": ends}
-        child = self._start([sys.executable, "-m", "ddetr.bench.gpu.stages", name, json.dumps(order)], scratch)
+        child = self._start([sys.executable, *PROCESS, name, json.dumps(order)], scratch)
         seen = 0.0
         with console.waiting(f"{name}: {STAGES[name].what} ({seconds:.0f} s at most)"):
             while child.poll() is None and time.time() < ends:
