@@ -66,7 +66,7 @@ def forward(
     launch = launch or usual
     with _on(value):
         _forward_kernel[(-(-q // launch.queries) * n * m,)](
-            value, points, weights, reference, _level_table(tuple(shapes), value.device), output,
+            value, points, weights, reference, level_table(tuple(shapes), value.device), output,
             q, s, m, num_levels, D=d, P=p, REFERENCE=size, WIDE=_is_wide(value, points),
             QUERIES=launch.queries, POINTS=launch.points, CHANNELS=channels, STAGES=launch.stages, EVICT=launch.evict,
             num_warps=launch.warps,
@@ -103,7 +103,7 @@ def backward(
         launch = launch or usual
         with _on(value):
             _backward_kernel[(-(-q // launch.queries) * n * m,)](
-                grad_output.contiguous(), value, points, weights, reference, _level_table(tuple(shapes), device),
+                grad_output.contiguous(), value, points, weights, reference, level_table(tuple(shapes), device),
                 grad_value, grad_points, grad_weights, partial,
                 q, s, m, num_levels, D=d, P=p, REFERENCE=size, WITH_REFERENCE=needs_reference,
                 WIDE=_is_wide(value, points), QUERIES=launch.queries, POINTS=launch.points, CHANNELS=channels,
@@ -119,10 +119,15 @@ def default_launch(channels: int) -> Launch:
     return Launch(max(1, min(64, 1024 // channels)))
 
 
+def channels_of(d: int) -> int:
+    """Channels of a program, of which the first D are there."""
+    return max(triton.next_power_of_2(d), 8)
+
+
 @functools.cache
 def launch_of(backward: bool, d: int, dtype: torch.dtype, many: bool) -> tuple[int, Launch]:
     """Channels of a program, and how the work is cut."""
-    channels = max(triton.next_power_of_2(d), 8)
+    channels = channels_of(d)
     return channels, LAUNCHES.get(Kind(backward, channels, dtype, many)) or default_launch(channels)
 
 
@@ -143,7 +148,7 @@ def _prepare(
 
 
 @functools.lru_cache(maxsize=256)
-def _level_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
+def level_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     """(L, 3) int32 of height, width, first cell."""
     rows, start = [], 0
     for h, w in zip(shapes[::2], shapes[1::2]):
@@ -154,7 +159,9 @@ def _level_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _on(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's (the interpreter runs on the CPU)."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @triton.jit
