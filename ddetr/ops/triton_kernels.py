@@ -1,15 +1,19 @@
 """The operator as fused Triton kernels for CUDA: softmax, locations, sampling and sum in one launch.
 
-A program computes a block of queries of one head. Coordinates and weights are computed once per query, not once per
-channel, and rows of values are read whole; everything is added up in float32. Loops run at run time: unrolled, the
-float32 kernel spills registers. The gradient of the values is added atomically, except under
-`torch.use_deterministic_algorithms(True)`, which takes the stock PyTorch backward.
+A program computes a block of queries of one head, and of each some points at once. Coordinates and weights are computed
+once per point, not once per channel, and rows of values are read whole; everything is added up in float32. Loops run at
+run time: unrolled, the float32 kernel spills registers. How the work is cut is a `Launch`.
+
+The gradient of the values is added atomically, except under `torch.use_deterministic_algorithms(True)`, which takes the
+stock PyTorch backward. PTX has 16-byte additions (`red.v4.f32`) from sm_90 on; sm_80 adds each float by itself.
 
 Shapes: N batch, S = sum_l H_l*W_l, M heads, D head size, Q queries, L levels, P points.
 """
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,19 +23,53 @@ from torch import Tensor
 from ddetr.ops import embedding_bag
 
 
-def forward(value: Tensor, shapes: Sequence[int], points: Tensor, weights: Tensor, reference: Tensor | None) -> Tensor:
+class Launch(NamedTuple):
+    """How a kernel's work is cut: any choice gives the same result, at its own speed."""
+
+    queries: int  # of a program
+    points: int = 1  # of a query and level that are sampled at once, which is what is in flight: 4 rows each
+    warps: int = 4
+    stages: int = 1  # of a software pipeline over levels or points, which fetches rows through shared memory; 1: none
+    evict: str = ""  # "evict_last": rows of values are the last to leave the L1 cache
+
+
+class Kind(NamedTuple):
+    """What a choice of `Launch` may depend on."""
+
+    backward: bool
+    channels: int  # the head size, rounded up to a power of two
+    dtype: torch.dtype  # of the values
+    many: bool  # queries, as the encoder has them
+
+
+# Measured choices; what is not here takes `default_launch`. `ddetr/bench/gpu/sweep.py` prints this table.
+LAUNCHES: dict[Kind, Launch] = {}
+MANY = 8192  # queries of all images: from here on there is a program for every place on a large card
+
+
+def forward(
+    value: Tensor,
+    shapes: Sequence[int],
+    points: Tensor,
+    weights: Tensor,
+    reference: Tensor | None,
+    launch: Launch | None = None,
+) -> Tensor:
     """(N, Q, M*D). Without `reference`, points are locations and weights weights; with it, offsets and logits."""
     n, s, m, d = value.shape
     _, q, _, num_levels, p, _ = points.shape
-    output = value.new_empty(n, q, m * d)
+    output = value.new_empty((n, q, m * d))
     if output.numel() == 0:
         return output
     value, points, weights, reference, size = _prepare(value, points, weights, reference)
-    block_q, block_d = _blocks(d)
+    channels, usual = launch_of(False, d, value.dtype, n * q >= MANY)
+    launch = launch or usual
     with _on(value):
-        _forward_kernel[(triton.cdiv(q, block_q) * n * m,)](
-            value, points, weights, reference, _level_table(tuple(shapes), value.device), output,
-            q, s, m, num_levels, p, D=d, REFERENCE=size, BLOCK_Q=block_q, BLOCK_D=block_d, num_warps=4,
+        _forward_kernel[(-(-q // launch.queries) * n * m,)](
+            value, points, weights, reference, level_table(tuple(shapes), value.device), output,
+            q, s, m, num_levels, D=d, P=p, REFERENCE=size, WIDE=_is_wide(value, points),
+            QUERIES=launch.queries, POINTS=launch.points, CHANNELS=channels, STAGES=launch.stages, EVICT=launch.evict,
+            num_warps=launch.warps,
         )  # fmt: skip
     return output
 
@@ -44,6 +82,7 @@ def backward(
     weights: Tensor,
     reference: Tensor | None,
     with_reference: bool = True,
+    launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of value, points, weights and (if `with_reference`) reference."""
     if torch.are_deterministic_algorithms_enabled():
@@ -60,23 +99,43 @@ def backward(
     grad_weights = torch.empty(weights.shape, dtype=torch.float32, device=device)
     partial = torch.empty((n, q, m, num_levels, size) if needs_reference else 1, dtype=torch.float32, device=device)
     if grad_points.numel() and value.numel():
-        block_q, block_d = _blocks(d)
+        channels, usual = launch_of(True, d, value.dtype, n * q >= MANY)
+        launch = launch or usual
         with _on(value):
-            _backward_kernel[(triton.cdiv(q, block_q) * n * m,)](
-                grad_output.contiguous(), value, points, weights, reference, _level_table(tuple(shapes), device),
+            _backward_kernel[(-(-q // launch.queries) * n * m,)](
+                grad_output.contiguous(), value, points, weights, reference, level_table(tuple(shapes), device),
                 grad_value, grad_points, grad_weights, partial,
-                q, s, m, num_levels, p, D=d, REFERENCE=size, WITH_REFERENCE=needs_reference,
-                BLOCK_Q=block_q, BLOCK_D=block_d, num_warps=4,
+                q, s, m, num_levels, D=d, P=p, REFERENCE=size, WITH_REFERENCE=needs_reference,
+                WIDE=_is_wide(value, points), QUERIES=launch.queries, POINTS=launch.points, CHANNELS=channels,
+                STAGES=launch.stages, EVICT=launch.evict, num_warps=launch.warps,
             )  # fmt: skip
     grads = [grad.to(tensor.dtype) for grad, tensor in zip((grad_value, grad_points, grad_weights), inputs)]
     grad_reference = partial.sum(2).to(inputs[3].dtype) if needs_reference else None
     return grads[0], grads[1], grads[2], grad_reference
 
 
-def _blocks(d: int) -> tuple[int, int]:
-    """Queries and channels of a program: about 1,024 values of each corner, 8 a thread."""
-    block_d = max(triton.next_power_of_2(d), 8)
-    return max(1, min(64, 1024 // block_d)), block_d
+def default_launch(channels: int) -> Launch:
+    """About 1,024 values of each corner, 8 a thread."""
+    return Launch(max(1, min(64, 1024 // channels)))
+
+
+def channels_of(d: int) -> int:
+    """Channels of a program, of which the first D are there."""
+    return max(triton.next_power_of_2(d), 8)
+
+
+@functools.cache
+def launch_of(backward: bool, d: int, dtype: torch.dtype, many: bool) -> tuple[int, Launch]:
+    """Channels of a program, and how the work is cut."""
+    channels = channels_of(d)
+    return channels, LAUNCHES.get(Kind(backward, channels, dtype, many)) or default_launch(channels)
+
+
+def _is_wide(value: Tensor, points: Tensor) -> bool:
+    """Whether offsets inside an image need 64 bits: of values, of outputs, or of sampling points."""
+    _, s, m, d = value.shape
+    _, q, _, num_levels, p, _ = points.shape
+    return max(s * m * d, q * m * d, q * m * num_levels * p * 2) >= 2**31
 
 
 def _prepare(
@@ -89,7 +148,7 @@ def _prepare(
 
 
 @functools.lru_cache(maxsize=256)
-def _level_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
+def level_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     """(L, 3) int32 of height, width, first cell."""
     rows, start = [], 0
     for h, w in zip(shapes[::2], shapes[1::2]):
@@ -98,37 +157,56 @@ def _level_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 3)
 
 
-def _on(tensor: Tensor) -> "torch.cuda.device":
+def _on(tensor: Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensor's (the interpreter runs on the CPU)."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 @triton.jit
-def _place(q, m, BLOCK_Q: tl.constexpr):
+def _place(q, m, QUERIES: tl.constexpr):
     """Image, head and queries of this program, on one axis: CUDA's others end at 65,535."""
-    blocks = tl.cdiv(q, BLOCK_Q)
+    blocks = tl.cdiv(q, QUERIES)
     image_head = tl.program_id(0) // blocks
-    query = (tl.program_id(0) % blocks) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    query = (tl.program_id(0) % blocks) * QUERIES + tl.arange(0, QUERIES)
     return (image_head // m).to(tl.int64), image_head % m, query
 
 
 @triton.jit
-def _logits_of(weights, base, num, mask, REFERENCE: tl.constexpr):
-    """Maximum and 1 / sum of the exponentials of the logits of each query, or (0, 1) for plain weights."""
-    top = tl.zeros_like(base).to(tl.float32)
-    total = top + 1.0
-    if REFERENCE:
-        top = top - float("inf")
-        for i in range(num):
-            top = tl.maximum(top, tl.load(weights + base + i, mask=mask, other=0.0).to(tl.float32))
-        total = tl.zeros_like(top)
-        for i in range(num):
-            total += tl.exp(tl.load(weights + base + i, mask=mask, other=0.0).to(tl.float32) - top)
-    return top, 1.0 / total
+def _logits_of(weights, base, mask, num_levels, P: tl.constexpr, POINTS: tl.constexpr):
+    """Maximum and 1 / sum of the exponentials of the logits of each query."""
+    lane = tl.arange(0, POINTS)
+    top = tl.zeros((base.shape[0], POINTS), dtype=tl.float32) - float("inf")
+    for level in range(num_levels):
+        for first in tl.range(0, P, POINTS):
+            there = mask[:, None] & (first + lane < P)[None, :]
+            i = base[:, None] + (level * P + first + lane)[None, :]
+            top = tl.maximum(top, tl.load(weights + i, mask=there, other=-float("inf")).to(tl.float32))
+    highest = tl.where(mask, tl.max(top, 1), 0.0)
+    total = tl.zeros_like(top)
+    for level in range(num_levels):
+        for first in tl.range(0, P, POINTS):
+            there = mask[:, None] & (first + lane < P)[None, :]
+            i = base[:, None] + (level * P + first + lane)[None, :]
+            logit = tl.load(weights + i, mask=there, other=-float("inf")).to(tl.float32)
+            total += tl.exp(logit - highest[:, None])
+    return highest, 1.0 / tl.where(mask, tl.sum(total, 1), 1.0)
 
 
 @triton.jit
-def _rule(reference, at, mask, size, points_per_level, axis: tl.constexpr, REFERENCE: tl.constexpr):
+def _weight(weights, i, there, top, inverse, REFERENCE: tl.constexpr):
+    """Weights of points; 0 where there is none."""
+    if REFERENCE:
+        logit = tl.load(weights + i, mask=there, other=-float("inf")).to(tl.float32)
+        weight = tl.exp(logit - top[:, None]) * inverse[:, None]
+    else:
+        weight = tl.load(weights + i, mask=there, other=0.0).to(tl.float32)
+    return weight
+
+
+@triton.jit
+def _rule(reference, at, mask, size, axis: tl.constexpr, P: tl.constexpr, REFERENCE: tl.constexpr):
     """pixel = scale * input + offset along one axis (0: x, 1: y); `at` = (query, level) of the reference points."""
     if REFERENCE == 0:
         scale = tl.zeros_like(at).to(tl.float32) + size
@@ -140,8 +218,8 @@ def _rule(reference, at, mask, size, points_per_level, axis: tl.constexpr, REFER
             scale = tl.zeros_like(at).to(tl.float32) + 1.0
         else:
             extent = tl.load(reference + at * REFERENCE + 2 + axis, mask=mask, other=0.0)
-            scale = extent * size * (0.5 / points_per_level)
-    return scale, offset
+            scale = extent * size * (0.5 / P)
+    return scale[:, None], offset[:, None]
 
 
 @triton.jit
@@ -149,133 +227,165 @@ def _cell(pixel, size):
     """The cell before a coordinate and the way to the next; NaN and far coordinates become cells outside."""
     pixel = tl.where(pixel > -2.0, pixel, -2.0)
     pixel = tl.where(pixel < size + 1.0, pixel, size + 1.0)
-    cell = pixel.to(tl.int32)
-    cell = tl.where(cell.to(tl.float32) > pixel, cell - 1, cell)
-    return cell, pixel - cell.to(tl.float32)
+    cell = tl.floor(pixel)
+    return cell.to(tl.int32), pixel - cell
 
 
 @triton.jit
-def _row(image, x, y, width, height, start, mask, channel, in_row, row_size, D: tl.constexpr):
-    """Offsets of rows of values and whether they are there, both (BLOCK_Q, BLOCK_D)."""
-    inside = mask & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    row = tl.where(inside, start + y * width + x, 0).to(tl.int64)
-    return image + row[:, None] * row_size + channel[None, :], inside[:, None] & in_row[None, :]
+def _row(x, y, width, height, start, there, channel, row_size, D: tl.constexpr, WIDE: tl.constexpr):
+    """Offsets of rows of values and whether they are there, both (QUERIES, POINTS, CHANNELS)."""
+    # Unsigned, what is negative is too large: one comparison an axis, and fewer registers.
+    inside = there & (x.to(tl.uint32) < width.to(tl.uint32)) & (y.to(tl.uint32) < height.to(tl.uint32))
+    row = tl.where(inside, start + y * width + x, 0)
+    if WIDE:
+        row = row.to(tl.int64)
+    return (row * row_size)[:, :, None] + channel[None, None, :], inside[:, :, None] & (channel < D)[None, None, :]
+
+
+@triton.jit
+def _sample(value, rows, there, coefficient, EVICT: tl.constexpr):
+    row = tl.load(value + rows, mask=there, other=0.0, eviction_policy=EVICT)
+    return coefficient[:, :, None] * row.to(tl.float32)
 
 
 @triton.jit
 def _forward_kernel(
-    value, points, weights, reference, levels, output, q, s, m, num_levels, per_level,
-    D: tl.constexpr, REFERENCE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    value, points, weights, reference, levels, output, q, s, m, num_levels,
+    D: tl.constexpr, P: tl.constexpr, REFERENCE: tl.constexpr, WIDE: tl.constexpr,
+    QUERIES: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    n, head, query = _place(q, m, BLOCK_Q)
-    channel = tl.arange(0, BLOCK_D)
-    mask, in_row = query < q, channel < D
-    at_query = n * q + query
-    num = num_levels * per_level
-    base = (at_query * m + head) * num
-    image = n * s * m * D + head * D
-    top, inverse = _logits_of(weights, base, num, mask, REFERENCE)
-    total = tl.zeros((BLOCK_Q, BLOCK_D), dtype=tl.float32)
-    for level in range(num_levels):
+    n, head, query = _place(q, m, QUERIES)
+    channel, lane = tl.arange(0, CHANNELS), tl.arange(0, POINTS)
+    mask = query < q
+    num = num_levels * P
+    value += n * s * m * D + head * D
+    output += n * q * m * D + head * D
+    points += (n * q * m + head) * num * 2
+    weights += (n * q * m + head) * num
+    reference += n * q * num_levels * REFERENCE
+    if WIDE:
+        query = query.to(tl.int64)
+    base = query * (m * num)
+    top, inverse = tl.zeros((QUERIES,), dtype=tl.float32), tl.zeros((QUERIES,), dtype=tl.float32)
+    if REFERENCE:
+        top, inverse = _logits_of(weights, base, mask, num_levels, P, POINTS)
+    total = tl.zeros((QUERIES, POINTS, CHANNELS), dtype=tl.float32)
+    for level in tl.range(0, num_levels, num_stages=STAGES):
         height, width = tl.load(levels + level * 3), tl.load(levels + level * 3 + 1)
         start = tl.load(levels + level * 3 + 2)
-        at = at_query * num_levels + level
-        scale_x, offset_x = _rule(reference, at, mask, width.to(tl.float32), per_level, 0, REFERENCE)
-        scale_y, offset_y = _rule(reference, at, mask, height.to(tl.float32), per_level, 1, REFERENCE)
-        for point in range(per_level):
-            i = base + level * per_level + point
-            x, fx = _cell(tl.load(points + 2 * i, mask=mask, other=0.0).to(tl.float32) * scale_x + offset_x, width)
-            y, fy = _cell(tl.load(points + 2 * i + 1, mask=mask, other=0.0).to(tl.float32) * scale_y + offset_y, height)
-            weight = tl.load(weights + i, mask=mask, other=0.0).to(tl.float32)
-            if REFERENCE:
-                weight = tl.exp(weight - top) * inverse
-            rows, there = _row(image, x, y, width, height, start, mask, channel, in_row, m * D, D)
-            total += (weight * (1 - fy) * (1 - fx))[:, None] * tl.load(value + rows, mask=there, other=0.0).to(
-                tl.float32
-            )
-            rows, there = _row(image, x + 1, y, width, height, start, mask, channel, in_row, m * D, D)
-            total += (weight * (1 - fy) * fx)[:, None] * tl.load(value + rows, mask=there, other=0.0).to(tl.float32)
-            rows, there = _row(image, x, y + 1, width, height, start, mask, channel, in_row, m * D, D)
-            total += (weight * fy * (1 - fx))[:, None] * tl.load(value + rows, mask=there, other=0.0).to(tl.float32)
-            rows, there = _row(image, x + 1, y + 1, width, height, start, mask, channel, in_row, m * D, D)
-            total += (weight * fy * fx)[:, None] * tl.load(value + rows, mask=there, other=0.0).to(tl.float32)
-    to = (at_query * m + head)[:, None] * D + channel[None, :]
-    tl.store(output + to, total.to(output.dtype.element_ty), mask=mask[:, None] & in_row[None, :])
+        at = query * num_levels + level
+        scale_x, offset_x = _rule(reference, at, mask, width.to(tl.float32), 0, P, REFERENCE)
+        scale_y, offset_y = _rule(reference, at, mask, height.to(tl.float32), 1, P, REFERENCE)
+        for first in tl.range(0, P, POINTS, num_stages=STAGES):
+            there = mask[:, None] & (first + lane < P)[None, :]
+            i = base[:, None] + (level * P + first + lane)[None, :]
+            in_x = tl.load(points + 2 * i, mask=there, other=0.0).to(tl.float32)
+            in_y = tl.load(points + 2 * i + 1, mask=there, other=0.0).to(tl.float32)
+            x, fx = _cell(in_x * scale_x + offset_x, width)
+            y, fy = _cell(in_y * scale_y + offset_y, height)
+            weight = _weight(weights, i, there, top, inverse, REFERENCE)
+            rows, inside = _row(x, y, width, height, start, there, channel, m * D, D, WIDE)
+            total += _sample(value, rows, inside, weight * (1 - fy) * (1 - fx), EVICT)
+            rows, inside = _row(x + 1, y, width, height, start, there, channel, m * D, D, WIDE)
+            total += _sample(value, rows, inside, weight * (1 - fy) * fx, EVICT)
+            rows, inside = _row(x, y + 1, width, height, start, there, channel, m * D, D, WIDE)
+            total += _sample(value, rows, inside, weight * fy * (1 - fx), EVICT)
+            rows, inside = _row(x + 1, y + 1, width, height, start, there, channel, m * D, D, WIDE)
+            total += _sample(value, rows, inside, weight * fy * fx, EVICT)
+    to = (query * (m * D))[:, None] + channel[None, :]
+    tl.store(output + to, tl.sum(total, 1).to(output.dtype.element_ty), mask=mask[:, None] & (channel < D)[None, :])
 
 
 @triton.jit
-def _corner(value, grad_value, rows, there, grad, coefficient):
+def _corner(value, grad_value, rows, there, grad, coefficient, EVICT: tl.constexpr):
     """Adds a corner's share of the gradient to its value; returns value . gradient of the output."""
-    tl.atomic_add(grad_value + rows, coefficient[:, None] * grad, mask=there, sem="relaxed")
-    return tl.sum(tl.load(value + rows, mask=there, other=0.0).to(tl.float32) * grad, 1)
+    tl.atomic_add(grad_value + rows, coefficient[:, :, None] * grad, mask=there, sem="relaxed")
+    row = tl.load(value + rows, mask=there, other=0.0, eviction_policy=EVICT)
+    return tl.sum(row.to(tl.float32) * grad, 2)
 
 
 @triton.jit
 def _backward_kernel(
     grad_output, value, points, weights, reference, levels, grad_value, grad_points, grad_weights, grad_reference,
-    q, s, m, num_levels, per_level,
-    D: tl.constexpr, REFERENCE: tl.constexpr, WITH_REFERENCE: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
+    q, s, m, num_levels,
+    D: tl.constexpr, P: tl.constexpr, REFERENCE: tl.constexpr, WITH_REFERENCE: tl.constexpr, WIDE: tl.constexpr,
+    QUERIES: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    n, head, query = _place(q, m, BLOCK_Q)
-    channel = tl.arange(0, BLOCK_D)
-    mask, in_row = query < q, channel < D
-    at_query = n * q + query
-    num = num_levels * per_level
-    base = (at_query * m + head) * num
-    image = n * s * m * D + head * D
-    top, inverse = _logits_of(weights, base, num, mask, REFERENCE)
-    of_output = (at_query * m + head)[:, None] * D + channel[None, :]
-    grad = tl.load(grad_output + of_output, mask=mask[:, None] & in_row[None, :], other=0.0).to(tl.float32)
-    mean = tl.zeros((BLOCK_Q,), dtype=tl.float32)
-    for level in range(num_levels):
+    n, head, query = _place(q, m, QUERIES)
+    channel, lane = tl.arange(0, CHANNELS), tl.arange(0, POINTS)
+    mask = query < q
+    num = num_levels * P
+    value += n * s * m * D + head * D
+    grad_value += n * s * m * D + head * D
+    grad_output += n * q * m * D + head * D
+    points += (n * q * m + head) * num * 2
+    grad_points += (n * q * m + head) * num * 2
+    weights += (n * q * m + head) * num
+    grad_weights += (n * q * m + head) * num
+    reference += n * q * num_levels * REFERENCE
+    grad_reference += (n * q * m + head) * num_levels * REFERENCE
+    if WIDE:
+        query = query.to(tl.int64)
+    base = query * (m * num)
+    top, inverse = tl.zeros((QUERIES,), dtype=tl.float32), tl.zeros((QUERIES,), dtype=tl.float32)
+    if REFERENCE:
+        top, inverse = _logits_of(weights, base, mask, num_levels, P, POINTS)
+    of_output = (query * (m * D))[:, None] + channel[None, :]
+    grad = tl.load(grad_output + of_output, mask=mask[:, None] & (channel < D)[None, :], other=0.0).to(tl.float32)
+    grad = grad[:, None, :]
+    mean = tl.zeros((QUERIES, POINTS), dtype=tl.float32)
+    for level in tl.range(0, num_levels, num_stages=STAGES):
         height, width = tl.load(levels + level * 3), tl.load(levels + level * 3 + 1)
         start = tl.load(levels + level * 3 + 2)
-        at = at_query * num_levels + level
-        scale_x, offset_x = _rule(reference, at, mask, width.to(tl.float32), per_level, 0, REFERENCE)
-        scale_y, offset_y = _rule(reference, at, mask, height.to(tl.float32), per_level, 1, REFERENCE)
+        at = query * num_levels + level
+        scale_x, offset_x = _rule(reference, at, mask, width.to(tl.float32), 0, P, REFERENCE)
+        scale_y, offset_y = _rule(reference, at, mask, height.to(tl.float32), 1, P, REFERENCE)
         sum_x, sum_y = tl.zeros_like(mean), tl.zeros_like(mean)
         sum_w, sum_h = tl.zeros_like(mean), tl.zeros_like(mean)
-        for point in range(per_level):
-            i = base + level * per_level + point
-            in_x = tl.load(points + 2 * i, mask=mask, other=0.0).to(tl.float32)
-            in_y = tl.load(points + 2 * i + 1, mask=mask, other=0.0).to(tl.float32)
+        for first in tl.range(0, P, POINTS, num_stages=STAGES):
+            there = mask[:, None] & (first + lane < P)[None, :]
+            i = base[:, None] + (level * P + first + lane)[None, :]
+            in_x = tl.load(points + 2 * i, mask=there, other=0.0).to(tl.float32)
+            in_y = tl.load(points + 2 * i + 1, mask=there, other=0.0).to(tl.float32)
             x, fx = _cell(in_x * scale_x + offset_x, width)
             y, fy = _cell(in_y * scale_y + offset_y, height)
-            weight = tl.load(weights + i, mask=mask, other=0.0).to(tl.float32)
-            if REFERENCE:
-                weight = tl.exp(weight - top) * inverse
-            rows, there = _row(image, x, y, width, height, start, mask, channel, in_row, m * D, D)
-            dot0 = _corner(value, grad_value, rows, there, grad, weight * (1 - fy) * (1 - fx))
-            rows, there = _row(image, x + 1, y, width, height, start, mask, channel, in_row, m * D, D)
-            dot1 = _corner(value, grad_value, rows, there, grad, weight * (1 - fy) * fx)
-            rows, there = _row(image, x, y + 1, width, height, start, mask, channel, in_row, m * D, D)
-            dot2 = _corner(value, grad_value, rows, there, grad, weight * fy * (1 - fx))
-            rows, there = _row(image, x + 1, y + 1, width, height, start, mask, channel, in_row, m * D, D)
-            dot3 = _corner(value, grad_value, rows, there, grad, weight * fy * fx)
+            weight = _weight(weights, i, there, top, inverse, REFERENCE)
+            rows, inside = _row(x, y, width, height, start, there, channel, m * D, D, WIDE)
+            dot0 = _corner(value, grad_value, rows, inside, grad, weight * (1 - fy) * (1 - fx), EVICT)
+            rows, inside = _row(x + 1, y, width, height, start, there, channel, m * D, D, WIDE)
+            dot1 = _corner(value, grad_value, rows, inside, grad, weight * (1 - fy) * fx, EVICT)
+            rows, inside = _row(x, y + 1, width, height, start, there, channel, m * D, D, WIDE)
+            dot2 = _corner(value, grad_value, rows, inside, grad, weight * fy * (1 - fx), EVICT)
+            rows, inside = _row(x + 1, y + 1, width, height, start, there, channel, m * D, D, WIDE)
+            dot3 = _corner(value, grad_value, rows, inside, grad, weight * fy * fx, EVICT)
             upper, lower = dot0 + fx * (dot1 - dot0), dot2 + fx * (dot3 - dot2)
             grad_weight = upper + fy * (lower - upper)
             grad_x = weight * (dot1 - dot0 + fy * (dot3 - dot2 - dot1 + dot0))
             grad_y = weight * (lower - upper)
             mean += weight * grad_weight
-            tl.store(grad_weights + i, grad_weight, mask=mask)
-            tl.store(grad_points + 2 * i, (grad_x * scale_x).to(grad_points.dtype.element_ty), mask=mask)
-            tl.store(grad_points + 2 * i + 1, (grad_y * scale_y).to(grad_points.dtype.element_ty), mask=mask)
-            sum_x += grad_x
-            sum_y += grad_y
-            sum_w += grad_x * in_x
-            sum_h += grad_y * in_y
+            tl.store(grad_weights + i, grad_weight, mask=there)
+            tl.store(grad_points + 2 * i, (grad_x * scale_x).to(grad_points.dtype.element_ty), mask=there)
+            tl.store(grad_points + 2 * i + 1, (grad_y * scale_y).to(grad_points.dtype.element_ty), mask=there)
+            if WITH_REFERENCE:
+                sum_x += grad_x
+                sum_y += grad_y
+                sum_w += grad_x * in_x
+                sum_h += grad_y * in_y
         if WITH_REFERENCE:
-            to = ((at_query * m + head) * num_levels + level) * REFERENCE
+            to = (query * (m * num_levels) + level) * REFERENCE
             wide, high = width.to(tl.float32), height.to(tl.float32)
-            tl.store(grad_reference + to, sum_x * wide, mask=mask)
-            tl.store(grad_reference + to + 1, sum_y * high, mask=mask)
+            tl.store(grad_reference + to, tl.sum(sum_x, 1) * wide, mask=mask)
+            tl.store(grad_reference + to + 1, tl.sum(sum_y, 1) * high, mask=mask)
             if REFERENCE == 4:
-                tl.store(grad_reference + to + 2, sum_w * wide * (0.5 / per_level), mask=mask)
-                tl.store(grad_reference + to + 3, sum_h * high * (0.5 / per_level), mask=mask)
+                tl.store(grad_reference + to + 2, tl.sum(sum_w, 1) * wide * (0.5 / P), mask=mask)
+                tl.store(grad_reference + to + 3, tl.sum(sum_h, 1) * high * (0.5 / P), mask=mask)
     if REFERENCE:
+        average = tl.sum(mean, 1)[:, None]
         tl.debug_barrier()  # the gradients of the weights, stored above, are read again by other threads of the block
-        for i in range(num):
-            weight = tl.exp(tl.load(weights + base + i, mask=mask, other=0.0).to(tl.float32) - top) * inverse
-            grad_weight = tl.load(grad_weights + base + i, mask=mask, other=0.0)
-            tl.store(grad_weights + base + i, weight * (grad_weight - mean), mask=mask)
+        for level in range(num_levels):
+            for first in tl.range(0, P, POINTS):
+                there = mask[:, None] & (first + lane < P)[None, :]
+                i = base[:, None] + (level * P + first + lane)[None, :]
+                weight = _weight(weights, i, there, top, inverse, REFERENCE)
+                grad_weight = tl.load(grad_weights + i, mask=there, other=0.0)
+                tl.store(grad_weights + i, weight * (grad_weight - average), mask=there)

@@ -1,11 +1,14 @@
-"""The Triton kernels without a GPU: values in Triton's interpreter, and compilation for a Hopper GPU offline.
+"""The Triton kernels without a GPU: values in Triton's interpreter, and compilation for GPUs that are not here.
 
 Subprocesses, since TRITON_INTERPRET must be set before Triton is imported.
 """
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -43,50 +46,132 @@ empty = triton_kernels.forward(value, [6, 5, 3, 2], points[:, :0], weights[:, :0
 assert empty.shape == (2, 0, 32)
 """
 
-COMPILE = """
-import re
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from ddetr.ops import triton_kernels as kernels
-
-for kernel, more in ((kernels._forward_kernel, {}), (kernels._backward_kernel, {"WITH_REFERENCE": True})):
-    for dtype in ("fp32", "bf16"):
-        block_q, block_d = kernels._blocks(32)
-        constants = {"D": 32, "REFERENCE": 2, "BLOCK_Q": block_q, "BLOCK_D": block_d, **more}
-        types = dict.fromkeys(("value", "output", "grad_output", "points", "weights", "grad_points"), dtype)
-        types |= dict.fromkeys(("reference", "grad_value", "grad_weights", "grad_reference"), "fp32") | {"levels": "i32"}
-        names = kernel.arg_names
-        kind = {n: "constexpr" if n in constants else "*" + types[n] if n in types else "i32" for n in names}
-        aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in types if n in names}
-        source = ASTSource(kernel, kind, {(names.index(k),): v for k, v in constants.items()}, aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-        ptx = compiled.asm["ptx"]
-        assert len(compiled.asm["cubin"]) > 1000
-        assert len(re.findall(r"ld.global[.a-z0-9]*.v4", ptx)) >= 4, "rows of values must be read 16 bytes at a time"
-        if more:
-            assert "add.v4.f32" in ptx, "gradients of values must be added 16 bytes at a time"
-        print(kernel.__name__, dtype)
+CUTS = f"""
+import sys, torch
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from attention_inputs import make_inputs, relative_error, truth
+from ddetr.bench.gpu import ideas
+from ddetr.bench.gpu.sweep import candidates
+from ddetr.ops import triton_kernels
+from ddetr.ops.triton_kernels import LAUNCHES, Launch
+launches = {{False: [Launch(4, 1), Launch(2, 2, 1), Launch(4, 4, 8, stages=2), Launch(8, 4, evict="evict_last")]}}
+launches[True] = list(launches[False])
+for kind, launch in LAUNCHES.items():
+    launches[kind.backward].append(launch)
+for reference in (0, 2, 4):
+    inputs = make_inputs(d=16, q=5, p=3, reference=reference, shapes=[(6, 5), (3, 2), (2, 2)], dtype=torch.bfloat16)
+    output, grad_output, grads = truth(inputs)
+    value, points, weights, references = inputs.cast(torch.float32)[1:]
+    arguments = (value, inputs.flat, points, weights, references)
+    for launch in launches[False]:
+        assert relative_error(triton_kernels.forward(*arguments, launch), output) < 2e-5, launch
+    for launch in launches[True]:
+        got = triton_kernels.backward(grad_output.float(), *arguments, launch=launch)
+        assert max(relative_error(a, b) for a, b in zip(got, grads)) < 2e-5, launch
+    if reference == 2:
+        for launch in (Launch(8, 1), Launch(4, 4)):
+            for split in (False, True):
+                assert relative_error(ideas.packed_forward(*arguments, launch, split), output) < 2e-5
+            got = ideas.backward_in_copies(grad_output.float(), *arguments, launch, copies=2)
+            assert max(relative_error(a, b) for a, b in zip(got, grads)) < 2e-5
+# As if an image had 2^31 values.
+triton_kernels._is_wide = lambda *sizes: True
+assert relative_error(triton_kernels.forward(*arguments), output) < 2e-5
+got = triton_kernels.backward(grad_output.float(), *arguments)
+assert max(relative_error(a, b) for a, b in zip(got, grads)) < 2e-5
 """
 
+TARGETS = (80, 90, 100, 120)  # A100; H100, H200; B200; RTX 50
+OFFLINE = Path(__file__).with_name("offline.py")
 
-def run(code, **environment):
+
+def run(*arguments, stdin=None, timeout=200, **environment):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=timeout)
 
 
-def test_values_in_the_interpreter():
-    done = run(VALUES, TRITON_INTERPRET="1")
+@pytest.mark.parametrize("code", [VALUES, CUTS], ids=["values", "cuts"])
+def test_values_in_the_interpreter(code):
+    done = run("-c", code, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(
+class Case(NamedTuple):
+    kernel: str  # or the name of an idea
+    target: int
+    dtype: str
+    launch: tuple
+    d: int = 32
+    reference: int = 2
+
+
+def default_cases():
+    """What is used: on Hopper every head size and dtype, on the other cards the usual one; and the ideas once."""
+    from ddetr.ops.triton_kernels import LAUNCHES, Launch, default_launch
+
+    for target in TARGETS:
+        for kernel in ("forward", "backward"):
+            for d in (16, 32, 64) if target == 90 else (32,):
+                for dtype in ("fp32", "bf16"):
+                    yield Case(kernel, target, dtype, default_launch(d), d)
+    for kernel in ("packed", "split", "copies"):
+        yield Case(kernel, 90, "bf16", Launch(8, 4))
+    for kind, launch in LAUNCHES.items():
+        kernel = "backward" if kind.backward else "forward"
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[kind.dtype]
+        yield Case(kernel, 90, dtype, launch, kind.channels)
+
+
+def all_cases(target):
+    """Every cut that the sweep tries, with all kinds of reference points for the usual one."""
+    from ddetr.bench.gpu.sweep import candidates
+    from ddetr.ops.triton_kernels import Launch, default_launch
+
+    for dtype in ("fp32", "bf16"):
+        for kernel in ("forward", "backward"):
+            for launch in candidates(kernel == "backward", 32):
+                yield Case(kernel, target, dtype, launch)
+            for reference in (0, 4):
+                for d in (16, 32, 64):
+                    yield Case(kernel, target, dtype, default_launch(d), d, reference)
+        for kernel in ("packed", "split", "copies"):
+            yield Case(kernel, target, dtype, Launch(8, 4))
+
+
+def compile_and_check(cases):
+    cases = [json.dumps(case._asdict()) for case in cases]
+    done = run(OFFLINE, stdin="\n".join(cases), timeout=1500, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(cases)
+    for result in results:
+        assert result["spilled"] == 0, result
+        assert 16 <= result["registers"] <= 255, result
+        assert result["loads"] + result["copies"] >= 4, f"rows of values must be read 16 bytes at a time: {result}"
+        if result["kernel"] in ("backward", "copies"):
+            # sm_80 has no additions of 16 bytes.
+            assert (result["additions"] >= 4) == (result["target"] >= 90), result
+    return results
+
+
+needs_offline_compiler = pytest.mark.skipif(
     not hasattr(torch.compiler, "is_exporting"), reason="Triton before 3.3 compiles by another interface"
 )
-def test_compiles_for_hopper():
-    done = run(COMPILE, TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 4
+
+
+@needs_offline_compiler
+def test_what_is_used_compiles_without_spills():
+    results = compile_and_check(default_cases())
+    assert {result["target"] for result in results} == set(TARGETS)
+
+
+@needs_offline_compiler
+@pytest.mark.slow
+@pytest.mark.timeout(1600)
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_the_sweep_tries_compiles_without_spills(target):
+    compile_and_check(all_cases(target))
 
 
 @pytest.mark.gpu
