@@ -122,7 +122,8 @@ class _Run:
         scratch = self.scratch / name
         scratch.mkdir()
         order = {"place": {**place, "scratch": str(scratch)}, "file": str(file), "ends": ends}
-        child = self._start([sys.executable, *PROCESS, name, json.dumps(order)], scratch)
+        variables = STAGES[name].on_cpu if place["device"] == "cpu" else {}
+        child = self._start([sys.executable, *PROCESS, name, json.dumps(order)], scratch, variables)
         seen = 0.0
         with console.waiting(f"{name}: {STAGES[name].what} ({seconds:.0f} s at most)"):
             while child.poll() is None and time.time() < ends:
@@ -164,16 +165,18 @@ class _Run:
         for renderable in page.shown(self.sheets[name]):
             console.show(renderable)
 
-    def _start(self, command: Sequence[str], folder: Path) -> subprocess.Popen:
+    def _start(
+        self, command: Sequence[str], folder: Path, variables: Mapping[str, str] | None = None
+    ) -> subprocess.Popen:
         # Nothing asks the network; what would wait for it in vain fails at once.
-        variables = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TMPDIR": str(folder)}
+        own = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TMPDIR": str(folder)}
         with (self.folder / "gpu.log").open("a") as log:
             child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **variables},
+                env={**os.environ, **own, **(variables or {})},
                 start_new_session=True,
             )
         self.processes.append(child)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,12 +30,13 @@ class Stage(NamedTuple):
     module: str
     seconds: int  # of nine minutes
     what: str
+    on_cpu: Mapping[str, str] = {}  # environment of a rehearsal
 
 
 STAGES = {
     "checks": Stage("checks", 65, "Is everything right?"),
     "operator": Stage("operator", 80, "The operator, beside others"),
-    "sweep": Stage("sweep", 65, "The kernels' own choices"),
+    "sweep": Stage("sweep", 65, "The kernels' own choices", {"TRITON_INTERPRET": "1"}),
     "network": Stage("network", 80, "The whole detector, beside transformers"),
     "training": Stage("training", 85, "The training step, beside transformers and the official recipe"),
     "runs": Stage("runs", 125, "Real training: killed, starved, poisoned"),

@@ -1,4 +1,4 @@
-"""Which cut of the Triton kernels is the fastest, per head size, dtype and number of queries.
+"""Stage 3: which cut of the Triton kernels is the fastest, per head size, dtype and number of queries.
 
 Every candidate is compared with the reference in float64 first. The result is a table for people and `LAUNCHES` of
 ddetr/ops/triton_kernels.py, to be pasted there.
@@ -8,13 +8,16 @@ import importlib.util
 import os
 import statistics
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import suppress
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddetr.bench.op import COMPARED, Truth, true_step
+from ddetr.bench.gpu.sheet import Place, Sheet
+from ddetr.bench.op import COMPARED, TOLERANCE, Truth, true_step
 from ddetr.bench.sides import reason_of
 from ddetr.bench.sizes import Inputs, Size, make_inputs, pyramid
 from ddetr.bench.timing import Clock, cuda_clock, interleaved
@@ -23,7 +26,6 @@ from ddetr.runtime.limits import available_cores
 if TYPE_CHECKING:
     from ddetr.ops.triton_kernels import Launch
 
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest value
 _QUICK, _LONG, _BEST = 3, 15, 3  # rounds of all candidates, and of the best few
 _COLUMNS = ["layer", "kernel", "D", "dtype", "today", "ms", "best", "ms", "gain", "idea", "ms"]
 
@@ -44,6 +46,15 @@ class Timed(NamedTuple):
     launch: "Launch | None"
 
 
+class Case(NamedTuple):
+    """A kernel to compile, for encoder and decoder alike."""
+
+    backward: bool
+    head_size: int
+    dtype: torch.dtype
+    number: int  # among its ways
+
+
 # In order of weight, since time may run out.
 CELLS = [
     Cell(name, queries, head_size, dtype)
@@ -58,13 +69,8 @@ CELLS = [
 ]
 
 
-def sweep(sheet: Any, where: Any) -> None:
-    """Time all cuts and ideas on a GPU; in a rehearsal, in Triton's interpreter, only compare their values.
-
-    Args:
-        sheet: where tables, lines and figures go, and how much time is left.
-        where: the device, and whether sizes are small.
-    """
+def run(sheet: Sheet, where: Place) -> None:
+    """The stage: all cuts and ideas timed on a GPU; in a rehearsal, in Triton's interpreter, only their values."""
     if importlib.util.find_spec("triton") is None:
         sheet.skip("sweep of the Triton kernels", "Triton is not installed")
         return
@@ -77,20 +83,83 @@ def sweep(sheet: Any, where: Any) -> None:
     found: dict[Any, Launch] = {}
     rows: list[list[Any]] = []
     sheet.data["sweep"] = []
+    compiling = Compiling(cells, where)
     for cell in cells:
+        compiling.wait_for(cell, sheet.left())
         size = Size(1 if where.small else 4, shapes, cell.queries, 1 if where.small else 8, cell.head_size)
         slowest = max((row["seconds"] for row in sheet.data["sweep"]), default=0.0)
         if sheet.left() < 1.5 * slowest:
             sheet.skip(f"{cell.name}, D {cell.head_size}, {_name(cell.dtype)}", "no time is left")
             continue
         _sweep_cell(sheet, cell, size, where, clock, rows, found)
+    compiling.end()
+    with sheet.part("what a call costs the host"):
+        _host(sheet, where)
     if clock is not None:
         sheet.table("Triton kernels: today's cut and the best", _COLUMNS, rows)
         sheet.say(literal(found))
 
 
+class Compiling:
+    """Compiles the kernels of all cells in processes beside this one, which finds them in Triton's cache on disk: a
+    kernel takes about a second, most of which holds Python's lock."""
+
+    def __init__(self, cells: list[Cell], where: Place):
+        cases = {}
+        for cell in cells:
+            for backward in (False, True):
+                for number in range(len(_tiny_ways(backward, cell.head_size, cell.dtype, where.device, where.small))):
+                    cases[Case(backward, cell.head_size, cell.dtype, number)] = None
+        if where.device.type != "cuda":
+            self.pool, self.futures = None, {}
+            compile_case(next(iter(cases)), where.device, where.small)
+            return
+        self.pool = ProcessPoolExecutor(min(available_cores(), 16), mp_context=get_context("spawn"))
+        self.futures: dict[Case, Future] = {
+            case: self.pool.submit(compile_case, case, where.device, where.small) for case in cases
+        }
+
+    def wait_for(self, cell: Cell, seconds: float) -> None:
+        """Until all kernels of the cell are there; one that does not compile is found out later."""
+        wait([f for c, f in self.futures.items() if c[1:3] == (cell.head_size, cell.dtype)], seconds)
+
+    def end(self) -> None:
+        if self.pool:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def compile_case(case: Case, device: torch.device, few: bool) -> None:
+    """Runs it on tiny inputs: what a kernel is compiled for does not depend on the number of images, cells and
+    queries, but on whether 16 divides it."""
+    with suppress(Exception):  # where it matters it is run again and told
+        _tiny_ways(case.backward, case.head_size, case.dtype, device, few)[case.number].call()
+
+
+def _tiny_ways(backward: bool, head_size: int, dtype: torch.dtype, device: torch.device, few: bool) -> list[Timed]:
+    size = Size(1, [(5, 7), (3, 3), (2, 2), (1, 1)], 0, 1 if few else 8, head_size)
+    inputs = make_inputs(size, device, dtype)
+    grad_output = torch.ones(1, size.num_queries, size.heads * head_size, dtype=dtype, device=device)
+    return [way for _, way in _ways(backward, size, inputs, grad_output, few)]
+
+
+def _host(sheet: Sheet, where: Place) -> None:
+    from ddetr.bench.gpu.launch import LIMIT_US, launch_overhead
+
+    found = sheet.data["host_us"] = launch_overhead(where.device, 50 if where.small else 300)
+    rows = [[what, f"{microseconds:.1f}"] for what, microseconds in found.items()]
+    sheet.table(
+        f"What a call of the operator costs the host (limit {LIMIT_US} µs, without the launcher)", ["", "µs"], rows
+    )
+
+
 def _sweep_cell(
-    sheet: Any, cell: Cell, size: Size, where: Any, clock: Clock | None, rows: list[list[Any]], found: dict[Any, Any]
+    sheet: Sheet,
+    cell: Cell,
+    size: Size,
+    where: Place,
+    clock: Clock | None,
+    rows: list[list[Any]],
+    found: dict[Any, Any],
 ) -> None:
     from ddetr.ops.triton_kernels import MANY, Kind, channels_of, launch_of
 
@@ -101,7 +170,7 @@ def _sweep_cell(
     for backward in (False, True):
         title = f"{cell.name}, D {cell.head_size}, {_name(cell.dtype)}, {'backward' if backward else 'forward'}"
         ways = dict(_ways(backward, size, inputs, truth.grad_output, where.small))
-        good = _right_ones(sheet, title, ways, truth, backward, _TOLERANCE[cell.dtype], where)
+        good = _right_ones(sheet, title, ways, truth, backward, TOLERANCE[cell.dtype], where)
         today = launch_of(backward, cell.head_size, cell.dtype, many)[1]
         if clock is None or _label(today) not in good:
             continue
@@ -173,7 +242,7 @@ def _bind(function: Callable, *arguments: Any) -> Callable[[], Any]:
 
 
 def _right_ones(
-    sheet: Any, title: str, ways: dict[str, Timed], truth: Truth, backward: bool, tolerance: float, where: Any
+    sheet: Sheet, title: str, ways: dict[str, Timed], truth: Truth, backward: bool, tolerance: float, where: Place
 ) -> dict[str, Timed]:
     """Those that run and give the reference's result; a line for each other one."""
     threads = available_cores() if where.device.type == "cuda" else 1
