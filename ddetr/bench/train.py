@@ -332,6 +332,8 @@ def _random_batch(plan: Plan, size_hw: tuple[int, int], seed: int) -> list[Micro
             }
             for _ in range(n)
         ]
+        if plan.device.type == "cuda":
+            images, mask = images.pin_memory(), mask.pin_memory()  # as a loader's
         batch.append((images, mask, targets))
     return batch
 
