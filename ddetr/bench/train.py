@@ -337,6 +337,8 @@ def random_batch(plan: Plan, size_hw: tuple[int, int], seed: int) -> list[MicroB
             }
             for _ in range(n)
         ]
+        if plan.device.type == "cuda":
+            images, mask = images.pin_memory(), mask.pin_memory()  # as a loader's
         batch.append((images, mask, targets))
     return batch
 

@@ -25,6 +25,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from ddetr.errors import InputError
+from ddetr.runtime.transfer import sent
 from ddetr.wording import did_you_mean
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -308,7 +309,6 @@ def normalize_images(
         mask: (..., H, W) bool, True = padding, which becomes 0 as if padding had come after normalising.
         mean, std: of red, green and blue in [0, 1]; by default ImageNet's.
     """
-    mean = torch.tensor(mean, device=images.device).view(3, 1, 1) * 255
-    deviation = torch.tensor(std, device=images.device).view(3, 1, 1) * 255
+    mean, deviation = sent((torch.tensor([mean, std]) * 255).view(2, 3, 1, 1), images.device)
     normalized = (images.to(torch.float32) - mean) / deviation
     return normalized if mask is None else normalized.masked_fill_(mask.unsqueeze(-3), 0.0)

@@ -39,6 +39,7 @@ def _process(rank: int, backend: str, devices: Sequence[str], store: str) -> Non
         rank=rank,
         world_size=len(devices),
         timeout=timedelta(seconds=_SECONDS),
+        device_id=device if device.type == "cuda" else None,  # as in training: NCCL connects now, on this device
     )
     try:
         # Large enough for the ring that gradients take: 4 MiB.

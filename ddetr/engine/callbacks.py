@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
 
 from ddetr import console
 from ddetr.engine.loading.data_wait import DataWait
@@ -74,7 +75,7 @@ class Watch(Callback):
             self._progress.update(self._task, completed=step)
         if step % self.log_every and step != 1 and not trainer.is_last_batch:
             return
-        values = {name: float(value) for name, value in outputs.items()}
+        values = _numbers(outputs)
         now, (then, step_then) = time.perf_counter(), self._since
         speed = (step - step_then) * self.batch_size / (now - then)
         data_wait = self.data_wait.share(now - then)
@@ -127,6 +128,12 @@ class Watch(Callback):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _numbers(outputs: Mapping[str, Tensor | float]) -> dict[str, float]:
+    """The scalars among them by one copy to the host."""
+    scalars = {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+    return {**outputs, **dict(zip(scalars, torch.stack(list(scalars.values())).tolist()))}
 
 
 def _peak_memory_mb(trainer: pl.Trainer) -> int | None:

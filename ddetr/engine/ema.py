@@ -55,8 +55,9 @@ class WeightAverage(Callback):
         torch._foreach_lerp_(
             [self._average[name] for name in floating], [self._current[name] for name in floating], 1 - decay
         )
-        for name in self._current.keys() - floating:  # numbers of batches
-            self._average[name].copy_(self._current[name])
+        counters = list(self._current.keys() - floating)  # numbers of batches
+        if counters:
+            torch._foreach_copy_([self._average[name] for name in counters], [self._current[name] for name in counters])
 
     def on_validation_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
         if not self._average:

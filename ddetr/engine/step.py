@@ -16,8 +16,10 @@ from ddetr.datasets import normalize_images
 from ddetr.engine.config import OptimConfig
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.runtime.transfer import sent
 
-Targets = list[dict[str, Tensor]]  # of each image: labels (t,), boxes (t, 4) cxcywh in [0, 1], image_id, orig_size, ...
+# Of each image: labels (t,), boxes (t, 4) cxcywh in [0, 1]; and on the host image_id, orig_size, ...
+Targets = list[dict[str, Tensor]]
 MicroBatch = tuple[Tensor, Tensor | None, Targets]  # images uint8 (n, 3, H, W), mask (n, H, W) or None, targets
 Model = Callable[[Tensor, Tensor | None], dict[str, Any]]  # normalised images and mask -> outputs
 
@@ -61,7 +63,7 @@ def step_losses(
     The only place where model and targets meet: what trains with the targets beside the network gets them here.
 
     Args:
-        batch: on the model's device.
+        batch: as `on_device` gives it.
         num_boxes: what the sums are divided by: the objects of the whole step, of which this is a part.
     """
     outputs = model_outputs(model, batch, region)
@@ -82,9 +84,17 @@ def count_objects(batch: Sequence[MicroBatch]) -> int:
 
 
 def on_device(batch: MicroBatch, device: torch.device | str) -> MicroBatch:
+    """Images, mask and what losses are made from, by a copy each that waits for nothing; the rest of the targets is for
+    the host, and stays there."""
     images, mask, targets = batch
+    learnt = {
+        name: sent(torch.cat([target[name] for target in targets]), device).split(
+            [len(target[name]) for target in targets]
+        )
+        for name in ("labels", "boxes")
+    }
     return (
-        images.to(device),
-        None if mask is None else mask.to(device),
-        [{name: tensor.to(device) for name, tensor in target.items()} for target in targets],
+        sent(images, device),
+        None if mask is None else sent(mask, device),
+        [target | dict(zip(learnt, tensors)) for target, tensors in zip(targets, zip(*learnt.values()))],
     )

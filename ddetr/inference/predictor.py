@@ -22,6 +22,7 @@ from ddetr.inference.detections import Detections
 from ddetr.inference.optimize import Optimization, optimize_model
 from ddetr.models.postprocess import PostProcess
 from ddetr.runtime.device import choose_device
+from ddetr.runtime.transfer import sent
 
 __all__ = ["BadImage", "Network", "Predictor", "PreparedImage"]
 
@@ -224,7 +225,7 @@ class Predictor:
         Returns:
             N dicts on the CPU: `scores` (k,), `labels` (k,), `boxes` (k, 4) xyxy in pixels of the originals.
         """
-        images, mask = images.to(self.device), None if mask is None else mask.to(self.device)
+        images, mask = sent(images, self.device), None if mask is None else sent(mask, self.device)
         if images.dtype == torch.uint8:
             images = normalize_images(images, mask, self.mean, self.std)
         outputs = self.model(images.to(self.dtype), mask)
@@ -232,7 +233,9 @@ class Predictor:
         if num_classes != len(self.categories):
             raise InputError(f"The model has {num_classes} classes, but {len(self.categories)} categories were given.")
         found = self._postprocess(outputs, target_sizes_hw)
-        return [{name: values.cpu() for name, values in one.items()} for one in found]
+        sizes = [len(one["scores"]) for one in found]
+        columns = {name: torch.cat([one[name] for one in found]).cpu().split(sizes) for name in found[0]}
+        return [dict(zip(columns, one)) for one in zip(*columns.values())]
 
     def _sound(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         finite = torch.isfinite(found["boxes"]).all(dim=1) & torch.isfinite(found["scores"])

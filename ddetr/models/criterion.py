@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ddetr.boxes import box_cxcywh_to_xyxy, generalized_iou
 from ddetr.models.matcher import HungarianMatcher, Matches, PaddedTargets
+from ddetr.runtime.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class SetCriterion(nn.Module):
         group = torch.arange(len(sets), device=logits.device)[:, None].expand_as(images)
 
         one_hot = torch.zeros_like(logits)
-        one_hot[group, images, queries, targets.labels[images, objects]] = 1.0
+        # Not `one_hot[...] = 1.0`: on a GPU that is a number of the host's, for which it would wait.
+        one_hot.index_put_((group, images, queries, targets.labels[images, objects]), one_hot.new_ones(()))
         loss_ce = sigmoid_focal_loss(logits, one_hot, self.loss_weights.focal_alpha).sum((1, 2, 3))
 
         predicted, wanted = boxes[group, images, queries], targets.boxes[images, objects]  # (G, n, 4)
@@ -150,7 +152,7 @@ class SetCriterion(nn.Module):
         # A query counts as an object where its best class is more likely than not; the official code compares the best
         # class with the last one, which in a head without a background class is an ordinary class.
         counted = (logits.amax(-1) > 0).float().sum(1)
-        true = torch.tensor(targets.sizes, dtype=torch.float32, device=logits.device)
+        true = sent(torch.tensor(targets.sizes, dtype=torch.float32), logits.device)
         return {
             "class_error": 100 - 100 * right.mean() if len(right) else logits.new_zeros(()).float(),
             "cardinality_error": (counted - true).abs().mean(),
@@ -170,6 +172,6 @@ def global_num_boxes(num_boxes: int, device: torch.device) -> float:
     """Objects per process, averaged over all processes, at least 1. Every process must call it."""
     if not (dist.is_available() and dist.is_initialized()):
         return max(float(num_boxes), 1.0)
-    total = torch.tensor([float(num_boxes)], device=device)
+    total = sent(torch.tensor([float(num_boxes)]), device)
     dist.all_reduce(total)
     return max(total.item() / dist.get_world_size(), 1.0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddetr.boxes import box_cxcywh_to_xyxy
+from ddetr.runtime.transfer import sent
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class PaddedTargets(NamedTuple):
     def indices(self) -> tuple[Tensor, Tensor]:
         """Image and place in it of every object, (M,) each."""
         pairs = [(image, place) for image, size in enumerate(self.sizes) for place in range(size)]
-        images, places = torch.tensor(pairs, dtype=torch.long, device=self.labels.device).view(-1, 2).unbind(1)
+        images, places = sent(torch.tensor(pairs, dtype=torch.long).view(-1, 2), self.labels.device).unbind(1)
         return images, places
 
 
@@ -88,7 +89,7 @@ class HungarianMatcher:
             self._assign(cost.view_as(like).numpy(), targets.sizes)
             for cost, like, (_, targets) in zip(host, costs, sets)
         ]  # (3, n) of each set
-        on_device = torch.from_numpy(np.concatenate(pairs, axis=1)).to(device)
+        on_device = sent(torch.from_numpy(np.concatenate(pairs, axis=1)), device)
         return [Matches(*rows) for rows in on_device.split([rows.shape[1] for rows in pairs], dim=1)]
 
     def __call__(self, outputs: dict[str, Any], targets: Sequence[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:

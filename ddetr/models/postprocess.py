@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ddetr.boxes import box_cxcywh_to_xyxy
+from ddetr.runtime.transfer import sent
 
 
 class PostProcess(nn.Module):
@@ -21,7 +22,8 @@ class PostProcess(nn.Module):
         """
         Args:
             outputs: `pred_logits` (N, Q, K), `pred_boxes` (N, Q, 4) cxcywh in [0, 1].
-            target_sizes_hw: (N, 2) as (h, w): the original image for evaluation, the shown one for drawing.
+            target_sizes_hw: (N, 2) as (h, w), best on the host: the original image for evaluation, the shown one for
+                drawing.
 
         Returns:
             N dicts, best first: `scores` (k,) in [0, 1], `labels` (k,), `boxes` (k, 4) xyxy in pixels.
@@ -34,7 +36,7 @@ class PostProcess(nn.Module):
         scores, pairs = probabilities.topk(min(self.max_detections, probabilities.shape[1]), dim=1)
         queries = torch.div(pairs, num_classes, rounding_mode="floor")
         boxes_xyxy = box_cxcywh_to_xyxy(boxes).gather(1, queries[..., None].expand(-1, -1, 4))
-        boxes_xyxy = boxes_xyxy * target_sizes_hw.to(boxes).flip(1).repeat(1, 2)[:, None]
+        boxes_xyxy = boxes_xyxy * sent(target_sizes_hw.to(boxes.dtype), boxes.device).flip(1).repeat(1, 2)[:, None]
         return [
             {"scores": s, "labels": label, "boxes": b} for s, label, b in zip(scores, pairs % num_classes, boxes_xyxy)
         ]

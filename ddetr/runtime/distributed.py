@@ -8,12 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddetr.runtime.transfer import sent
+
 
 def summed(values: Sequence[float], device: torch.device) -> tuple[list[float], int]:
     """The sums of `values` over all processes, by one exchange, and the number of processes. All must call it."""
     if not (dist.is_available() and dist.is_initialized()):
         return [float(value) for value in values], 1
-    total = torch.tensor([float(value) for value in values], dtype=torch.float64, device=device)
+    total = sent(torch.tensor([float(value) for value in values], dtype=torch.float64), device)
     dist.all_reduce(total)
     return total.tolist(), dist.get_world_size()
 

@@ -180,3 +180,22 @@ def test_validation_measures_what_evaluate_measures(shapes: Path, tiny_run: Any)
     expected = evaluate(predictor.detect, DataLoader(dataset, batch_size=3, collate_fn=collate), annotations)
     assert expected.AP > 0.1
     assert module.metrics.to_dict() == expected.to_dict()
+
+
+def test_convolutions_stay_channels_last_under_autocast(set_up: Any) -> None:
+    """From planes, as images may come, to the projections of all levels; the weights too, rounded or not."""
+    module, _ = set_up(num_feature_levels=4)
+    seen = {}
+
+    def look(name: str) -> Any:
+        return lambda _, inputs, output: seen.update({name: output.is_contiguous(memory_format=torch.channels_last)})
+
+    for name, layer in module.model.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(look(name))
+    images = normalize_images(torch.randint(256, (2, 3, 128, 128), dtype=torch.uint8))
+    assert images.is_contiguous()
+    with torch.autocast("cpu", torch.bfloat16):
+        module.model(images)
+    assert {name for name in seen if name.startswith("input_proj")} == {f"input_proj.{level}.0" for level in range(4)}
+    assert [name for name, is_last in seen.items() if not is_last] == []

@@ -14,7 +14,7 @@ from ddetr.datasets import Annotations, DetectionDataset, build_transform, colla
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.loading.sampler import EpochOrder
 from ddetr.engine.loading.workers import PREFETCH, default_num_workers, explained, start_worker, workers_that_fit
-from ddetr.engine.step import MicroBatch, Region, no_region
+from ddetr.engine.step import MicroBatch, Region, no_region, on_device
 from ddetr.errors import InputError
 from ddetr.runtime.limits import allow_open_files, free_shared_memory
 
@@ -119,7 +119,8 @@ class _TimedTransfer(pl.LightningDataModule):
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         with self.region("host to device"):
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+            is_step = isinstance(batch, list)
+            return [on_device(micro, device) for micro in batch] if is_step else on_device(batch, device)
 
 
 class BatchesInMemory(_TimedTransfer):
@@ -266,16 +267,22 @@ class DetectionData(_TimedTransfer):
 
     def _loader_options(self) -> dict[str, Any]:
         num_workers = self._default_num_workers if self.num_workers is None else self.num_workers
-        options = {"num_workers": num_workers, "pin_memory": torch.cuda.is_available(), "worker_init_fn": start_worker}
+        options = {"num_workers": num_workers, "pin_memory": self._is_for_gpu, "worker_init_fn": start_worker}
         if num_workers:
             allow_open_files()
             options |= {"persistent_workers": True, "prefetch_factor": PREFETCH}
         return options
 
+    @property
+    def _is_for_gpu(self) -> bool:
+        """Where nobody trains, but the loaders are measured: whether there is one."""
+        strategy = getattr(self.trainer, "strategy", None)
+        return torch.cuda.is_available() if strategy is None else strategy.root_device.type == "cuda"
+
     @cached_property
     def _default_num_workers(self) -> int:
         processes = _processes_here(self.trainer)
-        wanted = default_num_workers(on_gpu=torch.cuda.is_available(), processes=processes)
+        wanted = default_num_workers(on_gpu=self._is_for_gpu, processes=processes)
         height, width = self.largest_hw
         batch_bytes = self.batch_size // self.trainer.world_size * height * width * 4  # 8-bit colours and the mask
         free = free_shared_memory()
