@@ -41,7 +41,8 @@ def check_pytorch(facts: Facts, *, driver_is_well: bool) -> list[Row]:
     """
     torch = facts.pytorch
     if torch.state == "missing":
-        pins = f"torch=={published()['torch']} torchvision=={published()['torchvision']}"
+        variant = published()["variants"][published()["image"]["default_variant"]]
+        pins = f"torch=={variant['torch']} torchvision=={variant['torchvision']}"
         return [
             broken(
                 SECTION,
