@@ -6,7 +6,7 @@
 # make notebooks-strip    take the outputs out of the notebooks, before a commit
 #
 # make image            build the container pytorch-cuda:v2.6 with Docker or podman; container/build.sh has the options (VARIANT, BASE_IMAGE, CA)
-#                       make image VARIANT=cu130 builds pytorch-cuda:current: today's PyTorch, for Blackwell GPUs (image-train, test-image, sbom too)
+#                       make image VARIANT=cu130 builds pytorch-cuda:current: a newer PyTorch, for Blackwell GPUs (image-train, test-image, sbom too)
 # make image-train      its variant for clusters, without Jupyter and sshd
 # make image-light      its variant without PyTorch, to try how it starts
 # make base             a base image of Debian's packages, for a machine that reaches no container registry

@@ -52,3 +52,14 @@ def test_the_image_that_the_page_and_the_readme_name() -> None:
         text = (ROOT / path).read_text(encoding="utf-8")
         found = {name.rstrip(".") for name in re.findall(r"pytorch-cuda:[\w.]+", text)}
         assert {default} <= found <= names, path
+
+
+def test_what_is_said_of_the_newer_pytorch() -> None:
+    text = " ".join(PAGE.split())
+    for variant in VERSIONS["variants"].values():
+        if variant["tag"] != DEFAULT["tag"]:
+            libraries = (
+                f"PyTorch {variant['torch']} with torchvision {variant['torchvision']} for CUDA {variant['cuda']}"
+            )
+            driver = VERSIONS["toolkits"]["drivers"][variant["cuda"]]["driver_minimum"]
+            assert f"{libraries}, which takes driver {driver} or newer" in text
