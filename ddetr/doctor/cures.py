@@ -50,9 +50,9 @@ def another_pytorch(facts: Facts, capability: str | None, *, which: str) -> str 
         image = f"make image VARIANT={name}{index}"
         if container:
             return f"build the image with another variant: {image}"
-        pins = f"torch=={variant['torch']} torchvision=={variant['torchvision']}"
         return (
-            f"install a PyTorch {which}: uv pip install --reinstall --torch-backend={name} {pins} (the image: {image})"
+            f"install a PyTorch {which}: uv pip install --reinstall --torch-backend={name} {_pins(variant)} "
+            f"(the image: {image})"
         )
     first = published()["first_toolkits"]["toolkits"].get(architecture(capability)) if capability else None
     if first is None or number(first) < (12, 8):
@@ -88,11 +88,26 @@ def newer_pytorch(facts: Facts) -> str:
     return "install a newer PyTorch: pip install --upgrade torch torchvision"
 
 
-def installing(facts: Facts, command: str) -> str:
+def first_pytorch(facts: Facts) -> str:
+    """Where there is none: that of the default image, or of the other one where the GPU needs that."""
+    capability = facts.gpus[0].capability if facts.gpus else None
+    name = default = published()["image"]["default_variant"]
+    if (found := _variant(capability, facts.driver)) and found[1]["locked"]:  # such is PyPI's build
+        name = found[0]
+    image = "make image" if name == default else f"make image VARIANT={name}"
+    pins = _pins(published()["variants"][name])
+    return installing(facts, f"uv pip install {pins} (in the image ddetr is ready to run: {image})", image)
+
+
+def installing(facts: Facts, command: str, image: str = "make image") -> str:
     """A command that repairs the environment; in a container, the image that has what it installs."""
     if facts.machine.container:
-        return "leave this container as it is, and build the image anew, in which everything matches: make image"
+        return f"leave this container as it is, and build the image anew, in which everything matches: {image}"
     return command
+
+
+def _pins(variant: dict[str, Any]) -> str:
+    return f"torch=={variant['torch']} torchvision=={variant['torchvision']}"
 
 
 def _variant(capability: str | None, driver: Driver | None = None) -> tuple[str, dict[str, Any]] | None:

@@ -565,6 +565,23 @@ def test_no_pytorch() -> None:
     assert "uv pip install torch==2.6.0 torchvision==0.21.0" in row.to_do
 
 
+@pytest.mark.parametrize(
+    ("gpu", "driver", "pins", "image"),
+    [
+        (A100, "580.65.06", "torch==2.6.0 torchvision==0.21.0", "make image"),
+        (K80, "580.65.06", "torch==2.6.0 torchvision==0.21.0", "make image"),  # the doctor then tells what it needs
+        (B200, "580.65.06", "torch==2.14.1 torchvision==0.29.1", "make image VARIANT=cu130"),
+        (B200, "570.86.10", "torch==2.6.0 torchvision==0.21.0", "make image"),  # the same
+    ],
+)
+def test_no_pytorch_for_a_gpu(gpu: Gpu, driver: str, pins: str, image: str) -> None:
+    facts = gpu_facts(gpu, container="")
+    facts.steps, facts.pytorch, facts.driver.version = None, PyTorch(state="missing"), driver
+    assert only_fault(facts).to_do == f"uv pip install {pins} (in the image ddetr is ready to run: {image})"
+    facts.machine.container = "docker"
+    assert only_fault(facts).to_do.endswith(f": {image}")
+
+
 def test_no_pytorch_comes_before_no_gpu() -> None:
     facts = without_gpu()
     facts.pytorch = PyTorch(state="missing")
