@@ -7,13 +7,14 @@
 # make notebooks-strip    take the outputs out of the notebooks, before a commit
 #
 # make image            build the container pytorch-cuda:v2.6 with Docker or podman; container/build.sh has the options (VARIANT, BASE_IMAGE, CA)
+#                       make image VARIANT=cu130 builds pytorch-cuda:current: a newer PyTorch, for Blackwell GPUs (image-train, test-image, sbom too)
 # make image-train      its variant for clusters, without Jupyter and sshd
 # make image-light      its variant without PyTorch, to try how it starts
 # make base             a base image of Debian's packages, for a machine that reaches no container registry
 # make test-container   build the light variant and try its start, Jupyter and SSH (minutes)
 # make test-image       build the full one, run ddetr's tests and a short training inside it (7 GB, long)
 # make sbom             a software bill of materials of the built image, CycloneDX: dist/pytorch-cuda-v2.6.cdx.json
-# make image-lock       renew container/*.lock
+# make image-lock       renew container/requirements-build.lock, and the locks in container/v2.6 and container/current
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -58,7 +59,9 @@ lock:
 notebooks-strip: setup
 	$(BIN)/python notebooks/strip.py
 
-IMAGE = pytorch-cuda:v2.6
+# The tag is the variant's.
+TAG = $(shell $(PYTHON) container/build_arguments.py $(VARIANT) | sed -n 's/^IMAGE_VERSION=//p')
+IMAGE = pytorch-cuda:$(TAG)
 
 image:
 	container/build.sh workspace $(IMAGE)
@@ -80,12 +83,14 @@ test-image: image
 
 sbom: setup
 	mkdir -p dist
-	CYCLONEDX="$(BIN)/uv tool run --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py" container/sbom.sh $(IMAGE) > dist/pytorch-cuda-v2.6.cdx.json
+	CYCLONEDX="$(BIN)/uv tool run --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py" container/sbom.sh $(IMAGE) > dist/pytorch-cuda-$(TAG).cdx.json
 
 image-lock:
 	$(LOCK) container/requirements-build.in -o container/requirements-build.lock
-	$(LOCK) pyproject.toml container/requirements-core.in -o container/requirements-core.lock
-	for lock in light workspace; do \
-	  $(LOCK) -c container/requirements-core.lock container/requirements-$$lock.in -o container/requirements-$$lock.lock || exit 1; \
+	for tag in v2.6 current; do \
+	  locks=container/$$tag/requirements && \
+	  $(LOCK) pyproject.toml container/requirements-core.in container/$$tag/torch.in -o $$locks-core.lock && \
+	  $(LOCK) -c $$locks-core.lock container/requirements-workspace.in -o $$locks-workspace.lock && \
+	  $(LOCK) -c $$locks-core.lock --extra test pyproject.toml -o $$locks-test.lock || exit 1; \
 	done
-	$(LOCK) -c container/requirements-core.lock --extra test pyproject.toml -o container/requirements-test.lock
+	$(LOCK) -c container/v2.6/requirements-core.lock container/requirements-light.in -o container/v2.6/requirements-light.lock

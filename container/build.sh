@@ -4,7 +4,7 @@
 # From the environment (make passes its own on: make image VARIANT=cu126 TORCH_INDEX=...):
 #   BASE_IMAGE    default: the one of versions.json, by digest; where no registry is reached, one made by base.sh
 #   LOCK          core (default), or light: without PyTorch
-#   VARIANT       cu124 (default, locked); cu118, cu126 with TORCH_INDEX
+#   VARIANT       cu124 (default, locked); cu130 (a newer PyTorch, for Blackwell, locked); cu118, cu126 with TORCH_INDEX
 #   CA            certificate authorities of your network, a PEM file (default: $SSL_CERT_FILE)
 #   PIPCONF       a pip.conf that names your package index, for uv's installation
 #   UVTOML        a uv.toml that names it, for everything else

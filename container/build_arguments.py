@@ -23,9 +23,9 @@ def build_arguments(variant: str = "", base_image: str = "") -> dict[str, str]:
         # A base image of one's own: its digest is part of its name, or it has none.
         "BASE_DIGEST": image["base_digest"] if not base_image else base_image.partition("@")[2],
         "VARIANT": variant,
-        "IMAGE_VERSION": image["tag"],
-        "TORCH": VERSIONS["torch"],
-        "TORCHVISION": VERSIONS["torchvision"],
+        "IMAGE_VERSION": libraries["tag"],
+        "TORCH": libraries["torch"],
+        "TORCHVISION": libraries["torchvision"],
         "CUDA": libraries["cuda"],
         "CUDNN": libraries["cudnn"],
         "NCCL": libraries["nccl"],

@@ -28,6 +28,9 @@ echo "--- a short training, as the README has it" >&2
 "$here/engine.sh" run "${hardened[@]}" "$name" bash -c 'cd /tmp && ddetr demo --output /tmp/demo'
 
 echo "--- ddetr's tests" >&2
+# Of the image's own variant, also where this is not started by make.
+VARIANT=$("$here/engine.sh" image inspect --format '{{index .Config.Labels "ddetr.variant"}}' "$name")
+export VARIANT
 "$here/build.sh" test "$name-test" >&2
 "$here/engine.sh" run "${hardened[@]}" "${mounts[@]}" -w /src/ddetr "$name-test" \
     pytest -n auto --maxprocesses 4 --dist loadfile -p no:cacheprovider --basetemp=/tmp/pytest --ignore=tests/container "$@"

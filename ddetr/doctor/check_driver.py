@@ -4,7 +4,7 @@ from collections import Counter
 
 from ddetr.doctor.causes import Cause
 from ddetr.doctor.check_usable import SECTION, why_unusable
-from ddetr.doctor.cures import another_pytorch, newer_pytorch
+from ddetr.doctor.cures import another_pytorch, newer_driver, newer_pytorch
 from ddetr.doctor.facts import Facts, Gpu
 from ddetr.doctor.rows import Row, broken, ok, warning
 from ddetr.doctor.versions import (
@@ -106,8 +106,9 @@ def _version_row(facts: Facts) -> Row | None:
         driver.cuda and number(driver.cuda)[0] < number(built)[0]
     )
     if too_old:
-        update = _update(facts, toolkit[0] if toolkit else least, built)
-        update += f" (at least {least})" if least and not facts.machine.wsl else ""
+        wanted = toolkit[0] if toolkit else least
+        update = newer_driver(facts, wanted, built)
+        update += f" (at least {least})" if least != wanted and not facts.machine.wsl else ""
         capability = facts.gpus[0].capability if facts.gpus else None
         other = another_pytorch(facts, capability, which="that this driver runs")
         return broken(
@@ -121,7 +122,7 @@ def _version_row(facts: Facts) -> Row | None:
         driver.cuda and number(driver.cuda) < number(built)
     )
     if below:
-        update = _update(facts, toolkit[0] if toolkit else None, built)
+        update = newer_driver(facts, toolkit[0] if toolkit else None, built)
         return warning(
             SECTION,
             "driver",
@@ -130,12 +131,6 @@ def _version_row(facts: Facts) -> Row | None:
             f"{update}; if the operator fails below: export DDETR_OPS=reference",
         )
     return ok(SECTION, "driver", what)
-
-
-def _update(facts: Facts, wanted: str | None, built: str) -> str:
-    if facts.machine.wsl:  # whose numbers are others
-        return f"update NVIDIA's driver in Windows to one for CUDA {built} or newer"
-    return f"update the driver on the host to {wanted or 'that of CUDA ' + built} or newer"
 
 
 def served(facts: Facts) -> list[int]:

@@ -3,7 +3,7 @@
 import sys
 
 from ddetr.doctor.causes import Cause
-from ddetr.doctor.cures import another_pytorch, installing, newer_pytorch
+from ddetr.doctor.cures import another_pytorch, first_pytorch, installing, newer_pytorch
 from ddetr.doctor.facts import Facts
 from ddetr.doctor.machine import DRIVER_FOLDER
 from ddetr.doctor.rows import Row, broken, ok, warning
@@ -41,13 +41,12 @@ def check_pytorch(facts: Facts, *, driver_is_well: bool) -> list[Row]:
     """
     torch = facts.pytorch
     if torch.state == "missing":
-        pins = f"torch=={published()['torch']} torchvision=={published()['torchvision']}"
         return [
             broken(
                 SECTION,
                 "PyTorch",
                 f"not installed for {facts.machine.executable or sys.executable}",
-                installing(facts, f"uv pip install {pins} (in the image ddetr is ready to run: make image)"),
+                first_pytorch(facts),
                 Cause.PYTORCH_MISSING,
             )
         ]

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
 VERSIONS = json.loads((ROOT / "container" / "versions.json").read_text(encoding="utf-8"))
+DEFAULT = VERSIONS["variants"][VERSIONS["image"]["default_variant"]]
 
 
 def row(first: str) -> list[str]:
@@ -21,7 +22,8 @@ def row(first: str) -> list[str]:
 def test_the_builds(variant: str) -> None:
     facts = VERSIONS["variants"][variant]
     drivers = VERSIONS["toolkits"]["drivers"][facts["cuda"]]
-    _, first, last, driver, oldest, cudnn, nccl, here = row(f"`{variant}`")
+    _, torch, first, last, driver, oldest, cudnn, nccl, here = row(f"`{variant}`")
+    assert torch == facts["torch"]
     assert first.split()[0] == facts["architectures"][0]
     assert last.split()[0] == facts["architectures"][-1]
     assert [driver, oldest, cudnn, nccl] == [
@@ -32,19 +34,32 @@ def test_the_builds(variant: str) -> None:
     ]
     assert ("the default" in here) == (variant == VERSIONS["image"]["default_variant"])
     assert ("not built by us" in here) != facts["locked"]
+    assert not facts["locked"] or f"`{VERSIONS['image']['name']}:{facts['tag']}`" in here
 
 
 def test_what_stands_in_the_place_of_what() -> None:
-    assert f"{VERSIONS['torch']}, with torchvision {VERSIONS['torchvision']}" in row("PyTorch 2.6")[2]
+    assert f"{DEFAULT['torch']}, with torchvision {DEFAULT['torchvision']}" in row("PyTorch 2.6")[2]
     assert f"Python {VERSIONS['image']['python']}" in row("Ubuntu 20.04")[2]
-    default = VERSIONS["variants"][VERSIONS["image"]["default_variant"]]
-    assert f"CUDA {default['cuda']}" in row("CUDA 12.1")[2]
-    assert default["cudnn"] in row("cuDNN 9.1")[2]
+    assert f"CUDA {DEFAULT['cuda']}" in row("CUDA 12.1")[2]
+    assert DEFAULT["cudnn"] in row("cuDNN 9.1")[2]
     assert "12.1" not in {variant["cuda"] for variant in VERSIONS["variants"].values()}
 
 
 def test_the_image_that_the_page_and_the_readme_name() -> None:
-    name = f"{VERSIONS['image']['name']}:{VERSIONS['image']['tag']}"
+    names = {f"{VERSIONS['image']['name']}:{variant['tag']}" for variant in VERSIONS["variants"].values()}
+    default = f"{VERSIONS['image']['name']}:{DEFAULT['tag']}"
     for path in ("README.md", "docs/environment.md", "Makefile", "compose.yaml"):
         text = (ROOT / path).read_text(encoding="utf-8")
-        assert set(re.findall(r"pytorch-cuda:v[\d.]+", text)) == {name}, path
+        found = {name.rstrip(".") for name in re.findall(r"pytorch-cuda:[\w.]+", text)}
+        assert {default} <= found <= names, path
+
+
+def test_what_is_said_of_the_newer_pytorch() -> None:
+    text = " ".join(PAGE.split())
+    for variant in VERSIONS["variants"].values():
+        if variant["tag"] != DEFAULT["tag"]:
+            libraries = (
+                f"PyTorch {variant['torch']} with torchvision {variant['torchvision']} for CUDA {variant['cuda']}"
+            )
+            driver = VERSIONS["toolkits"]["drivers"][variant["cuda"]]["driver_minimum"]
+            assert f"{libraries}, which takes driver {driver} or newer" in text

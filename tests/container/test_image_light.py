@@ -15,6 +15,7 @@ from light_containers import CANARY, ENGINE, HARDENED, ROOT, Container, engine, 
 
 pytestmark = pytest.mark.container
 VERSIONS = json.loads((ROOT / "container" / "versions.json").read_text(encoding="utf-8"))
+VARIANT = VERSIONS["variants"][VERSIONS["image"]["default_variant"]]
 
 
 def test_it_runs_as_uid_1000(once: Callable, settings: dict[str, Any]) -> None:
@@ -39,11 +40,10 @@ def test_the_settings(settings: dict[str, Any]) -> None:
 
 def test_the_labels(settings: dict[str, Any]) -> None:
     labels = settings["Config"]["Labels"]
-    variant = VERSIONS["variants"][VERSIONS["image"]["default_variant"]]
-    assert labels["org.opencontainers.image.version"] == VERSIONS["image"]["tag"]
-    assert labels["ddetr.torch"] == VERSIONS["torch"]
-    assert labels["ddetr.torchvision"] == VERSIONS["torchvision"]
-    assert (labels["ddetr.cuda"], labels["ddetr.cudnn"]) == (variant["cuda"], variant["cudnn"])
+    assert labels["org.opencontainers.image.version"] == VARIANT["tag"]
+    assert labels["ddetr.torch"] == VARIANT["torch"]
+    assert labels["ddetr.torchvision"] == VARIANT["torchvision"]
+    assert (labels["ddetr.cuda"], labels["ddetr.cudnn"]) == (VARIANT["cuda"], VARIANT["cudnn"])
     assert labels["ddetr.lock"] == "light"
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?", labels["org.opencontainers.image.revision"])
     base = labels["org.opencontainers.image.base.name"]
@@ -71,7 +71,7 @@ def test_the_installed_versions_are_those_of_the_locks(once: Callable) -> None:
     assert installed.pop("ddetr")
     allowed: dict[str, set[str]] = {}
     for lock in ("light", "workspace"):
-        text = (ROOT / "container" / f"requirements-{lock}.lock").read_text(encoding="utf-8")
+        text = (ROOT / "container" / VARIANT["tag"] / f"requirements-{lock}.lock").read_text(encoding="utf-8")
         for name, version in re.findall(r"^([a-z0-9._-]+)==(\S+)", text, re.MULTILINE):
             allowed.setdefault(name.replace(".", "-").replace("_", "-"), set()).add(version)
     assert len(installed) > 50

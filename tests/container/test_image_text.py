@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CONTAINER = ROOT / "container"
 DOCKERFILE = (CONTAINER / "Dockerfile").read_text(encoding="utf-8")
-LOCKS = sorted(CONTAINER.glob("*.lock"))
+LOCKS = sorted(CONTAINER.rglob("*.lock"))
 VERSIONS = json.loads((CONTAINER / "versions.json").read_text(encoding="utf-8"))
+LOCKED = {name: variant for name, variant in VERSIONS["variants"].items() if variant["locked"]}
+DEFAULT = LOCKED[VERSIONS["image"]["default_variant"]]
 
 
 def tool(name: str) -> str:
@@ -50,11 +53,11 @@ def defaults(instructions: list[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in arguments.split() if "=" in word)
 
 
-def pins(lock: str) -> dict[str, set[str]]:
+def pins(lock: str, tag: str = DEFAULT["tag"]) -> dict[str, set[str]]:
+    """Versions of each package in a lock."""
     found: dict[str, set[str]] = {}
-    for name, version in re.findall(
-        r"^([a-z0-9][a-z0-9._-]*)==(\S+)", (CONTAINER / f"requirements-{lock}.lock").read_text(), re.MULTILINE
-    ):
+    text = (CONTAINER / tag / f"requirements-{lock}.lock").read_text(encoding="utf-8")
+    for name, version in re.findall(r"^([a-z0-9][a-z0-9._-]*)==(\S+)", text, re.MULTILINE):
         found.setdefault(name, set()).add(version)
     return found
 
@@ -79,7 +82,7 @@ def test_nothing_deletes_a_cache_as_a_whole() -> None:
             assert not deletes.search(line), f"{path.name}: {line}"
 
 
-@pytest.mark.parametrize("path", LOCKS, ids=[path.name for path in LOCKS])
+@pytest.mark.parametrize("path", LOCKS, ids=[str(path.relative_to(CONTAINER)) for path in LOCKS])
 def test_every_requirement_has_a_hash(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     blocks = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
@@ -91,40 +94,74 @@ def test_every_requirement_has_a_hash(path: Path) -> None:
 
 
 def test_there_is_a_lock_for_each_list() -> None:
-    assert {path.stem for path in LOCKS} >= {path.stem for path in CONTAINER.glob("*.in")}
-    assert len(LOCKS) == 5
+    """`light` has no PyTorch, and `build` is the same for all."""
+    assert {path.stem for path in LOCKS} == {"requirements-test"} | {path.stem for path in CONTAINER.glob("*.in")}
+    expected = {CONTAINER / "requirements-build.lock", CONTAINER / DEFAULT["tag"] / "requirements-light.lock"}
+    for variant in LOCKED.values():
+        expected |= {CONTAINER / variant["tag"] / f"requirements-{name}.lock" for name in ("core", "workspace", "test")}
+    assert set(LOCKS) == expected
 
 
-@pytest.mark.parametrize("lock", ["light", "workspace", "test"])
-def test_the_locks_agree_with_core(lock: str) -> None:
-    core = pins("core")
-    shared = {name: versions for name, versions in pins(lock).items() if name in core}
+@pytest.mark.parametrize(
+    ("lock", "tag"),
+    [("light", DEFAULT["tag"]), *((lock, row["tag"]) for row in LOCKED.values() for lock in ("workspace", "test"))],
+)
+def test_the_locks_agree_with_core(lock: str, tag: str) -> None:
+    core = pins("core", tag)
+    shared = {name: versions for name, versions in pins(lock, tag).items() if name in core}
     assert shared
     for name, versions in shared.items():
         assert versions <= core[name], name
 
 
-def test_the_lock_is_of_these_versions() -> None:
-    core = pins("core")
-    variant = VERSIONS["variants"][VERSIONS["image"]["default_variant"]]
-    assert variant["locked"]
-    assert core["torch"] == {VERSIONS["torch"]}
-    assert core["torchvision"] == {VERSIONS["torchvision"]}
-    assert core["nvidia-cudnn-cu12"] == {variant["cudnn"]}
-    assert core["nvidia-nccl-cu12"] == {variant["nccl"]}
-    assert all(version.startswith(variant["cuda"] + ".") for version in core["nvidia-cuda-runtime-cu12"])
-    asked = (CONTAINER / "requirements-core.in").read_text(encoding="utf-8")
-    assert f"torch=={VERSIONS['torch']}\n" in asked
-    assert f"torchvision=={VERSIONS['torchvision']}\n" in asked
+def test_variants_of_one_tag_have_one_pytorch() -> None:
+    """They share its locks, and just one variant of them is what the locks hold."""
+    by_tag: dict[str, set[tuple[str, str]]] = {}
+    for variant in VERSIONS["variants"].values():
+        by_tag.setdefault(variant["tag"], set()).add((variant["torch"], variant["torchvision"]))
+    assert all(len(versions) == 1 for versions in by_tag.values())
+    assert sorted(variant["tag"] for variant in LOCKED.values()) == sorted(by_tag)
+
+
+@pytest.mark.parametrize("name", LOCKED)
+def test_the_lock_is_of_these_versions(name: str) -> None:
+    variant = LOCKED[name]
+    core = pins("core", variant["tag"])
+    major = variant["cuda"].partition(".")[0]
+    assert core["torch"] == {variant["torch"]}
+    assert core["torchvision"] == {variant["torchvision"]}
+    assert core[f"nvidia-cudnn-cu{major}"] == {variant["cudnn"]}
+    assert core[f"nvidia-nccl-cu{major}"] == {variant["nccl"]}
+    runtime = core.get(f"nvidia-cuda-runtime-cu{major}") or core["nvidia-cuda-runtime"]
+    assert all(version.startswith(variant["cuda"] + ".") for version in runtime)
+    asked = (CONTAINER / variant["tag"] / "torch.in").read_text(encoding="utf-8")
+    assert f"torch=={variant['torch']}\n" in asked
+    assert f"torchvision=={variant['torchvision']}\n" in asked
+
+
+def test_light_has_no_pytorch() -> None:
     assert not {"torch", "torchvision", "triton"} & pins("light").keys()
+
+
+@pytest.mark.parametrize("name", LOCKED)
+def test_the_installation_knows_which_variant_the_lock_holds(name: str, tmp_path: Path) -> None:
+    """By install.sh's own line: another VARIANT is not to be installed from this lock."""
+    script = (CONTAINER / "install.sh").read_text(encoding="utf-8")
+    line = next(line for line in script.splitlines() if line.startswith("locked_variant() "))
+    shutil.copy(CONTAINER / LOCKED[name]["tag"] / "requirements-core.lock", tmp_path)
+    command = ["bash", "-euc", f"{line}\nlocked_variant"]
+    variables = os.environ | {"here": str(tmp_path)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=variables)
+    assert done.stdout == f"{name}\n"
 
 
 @pytest.mark.parametrize("target", ["train", "workspace"])
 def test_the_defaults_are_those_of_the_versions(target: str) -> None:
     arguments = build_arguments()
-    given = defaults(stages()[target])
-    base = re.search(r"^ARG BASE_IMAGE=(\S+)$", DOCKERFILE, re.MULTILINE)[1]
-    assert base == arguments.pop("BASE_IMAGE")
+    for_all = dict(re.findall(r"^ARG (\S+?)=(\S+)$", DOCKERFILE.partition("\nFROM ")[0], re.MULTILINE))
+    given = for_all | defaults(stages()[target])
+    base = for_all["BASE_IMAGE"]
+    assert base == arguments["BASE_IMAGE"]
     assert {name: given[name] for name in arguments} == arguments
     assert defaults(stages()["environment"])["VARIANT"] == arguments["VARIANT"]
     assert re.fullmatch(r"[^@]+@sha256:[0-9a-f]{64}", base), "by digest"
@@ -146,7 +183,10 @@ def test_the_arguments_of_a_variant_and_of_another_base() -> None:
     assert arguments["CUDNN"] == VERSIONS["variants"]["cu126"]["cudnn"]
     assert arguments["BASE_IMAGE"] == "localhost/mine:1"
     assert arguments["BASE_DIGEST"] == ""
-    with pytest.raises(SystemExit, match="VARIANT=cu121: expected one of cu118, cu124, cu126"):
+    assert arguments["IMAGE_VERSION"] == "v2.6"
+    today = build_arguments("cu130")
+    assert [today[name] for name in ("IMAGE_VERSION", "TORCH", "CUDA")] == ["current", "2.14.1", "13.0"]
+    with pytest.raises(SystemExit, match="VARIANT=cu121: expected one of cu118, cu124, cu126, cu130"):
         build_arguments("cu121")
     script = [sys.executable, str(CONTAINER / "build_arguments.py"), "cu118"]
     printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout
@@ -154,9 +194,21 @@ def test_the_arguments_of_a_variant_and_of_another_base() -> None:
     assert f"BASE_IMAGE={VERSIONS['image']['base']}@" in printed
 
 
-def test_the_makefile_and_the_versions_agree() -> None:
+@pytest.mark.parametrize("name", [None, *VERSIONS["variants"]])
+def test_make_names_the_image_by_its_variant(name: str | None) -> None:
+    variant = VERSIONS["variants"][name] if name else DEFAULT
+    image = f"{VERSIONS['image']['name']}:{variant['tag']}"
+    command = ["make", "--dry-run", "--no-print-directory", "image", "image-train", f"VARIANT={name or ''}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == [
+        f"container/build.sh workspace {image}",
+        f"container/build.sh train {image}-train",
+    ]
+
+
+def test_make_renews_the_locks_of_every_tag() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert f"\nIMAGE = {VERSIONS['image']['name']}:{VERSIONS['image']['tag']}\n" in makefile
+    assert f"\tfor tag in {' '.join(variant['tag'] for variant in LOCKED.values())}; do" in makefile
 
 
 def test_no_image_ends_as_root() -> None:

@@ -9,8 +9,7 @@ A100 = Gpu(name="NVIDIA A100-SXM4-80GB", capability="8.0", memory_total=80 * GIB
 
 def gpu_facts(gpu: Gpu = A100, count: int = 1, variant: str = "cu124", container: str = "docker") -> Facts:
     """A machine with GPUs on which everything works, in our image of a variant."""
-    versions = published()
-    built = versions["variants"][variant]
+    built = published()["variants"][variant]
     steps = [
         Step(device=f"cuda:{index}", name=name, passed=True, detail="made up")
         for index in range(count)
@@ -27,7 +26,7 @@ def gpu_facts(gpu: Gpu = A100, count: int = 1, variant: str = "cu124", container
         driver=Driver(libcuda=True, cuda="12.8", cu_init=0, nvml=0, version="570.86.10", gpus=[gpu] * count),
         pytorch=PyTorch(
             state="works",
-            version=f"{versions['torch']}+{variant}",
+            version=f"{built['torch']}+{variant}",
             cuda=built["cuda"],
             architectures=built["architectures"],
             available=True,
@@ -38,8 +37,8 @@ def gpu_facts(gpu: Gpu = A100, count: int = 1, variant: str = "cu124", container
             cudnn=built["cudnn"],
             nccl=built["nccl"],
             triton="3.2.0",
-            torchvision=f"{versions['torchvision']}+{variant}",
-            torchvision_needs=f"=={versions['torch']}",
+            torchvision=f"{built['torchvision']}+{variant}",
+            torchvision_needs=f"=={built['torch']}",
             torchvision_fits=True,
         ),
         limits=Limits(shared_memory=8 * GIB, shared_memory_free=8 * GIB, open_files=65536, c_compiler="/usr/bin/cc"),

@@ -11,6 +11,7 @@ from ddetr.doctor.facts import Driver, Facts, Gpu, Hardware, PyTorch, Step
 from ddetr.doctor.rows import Row
 
 RTX_5090 = Gpu(name="NVIDIA GeForce RTX 5090", capability="12.0", memory_total=32 * GIB)
+B200 = Gpu(name="NVIDIA B200", capability="10.0", memory_total=180 * GIB)
 K80 = Gpu(name="Tesla K80", capability="3.7", memory_total=12 * GIB)
 V100 = Gpu(name="Tesla V100", capability="7.0", memory_total=16 * GIB)
 
@@ -395,23 +396,79 @@ def test_a_toolkit_that_the_table_does_not_know_yet() -> None:
 
 
 @pytest.mark.parametrize(
-    ("container", "to_do"),
+    ("container", "driver", "cuda", "to_do"),
     [
-        ("", "install a PyTorch with kernels for it: uv pip install --upgrade --torch-backend=cu128 torch torchvision"),
+        (
+            "",
+            "580.65.06",
+            "13.0",
+            "install a PyTorch with kernels for it: uv pip install --reinstall --torch-backend=cu130 torch==2.14.1 "
+            "torchvision==0.29.1 (the image: make image VARIANT=cu130)",
+        ),
+        (
+            "",
+            "570.86.10",
+            "12.8",
+            "install a PyTorch with kernels for it: uv pip install --upgrade --torch-backend=cu128 torch torchvision",
+        ),
+        ("docker", "580.65.06", "13.0", "build the image with another variant: make image VARIANT=cu130"),
         (
             "docker",
-            "outside the container (no image of ddetr has one for it): pip install . into an environment with "
-            "PyTorch 2.7 or later for CUDA 12.8",
+            "570.86.10",
+            "12.8",
+            "update the driver on the host to 580.65.06 or newer, and build the image with another variant: make image "
+            "VARIANT=cu130",
         ),
+        (
+            "docker",
+            None,
+            "12.8",
+            "update the driver on the host to 580.65.06 or newer, and build the image with another variant: make image "
+            "VARIANT=cu130",
+        ),
+        ("docker", None, None, "build the image with another variant: make image VARIANT=cu130"),
     ],
 )
-def test_blackwell_with_the_cuda_12_4_build(container: str, to_do: str) -> None:
-    row = only_fault(gpu_facts(RTX_5090, container=container))
+@pytest.mark.parametrize("gpu", [RTX_5090, B200])
+def test_blackwell_with_the_cuda_12_4_build(
+    gpu: Gpu, container: str, driver: str | None, cuda: str | None, to_do: str
+) -> None:
+    facts = gpu_facts(gpu, container=container)
+    facts.hardware.kernel_module = facts.driver.version = driver
+    facts.driver.cuda = cuda
+    row = only_fault(facts)
     assert row.cause is Cause.GPU_TOO_NEW
-    assert "NVIDIA GeForce RTX 5090 (sm_120) is newer than this PyTorch" in row.text
+    assert f"{gpu.name} (sm_{gpu.capability.replace('.', '')}) is newer than this PyTorch" in row.text
     assert "kernels for sm_50 to sm_90" in row.text
     assert "'no kernel image is available'" in row.text
     assert row.to_do == to_do
+
+
+@pytest.mark.parametrize("gpu", [RTX_5090, B200, A100])
+def test_todays_pytorch_serves_it(gpu: Gpu) -> None:
+    facts = gpu_facts(gpu, variant="cu130")
+    facts.hardware.kernel_module = facts.driver.version = "580.65.06"
+    facts.driver.cuda = "13.0"
+    assert [row for row in check(facts) if row.state != "ok"] == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "other"),
+    [
+        (A100, "; or build the image with another variant: make image VARIANT=cu124"),
+        (
+            RTX_5090,
+            "; or outside the container (no image of ddetr has one for this GPU and driver): pip install . into an "
+            "environment with PyTorch 2.7 or later for CUDA 12.8",
+        ),
+    ],
+)
+def test_a_driver_that_is_too_old_for_todays_pytorch(gpu: Gpu, other: str) -> None:
+    facts = gpu_facts(gpu, variant="cu130")
+    facts.pytorch.available = False
+    row = only_fault(facts)
+    assert row.cause is Cause.DRIVER_TOO_OLD
+    assert row.to_do == "update the driver on the host to 580.65.06 or newer" + other
 
 
 def test_a_gpu_that_is_newer_than_all_that_is_known() -> None:
@@ -439,15 +496,15 @@ def test_a_gpu_that_no_build_serves() -> None:
     assert "or a newer GPU" in row.to_do
 
 
-@pytest.mark.parametrize(("container", "variant"), [("", "cu126"), ("docker", "cu124")])
-def test_a_gpu_that_a_newer_pytorch_has_dropped(container: str, variant: str) -> None:
-    """In a container the variant that is locked and tested comes first."""
+@pytest.mark.parametrize("container", ["", "docker"])
+def test_a_gpu_that_a_newer_pytorch_has_dropped(container: str) -> None:
+    """The default variant, which is locked and tested, comes first."""
     facts = gpu_facts(V100, container=container)
     facts.driver.version, facts.driver.cuda, facts.pytorch.cuda = "580.65.06", "13.0", "13.0"
     facts.pytorch.architectures = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
     row = only_fault(facts)
     assert row.cause is Cause.GPU_TOO_OLD
-    assert f"make image VARIANT={variant}" in row.to_do
+    assert "make image VARIANT=cu124" in row.to_do
 
 
 def test_a_gpu_that_is_served_by_ptx_only() -> None:
@@ -506,6 +563,23 @@ def test_no_pytorch() -> None:
     assert row.cause is Cause.PYTORCH_MISSING
     assert "/opt/venv/bin/python" in row.text
     assert "uv pip install torch==2.6.0 torchvision==0.21.0" in row.to_do
+
+
+@pytest.mark.parametrize(
+    ("gpu", "driver", "pins", "image"),
+    [
+        (A100, "580.65.06", "torch==2.6.0 torchvision==0.21.0", "make image"),
+        (K80, "580.65.06", "torch==2.6.0 torchvision==0.21.0", "make image"),  # the doctor then tells what it needs
+        (B200, "580.65.06", "torch==2.14.1 torchvision==0.29.1", "make image VARIANT=cu130"),
+        (B200, "570.86.10", "torch==2.6.0 torchvision==0.21.0", "make image"),  # the same
+    ],
+)
+def test_no_pytorch_for_a_gpu(gpu: Gpu, driver: str, pins: str, image: str) -> None:
+    facts = gpu_facts(gpu, container="")
+    facts.steps, facts.pytorch, facts.driver.version = None, PyTorch(state="missing"), driver
+    assert only_fault(facts).to_do == f"uv pip install {pins} (in the image ddetr is ready to run: {image})"
+    facts.machine.container = "docker"
+    assert only_fault(facts).to_do.endswith(f": {image}")
 
 
 def test_no_pytorch_comes_before_no_gpu() -> None:
