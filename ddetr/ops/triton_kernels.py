@@ -44,6 +44,8 @@ class Kind(NamedTuple):
 
 # Measured choices; what is not here takes `default_launch`. `ddetr/bench/gpu/sweep.py` prints this table.
 LAUNCHES: dict[Kind, Launch] = {}
+# Triton 3.2's pipeline ends the process where tensors have three dimensions; 3.6's is tested.
+_PIPELINES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 6)
 MANY = 8192  # queries of all images: from here on there is a program for every place on a large card
 
 
@@ -68,7 +70,7 @@ def forward(
         _forward_kernel[(-(-q // launch.queries) * n * m,)](
             value, points, weights, reference, level_table(tuple(shapes), value.device), output,
             q, s, m, num_levels, D=d, P=p, REFERENCE=size, WIDE=_is_wide(value, points),
-            QUERIES=launch.queries, POINTS=launch.points, CHANNELS=channels, STAGES=launch.stages, EVICT=launch.evict,
+            QUERIES=launch.queries, POINTS=launch.points, CHANNELS=channels, STAGES=_stages(launch), EVICT=launch.evict,
             num_warps=launch.warps,
         )  # fmt: skip
     return output
@@ -107,7 +109,7 @@ def backward(
                 grad_value, grad_points, grad_weights, partial,
                 q, s, m, num_levels, D=d, P=p, REFERENCE=size, WITH_REFERENCE=needs_reference,
                 WIDE=_is_wide(value, points), QUERIES=launch.queries, POINTS=launch.points, CHANNELS=channels,
-                STAGES=launch.stages, EVICT=launch.evict, num_warps=launch.warps,
+                STAGES=_stages(launch), EVICT=launch.evict, num_warps=launch.warps,
             )  # fmt: skip
     grads = [grad.to(tensor.dtype) for grad, tensor in zip((grad_value, grad_points, grad_weights), inputs)]
     grad_reference = partial.sum(2).to(inputs[3].dtype) if needs_reference else None
@@ -129,6 +131,10 @@ def launch_of(backward: bool, d: int, dtype: torch.dtype, many: bool) -> tuple[i
     """Channels of a program, and how the work is cut."""
     channels = channels_of(d)
     return channels, LAUNCHES.get(Kind(backward, channels, dtype, many)) or default_launch(channels)
+
+
+def _stages(launch: Launch) -> int:
+    return launch.stages if _PIPELINES else 1
 
 
 def _is_wide(value: Tensor, points: Tensor) -> bool:
@@ -304,6 +310,7 @@ def _corner(value, grad_value, rows, there, grad, coefficient, EVICT: tl.constex
     return tl.sum(row.to(tl.float32) * grad, 2)
 
 
+# Long, since parts of a kernel share its many tensors: as functions they would take twenty arguments each.
 @triton.jit
 def _backward_kernel(
     grad_output, value, points, weights, reference, levels, grad_value, grad_points, grad_weights, grad_reference,
