@@ -1,8 +1,6 @@
-"""The sweep's rehearsal without a GPU, and the host's overhead."""
+"""What the sweep of the kernels' cuts makes of its candidates, and the host's overhead; its rehearsal is in
+test_bench_gpu.py."""
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,40 +8,14 @@ import torch
 
 pytest.importorskip("triton")
 
-REHEARSAL = """
-from types import SimpleNamespace
-import torch
-from ddetr.bench.gpu.sweep import sweep
-
-class Sheet:
-    data = {}
-    left = staticmethod(lambda: 60.0)
-    say = staticmethod(print)
-    check = staticmethod(lambda what, ok, detail="": print(what, ok, detail, sep="|"))
-
-sweep(Sheet, SimpleNamespace(device=torch.device("cpu"), small=True))
-"""
-
-
-def test_a_rehearsal_compares_values():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", REHEARSAL], env=environment, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "decoder, D 16, float32, forward: values|True|5 of 5 are right",
-        "decoder, D 16, float32, backward: values|True|5 of 5 are right",
-    ]
-
 
 def test_without_a_device_the_sweep_says_so(monkeypatch):
-    from ddetr.bench.gpu.sweep import sweep
+    from ddetr.bench.gpu import sweep
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     skipped = []
     sheet = SimpleNamespace(skip=lambda what, why: skipped.append(why))
-    sweep(sheet, SimpleNamespace(device=torch.device("cpu"), small=False))
+    sweep.run(sheet, SimpleNamespace(device=torch.device("cpu"), small=False))
     assert skipped == ["there is no CUDA device, and TRITON_INTERPRET is not 1"]
 
 
