@@ -27,13 +27,13 @@ BASE = ("torch", "triton", "torchvision", "scipy", "timm", "lightning", "transfo
 
 # In a child, before anything else: every package that is neither in the base nor in the kit is not there.
 HIDE = """
-import json, os, sys
+import functools, json, os
+from importlib.machinery import PathFinder
 HIDDEN = frozenset(json.loads(os.environ["HIDDEN"]))
-class Hider:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in HIDDEN:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hider())
+find = PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] in HIDDEN else find(name, path, target)
+PathFinder.find_spec = functools.partial(find_spec)  # pytest makes a method of a function
 """
 # A stage's process with another function in it: what the test writes into BODY.
 STAGE = """
@@ -105,7 +105,8 @@ def test_a_rehearsal_with_hidden_packages(tmp_path: Path) -> None:
         text=True,
         cwd=ROOT,
     )
-    log = (tmp_path / "out" / "gpu.log").read_text()
+    file = tmp_path / "out" / "gpu.log"
+    log = file.read_text() if file.exists() else ""
     assert done.returncode == 0, done.stdout + done.stderr + log
     report = json.loads((tmp_path / "out" / "gpu.json").read_text())
     states = {sheet["stage"]: sheet["state"] for sheet in report["stages"]}
