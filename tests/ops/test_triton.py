@@ -140,8 +140,8 @@ def all_cases(target):
 
 
 def allowed_spill(result):
-    """None; on sm_120 a few kernels spill two registers, among them the float32 forward for boxes."""
-    return 8 if result["target"] == 120 else 0
+    """None; on sm_120 a few kernels spill two registers, among them the float32 forward for boxes, on sm_100 one does."""
+    return 8 if result["target"] >= 100 else 0
 
 
 def compile_and_check(cases):
