@@ -68,10 +68,12 @@ def _attention(
 ) -> Tensor:
     shapes = flat_shapes(spatial_shapes)
     tracing = torch.jit.is_tracing()
-    if not tracing:  # where each check would be a warning
-        check_arguments(value, shapes, points, weights, reference_points)
     # An exported graph holds nothing custom: it must run where ddetr is not.
-    if tracing or _is_exporting() or uses_reference(value.device.type):
+    is_plain = tracing or _is_exporting() or uses_reference(value.device.type)
+    # The operator checks by itself where it runs, but not what torch.compile traces; jit's trace would warn of each.
+    if (is_plain and not tracing) or torch.compiler.is_compiling():
+        check_arguments(value, shapes, points, weights, reference_points)
+    if is_plain:
         return attention_step_reference(value, spatial_shapes, points, weights, reference_points)
     return torch.ops.ddetr.ms_deform_attn(value, shapes, points, weights, reference_points)
 

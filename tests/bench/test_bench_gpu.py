@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddetr.bench.gpu import command, official, runs
+from ddetr.bench.gpu import command, marked, official, runs
 from ddetr.bench.gpu.sheet import Place, Sheet
 from ddetr.bench.gpu.stages import STAGES
 from ddetr.cli import main as cli
@@ -91,12 +91,12 @@ def test_the_list_of_the_kit_has_all_that_ddetr_needs() -> None:
 
 
 def test_a_rehearsal_with_hidden_packages(tmp_path: Path) -> None:
-    """All stages but the real runs, which take minutes here: `test_the_real_runs` has them."""
+    """All stages but the two that take minutes here: `test_the_stages_that_take_minutes` has them."""
     hidden = hidden_modules()
     assert {"tensorboard", "hypothesis", "pycocotools"} <= set(hidden)
     (tmp_path / "sitecustomize.py").write_text(HIDE)
     path = os.pathsep.join([str(tmp_path), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    stages = [name for name in STAGES if name != "runs"]
+    stages = [name for name in STAGES if name not in ("runs", "tests")]
     arguments = ["--device", "cpu", "--small", "true", "--output", str(tmp_path / "out"), "--only", ",".join(stages)]
     done = subprocess.run(
         [sys.executable, "-m", "ddetr", "bench", "gpu", *arguments],
@@ -110,7 +110,7 @@ def test_a_rehearsal_with_hidden_packages(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr + log
     report = json.loads((tmp_path / "out" / "gpu.json").read_text())
     states = {sheet["stage"]: sheet["state"] for sheet in report["stages"]}
-    assert states == dict.fromkeys(stages, "done") | {"tests": "skipped"}, log
+    assert states == dict.fromkeys(stages, "done"), log
     found = {sheet["stage"]: sheet for sheet in report["stages"]}
     assert len(found["checks"]["data"]["errors"]) == 18
     assert [check["detail"] for check in found["sweep"]["checks"]] == ["5 of 5 are right"] * 2
@@ -127,12 +127,18 @@ def test_a_rehearsal_with_hidden_packages(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_runs(tmp_path: Path) -> None:
-    """Killed and resumed, twice the same, poisoned, the batch size found by itself: in processes of their own."""
-    sheet = Sheet("runs", ends=time.monotonic() + 250)
-    runs.run(sheet, Place(torch.device("cpu"), small=True, scratch=tmp_path))
-    assert [check for check in sheet.checks if not check.ok] == []
-    assert len(sheet.checks) == 4
+def test_the_stages_that_take_minutes(tmp_path: Path) -> None:
+    """Real runs, killed and resumed, twice the same, poisoned, the batch size found by itself; and the marked tests,
+    which skip themselves without a GPU."""
+    place = Place(torch.device("cpu"), small=True, scratch=tmp_path)
+    real = Sheet("runs", ends=time.monotonic() + 250)
+    runs.run(real, place)
+    assert [check for check in real.checks if not check.ok] == []
+    assert len(real.checks) == 4
+    tests = Sheet("tests", ends=time.monotonic() + 250)
+    marked.run(tests, place)
+    assert tests.checks == []
+    assert "there is no GPU: all" in tests.skipped[0][1]
 
 
 @pytest.fixture
