@@ -145,7 +145,7 @@ def _tiny_ways(backward: bool, head_size: int, dtype: torch.dtype, device: torch
 def _host(sheet: Sheet, where: Place) -> None:
     from ddetr.bench.gpu.launch import LIMIT_US, launch_overhead
 
-    found = sheet.data["host_us"] = launch_overhead(where.device, 50 if where.small else 300)
+    found = sheet.data["host_us"] = launch_overhead(where.device, 20 if where.small else 200)
     rows = [[what, f"{microseconds:.1f}"] for what, microseconds in found.items()]
     sheet.table(
         f"What a call of the operator costs the host (limit {LIMIT_US} µs, without the launcher)", ["", "µs"], rows
