@@ -38,8 +38,9 @@ class PositionEmbeddingSine(nn.Module):
                 xs = (torch.arange(w, dtype=torch.float32, device=feature.device) + 0.5) / (w + 1e-6)
                 y, x = ys[None, :, None].expand(1, h, w), xs[None, None, :].expand(1, h, w)
             else:
-                valid = (~mask).float()
-                y, x = valid.cumsum(1), valid.cumsum(2)
+                valid = ~mask
+                # Whole numbers: PyTorch 2.6 refuses to add up floats in this way on CUDA under --deterministic.
+                y, x = (valid.cumsum(axis, dtype=torch.int32).float() for axis in (1, 2))
                 # -0.5 is the official code's, and puts a position at the centre of its cell.
                 y = (y - 0.5) / (y[:, -1:, :] + 1e-6)
                 x = (x - 0.5) / (x[:, :, -1:] + 1e-6)

@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddetr.models.attention
 from ddetr.checkpoint import load_checkpoint
 from ddetr.engine.config import TrainConfig
+from ddetr.engine.memory import make_batch
+from ddetr.engine.step import step_losses
 from ddetr.engine.train import train
 from ddetr.models.criterion import SetCriterion
+from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.models.matcher import HungarianMatcher
 
 
@@ -105,3 +109,35 @@ def test_deterministic_runs_on_a_gpu_have_the_same_bits(settings: dict[str, Any]
     ]
     one, other = (load_checkpoint(file).model for file in files)
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# What PyTorch, 2.6 or a later one, refuses on CUDA under deterministic algorithms (torch.use_deterministic_algorithms and
+# its source); cumsum on floats alone.
+REFUSED = {
+    *("cumsum", "put_", "histc", "median", "kthvalue", "nll_loss2d_forward", "grid_sampler_2d_backward"),
+    *("upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward"),
+    *("_adaptive_avg_pool2d_backward", "adaptive_max_pool2d_backward", "reflection_pad2d_backward"),
+}
+
+
+@pytest.mark.parametrize("two_stage", [False, True])
+def test_nothing_in_a_step_is_refused_by_deterministic_algorithms_on_a_gpu(
+    tiny_model: dict[str, Any], two_stage: bool
+) -> None:
+    found: set[str] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            name = func.overloadpacket.__name__
+            if name in REFUSED and (name != "cumsum" or func(*args, **(kwargs or {})).is_floating_point()):
+                found.add(name)
+            return func(*args, **(kwargs or {}))
+
+    model = DeformableDETR(num_classes=3, **tiny_model | {"two_stage": two_stage}).train()
+    criterion = build_criterion(model)
+    images, mask, targets = make_batch(2, (64, 96), 3, torch.device("cpu"))
+    mask[0, :, 64:] = True
+    with Watch():
+        losses = step_losses(model, criterion, (images, mask, targets), 6.0)
+        criterion.total(losses).backward()
+    assert found == set()
