@@ -111,8 +111,8 @@ def test_deterministic_runs_on_a_gpu_have_the_same_bits(settings: dict[str, Any]
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-# What PyTorch, 2.6 or a later one, refuses on CUDA under deterministic algorithms (torch.use_deterministic_algorithms and
-# its source); cumsum on floats alone.
+# What PyTorch, 2.6 or a later one, refuses on CUDA under deterministic algorithms, by the text of
+# torch.use_deterministic_algorithms and its source; cumsum on floats alone.
 REFUSED = {
     *("cumsum", "put_", "histc", "median", "kthvalue", "nll_loss2d_forward", "grid_sampler_2d_backward"),
     *("upsample_linear1d_backward", "upsample_bilinear2d_backward", "upsample_bicubic2d_backward"),
