@@ -1,7 +1,7 @@
 """`ddetr bench op`: the operator against other implementations, checked before they are timed."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -129,15 +129,21 @@ def bench_op(
 
 
 def measure(
-    name: str, size: Size, device: torch.device, dtype: torch.dtype, clock: Clock, rounds: int
+    name: str,
+    size: Size,
+    device: torch.device,
+    dtype: torch.dtype,
+    clock: Clock,
+    rounds: int,
+    names: Iterable[str] | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Rows of one size, a side each, and the sides that are left out with the reason.
+    """Rows of one size, a side each (by default all), and the sides that are left out with the reason.
 
     A side is timed only if it gives the reference's output and gradients.
     """
     inputs = make_inputs(size, device, dtype)
     truth = true_step(size, inputs)
-    steps, reasons = prepare(Setting(size.shapes, device, dtype))
+    steps, reasons = prepare(Setting(size.shapes, device, dtype), names)
     leaves = Inputs(*(tensor.clone().requires_grad_() for tensor in inputs[:3]), inputs.references)
     errors: dict[str, dict[str, float]] = {}
     for side, step in steps.items():

@@ -76,7 +76,7 @@ class MemoryPlan(Callback):
         memory = free_and_total(module.device)
         if memory is None:
             raise InputError("device_batch_size auto: this system does not say how much memory is free; give a number")
-        free, _ = memory
+        free, total = memory
         if module.device.type != "cuda":
             estimates = [self._estimate(trainer, module, batch) for batch in (1, 2)]
             here = int(os.environ.get("LOCAL_WORLD_SIZE", trainer.num_devices))
@@ -86,7 +86,8 @@ class MemoryPlan(Callback):
         # A probe has the weights and makes gradients; what lasts beside them comes with the first steps.
         trained = sum(p.numel() * p.element_size() for p in module.model.parameters() if p.requires_grad)
         lasting = trained * (1 + self.optimizer_states + self.copies + (trainer.world_size > 1))
-        budget = int(SHARE * (free + reserved)) - lasting
+        allowed = torch.cuda.get_per_process_memory_fraction(module.device) * total
+        budget = int(SHARE * min(free + reserved, allowed)) - lasting
 
         def used(batch: int) -> int:
             return probe_step(trainer, module, batch, self.size_hw, self.num_objects)

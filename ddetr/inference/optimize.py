@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ddetr.errors import InputError
 from ddetr.models.deformable_transformer import DeformableTransformerEncoderLayer
+from ddetr.runtime.precision import numerics
 
 __all__ = ["TOLERANCES", "Optimization", "OptimizedModel", "optimize_model"]
 
@@ -74,7 +75,9 @@ def optimize_model(model: nn.Module, optimization: Optimization = "float32") -> 
         raise InputError(f"optimize: expected one of {', '.join(TOLERANCES)}, got {optimization!r}")
     device = next(model.parameters()).device
     images = torch.randn(1, 3, 128, 160, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
-    with torch.inference_mode(False), torch.no_grad():
+    # The check is of our rewriting, not of TF32, in which PyTorch convolves by default.
+    exact = numerics(deterministic=torch.are_deterministic_algorithms_enabled(), tf32=False)
+    with exact, torch.inference_mode(False), torch.no_grad():
         fast = copy.deepcopy(model).eval().requires_grad_(False)
         expected = _compared(fast(images))
         fold_batch_norms(fast.backbone[0].body, images)

@@ -160,7 +160,10 @@ def level_table(shapes: tuple[int, ...], device: torch.device) -> Tensor:
     for h, w in zip(shapes[::2], shapes[1::2]):
         rows.append([h, w, start])
         start += h * w
-    return torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, 3)
+    table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)
+    if device.type == "cuda":  # a copy from memory that is not pinned would wait for the GPU
+        return table.pin_memory().to(device, non_blocking=True)
+    return table.to(device)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager:

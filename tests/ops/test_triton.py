@@ -54,7 +54,7 @@ from ddetr.bench.gpu import ideas
 from ddetr.bench.gpu.sweep import candidates
 from ddetr.ops import triton_kernels
 from ddetr.ops.triton_kernels import LAUNCHES, Launch
-launches = {{False: [Launch(4, 1), Launch(2, 2, 1), Launch(4, 4, 8, stages=2), Launch(8, 4, evict="evict_last")]}}
+launches = {{False: [Launch(2, 2, 1), Launch(4, 4, 8, stages=2), Launch(8, 4, evict="evict_last")]}}
 launches[True] = list(launches[False])
 for kind, launch in LAUNCHES.items():
     launches[kind.backward].append(launch)
@@ -64,9 +64,10 @@ for reference in (0, 2, 4):
     output, grad_output, grads = truth(inputs)
     value, points, weights, references = inputs.cast(torch.float32)[1:]
     arguments = (value, inputs.flat, points, weights, references)
-    for launch in launches[False]:
+    few = None if reference == 2 else 2
+    for launch in launches[False][:few]:
         assert relative_error(triton_kernels.forward(*arguments, launch), output) < 2e-5, launch
-    for launch in launches[True]:
+    for launch in launches[True][:few]:
         got = triton_kernels.backward(grad_output.float(), *arguments, launch=launch)
         assert max(relative_error(a, b) for a, b in zip(got, grads)) < 2e-5, launch
     if reference == 2:

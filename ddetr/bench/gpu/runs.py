@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ddetr import console
 from ddetr.bench.gpu.sheet import Place, Sheet
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets import draw_shapes
@@ -57,6 +58,12 @@ class Runner:
         except subprocess.TimeoutExpired:
             process.kill()
             raise TimeoutError(f"{name} did not come to its end in time") from None
+
+    def tell(self, name: str) -> None:
+        """The end of what it printed, into this stage's own log: the folder of the runs is removed afterwards."""
+        for log in sorted(self.place.scratch.glob(f"{name}.log")):
+            lines = log.read_text("utf-8", "replace").splitlines()
+            console.show("\n".join([f"--- {log.name}", *lines[-200:]]))
 
     def log(self, name: str) -> Path:
         return self.place.scratch / f"{name}.log"
@@ -102,6 +109,9 @@ def run(sheet: Sheet, place: Place) -> None:
             sheet.skip("a run that learns", "it takes a GPU, or --data")
         else:
             _tell_learning(sheet, learning, place)
+            runner.tell("learning")
+    if not all(check.ok for check in sheet.checks):
+        runner.tell("*")
 
 
 def _note(sheet: Sheet, what: str, future: "Future[tuple[bool, str]]") -> None:

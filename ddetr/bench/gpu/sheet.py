@@ -5,6 +5,7 @@ A sheet is saved after every entry, so that a stage that is cut off leaves all t
 
 import json
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ class Sheet:
         try:
             yield True
         except Exception as error:  # a new machine fails in every way there is
+            traceback.print_exc()
             self.check(what, False, reason_of(error))
 
     def save(self) -> None:

@@ -84,6 +84,7 @@ def run(sheet: Sheet, where: Place) -> None:
     rows: list[list[Any]] = []
     sheet.data["sweep"] = []
     compiling = Compiling(cells, where)
+    compiling.wait_for(None, sheet.left() / 2)  # what runs beside a measurement disturbs it
     for cell in cells:
         compiling.wait_for(cell, sheet.left())
         size = Size(1 if where.small else 4, shapes, cell.queries, 1 if where.small else 8, cell.head_size)
@@ -91,13 +92,16 @@ def run(sheet: Sheet, where: Place) -> None:
         if sheet.left() < 1.5 * slowest:
             sheet.skip(f"{cell.name}, D {cell.head_size}, {_name(cell.dtype)}", "no time is left")
             continue
-        _sweep_cell(sheet, cell, size, where, clock, rows, found)
+        with sheet.part(f"{cell.name}, D {cell.head_size}, {_name(cell.dtype)}"):
+            _sweep_cell(sheet, cell, size, where, clock, rows, found)
+        if rows:
+            sheet.table("Triton kernels: today's cut and the best", _COLUMNS, rows)
+            sheet.table(
+                "To be pasted into ddetr/ops/triton_kernels.py", ["line"], [[x] for x in literal(found).split("\n")]
+            )
     compiling.end()
     with sheet.part("what a call costs the host"):
         _host(sheet, where)
-    if clock is not None:
-        sheet.table("Triton kernels: today's cut and the best", _COLUMNS, rows)
-        sheet.say(literal(found))
 
 
 class Compiling:
@@ -119,9 +123,9 @@ class Compiling:
             case: self.pool.submit(compile_case, case, where.device, where.small) for case in cases
         }
 
-    def wait_for(self, cell: Cell, seconds: float) -> None:
-        """Until all kernels of the cell are there; one that does not compile is found out later."""
-        wait([f for c, f in self.futures.items() if c[1:3] == (cell.head_size, cell.dtype)], seconds)
+    def wait_for(self, cell: Cell | None, seconds: float) -> None:
+        """Until all kernels of the cell (of all cells) are there; one that does not compile is found out later."""
+        wait([f for c, f in self.futures.items() if cell is None or c[1:3] == (cell.head_size, cell.dtype)], seconds)
 
     def end(self) -> None:
         if self.pool:
@@ -136,7 +140,7 @@ def compile_case(case: Case, device: torch.device, few: bool) -> None:
 
 
 def _tiny_ways(backward: bool, head_size: int, dtype: torch.dtype, device: torch.device, few: bool) -> list[Timed]:
-    size = Size(1, [(5, 7), (3, 3), (2, 2), (1, 1)], 0, 1 if few else 8, head_size)
+    size = Size(2, [(5, 7), (3, 3), (2, 2), (1, 1)], 0, 1 if few else 8, head_size)  # 1 would be compiled as 1
     inputs = make_inputs(size, device, dtype)
     grad_output = torch.ones(1, size.num_queries, size.heads * head_size, dtype=dtype, device=device)
     return [way for _, way in _ways(backward, size, inputs, grad_output, few)]
@@ -271,7 +275,7 @@ def _right_ones(
 def _time(good: dict[str, Timed], clock: Clock, today: str) -> dict[str, list[float]]:
     """A quick pass over all, then the best few, today's cut and the ideas again for longer."""
     quick = interleaved({name: way.call for name, way in good.items()}, clock, _QUICK)
-    ranked = sorted(good, key=lambda name: statistics.median(quick[name]))
+    ranked = sorted(good, key=lambda name: min(quick[name]))
     kept = {*ranked[:_BEST], today, *(name for name, way in good.items() if way.launch is None)}
     return interleaved({name: good[name].call for name in ranked if name in kept}, clock, _LONG)
 
