@@ -97,6 +97,8 @@ def test_a_gpu_is_tried_out_below_its_memory(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(batch_size, "probe_step", probe)
     monkeypatch.setattr(batch_size, "free_and_total", lambda _: (79 * GIB, 80 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: GIB)
+    share = [1.0]
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: share[0])
     sizes: list[int] = []
     trainer, module = stand_ins("cuda", share=16)
     plan(sizes.append).on_fit_start(trainer, module)
@@ -104,6 +106,10 @@ def test_a_gpu_is_tried_out_below_its_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert gpu.tried == [1, 2, 4, 8, 16, 12, 14, 13]
     assert sizes == [8]  # 13 would fit: two turns of 8
     assert trainer.datamodule.device_batch_size == 8
+
+    share[0] = 0.5  # of the card is all that this process may take: 90 % of 40 GiB, less the 6
+    plan(sizes.append).on_fit_start(trainer, module)
+    assert sizes == [8, 4]  # 5 would fit: four turns of 4
 
     gpu.fixed = 70 * GIB
     with pytest.raises(InputError, match=r"not even one image of 64 x 96 px fits .*--activation_checkpointing"):
