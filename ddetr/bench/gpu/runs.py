@@ -181,7 +181,7 @@ def not_finite(runner: Runner, data: Path) -> tuple[bool, str]:
 
 def automatic_batch(runner: Runner, data: Path) -> tuple[bool, str]:
     """The size is found within a part of the memory, and the run with it does not run out."""
-    options = {"batch_size": 32, "device_batch_size": "auto", "epochs": 1}
+    options = {"batch_size": 16 if runner.place.small else 32, "device_batch_size": "auto", "epochs": 1}
     share = None
     if runner.place.on_gpu:
         total = torch.cuda.get_device_properties(runner.place.device).total_memory
