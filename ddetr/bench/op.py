@@ -106,12 +106,12 @@ def bench_op(
         console.show("\n".join(tables.header(report)))
         for kind in dtypes:
             for name, size in chosen.items():
-                with console.waiting(f"{name}, {_name(kind)}"):
+                with console.waiting(f"{name}, {name_of(kind)}"):
                     rows, left_out = measure(name, size, where, kind, clock, rounds)
                 report["rows"] += rows
                 report["left_out"] += left_out
                 console.show("")
-                console.show(tables.of_size(name, _name(kind), rows))
+                console.show(tables.of_size(name, name_of(kind), rows))
         console.show("\n".join(["", *tables.footer(report)]) if chosen else "")
         if chosen and folder:
             record.save_json(folder / "op.json", report)
@@ -123,7 +123,7 @@ def bench_op(
             console.show(growth_curves.table(curves))
             if folder:
                 report_of_growth = {key: report[key] for key in ("machine", "command", "device", "clock", "rounds")}
-                growth_curves.save(folder, curves, report_of_growth, _name(dtypes[0]))
+                growth_curves.save(folder, curves, report_of_growth, name_of(dtypes[0]))
                 console.show(f"saved in {folder}: growth.json, growth.png")
     return report
 
@@ -165,10 +165,10 @@ def measure(
         BOTH: interleaved({side: _both(step, leaves, grad_output) for side, step in steps.items()}, clock, rounds),
     }
     rows = [
-        {"size": name, "dtype": _name(dtype), **row, "error": errors[row["side"]]}
+        {"size": name, "dtype": name_of(dtype), **row, "error": errors[row["side"]]}
         for row in figures(times, dict(zip((FORWARD, BOTH), compulsory_bytes(size, inputs))))
     ]
-    return rows, [{"size": name, "dtype": _name(dtype), "side": s, "reason": reason} for s, reason in reasons.items()]
+    return rows, [{"size": name, "dtype": name_of(dtype), "side": s, "reason": reason} for s, reason in reasons.items()]
 
 
 def figures(times: Mapping[str, Mapping[str, Sequence[float]]], num_bytes: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -217,7 +217,8 @@ def _both(step: Step, leaves: Inputs, grad_output: Tensor) -> Callable[[], objec
     return lambda: torch.autograd.grad(step(*leaves), leaves[:3], grad_output)
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """ "float32"."""
     return str(dtype).removeprefix("torch.")
 
 

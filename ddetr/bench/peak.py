@@ -4,6 +4,8 @@ from pathlib import Path
 
 import torch
 
+from ddetr.engine.memory import readable
+
 _PROCESS = Path("/proc/self")
 
 
@@ -31,3 +33,7 @@ class Peak:
         except OSError:
             return None
         return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def in_words(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else readable(num_bytes)

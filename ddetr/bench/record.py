@@ -22,7 +22,7 @@ def command_line(name: str, function: Callable[..., Any], settings: Mapping[str,
     if is_dataclass(data):  # --data PATH, and its other settings where they were changed
         changed = {f"data.{f.name}": getattr(data, f.name) for f in fields(data) if getattr(data, f.name) != f.default}
         chosen = {"data": changed.pop("data.path"), **changed, **chosen}
-    words = [word for key, value in chosen.items() for word in (f"--{key}", _spelled(value))]
+    words = [word for key, value in chosen.items() for word in (f"--{key}", spelled(value))]
     return shlex.join(["ddetr", *name.split(), *words])
 
 
@@ -31,7 +31,8 @@ def save_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
-def _spelled(value: Any) -> str:
+def spelled(value: Any) -> str:
+    """A value as one types it."""
     if isinstance(value, list):
         return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -129,24 +129,23 @@ def _msda_triton(setting: Setting) -> Step:
 
 def _torch_ms_deform_attn(setting: Setting) -> Step:
     _check_cuda(setting)
-    import torch_ms_deform_attn
+    from torch_ms_deform_attn import ms_deform_attn as function
 
-    shapes, starts = _tensors(setting)
-
-    def core(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return torch_ms_deform_attn.ms_deform_attn(value, shapes, starts, locations, weights, _IM2COL_STEP)
-
-    return _plain(setting, _in_float32(core))
+    return _with_the_official_arguments(setting, function)
 
 
 def _mmcv(setting: Setting) -> Step:
     _check_cuda(setting)
     from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 
+    return _with_the_official_arguments(setting, MultiScaleDeformableAttnFunction.apply)
+
+
+def _with_the_official_arguments(setting: Setting, function: Callable[..., Tensor]) -> Step:
     shapes, starts = _tensors(setting)
 
     def core(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, _IM2COL_STEP)
+        return function(value, shapes, starts, locations, weights, _IM2COL_STEP)
 
     return _plain(setting, _in_float32(core))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ddetr.bench.peak import in_words
 from ddetr.bench.record import describe
 from ddetr.engine.memory import readable
 
@@ -87,8 +88,7 @@ def _summary(engine: Mapping[str, Any]) -> str:
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     ratio = f"{row['ratio']:.2f}x" if "ratio" in row else "-"
-    peak = "-" if row["peak_bytes"] is None else readable(row["peak_bytes"])
-    return [row["side"], f"{row['step_ms']:.0f}", f"{row['images_per_s']:.2f}", ratio, peak]
+    return [row["side"], f"{row['step_ms']:.0f}", f"{row['images_per_s']:.2f}", ratio, in_words(row["peak_bytes"])]
 
 
 def _table(*headings: str) -> Table:

@@ -183,21 +183,26 @@ def _place(q, m, QUERIES: tl.constexpr):
 
 
 @triton.jit
+def _places(base, mask, level, first, P: tl.constexpr, POINTS: tl.constexpr):
+    """Which points there are from `first` on, and where they lie in memory, both (QUERIES, POINTS)."""
+    lane = tl.arange(0, POINTS)
+    there = mask[:, None] & (first + lane < P)[None, :]
+    return there, base[:, None] + (level * P + first + lane)[None, :]
+
+
+@triton.jit
 def _logits_of(weights, base, mask, num_levels, P: tl.constexpr, POINTS: tl.constexpr):
     """Maximum and 1 / sum of the exponentials of the logits of each query."""
-    lane = tl.arange(0, POINTS)
     top = tl.zeros((base.shape[0], POINTS), dtype=tl.float32) - float("inf")
     for level in range(num_levels):
         for first in tl.range(0, P, POINTS):
-            there = mask[:, None] & (first + lane < P)[None, :]
-            i = base[:, None] + (level * P + first + lane)[None, :]
+            there, i = _places(base, mask, level, first, P, POINTS)
             top = tl.maximum(top, tl.load(weights + i, mask=there, other=-float("inf")).to(tl.float32))
     highest = tl.where(mask, tl.max(top, 1), 0.0)
     total = tl.zeros_like(top)
     for level in range(num_levels):
         for first in tl.range(0, P, POINTS):
-            there = mask[:, None] & (first + lane < P)[None, :]
-            i = base[:, None] + (level * P + first + lane)[None, :]
+            there, i = _places(base, mask, level, first, P, POINTS)
             logit = tl.load(weights + i, mask=there, other=-float("inf")).to(tl.float32)
             total += tl.exp(logit - highest[:, None])
     return highest, 1.0 / tl.where(mask, tl.sum(total, 1), 1.0)
@@ -241,6 +246,27 @@ def _cell(pixel, size):
 
 
 @triton.jit
+def _level(levels, reference, query, mask, level, num_levels, P: tl.constexpr, REFERENCE: tl.constexpr):
+    """Height, width and first cell of a level, and the rules of its x and y."""
+    height, width = tl.load(levels + level * 3), tl.load(levels + level * 3 + 1)
+    start = tl.load(levels + level * 3 + 2)
+    at = query * num_levels + level
+    scale_x, offset_x = _rule(reference, at, mask, width.to(tl.float32), 0, P, REFERENCE)
+    scale_y, offset_y = _rule(reference, at, mask, height.to(tl.float32), 1, P, REFERENCE)
+    return height, width, start, scale_x, offset_x, scale_y, offset_y
+
+
+@triton.jit
+def _points(points, i, there, width, height, scale_x, offset_x, scale_y, offset_y):
+    """x and y of points as they were given, and the cells before them with the ways to the next."""
+    in_x = tl.load(points + 2 * i, mask=there, other=0.0).to(tl.float32)
+    in_y = tl.load(points + 2 * i + 1, mask=there, other=0.0).to(tl.float32)
+    x, fx = _cell(in_x * scale_x + offset_x, width)
+    y, fy = _cell(in_y * scale_y + offset_y, height)
+    return in_x, in_y, x, fx, y, fy
+
+
+@triton.jit
 def _row(x, y, width, height, start, there, channel, row_size, D: tl.constexpr, WIDE: tl.constexpr):
     """Offsets of rows of values and whether they are there, both (QUERIES, POINTS, CHANNELS)."""
     # Unsigned, what is negative is too large: one comparison an axis, and fewer registers.
@@ -258,13 +284,30 @@ def _sample(value, rows, there, coefficient, EVICT: tl.constexpr):
 
 
 @triton.jit
+def _add_samples(
+    total, value, shift, x, fx, y, fy, weight, width, height, start, there, channel, row_size,
+    D: tl.constexpr, WIDE: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """`total` and what the four cells around each point add to it; `shift` is added to the offsets of rows."""
+    rows, inside = _row(x, y, width, height, start, there, channel, row_size, D, WIDE)
+    total += _sample(value, rows + shift, inside, weight * (1 - fy) * (1 - fx), EVICT)
+    rows, inside = _row(x + 1, y, width, height, start, there, channel, row_size, D, WIDE)
+    total += _sample(value, rows + shift, inside, weight * (1 - fy) * fx, EVICT)
+    rows, inside = _row(x, y + 1, width, height, start, there, channel, row_size, D, WIDE)
+    total += _sample(value, rows + shift, inside, weight * fy * (1 - fx), EVICT)
+    rows, inside = _row(x + 1, y + 1, width, height, start, there, channel, row_size, D, WIDE)
+    total += _sample(value, rows + shift, inside, weight * fy * fx, EVICT)
+    return total
+
+
+@triton.jit
 def _forward_kernel(
     value, points, weights, reference, levels, output, q, s, m, num_levels,
     D: tl.constexpr, P: tl.constexpr, REFERENCE: tl.constexpr, WIDE: tl.constexpr,
     QUERIES: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     n, head, query = _place(q, m, QUERIES)
-    channel, lane = tl.arange(0, CHANNELS), tl.arange(0, POINTS)
+    channel = tl.arange(0, CHANNELS)
     mask = query < q
     num = num_levels * P
     value += n * s * m * D + head * D
@@ -280,27 +323,16 @@ def _forward_kernel(
         top, inverse = _logits_of(weights, base, mask, num_levels, P, POINTS)
     total = tl.zeros((QUERIES, POINTS, CHANNELS), dtype=tl.float32)
     for level in tl.range(0, num_levels, num_stages=STAGES):
-        height, width = tl.load(levels + level * 3), tl.load(levels + level * 3 + 1)
-        start = tl.load(levels + level * 3 + 2)
-        at = query * num_levels + level
-        scale_x, offset_x = _rule(reference, at, mask, width.to(tl.float32), 0, P, REFERENCE)
-        scale_y, offset_y = _rule(reference, at, mask, height.to(tl.float32), 1, P, REFERENCE)
+        height, width, start, scale_x, offset_x, scale_y, offset_y = _level(
+            levels, reference, query, mask, level, num_levels, P, REFERENCE
+        )
         for first in tl.range(0, P, POINTS, num_stages=STAGES):
-            there = mask[:, None] & (first + lane < P)[None, :]
-            i = base[:, None] + (level * P + first + lane)[None, :]
-            in_x = tl.load(points + 2 * i, mask=there, other=0.0).to(tl.float32)
-            in_y = tl.load(points + 2 * i + 1, mask=there, other=0.0).to(tl.float32)
-            x, fx = _cell(in_x * scale_x + offset_x, width)
-            y, fy = _cell(in_y * scale_y + offset_y, height)
+            there, i = _places(base, mask, level, first, P, POINTS)
+            in_x, in_y, x, fx, y, fy = _points(points, i, there, width, height, scale_x, offset_x, scale_y, offset_y)
             weight = _weight(weights, i, there, top, inverse, REFERENCE)
-            rows, inside = _row(x, y, width, height, start, there, channel, m * D, D, WIDE)
-            total += _sample(value, rows, inside, weight * (1 - fy) * (1 - fx), EVICT)
-            rows, inside = _row(x + 1, y, width, height, start, there, channel, m * D, D, WIDE)
-            total += _sample(value, rows, inside, weight * (1 - fy) * fx, EVICT)
-            rows, inside = _row(x, y + 1, width, height, start, there, channel, m * D, D, WIDE)
-            total += _sample(value, rows, inside, weight * fy * (1 - fx), EVICT)
-            rows, inside = _row(x + 1, y + 1, width, height, start, there, channel, m * D, D, WIDE)
-            total += _sample(value, rows, inside, weight * fy * fx, EVICT)
+            total = _add_samples(
+                total, value, 0, x, fx, y, fy, weight, width, height, start, there, channel, m * D, D, WIDE, EVICT
+            )
     to = (query * (m * D))[:, None] + channel[None, :]
     tl.store(output + to, tl.sum(total, 1).to(output.dtype.element_ty), mask=mask[:, None] & (channel < D)[None, :])
 
@@ -313,7 +345,40 @@ def _corner(value, grad_value, rows, there, grad, coefficient, EVICT: tl.constex
     return tl.sum(row.to(tl.float32) * grad, 2)
 
 
-# Long, since parts of a kernel share its many tensors: as functions they would take twenty arguments each.
+@triton.jit
+def _point_gradients(
+    value, grad_value, grad, x, fx, y, fy, weight, width, height, start, there, channel, row_size,
+    D: tl.constexpr, WIDE: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of weights and of pixel coordinates x and y; those of the values are added to theirs."""
+    rows, inside = _row(x, y, width, height, start, there, channel, row_size, D, WIDE)
+    dot0 = _corner(value, grad_value, rows, inside, grad, weight * (1 - fy) * (1 - fx), EVICT)
+    rows, inside = _row(x + 1, y, width, height, start, there, channel, row_size, D, WIDE)
+    dot1 = _corner(value, grad_value, rows, inside, grad, weight * (1 - fy) * fx, EVICT)
+    rows, inside = _row(x, y + 1, width, height, start, there, channel, row_size, D, WIDE)
+    dot2 = _corner(value, grad_value, rows, inside, grad, weight * fy * (1 - fx), EVICT)
+    rows, inside = _row(x + 1, y + 1, width, height, start, there, channel, row_size, D, WIDE)
+    dot3 = _corner(value, grad_value, rows, inside, grad, weight * fy * fx, EVICT)
+    upper, lower = dot0 + fx * (dot1 - dot0), dot2 + fx * (dot3 - dot2)
+    grad_x = weight * (dot1 - dot0 + fy * (dot3 - dot2 - dot1 + dot0))
+    return upper + fy * (lower - upper), grad_x, weight * (lower - upper)
+
+
+@triton.jit
+def _through_softmax(
+    weights, grad_weights, base, mask, top, inverse, mean, num_levels, P: tl.constexpr, POINTS: tl.constexpr
+):
+    """Gradients of weights -> of logits, in their place; `mean` (QUERIES, POINTS) sums weight * gradient."""
+    average = tl.sum(mean, 1)[:, None]
+    tl.debug_barrier()  # the gradients of the weights, stored before, are read again by other threads of the block
+    for level in range(num_levels):
+        for first in tl.range(0, P, POINTS):
+            there, i = _places(base, mask, level, first, P, POINTS)
+            weight = _weight(weights, i, there, top, inverse, 2)
+            grad_weight = tl.load(grad_weights + i, mask=there, other=0.0)
+            tl.store(grad_weights + i, weight * (grad_weight - average), mask=there)
+
+
 @triton.jit
 def _backward_kernel(
     grad_output, value, points, weights, reference, levels, grad_value, grad_points, grad_weights, grad_reference,
@@ -322,7 +387,7 @@ def _backward_kernel(
     QUERIES: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     n, head, query = _place(q, m, QUERIES)
-    channel, lane = tl.arange(0, CHANNELS), tl.arange(0, POINTS)
+    channel = tl.arange(0, CHANNELS)
     mask = query < q
     num = num_levels * P
     value += n * s * m * D + head * D
@@ -345,33 +410,19 @@ def _backward_kernel(
     grad = grad[:, None, :]
     mean = tl.zeros((QUERIES, POINTS), dtype=tl.float32)
     for level in tl.range(0, num_levels, num_stages=STAGES):
-        height, width = tl.load(levels + level * 3), tl.load(levels + level * 3 + 1)
-        start = tl.load(levels + level * 3 + 2)
-        at = query * num_levels + level
-        scale_x, offset_x = _rule(reference, at, mask, width.to(tl.float32), 0, P, REFERENCE)
-        scale_y, offset_y = _rule(reference, at, mask, height.to(tl.float32), 1, P, REFERENCE)
+        height, width, start, scale_x, offset_x, scale_y, offset_y = _level(
+            levels, reference, query, mask, level, num_levels, P, REFERENCE
+        )
         sum_x, sum_y = tl.zeros_like(mean), tl.zeros_like(mean)
         sum_w, sum_h = tl.zeros_like(mean), tl.zeros_like(mean)
         for first in tl.range(0, P, POINTS, num_stages=STAGES):
-            there = mask[:, None] & (first + lane < P)[None, :]
-            i = base[:, None] + (level * P + first + lane)[None, :]
-            in_x = tl.load(points + 2 * i, mask=there, other=0.0).to(tl.float32)
-            in_y = tl.load(points + 2 * i + 1, mask=there, other=0.0).to(tl.float32)
-            x, fx = _cell(in_x * scale_x + offset_x, width)
-            y, fy = _cell(in_y * scale_y + offset_y, height)
+            there, i = _places(base, mask, level, first, P, POINTS)
+            in_x, in_y, x, fx, y, fy = _points(points, i, there, width, height, scale_x, offset_x, scale_y, offset_y)
             weight = _weight(weights, i, there, top, inverse, REFERENCE)
-            rows, inside = _row(x, y, width, height, start, there, channel, m * D, D, WIDE)
-            dot0 = _corner(value, grad_value, rows, inside, grad, weight * (1 - fy) * (1 - fx), EVICT)
-            rows, inside = _row(x + 1, y, width, height, start, there, channel, m * D, D, WIDE)
-            dot1 = _corner(value, grad_value, rows, inside, grad, weight * (1 - fy) * fx, EVICT)
-            rows, inside = _row(x, y + 1, width, height, start, there, channel, m * D, D, WIDE)
-            dot2 = _corner(value, grad_value, rows, inside, grad, weight * fy * (1 - fx), EVICT)
-            rows, inside = _row(x + 1, y + 1, width, height, start, there, channel, m * D, D, WIDE)
-            dot3 = _corner(value, grad_value, rows, inside, grad, weight * fy * fx, EVICT)
-            upper, lower = dot0 + fx * (dot1 - dot0), dot2 + fx * (dot3 - dot2)
-            grad_weight = upper + fy * (lower - upper)
-            grad_x = weight * (dot1 - dot0 + fy * (dot3 - dot2 - dot1 + dot0))
-            grad_y = weight * (lower - upper)
+            grad_weight, grad_x, grad_y = _point_gradients(
+                value, grad_value, grad, x, fx, y, fy, weight,
+                width, height, start, there, channel, m * D, D, WIDE, EVICT,
+            )  # fmt: skip
             mean += weight * grad_weight
             tl.store(grad_weights + i, grad_weight, mask=there)
             tl.store(grad_points + 2 * i, (grad_x * scale_x).to(grad_points.dtype.element_ty), mask=there)
@@ -390,12 +441,4 @@ def _backward_kernel(
                 tl.store(grad_reference + to + 2, tl.sum(sum_w, 1) * wide * (0.5 / P), mask=mask)
                 tl.store(grad_reference + to + 3, tl.sum(sum_h, 1) * high * (0.5 / P), mask=mask)
     if REFERENCE:
-        average = tl.sum(mean, 1)[:, None]
-        tl.debug_barrier()  # the gradients of the weights, stored above, are read again by other threads of the block
-        for level in range(num_levels):
-            for first in tl.range(0, P, POINTS):
-                there = mask[:, None] & (first + lane < P)[None, :]
-                i = base[:, None] + (level * P + first + lane)[None, :]
-                weight = _weight(weights, i, there, top, inverse, REFERENCE)
-                grad_weight = tl.load(grad_weights + i, mask=there, other=0.0)
-                tl.store(grad_weights + i, weight * (grad_weight - average), mask=there)
+        _through_softmax(weights, grad_weights, base, mask, top, inverse, mean, num_levels, P, POINTS)

@@ -23,7 +23,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ddetr.ops import triton_kernels
-from ddetr.ops.triton_kernels import Launch, _cell, _corner, _logits_of, _place, _row, _rule, _sample, _weight
+from ddetr.ops.triton_kernels import (
+    Launch,
+    _add_samples,
+    _level,
+    _logits_of,
+    _place,
+    _places,
+    _point_gradients,
+    _points,
+    _through_softmax,
+    _weight,
+)
 
 COARSE = 2  # levels before it are fine
 
@@ -91,7 +102,7 @@ def packed_forward_kernel(
     pair = (tl.program_id(0) % blocks) * PAIRS + tl.arange(0, PAIRS)
     mask = pair < q * m
     query, head = pair // m, pair % m
-    channel, lane = tl.arange(0, CHANNELS), tl.arange(0, POINTS)
+    channel = tl.arange(0, CHANNELS)
     num = num_levels * P
     value += n * s * m * D
     output += n * q * m * D
@@ -107,28 +118,18 @@ def packed_forward_kernel(
         end = first_level + 1
         output += tl.program_id(1).to(tl.int64) * num_images * q * m * D
     for level in range(first_level, end):
-        height, width = tl.load(levels + level * 3), tl.load(levels + level * 3 + 1)
-        start = tl.load(levels + level * 3 + 2)
-        at = query * num_levels + level
-        scale_x, offset_x = _rule(reference, at, mask, width.to(tl.float32), 0, P, 2)
-        scale_y, offset_y = _rule(reference, at, mask, height.to(tl.float32), 1, P, 2)
+        height, width, start, scale_x, offset_x, scale_y, offset_y = _level(
+            levels, reference, query, mask, level, num_levels, P, 2
+        )
         for first in tl.range(0, P, POINTS):
-            there = mask[:, None] & (first + lane < P)[None, :]
-            i = base[:, None] + (level * P + first + lane)[None, :]
-            in_x = tl.load(points + 2 * i, mask=there, other=0.0).to(tl.float32)
-            in_y = tl.load(points + 2 * i + 1, mask=there, other=0.0).to(tl.float32)
-            x, fx = _cell(in_x * scale_x + offset_x, width)
-            y, fy = _cell(in_y * scale_y + offset_y, height)
+            there, i = _places(base, mask, level, first, P, POINTS)
+            in_x, in_y, x, fx, y, fy = _points(points, i, there, width, height, scale_x, offset_x, scale_y, offset_y)
             weight = _weight(weights, i, there, top, inverse, 2)
             in_head = (head * D)[:, None, None]
-            rows, inside = _row(x, y, width, height, start, there, channel, m * D, D, False)
-            total += _sample(value, rows + in_head, inside, weight * (1 - fy) * (1 - fx), EVICT)
-            rows, inside = _row(x + 1, y, width, height, start, there, channel, m * D, D, False)
-            total += _sample(value, rows + in_head, inside, weight * (1 - fy) * fx, EVICT)
-            rows, inside = _row(x, y + 1, width, height, start, there, channel, m * D, D, False)
-            total += _sample(value, rows + in_head, inside, weight * fy * (1 - fx), EVICT)
-            rows, inside = _row(x + 1, y + 1, width, height, start, there, channel, m * D, D, False)
-            total += _sample(value, rows + in_head, inside, weight * fy * fx, EVICT)
+            total = _add_samples(
+                total, value, in_head, x, fx, y, fy, weight,
+                width, height, start, there, channel, m * D, D, False, EVICT,
+            )  # fmt: skip
     to = (pair * D)[:, None] + channel[None, :]
     tl.store(output + to, tl.sum(total, 1).to(output.dtype.element_ty), mask=mask[:, None] & (channel < D)[None, :])
 
@@ -141,7 +142,7 @@ def copies_backward_kernel(
     QUERIES: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     n, head, query = _place(q, m, QUERIES)
-    channel, lane = tl.arange(0, CHANNELS), tl.arange(0, POINTS)
+    channel = tl.arange(0, CHANNELS)
     mask = query < q
     num = num_levels * P
     value += n * s * m * D + head * D
@@ -162,44 +163,22 @@ def copies_backward_kernel(
     grad = grad[:, None, :]
     mean = tl.zeros((QUERIES, POINTS), dtype=tl.float32)
     for level in range(num_levels):
-        height, width = tl.load(levels + level * 3), tl.load(levels + level * 3 + 1)
-        start = tl.load(levels + level * 3 + 2)
+        height, width, start, scale_x, offset_x, scale_y, offset_y = _level(
+            levels, reference, query, mask, level, num_levels, P, 2
+        )
         to_value = grad_value
         if level >= FIRST:
             to_value = coarse
-        at = query * num_levels + level
-        scale_x, offset_x = _rule(reference, at, mask, width.to(tl.float32), 0, P, 2)
-        scale_y, offset_y = _rule(reference, at, mask, height.to(tl.float32), 1, P, 2)
         for first in tl.range(0, P, POINTS):
-            there = mask[:, None] & (first + lane < P)[None, :]
-            i = base[:, None] + (level * P + first + lane)[None, :]
-            in_x = tl.load(points + 2 * i, mask=there, other=0.0).to(tl.float32)
-            in_y = tl.load(points + 2 * i + 1, mask=there, other=0.0).to(tl.float32)
-            x, fx = _cell(in_x * scale_x + offset_x, width)
-            y, fy = _cell(in_y * scale_y + offset_y, height)
+            there, i = _places(base, mask, level, first, P, POINTS)
+            in_x, in_y, x, fx, y, fy = _points(points, i, there, width, height, scale_x, offset_x, scale_y, offset_y)
             weight = _weight(weights, i, there, top, inverse, 2)
-            rows, inside = _row(x, y, width, height, start, there, channel, m * D, D, False)
-            dot0 = _corner(value, to_value, rows, inside, grad, weight * (1 - fy) * (1 - fx), EVICT)
-            rows, inside = _row(x + 1, y, width, height, start, there, channel, m * D, D, False)
-            dot1 = _corner(value, to_value, rows, inside, grad, weight * (1 - fy) * fx, EVICT)
-            rows, inside = _row(x, y + 1, width, height, start, there, channel, m * D, D, False)
-            dot2 = _corner(value, to_value, rows, inside, grad, weight * fy * (1 - fx), EVICT)
-            rows, inside = _row(x + 1, y + 1, width, height, start, there, channel, m * D, D, False)
-            dot3 = _corner(value, to_value, rows, inside, grad, weight * fy * fx, EVICT)
-            upper, lower = dot0 + fx * (dot1 - dot0), dot2 + fx * (dot3 - dot2)
-            grad_weight = upper + fy * (lower - upper)
-            grad_x = weight * (dot1 - dot0 + fy * (dot3 - dot2 - dot1 + dot0))
+            grad_weight, grad_x, grad_y = _point_gradients(
+                value, to_value, grad, x, fx, y, fy, weight,
+                width, height, start, there, channel, m * D, D, False, EVICT,
+            )  # fmt: skip
             mean += weight * grad_weight
             tl.store(grad_weights + i, grad_weight, mask=there)
             tl.store(grad_points + 2 * i, (grad_x * scale_x).to(grad_points.dtype.element_ty), mask=there)
-            grad_y = weight * (lower - upper)
             tl.store(grad_points + 2 * i + 1, (grad_y * scale_y).to(grad_points.dtype.element_ty), mask=there)
-    average = tl.sum(mean, 1)[:, None]
-    tl.debug_barrier()  # as in ddetr/ops/triton_kernels.py
-    for level in range(num_levels):
-        for first in tl.range(0, P, POINTS):
-            there = mask[:, None] & (first + lane < P)[None, :]
-            i = base[:, None] + (level * P + first + lane)[None, :]
-            weight = _weight(weights, i, there, top, inverse, 2)
-            grad_weight = tl.load(grad_weights + i, mask=there, other=0.0)
-            tl.store(grad_weights + i, weight * (grad_weight - average), mask=there)
+    _through_softmax(weights, grad_weights, base, mask, top, inverse, mean, num_levels, P, POINTS)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddetr.bench.gpu.sheet import Place, Sheet
-from ddetr.bench.peak import Peak
-from ddetr.engine.memory import readable
+from ddetr.bench.peak import Peak, in_words
 from ddetr.inference.optimize import optimize_model
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.runtime.precision import numerics
@@ -172,6 +171,6 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         None,
     )
     ratio = "-" if base is None else f"{base / row['p50_ms']:.2f}x"
-    memory = "-" if row["peak_bytes"] is None else readable(row["peak_bytes"])
+    memory = in_words(row["peak_bytes"])
     times = (f"{row[name]:.2f}" for name in ("p50_ms", "p90_ms", "p99_ms"))
     return [row["network"], str(row["batch"]), row["side"], *times, f"{row['images_per_s']:.1f}", memory, ratio]

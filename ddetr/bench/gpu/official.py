@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from ddetr.bench.gpu.sheet import Place, Sheet
 
 MODULE = "MultiScaleDeformableAttention"
@@ -22,7 +24,6 @@ _POLL_SECONDS = 0.5
 
 def build(source: Path, built: Path) -> None:
     """Compile SOURCE/src into BUILT; where that fails, failed.txt there has the reason."""
-    import torch
     from torch.utils.cpp_extension import load
 
     copy = built / "src"
@@ -58,8 +59,6 @@ def build(source: Path, built: Path) -> None:
 
 def _cuda_headers() -> list[str]:
     """Of CUDA's libraries, which PyTorch's wheels bring and a small toolkit lacks."""
-    import torch
-
     return [str(folder) for folder in Path(torch.__file__).parents[1].glob("nvidia/*/include")]
 
 

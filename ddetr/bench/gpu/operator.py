@@ -4,7 +4,7 @@ import torch
 
 from ddetr.bench.gpu import official
 from ddetr.bench.gpu.sheet import Place, Sheet
-from ddetr.bench.op import BOTH, FORWARD, measure
+from ddetr.bench.op import BOTH, FORWARD, measure, name_of
 from ddetr.bench.sides import SIDES
 from ddetr.bench.sizes import SIZES, Size, pyramid
 from ddetr.bench.timing import copy_bandwidth, cpu_clock, cuda_clock
@@ -31,7 +31,7 @@ def run(sheet: Sheet, place: Place) -> None:
     sizes = {"tiny": SIZES["tiny"]} if place.small else {n: _size(*made) for n, made in _SIZES.items()}
     for name, size in sizes.items():
         for dtype in dtypes:
-            kind = str(dtype).removeprefix("torch.")
+            kind = name_of(dtype)
             with sheet.part(f"{name}, {kind}", seconds=0 if place.small else 8) as go:
                 if go:
                     names = [side for side in SIDES if side != _SLOW or not (place.on_gpu and size.queries == 0)]

@@ -17,6 +17,7 @@ import torch
 
 from ddetr import console
 from ddetr.bench.gpu.sheet import Place, Sheet
+from ddetr.bench.record import spelled
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets import draw_shapes
 from ddetr.demo import MODEL
@@ -96,10 +97,10 @@ def run(sheet: Sheet, place: Place) -> None:
         "not finite on purpose: recorded, and the bundle replays": lambda: not_finite(runner, shapes),
         "--device_batch_size auto settles below the limit": lambda: automatic_batch(runner, shapes),
     }
-    same = {name: [] if name != "killed" else ["kill"] for name in ("first", "second", "killed")}
     with ThreadPoolExecutor(8 if place.on_gpu else 2) as pool:
         learning = pool.submit(learn, runner) if place.on_gpu or place.data else None
-        weights = {name: pool.submit(_weights, runner, name, shapes, bool(how)) for name, how in same.items()}
+        same = ("first", "second", "killed")
+        weights = {name: pool.submit(_weights, runner, name, shapes, name == "killed") for name in same}
         futures = {pool.submit(trial): what for what, trial in trials.items()}
         for future in as_completed(futures):
             _note(sheet, futures[future], future)
@@ -117,9 +118,7 @@ def run(sheet: Sheet, place: Place) -> None:
 def _note(sheet: Sheet, what: str, future: "Future[tuple[bool, str]]") -> None:
     try:
         ok, detail = future.result()
-    except NotHereError as error:
-        sheet.skip(what, str(error))
-    except TimeoutError as error:
+    except (NotHereError, TimeoutError) as error:
         sheet.skip(what, str(error))
     except Exception as error:
         sheet.check(what, False, f"{type(error).__name__}: {error}"[:300])
@@ -205,20 +204,21 @@ def learn(runner: Runner) -> list[dict[str, Any]]:
     words = ["train", "--data", str(data), "--output", str(runner.folder(name)), "--device", place.device.type]
     begin, rows = time.monotonic(), []
     process = runner.start(name, words + _options(options))
+
+    def look() -> None:
+        seconds = time.monotonic() - begin
+        rows.extend({"seconds": seconds, **row} for row in _rows(runner.folder(name) / "val.csv")[len(rows) :])
+
     while process.poll() is None and time.monotonic() < runner.ends:
         time.sleep(0.5)
-        rows += [
-            {"seconds": time.monotonic() - begin, **row} for row in _rows(runner.folder(name) / "val.csv")[len(rows) :]
-        ]
+        look()
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(_END_SECONDS / 2)
         except subprocess.TimeoutExpired:
             process.kill()
-    rows += [
-        {"seconds": time.monotonic() - begin, **row} for row in _rows(runner.folder(name) / "val.csv")[len(rows) :]
-    ]
+    look()
     if not rows:
         raise RuntimeError(f"no validation came to its end: {runner.said(name)}")
     return rows
@@ -248,8 +248,4 @@ def _rows(file: Path) -> list[dict[str, str]]:
 
 
 def _options(values: dict[str, Any]) -> list[str]:
-    return [word for name, value in values.items() for word in (f"--{name}", _spelled(value))]
-
-
-def _spelled(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return [word for name, value in values.items() for word in (f"--{name}", spelled(value))]

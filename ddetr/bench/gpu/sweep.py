@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddetr.bench.gpu.sheet import Place, Sheet
-from ddetr.bench.op import COMPARED, TOLERANCE, Truth, true_step
+from ddetr.bench.op import COMPARED, TOLERANCE, Truth, name_of, true_step
 from ddetr.bench.sides import reason_of
 from ddetr.bench.sizes import Inputs, Size, make_inputs, pyramid
 from ddetr.bench.timing import Clock, cuda_clock, interleaved
@@ -90,9 +90,9 @@ def run(sheet: Sheet, where: Place) -> None:
         size = Size(1 if where.small else 4, shapes, cell.queries, 1 if where.small else 8, cell.head_size)
         slowest = max((row["seconds"] for row in sheet.data["sweep"]), default=0.0)
         if sheet.left() < 1.5 * slowest:
-            sheet.skip(f"{cell.name}, D {cell.head_size}, {_name(cell.dtype)}", "no time is left")
+            sheet.skip(f"{cell.name}, D {cell.head_size}, {name_of(cell.dtype)}", "no time is left")
             continue
-        with sheet.part(f"{cell.name}, D {cell.head_size}, {_name(cell.dtype)}"):
+        with sheet.part(f"{cell.name}, D {cell.head_size}, {name_of(cell.dtype)}"):
             _sweep_cell(sheet, cell, size, where, clock, rows, found)
         if rows:
             sheet.table("Triton kernels: today's cut and the best", _COLUMNS, rows)
@@ -172,7 +172,7 @@ def _sweep_cell(
     truth = true_step(size, inputs)
     many = size.batch * size.num_queries >= MANY
     for backward in (False, True):
-        title = f"{cell.name}, D {cell.head_size}, {_name(cell.dtype)}, {'backward' if backward else 'forward'}"
+        title = f"{cell.name}, D {cell.head_size}, {name_of(cell.dtype)}, {'backward' if backward else 'forward'}"
         ways = dict(_ways(backward, size, inputs, truth.grad_output, where.small))
         good = _right_ones(sheet, title, ways, truth, backward, TOLERANCE[cell.dtype], where)
         today = launch_of(backward, cell.head_size, cell.dtype, many)[1]
@@ -185,7 +185,7 @@ def _sweep_cell(
         idea = min(others, key=others.__getitem__, default=None)
         ms = times[_label(today)]
         rows.append(
-            [cell.name, "backward" if backward else "forward", cell.head_size, _name(cell.dtype), _label(today)]
+            [cell.name, "backward" if backward else "forward", cell.head_size, name_of(cell.dtype), _label(today)]
             + [f"{ms:.3f}", best, f"{cuts[best]:.3f}", f"{ms / cuts[best]:.2f} x"]
             + ([idea, f"{others[idea]:.3f}"] if idea else ["", ""])
         )
@@ -293,7 +293,3 @@ def _label(launch: "Launch") -> str:
     """A cut in a few characters: queries x points, warps, and what else differs from none."""
     more = (f" s{launch.stages}" if launch.stages > 1 else "") + (" keep" if launch.evict else "")
     return f"{launch.queries}x{launch.points} w{launch.warps}{more}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ import torch
 
 from ddetr.bench.gpu.network import NETWORKS, SMALL
 from ddetr.bench.gpu.sheet import Place, Sheet
+from ddetr.bench.peak import in_words
 from ddetr.bench.train import OFFICIAL, TRANSFORMERS, Plan, compare, engine, no_images, random_batch
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import TrainConfig
@@ -128,12 +129,11 @@ def _estimate(plan: Plan) -> int:
 
 def _cells(row: dict[str, Any], place: Place) -> list[str]:
     peak, estimate = row["peak_bytes"], row["estimate_bytes"]
-    measured = "-" if peak is None else readable(peak)
     ratio = (
         f"{peak / estimate:.2f}" if peak and estimate and place.on_gpu else "-"
     )  # the CPU's peak is the whole process's
     step = (f"{row['step_ms']:.1f}", f"{row['images_per_s']:.1f}")
-    return [str(row["batch"]), row["options"], *step, measured, "-" if estimate is None else readable(estimate), ratio]
+    return [str(row["batch"]), row["options"], *step, in_words(peak), in_words(estimate), ratio]
 
 
 def _beside_others(sheet: Sheet, place: Place, batch: int) -> None:
@@ -157,7 +157,7 @@ def _beside_others(sheet: Sheet, place: Place, batch: int) -> None:
     columns = ("side", "step ms", "images/s", "times ours", "peak memory")
     cells = [
         [r["side"], f"{r['step_ms']:.1f}", f"{1000 * batch / r['step_ms']:.1f}", f"{r['step_ms'] / ours:.2f}x"]
-        + ["-" if r["peak_bytes"] is None else readable(r["peak_bytes"])]
+        + [in_words(r["peak_bytes"])]
         for r in rows
     ]
     sheet.table(f"The same step by others, batch {batch}", columns, cells)
