@@ -39,7 +39,7 @@ def test_the_walk_of_a_training_image(shapes: Path, tiny_model: dict[str, Any], 
         device="cpu",
     )
     built = build(prepare(config))
-    built.data.trainer = type("One", (), {"world_size": 1, "global_rank": 0, "current_epoch": 0, "num_devices": 1})
+    built.data.trainer = type("One", (), {"world_size": 1, "global_rank": 0, "num_devices": 1})
     loader = iter(built.data.train_dataloader())
     ran: set[str] = set()
 

@@ -335,7 +335,7 @@ def loader_speed(
         device_batch_size=device_batch_size,
         seed=seed,
     )
-    loaders.trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0, num_devices=1)
+    loaders.trainer = SimpleNamespace(world_size=1, global_rank=0, num_devices=1)
     loader = loaders.train_dataloader()
     num_images, epoch, start = 0, 0, 0.0
     while epoch < 2 or time.perf_counter() - start < _LEAST_SECONDS:

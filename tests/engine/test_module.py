@@ -100,7 +100,7 @@ def annotations(shapes: Path) -> Annotations:
     whole = load_annotations(shapes, "train")
     config = DataConfig("unused", augmentation="none", image_size=64, num_workers=0)
     data = DetectionData(whole, whole, config, batch_size=8, device_batch_size=2, seed=SEED)
-    data.trainer = type("One", (), {"world_size": 1, "global_rank": 0, "current_epoch": 0})
+    data.trainer = type("One", (), {"world_size": 1, "global_rank": 0})
     first_two = {int(target["image_id"]) for target in next(iter(data.train_dataloader()))[0][2]}
     nothing = {
         "boxes_xyxy": np.zeros((0, 4), np.float32),

@@ -56,7 +56,7 @@ def table(file: Path) -> list[str]:
 
 def assert_same_run(run: Path, undisturbed: Path) -> None:
     mine, other = state_of(run), state_of(undisturbed)
-    for name in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "callbacks"):
+    for name in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "callbacks", "DetectionData"):
         assert differences(mine[name], other[name], name) == []
     assert mine.keys() == other.keys()
     for name in ("last.pth", "best.pth"):
@@ -98,39 +98,53 @@ def start(configuration: Path, run: Path, *options: str) -> list[str]:
     return ["train", "--config", str(configuration), "--output", str(run), *options]
 
 
+EACH_STEP, WORKERS = ["--checkpoint_every", "1"], ["--data.num_workers", "2"]
+
+
 @pytest.mark.parametrize(
-    ("name", "disturbances", "codes"),
+    ("name", "options", "disturbances"),
     [
         # In the midst of an epoch, with a save every step: the second process starts at another step than an epoch's
         # first.
-        ("killed-in-epochs", [["at_step", 2, KILL], ["at_step", 7, KILL], ["at_step", 12, KILL]], [-KILL] * 3),
-        ("killed-in-validation", [["in_validation", 0, KILL], ["in_validation", 2, KILL]], [-KILL] * 2),
-        ("killed-writing", [["writing_state", 2], ["between_renamings", 3], ["writing_state", 1]], [-KILL] * 3),
+        ("killed-in-epochs", EACH_STEP, [["at_step", 2, KILL], ["at_step", 7, KILL], ["at_step", 12, KILL]]),
+        ("killed-in-validation", EACH_STEP, [["in_validation", 0, KILL], ["in_validation", 2, KILL]]),
+        ("killed-writing", EACH_STEP, [["writing_state", 2], ["between_renamings", 3], ["writing_state", 1]]),
+        # The state is that of an epoch's end: processes that load images begin before the epoch has its number.
+        ("killed-with-loaders", WORKERS, [["at_step", STEPS_AN_EPOCH + 1, KILL], ["at_step", 10, KILL]]),
     ],
 )
 def test_killed_runs_resume_exactly(
-    configuration: Path, undisturbed: Path, name: str, disturbances: list, codes: list[int]
+    configuration: Path, undisturbed: Path, name: str, options: list[str], disturbances: list
 ) -> None:
     run = undisturbed.parent / name
-    command = start(configuration, run, "--checkpoint_every", "1")
+    command = start(configuration, run, *options)
     commands = [[command + ["--resume"] * (i > 0), one] for i, one in enumerate([*disturbances, None])]
-    assert perform(commands)[0] == [*codes, 0]
+    assert perform(commands)[0] == [*[-KILL] * len(disturbances), 0]
     assert_same_run(run, undisturbed)
 
 
-def test_a_run_in_half_precision_with_all_that_it_keeps(undisturbed: Path, configuration: Path) -> None:
-    """The gradient scaler's state, and only deterministic algorithms."""
-    options = ("--precision", "fp16", "--deterministic", "--checkpoint_every", "1")
-    whole, run = (undisturbed.parent / name for name in ("half", "killed-half"))
-    command = start(configuration, run, *options)
+# All that a run may keep beside weights and optimiser, and all that changes the order in which things are drawn.
+EVERYTHING = ["--precision", "fp16", "--deterministic", "--optim.ema_decay", "0.9", "--data.buckets"]
+EVERYTHING += ["--activation_checkpointing", *WORKERS]
+
+
+@pytest.mark.parametrize(
+    "more", [[], pytest.param(["--compile", "true"], marks=[pytest.mark.slow, pytest.mark.timeout(1500)])]
+)
+def test_a_run_in_half_precision_with_all_that_it_keeps(undisturbed: Path, configuration: Path, more: list) -> None:
+    """The gradient scaler's state, averaged weights, and only deterministic algorithms; from the end of an epoch."""
+    whole, run = (undisturbed.parent / f"{name}-{len(more)}" for name in ("half", "killed-half"))
+    command = start(configuration, run, *EVERYTHING, *more)
     codes, _ = perform(
         [
-            [start(configuration, whole, *options), None],
-            [command, ["at_step", 6, KILL]],
+            [start(configuration, whole, *EVERYTHING, *more), None],
+            [command, ["at_step", STEPS_AN_EPOCH + 1, KILL]],
             [[*command, "--resume"], None],
-        ]
+        ],
+        timeout=1400 if more else 250,
     )
     assert codes == [0, -KILL, 0]
+    assert differences(state_of(run)["weight_average"], state_of(whole)["weight_average"]) == []
     assert state_of(run)["MixedPrecision"]["scale"] > 1
     assert differences(state_of(run)["MixedPrecision"], state_of(whole)["MixedPrecision"]) == []
     assert_same_run(run, whole)

@@ -199,7 +199,7 @@ class DetectionData(_TimedTransfer):
             len(self.train_set),
             self.batch_size,
             seed=self.seed,
-            epoch=trainer.current_epoch,
+            epoch=self.start[0],
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             start=self.start,
@@ -216,9 +216,12 @@ class DetectionData(_TimedTransfer):
         )
 
     def state_dict(self) -> dict[str, int]:
-        """The position in the epoch, for Lightning to keep in a run's state."""
+        """Where the next batch is, for Lightning to keep in a run's state."""
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return {"epoch": self.trainer.current_epoch, "batch": done % self.steps_per_epoch}
+        # Not `current_epoch`, which at the end of an epoch is still that one: processes that load images begin before
+        # Lightning tells the number of the new one.
+        epoch = self.trainer.fit_loop.epoch_progress.current.processed
+        return {"epoch": epoch, "batch": done % self.steps_per_epoch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.start = (state["epoch"], state["batch"])

@@ -68,7 +68,7 @@ def a_step(
     annotations = load_annotations(shapes, "train")
     config = DataConfig(str(shapes), augmentation="none", image_size=64, num_workers=0)
     data = DetectionData(annotations, annotations, config, batch_size=4, device_batch_size=2, seed=1)
-    data.trainer = type("One", (), {"world_size": 1, "global_rank": 0, "current_epoch": 0})
+    data.trainer = type("One", (), {"world_size": 1, "global_rank": 0})
     model = DeformableDETR(**tiny_model | {"num_classes": 3} | options)
     return model, build_criterion(model), next(iter(data.train_dataloader())), 9.0
 

@@ -73,7 +73,7 @@ def loaders(
 ) -> DetectionData:
     config = DataConfig(str(shapes), image_size=64, num_workers=num_workers, **settings)
     data = DetectionData(*load_splits(config), config, batch_size=batch_size, device_batch_size=2, seed=3)
-    data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank, current_epoch=0)
+    data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
     return data
 
 
@@ -454,7 +454,7 @@ def test_a_small_shared_memory_gets_fewer_loaders(
     """The paper's images in a container that nobody gave more than Docker's 64 MiB: the loaders would die."""
     config = DataConfig(str(shapes), image_size=800)
     data = DetectionData(*load_splits(config), config, batch_size=8, device_batch_size=2, seed=3)
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0)
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0)
     monkeypatch.setattr("ddetr.engine.loading.datamodule.default_num_workers", lambda **_: 2)
     monkeypatch.setattr("ddetr.engine.loading.datamodule.free_shared_memory", lambda: mib * 2**20)
     with caplog.at_level("WARNING", "ddetr"):
