@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ddetr import console
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import OptimConfig, TrainConfig
-from ddetr.engine.run_folder import free_folder
+from ddetr.engine.run.folder import free_folder
 
 if TYPE_CHECKING:
     from ddetr.engine.train import RunResult

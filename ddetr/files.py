@@ -1,12 +1,17 @@
 """Files that are whole or absent: written under another name first, then put in their place."""
 
 import os
+import re
 import secrets
 import shutil
+import time
+import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from ddetr.errors import InputError
+from ddetr.wording import did_you_mean
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], keep_as: Path | None = None) -> None:
@@ -15,7 +20,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep_as: Path 
 
     keep_as: the name, in the same folder, that the old file gets; killed between the two renamings, it is there alone.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     try:
         write(temporary)
         with temporary.open("rb+") as file:
@@ -32,7 +37,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
     """Call `write` with an empty folder of a temporary name, then put it in the place of `path`, which it replaces:
     killed at any moment, it leaves no half of a folder under `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    temporary = _temporary(path)
     temporary.mkdir()
     try:
         write(temporary)
@@ -47,9 +52,56 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
     _sync_folder(path.parent)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What the two functions above have left in it, and in the folders in it, where their process was killed."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        found = re.fullmatch(r"\..+\.(\d+)\.[0-9a-f]{8}\.tmp", path.name)
+        with suppress(OSError):
+            is_old = time.time() - path.lstat().st_mtime > 3600  # its number may be that of another process by now
+            if found is not None and (is_old or not _is_alive(int(found[1]))):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return pid != os.getpid()  # the number of a process before this one: this one has left nothing
+
+
+def damaged_member(path: Path) -> str | None:
+    """The first part of an archive, as `torch.save` writes it, whose bytes are not those of its checksum; None where
+    all are, or the file is no archive. PyTorch's own reader looks at no checksum."""
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except zipfile.BadZipFile as error:
+        return str(error)
+
+
 def write_text(path: Path, text: str) -> None:
     """`text` as UTF-8; what is no valid text, as in some file names, is escaped."""
     write_atomically(path, lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"))
+
+
+def existing(path: str | os.PathLike) -> Path:
+    """The path; `InputError` with the nearest name where nothing is there."""
+    path = Path(path).expanduser()
+    if path.exists():
+        return path
+    parent = next(parent for parent in path.absolute().parents if parent.is_dir())
+    missing = path.absolute().relative_to(parent).parts[0]
+    hint = did_you_mean(missing, (entry.name for entry in parent.iterdir()))
+    raise InputError(f"there is no {path}: {parent} has no {missing!r}{hint}")
 
 
 def make_folder(path: Path, option: str) -> Path:

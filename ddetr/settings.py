@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ddetr.errors import InputError
 
-Resume = Literal["same", "free", "session"]
+Resume = Literal["same", "grows", "free", "session"]
 
 
 def option(
@@ -22,8 +22,9 @@ def option(
     Args:
         default: a value, or for lists and dicts the type that makes an empty one.
         at_least, at_most: limits of a number; None and words such as "auto" have none. `check_ranges` holds them.
-        resume: "same": a resumed run must have the same value; "free": it decides nothing about the outcome but when it
-            is reached and who hears of it, so it may change; "session": it concerns one start of a run and is not kept.
+        resume: "same": a resumed run must have the same value; "grows": that or a larger one; "free": it decides
+            nothing about the outcome but when it is reached and who hears of it, so it may change; "session": it
+            concerns one start of a run and is not kept.
     """
     kind = {"default_factory": default} if isinstance(default, type) else {"default": default}
     return dataclasses.field(**kind, metadata={"at_least": at_least, "at_most": at_most, "resume": resume})
@@ -50,14 +51,14 @@ def kept(settings: Any) -> dict[str, Any]:
     return plain({name: kept(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()})
 
 
-def free_to_change(settings: Any, group: str = "") -> set[str]:
-    """Names, such as "data.num_workers", of the settings that may differ when a run is resumed."""
+def names_with(settings: Any, resume: Resume, group: str = "") -> set[str]:
+    """Names, such as "data.num_workers", of the settings of this kind."""
     names = set()
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if dataclasses.is_dataclass(value):
-            names |= free_to_change(value, f"{group}{field.name}.")
-        elif _resume(field) == "free":
+            names |= names_with(value, resume, f"{group}{field.name}.")
+        elif _resume(field) == resume:
             names.add(f"{group}{field.name}")
     return names
 

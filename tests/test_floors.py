@@ -33,7 +33,7 @@ FLOORS = {
 # Inside engine/: files and folders of its own.
 ENGINE_FLOORS = {
     0: "__init__ config",
-    1: "step run_folder compile freeze",
+    1: "step run compile freeze",
     2: "loading optimizer memory saving loggers",
     3: "blackbox",
     4: "module",

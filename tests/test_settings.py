@@ -8,7 +8,7 @@ import pytest
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.errors import InputError
-from ddetr.settings import check_ranges, flat, free_to_change, kept, option
+from ddetr.settings import check_ranges, flat, kept, names_with, option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +41,13 @@ def test_ranges() -> None:
 def test_a_run_keeps_what_is_its_own_in_plain_values() -> None:
     assert kept(Outer(output="x")) == {"inner": {"size": 3, "workers": None}, "rate": 0.5, "names": ["a"]}
     assert flat(kept(Outer()))["inner.size"] == 3
-    assert free_to_change(Outer()) == {"inner.workers"}
+    assert names_with(Outer(), "free") == {"inner.workers"}
 
 
 def test_every_option_of_a_run_says_what_becomes_of_it() -> None:
     """The sets that a resumed run is held against; an option that is added is decided about here."""
     config = TrainConfig(DataConfig("x"), {"num_queries": 7}, optim=OptimConfig(freeze=["backbone.*"]))
-    assert free_to_change(config) == {
+    assert names_with(config, "free") == {
         *(
             "data.num_workers",
             "data.on_bad_image",
@@ -58,9 +58,11 @@ def test_every_option_of_a_run_says_what_becomes_of_it() -> None:
         ),
         "loggers",
     }
+    assert names_with(config, "grows") == {"epochs"}
     session = {field.name for field in dataclasses.fields(config)} - kept(config).keys()
     assert session == {
-        *("output", "resume", "device", "devices", "checkpoint_every", "log_every", "num_pictures", "preflight")
+        *("output", "resume", "device", "devices", "checkpoint_every", "log_every", "num_pictures", "preflight"),
+        "accept_changed_data",
     }
     assert kept(config)["model"]["num_queries"] == 7
     assert kept(config)["model"]["two_stage"] is True, "defaults are kept too"

@@ -105,6 +105,20 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
         TypeError: metrics, training or config hold something other than plain values.
     """
     path = Path(path)
+    content = contents(checkpoint)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix != ".safetensors":
+        write_file(path, content)
+        return
+    tensors, aliases = _without_aliases(content.pop("model"))
+    metadata = {name: json.dumps(value) for name, value in {**content, _ALIASES: aliases}.items()}
+    metadata["format"] = FORMAT
+    write_atomically(path, lambda file: save_file(tensors, file, metadata))
+
+
+def contents(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the file of a checkpoint holds: plain values, and tensors that are the checkpoint's own where they are on
+    the CPU. Raises as `save_checkpoint`."""
     header = {
         "format_version": checkpoint.format_version,
         "ddetr_version": checkpoint.ddetr_version,
@@ -117,14 +131,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     }
     header = {name: _plain(value, name) for name, value in header.items()}
     tensors, aliases = _without_aliases(checkpoint.model)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        metadata = {name: json.dumps(value) for name, value in {**header, _ALIASES: aliases}.items()}
-        metadata["format"] = FORMAT
-        write_atomically(path, lambda file: save_file(tensors, file, metadata))
-    else:
-        model = {name: tensors[aliases.get(name, name)] for name in checkpoint.model}
-        write_file(path, {"format": FORMAT, **header, "model": model})
+    return {"format": FORMAT, **header, "model": {name: tensors[aliases.get(name, name)] for name in checkpoint.model}}
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

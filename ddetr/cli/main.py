@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 the input is wrong (one sentence says what); 1 the program
 `ddetr doctor` are in ddetr/doctor/causes.py.
 """
 
+import errno
 import inspect
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from ddetr import __version__, console
 from ddetr.cli.parser import Parser
 from ddetr.errors import InputError
+from ddetr.files import existing
 from ddetr.wording import did_you_mean
 
 
@@ -74,19 +76,24 @@ def training_config(settings: Any) -> Any:
 
 
 def print_result(result: Any) -> None:
-    """The last metrics, where everything lies, and three commands to go on with."""
+    """The last metrics, where everything lies that is there, and three commands to go on with."""
     console.show(result.metrics.render())
     path = result.path
     places = (path / "best.pth", result.image_example, result.data_path)
     checkpoint, image, data = (shlex.quote(str(place)) for place in places)
+    left = {
+        "checkpoint": ["best.pth"],
+        "metrics": ["metrics.json", "per_class.csv", "train.csv", "val.csv"],
+        "curves": ["curves.png"],
+        "pictures": ["pictures"],
+        "report": ["report.html"],
+    }
+    console.show("")
+    for what, names in left.items():
+        if there := [str(path / name) for name in names if (path / name).exists()]:
+            console.show(f"{what:<12} {', '.join(there)}")
     console.show(
         f"""
-checkpoint   {path / "best.pth"}
-metrics      {path / "metrics.json"}, {path / "per_class.csv"}, {path / "train.csv"}, {path / "val.csv"}
-curves       {path / "curves.png"}
-pictures     {path / "pictures"}
-report       {path / "report.html"}
-
 What next:
   ddetr predict --checkpoint {checkpoint} {image} --output predictions
   ddetr eval --checkpoint {checkpoint} --data {data}
@@ -364,6 +371,13 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
 }
 
 
+# What is wrong with a disk, not with the program.
+_OF_THE_MACHINE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV),
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.ENOTCONN, errno.ETIMEDOUT),
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -372,16 +386,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     console.set_up_logging()
     try:
+        check_data_is_there(arguments)
         return parse(arguments)() or 0
     except InputError as error:
         console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
         return 2
-    except ChildProcessError as error:
+    except (ChildProcessError, FloatingPointError) as error:  # a process that died; a run that diverged
         console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        console.err.print(f"ddetr: error: {where}{error.strerror}", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.err.print("ddetr: interrupted")
         return 130
+
+
+def check_data_is_there(arguments: Sequence[str]) -> None:
+    """Before the options of a command are known, which takes seconds: PyTorch is read for them."""
+    for option, following in zip(arguments, [*arguments[1:], ""]):
+        name, equals, value = option.partition("=")
+        if name in ("--data", "--data.path") and (value or (not equals and not following.startswith("--"))):
+            existing(value or following)
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], int | None]:

@@ -43,7 +43,7 @@ class DataConfig(TrainingSource):
 
     augmentation: Literal["official", "plain", "none"] = "official"
     """Training recipe: the paper's flips, scales and crops; a flip alone; or nothing."""
-    image_size: int = 800
+    image_size: int = option(800, at_least=32, at_most=8192)
     """Short side in pixels; the paper's scales, crops and longest side (1333) follow in proportion."""
     keep_empty: bool = True
     """Train on images without an object too, as the official code does."""

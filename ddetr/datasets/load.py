@@ -12,6 +12,7 @@ from ddetr.datasets.coco_reader import read_coco
 from ddetr.datasets.voc import read_voc, voc_splits
 from ddetr.datasets.yolo import read_yolo, yolo_splits
 from ddetr.errors import InputError
+from ddetr.files import existing
 from ddetr.wording import did_you_mean, first_few
 
 FORMATS = ("coco", "voc", "yolo")  # in the order in which they are tried: a COCO file says most
@@ -42,7 +43,7 @@ def load_annotations(
             objects of classes that they lack are left out with a finding.
         check_images: False trusts the width and height of a COCO file and saves reading a header per image.
     """
-    path = _existing(path)
+    path = existing(path)
     if annotation_file is not None:
         if format not in ("auto", "coco"):
             raise InputError(f"annotation_file is for the COCO format; {format} has none")
@@ -67,7 +68,7 @@ def load_annotations(
 
 def detect_format(path: str | PathLike) -> str:
     """ "coco", "voc" or "yolo"; `InputError` says what was looked for where none is there."""
-    path = _existing(path)
+    path = existing(path)
     for format in FORMATS:
         if _splits(path, format):
             return format
@@ -81,7 +82,7 @@ def detect_format(path: str | PathLike) -> str:
 
 def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:
     """The names that `load_annotations` takes as `split`."""
-    path = _existing(path)
+    path = existing(path)
     return _splits(path, detect_format(path) if format == "auto" else _known(format))
 
 
@@ -129,16 +130,6 @@ def _read_coco(
 def _coco_root(file: Path) -> Path:
     parent = file.resolve().parent
     return parent.parent if parent.name == "annotations" else parent
-
-
-def _existing(path: str | PathLike) -> Path:
-    path = Path(path).expanduser()
-    if path.exists():
-        return path
-    parent = next(parent for parent in path.absolute().parents if parent.is_dir())
-    missing = path.absolute().relative_to(parent).parts[0]
-    hint = did_you_mean(missing, (entry.name for entry in parent.iterdir()))
-    raise InputError(f"there is no {path}: {parent} has no {missing!r}{hint}")
 
 
 def _inside(root: Path, name: str | PathLike, option: str) -> Path:

@@ -14,9 +14,9 @@ memory.py          what a step will take, and what to say when it was not enough
 batch_size.py      `--device_batch_size auto`
 callbacks.py       progress bar, the run's tables, published checkpoints
 loggers.py         TensorBoard, Weights & Biases, MLflow
-run_folder.py      the run folder
 saving.py          a run's state: when it is saved, and stop signals
 run_report.py      the run report after every validation
+run/               the run folder: tables, states, whose it is, whether its data are the same
 loading/           images on their way into the training process
 blackbox/          a step that fails
 preflight/         what is tried before a long run

@@ -1,5 +1,6 @@
 """What watches a run: progress bar, tables, published checkpoints. All of it on the first process alone."""
 
+import copy
 import logging
 import math
 import time
@@ -13,15 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ddetr import console
+from ddetr.checkpoint.files import write_file
+from ddetr.checkpoint.published import Checkpoint, contents
 from ddetr.engine.loading.data_wait import DataWait
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.run_folder import RunFolder
+from ddetr.engine.run.folder import RunFolder
 from ddetr.evaluation.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
 Send = Callable[[Literal["train", "val"], int, Mapping[str, float | None]], None]  # see `Loggers.send`
 
+BEST = "best.pth"
 LOSSES = ("loss", "loss_ce", "loss_bbox", "loss_giou")
 
 
@@ -50,7 +54,8 @@ class Watch(Callback):
         if not trainer.is_global_zero:
             return
         for name in ("train.csv", "val.csv"):
-            self.run.drop_rows_after(name, trainer.global_step)
+            with self.run.going_on_without(name):
+                self.run.table(name).drop_after(trainer.global_step)
         if console.err.is_terminal:
             self._progress = Progress(
                 TextColumn("{task.description}"),
@@ -87,7 +92,7 @@ class Watch(Callback):
             return
         row = {"epoch": trainer.current_epoch, "images_per_second": round(speed, 3), "data_wait": round(data_wait, 4)}
         row |= {"gpu_memory_mb": memory}
-        self.run.append_csv(
+        self.run.append_row(
             "train.csv",
             {"step": step} | row | {name: f"{value:.6g}" for name, value in sorted(values.items())},
         )
@@ -143,25 +148,37 @@ def _peak_memory_mb(trainer: pl.Trainer) -> int | None:
 
 
 class Publish(Callback):
-    """After every validation: a row in val.csv, metrics.json, last.pth, and best.pth where the AP is the best so
-    far."""
+    """After every validation: a row in val.csv, metrics.json, last.pth, and best.pth where the AP is the best so far.
+
+    A best checkpoint that finds no room on the disk is kept, in memory and in the run's state, until there is room.
+    """
 
     def __init__(
         self,
         run: RunFolder,
-        publish: Callable[[str, DetectionModule, Metrics], None],
+        checkpoint_of: Callable[[DetectionModule, Metrics], Checkpoint],
         send: Send = lambda *_: None,
     ):
-        """publish(name, module, metrics) writes a published checkpoint into the run folder; send("val", step, values)
-        hears of every row of val.csv."""
-        self.run, self.publish, self.send = run, publish, send
+        """checkpoint_of(module, metrics) is what is published; send("val", step, values) hears of every row of
+        val.csv."""
+        self.run, self.checkpoint_of, self.send = run, checkpoint_of, send
         self.best_ap, self.best_metrics = -math.inf, {}
+        self._best_due: dict[str, Any] | None = None  # what best.pth is to hold, while it could not be written
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_ap": self.best_ap, "best_metrics": self.best_metrics}
+        return {"best_ap": self.best_ap, "best_metrics": self.best_metrics, "best_due": self._best_due}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best_ap, self.best_metrics = state["best_ap"], state["best_metrics"]
+        self._best_due = state.get("best_due")
+
+    def on_train_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        self._write_best()
+        if self.best_metrics and not self._best_due and not (self.run.path / BEST).is_file():
+            logger.warning("%s is not there any more: the best validation from here on takes its place", BEST)
+            self.best_ap = -math.inf
 
     def on_validation_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
         metrics = module.metrics
@@ -173,16 +190,18 @@ class Publish(Callback):
             self.best_ap, self.best_metrics = ap, place | metrics.to_dict()
         if not trainer.is_global_zero:
             return
-        self.run.append_csv("val.csv", place | {name: round(value, 6) for name, value in metrics.numbers().items()})
+        self.run.append_row("val.csv", place | {name: round(value, 6) for name, value in metrics.numbers().items()})
         self.send("val", trainer.global_step, {"epoch": trainer.current_epoch, **metrics.numbers()})
         with self.run.going_on_without("metrics.json"):
             self.run.write_json("metrics.json", {"last": place | metrics.to_dict(), "best": self.best_metrics})
-        for name in ["last.pth", *["best.pth"] * is_best]:
-            with self.run.going_on_without(name):
-                self.publish(name, module, metrics)
+        content = contents(self.checkpoint_of(module, metrics))
+        with self.run.going_on_without("last.pth"):
+            write_file(self.run.path / "last.pth", content)
         if is_best:
-            with self.run.going_on_without("per_class.csv"):
-                self.run.write_csv("per_class.csv", metrics.to_dict()["per_class"])
+            self._best_due = content
+        self._write_best()
+        if self._best_due is content:  # its tensors are the model's own, which trains on
+            self._best_due = copy.deepcopy(content)
         logger.info(
             "epoch %d, step %d: AP %.3f  AP50 %.3f  AP75 %.3f%s",
             trainer.current_epoch,
@@ -192,3 +211,21 @@ class Publish(Callback):
             metrics.AP75,
             "  (best so far)" if is_best else "",
         )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        self._write_best()
+
+    def on_train_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        self._write_best()
+
+    def on_exception(self, trainer: pl.Trainer, module: DetectionModule, exception: BaseException) -> None:
+        self._write_best()
+
+    def _write_best(self) -> None:
+        if self._best_due is None:
+            return
+        with self.run.going_on_without(BEST):
+            write_file(self.run.path / BEST, self._best_due)
+            self._best_due = None
+        with self.run.going_on_without("per_class.csv"):
+            self.run.write_csv("per_class.csv", self.best_metrics["per_class"])

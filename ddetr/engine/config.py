@@ -74,8 +74,8 @@ class TrainConfig:
     """Weights of losses and matching costs."""
     optim: OptimConfig = OptimConfig()
     """Optimiser and schedule."""
-    epochs: int = option(50, at_least=1)
-    """Passes over the training images."""
+    epochs: int = option(50, at_least=1, resume="grows")
+    """Passes over the training images. A run that is resumed may be given more."""
     batch_size: BatchSize = option(PAPER_BATCH_SIZE, at_least=1)
     """Images per optimisation step, over all devices; the paper's is 32, which "auto" is too, with
     device_batch_size auto."""
@@ -110,18 +110,21 @@ class TrainConfig:
     """"auto" takes CUDA where it is available."""
     devices: int | None = option(None, at_least=1, resume="session")
     """Processes; by default all GPUs, or one on the CPU; under torchrun its number."""
+    accept_changed_data: bool = option(False, resume="session")
+    """Go on with a resumed run whose images or annotations are not those that it began with; other classes are never
+    accepted."""
     checkpoint_every: int | None = option(None, at_least=1, resume="session")
     """Steps between saves of last.ckpt, which --resume continues from; by default every ten minutes. An epoch's
-    end and a stop signal (SIGTERM, SIGUSR1) save in any case."""
+    end and a stop signal (Ctrl+C, SIGTERM, SIGUSR1, SIGHUP) save in any case."""
     deterministic: bool = False
     """Only algorithms whose results have the same bits in every run; slower on GPUs."""
     tf32: bool = False
     """On GPUs, float32 products with 10 instead of 23 bits behind the point: faster, less exact."""
-    max_detections: int = 100
+    max_detections: int = option(100, at_least=1)
     """Detections per image that the evaluation counts."""
     log_every: int = option(10, at_least=1, resume="session")
     """Steps between rows of train.csv."""
-    num_pictures: int = option(12, resume="session")
+    num_pictures: int = option(12, at_least=0, resume="session")
     """Validation images that are drawn at the end, truth beside prediction."""
     loggers: list[Literal["tensorboard", "wandb", "mlflow"]] | None = option(None, resume="free")
     """What follows the run beside its tables; by default TensorBoard, which reads the run folder."""

@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from ddetr.engine.loading.datamodule import BatchesInMemory, DetectionData
 from ddetr.engine.loading.workers import explained
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.run_folder import RESUME_FILE, RunFolder
+from ddetr.engine.run.folder import RunFolder
+from ddetr.engine.run.states import RESUME_FILE
 from ddetr.engine.saving import Stopped
 from ddetr.runtime.precision import onednn_matmuls
 
@@ -48,11 +49,12 @@ def fit(
         with explained():  # the death of a loader is told wherever the training process is
             trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file, weights_only=True)
     except Stopped as stop:
-        logger.info(
-            "stopped by %s at step %d; the same command with --resume goes on",
-            signal.Signals(stop.signum).name,
-            trainer.global_step,
-        )
+        saved = "no state is saved yet: the same command starts anew"
+        if stop.saved_step is not None:
+            saved = f"the state of step {stop.saved_step} is saved, and the same command with --resume goes on from it"
+        logger.info("stopped by %s at step %d: %s", signal.Signals(stop.signum).name, trainer.global_step, saved)
+        if stop.signum == signal.SIGINT and stop.code:
+            raise KeyboardInterrupt from None
         raise
     except (RuntimeError, ConnectionError) as error:
         if trainer.world_size > 1 and (died := died_process(trainer, error)):

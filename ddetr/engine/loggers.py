@@ -13,7 +13,9 @@ import logging
 import math
 import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -21,7 +23,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
-from ddetr.engine.run_folder import RunFolder
+from ddetr.engine.run.folder import RunFolder
 from ddetr.errors import InputError
 from ddetr.settings import flat
 
@@ -29,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 PROJECT = "ddetr"  # W&B's project and MLflow's experiment, where the environment names none
+SECONDS_TO_CLOSE = 3.0  # that a run which is stopped gives all of them together
 _IDS = "loggers.json"  # in the run folder: under which id a service knows the run
 _INSTALL = {name: f"pip install 'ddetr[{name}]'" for name in ("wandb", "mlflow")}
 
@@ -67,7 +70,7 @@ class Loggers(Callback):
         self._sent = {kind: self._last_step(f"{kind}.csv") for kind in ("train", "val")}
 
     def _last_step(self, name: str) -> int:
-        return max((int(row["step"]) for row in self.run.read_csv(name) if row["step"]), default=0)
+        return max((int(row["step"]) for row in self.run.table(name).rows()), default=0)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         for name in self.names:
@@ -110,7 +113,13 @@ class Loggers(Callback):
 
     def _close(self, status: str) -> None:
         for name, opened in list(self._open.items()):
-            self._guarded(name, lambda name=name, opened=opened: _finish(name, opened, status))
+            close = partial(self._guarded, name, partial(_finish, name, opened, status))
+            if status == "KILLED":  # somebody waits for the end
+                thread = threading.Thread(target=close, daemon=True)
+                thread.start()
+                thread.join(SECONDS_TO_CLOSE / len(self.names))
+            else:
+                close()
         self._open.clear()
 
     def _guarded(self, name: str, action: Callable[[], None]) -> None:

@@ -78,6 +78,13 @@ class DetectionModule(pl.LightningModule):
         factor = lr_factor(self.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
 
+    def on_train_start(self) -> None:
+        """The rates of the next step by the run's own schedule: a resumed run has those of its state, which are others
+        only where it was extended."""
+        scheduler = self.lr_schedulers()
+        for group, base, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas):
+            group["lr"] = base * factor(scheduler.last_epoch)
+
     def training_step(self, batch: list[MicroBatch], batch_idx: int) -> dict[str, Tensor | float]:
         """Returns the losses of the step, summed over its micro-batches, as detached scalars; "loss" is the total,
         "grad_norm" the L2 norm of the gradient before it is clipped, "lr_NAME" the rate of a parameter group."""

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 
 from ddetr.engine.callbacks import Publish
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.run_folder import RunFolder
+from ddetr.engine.run.folder import RunFolder
 from ddetr.report import RunFiles, Validation, best_or_last, draw_curves, draw_pictures, write_report
 from ddetr.report.validation import BEST_FILE, LAST_FILE
 from ddetr.runtime.distributed import is_first_process
@@ -34,10 +34,16 @@ class Report(Callback):
     """
 
     def __init__(self, run: RunFolder, publish: Publish):
-        self.run, self.publish = run, publish
+        self.run, self.publish, self._has_begun = run, publish, False
         self._sessions: list[dict[str, Any]] = []
 
-    def on_fit_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: DetectionModule, batch: Any, batch_idx: int) -> None:
+        """Not before: a run that was complete when it was resumed has no session."""
+        if not self._has_begun:
+            self._begin(trainer, module)
+
+    def _begin(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        self._has_begun = True
         if not trainer.is_global_zero:
             return
         with harmless(SESSIONS_FILE):
@@ -48,11 +54,6 @@ class Report(Callback):
             session = {"state": "running", "reason": None, "began": now, "seen": now, **steps, "environment": found}
             self._sessions.append(session)
             self._write()
-
-    def on_train_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
-        if trainer.is_global_zero and self._sessions:  # only now a resumed run knows its step
-            self._sessions[-1]["from_step"] = trainer.global_step
-            self._note(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
         if not trainer.is_global_zero or module.metrics is None:
@@ -72,6 +73,8 @@ class Report(Callback):
         self._note(trainer, "finished" if is_whole else "stopped", None if is_whole else "it was told to stop")
 
     def on_exception(self, trainer: pl.Trainer, module: DetectionModule, exception: BaseException) -> None:
+        if not self._has_begun:
+            self._begin(trainer, module)
         first_line = (str(exception).strip().splitlines() or [""])[0]
         self._note(trainer, "stopped", f"{type(exception).__name__}: {first_line}".removesuffix(": "))
 

@@ -6,35 +6,44 @@ from (seed, epoch, index): with weights, optimiser, schedule, scaler and the pos
 state.
 """
 
+import _thread
+import logging
+import os
 import signal
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
+from ddetr import console
 from ddetr.checkpoint.files import write_file
-from ddetr.engine.run_folder import PREVIOUS_FILE, RESUME_FILE, RunFolder
+from ddetr.engine.run.folder import RunFolder
+from ddetr.engine.run.states import PREVIOUS_FILE, RESUME_FILE
+
+logger = logging.getLogger(__name__)
 
 MINUTES_BETWEEN_SAVES = 10
-STOP_SIGNALS = (signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))  # Slurm warns by USR1
+# Ctrl+C, a scheduler's, Slurm's warning, a closed terminal's. Windows has the first two.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+PATIENCE = 4.0  # seconds that somebody waits, after Ctrl+C, for a step to end; then its work is given up
 
 
 class Stopped(SystemExit):
     """A signal has ended the run after its state was saved. The exit code is 128 + signal, as a shell would report
     it."""
 
-    def __init__(self, signum: int, trainer: pl.Trainer):
+    def __init__(self, signum: int, trainer: pl.Trainer, saved_step: int | None):
         # Lightning kills the whole run where a process that it has started fails; this one has done as it was told.
         environment = getattr(trainer.strategy, "cluster_environment", None)
         is_lightnings = environment is not None and not environment.creates_processes_externally
         super().__init__(0 if is_lightnings and not trainer.is_global_zero else 128 + signum)
-        self.signum = signum
+        self.signum, self.saved_step = signum, saved_step
 
     def __str__(self) -> str:
         return signal.Signals(self.signum).name
@@ -78,20 +87,48 @@ class SaveState(Callback):
 
     def __init__(self, run: RunFolder, requests: Requests, *, every: int | None):
         """requests: also the module's; every: steps between saves, None is `MINUTES_BETWEEN_SAVES`."""
-        self.file, self.requests, self.every = run.path / RESUME_FILE, requests, every
+        self.run, self.file, self.requests, self.every = run, run.path / RESUME_FILE, requests, every
+        self.saved_step: int | None = None  # of the state on disk; None where there is none
         self._saved_at = time.monotonic()
+        self._give_up = threading.Timer(PATIENCE, self._interrupt)
+        self._is_overdue = self._is_interrupted = False
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """A stop signal is a request from now on, answered at the end of the step. It takes the place of Lightning's
         own handler, which would exchange tensors from within the signal; Lightning puts back the ones before at the
         end."""
+        if trainer.ckpt_path is not None:
+            self.saved_step = trainer.global_step
 
         def handle(signum: int, frame: FrameType | None) -> None:
             self.requests.stop = self.requests.stop or signum
+            if self._is_overdue:
+                self._is_overdue = False
+                raise self._stopped(trainer)
+            if signum == signal.SIGHUP:
+                _leave_terminal()
+            if signum == signal.SIGINT:
+                if self._is_interrupted:
+                    _end_at_once()
+                self._is_interrupted = True
+                if trainer.is_global_zero:
+                    logger.info("stopping after this step; Ctrl+C again ends at once, without saving")
+                self._give_up.daemon = True
+                self._give_up.start()
 
         if threading.current_thread() is threading.main_thread():
             for signum in STOP_SIGNALS:
-                signal.signal(signum, handle)
+                if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it for SIGHUP
+                    signal.signal(signum, handle)
+
+    def _interrupt(self) -> None:
+        """From the timer's thread: `handle` is called in the main one."""
+        self._is_overdue = True
+        _thread.interrupt_main()
+
+    def _stopped(self, trainer: pl.Trainer) -> Stopped:
+        self._give_up.cancel()  # what is done now ends soon
+        return Stopped(self.requests.agreed_stop or self.requests.stop, trainer, self.saved_step)
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if self.every:
@@ -107,20 +144,42 @@ class SaveState(Callback):
         is_last = batch_idx + 1 == trainer.num_training_batches
         if is_last:
             return
+        if self.requests.agreed_stop:
+            self._give_up.cancel()  # a state that is half written is worth more than these seconds
         if self.requests.agreed_save or self.requests.agreed_stop:
             self.save(trainer)
         if self.requests.agreed_stop:
-            raise Stopped(self.requests.agreed_stop, trainer)
+            raise self._stopped(trainer)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self.requests.stop:
-            raise Stopped(self.requests.stop, trainer)
+            raise self._stopped(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.file)
+        if self.file.name not in self.run.unwritten:
+            self.saved_step = trainer.global_step
         self._saved_at = time.monotonic()
+
+
+def _end_at_once() -> NoReturn:
+    """Files are whole or absent at any moment, and the processes that load images end with this one."""
+    console.err.show_cursor()
+    os.write(2, b"\nddetr: interrupted; --resume goes on from the last saved state\n")
+    os._exit(128 + signal.SIGINT)
+
+
+def _leave_terminal() -> None:
+    """What is said from now on has nobody to hear it: a terminal that was closed refuses every word."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)

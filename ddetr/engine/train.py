@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
 from ddetr import console
-from ddetr.checkpoint import Checkpoint, load_weights, save_checkpoint
+from ddetr.checkpoint import Checkpoint, load_weights
+from ddetr.checkpoint.foreign import read_weights
 from ddetr.datasets import Annotations, AuditReport, audit
 from ddetr.datasets.splits import load_splits
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
@@ -35,12 +37,14 @@ from ddetr.engine.loggers import Loggers, chosen_loggers
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
 from ddetr.engine.preflight.run import run_preflight
-from ddetr.engine.run_folder import RESUME_FILE, RunFolder
+from ddetr.engine.run.data import DATA_FILE, DataTraits, check_same_data
+from ddetr.engine.run.folder import PREFLIGHT_FILE, RunFolder
+from ddetr.engine.run.states import RESUME_FILE
 from ddetr.engine.run_report import Report, finish, last_word
 from ddetr.engine.saving import SaveState, StateFiles
 from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics
-from ddetr.files import make_folder
+from ddetr.files import existing, make_folder
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.allocator import use_expandable_segments
 from ddetr.runtime.device import choose_device
@@ -88,6 +92,7 @@ class Prepared:
     train_set: Annotations
     val_set: Annotations
     audit: AuditReport
+    traits: DataTraits | None  # of the data, on the first process
 
 
 @dataclass(frozen=True)
@@ -109,19 +114,26 @@ def train(config: TrainConfig) -> RunResult:
     """
     prepared = prepare(config)
     built = build(prepared)
-    if config.preflight and prepared.resume_file is None:
-        _try(prepared, built)
-    _begin(prepared, built)
+    if not is_first_process():
+        return _run(prepared, built)
+    with prepared.run.claimed(is_new=config.resume is None):
+        if prepared.config.preflight and prepared.resume_file is None:
+            _try(prepared, built, keep=True)
+        _begin(prepared, built)
+        return _run(prepared, built)
+
+
+def _run(prepared: Prepared, built: Built) -> RunResult:
+    config, run = prepared.config, prepared.run
     trainer = _trainer(prepared, built)
     with (
         warnings.catch_warnings(),
         onednn_matmuls(),
         numerics(deterministic=config.deterministic, tf32=config.tf32),
-        last_word(prepared.run),
+        last_word(run),
     ):
         quiet_lightning()
-        fit(trainer, built.module, built.data, prepared.run, prepared.resume_file)
-    run = prepared.run
+        fit(trainer, built.module, built.data, run, prepared.resume_file)
     if trainer.is_global_zero:
         finish(run, config.num_pictures)
         run.check_written()
@@ -131,27 +143,36 @@ def train(config: TrainConfig) -> RunResult:
 
 
 def preflight(config: TrainConfig) -> None:
-    """Try the set-up of a run on a few images, and train nothing.
+    """Try the set-up of a run on a few images, and train nothing. Only where a folder is named it leaves something.
 
     Raises:
         InputError: the run could not work.
     """
+    if config.resume is not None:
+        raise InputError("preflight tries the set-up of a run that has not begun: leave --resume out")
     prepared = prepare(config)
-    _try(prepared, build(prepared))
+    if is_first_process():
+        _try(prepared, build(prepared), keep=config.output is not None)
 
 
 def prepare(config: TrainConfig) -> Prepared:
-    """Device, run folder and data set, read and audited; nothing is written."""
+    """Device, run folder and data set, read and audited; nothing is written. What can be checked without the
+    data is checked before they are read."""
+    root = existing(config.data.path)
     loggers = chosen_loggers(config.loggers)
     where = _where(config)
     if config.compile:
         check_compiler(where["accelerator"])
     if where["accelerator"] == "cuda":
         use_expandable_segments()
-    run, resume_file = RunFolder.choose(config.output, config.resume, Path(config.data.path).resolve().name)
+    run, resume_file = RunFolder.choose(config.output, config.resume, root.resolve().name)
     config = config.with_batch_sizes(run.settings() if resume_file is not None else {})
     if resume_file is not None:
         run.check_unchanged(config)
+        if is_first_process():
+            with run.claimed(is_new=False):
+                pass  # whoever cannot have it is told so before the data are read
+    _check_options(config, where["devices"] * where["num_nodes"])
     with console.waiting(f"reading {config.data.path}"):
         train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty)
         report = audit(
@@ -167,7 +188,29 @@ def prepare(config: TrainConfig) -> Prepared:
         first, others = report.refused[0], len(report.refused) - 1
         more = f", and {others} more findings in the table above" if others else ""
         raise InputError(f"the audit refused the data set: {first.where}: {first.message}{more}")
-    return Prepared(config, run, resume_file, where, loggers, train_set, val_set, report)
+    traits = None
+    if is_first_process():
+        traits = DataTraits.of(train_set, val_set, root)
+        if resume_file is not None:
+            check_same_data(run.path, traits, accept_changes=config.accept_changed_data)
+    return Prepared(config, run, resume_file, where, loggers, train_set, val_set, report, traits)
+
+
+def _file_of(config: TrainConfig) -> str | bool:
+    """The file that the backbone starts from; False where there is none, and ImageNet's weights may be yet to fetch."""
+    given = config.model["pretrained_backbone"]
+    return given if isinstance(given, str) and config.weights is None else False
+
+
+def _check_options(config: TrainConfig, num_processes: int) -> None:
+    """What the options alone decide, on a network without memory: names, sizes and files that cannot be."""
+    with torch.device("meta"):
+        detector = DeformableDETR(**dict(config.model, pretrained_backbone=_file_of(config)), num_classes=1)
+    freeze_parameters(detector, config.optim.freeze)
+    if isinstance(config.batch_size, int) and config.batch_size % num_processes:
+        raise InputError(f"batch_size {config.batch_size} must be divisible by the {num_processes} processes")
+    if config.weights is not None:
+        read_weights(Path(config.weights))
 
 
 def build(prepared: Prepared) -> Built:
@@ -229,11 +272,12 @@ def build_detector(config: TrainConfig, train_set: Annotations, *, is_resumed: b
     return detector
 
 
-def _try(prepared: Prepared, built: Built) -> None:
+def _try(prepared: Prepared, built: Built, *, keep: bool) -> None:
     """Before the folder holds a run, so that the same command works once the set-up is repaired. Of several processes
-    the first alone comes here: the others wait for it where the process group is made, and end with it."""
-    if not is_first_process():
-        return
+    the first alone comes here: the others wait for it where the process group is made, and end with it.
+
+    keep: whether the folder gets what was found.
+    """
     config, run = prepared.config, prepared.run
     with console.waiting("preflight"):
         found = run_preflight(
@@ -244,19 +288,25 @@ def _try(prepared: Prepared, built: Built) -> None:
             device=prepared.where["accelerator"],
         )
     console.show(found.render())
-    make_folder(run.path, "--output")
-    run.write_json("preflight.json", found.to_dict())
+    if keep:
+        make_folder(run.path, "--output")
+        with run.going_on_without(PREFLIGHT_FILE):
+            run.write_json(PREFLIGHT_FILE, found.to_dict())
     if found.failed:
         raise InputError(found.refusal())
 
 
 def _begin(prepared: Prepared, built: Built) -> None:
     """The folder with the settings, and what is said of the run before it starts."""
-    if not is_first_process():
-        return
     config, run, module, num_images = prepared.config, prepared.run, built.module, len(prepared.train_set.images)
-    run.start(config)
-    run.write_json("audit.json", prepared.audit.to_dict())
+    before = run.settings().get("epochs")
+    run.start(config, prepared.resume_file)
+    with run.going_on_without("audit.json"):
+        run.write_json("audit.json", prepared.audit.to_dict())
+    with run.going_on_without(DATA_FILE):
+        prepared.traits.save(run.path)
+    if prepared.resume_file is not None and before != config.epochs:
+        logger.info("the run is extended from %s to %d epochs%s", before, config.epochs, _said_of_schedule(config))
     groups = parameter_groups(module.model, config.optim, backbone_pretrained=module.backbone_pretrained)
     for line in describe_groups(groups, module.model):
         logger.info(line)
@@ -270,6 +320,15 @@ def _begin(prepared: Prepared, built: Built) -> None:
             "give --weights FILE or --model.pretrained_backbone true",
             f"{ENOUGH_IMAGES:,}", f"{num_images:,}",
         )  # fmt: skip
+
+
+def _said_of_schedule(config: TrainConfig) -> str:
+    if config.optim.schedule == "step":
+        return ", with the rates that it would have had if they had been planned"
+    return (
+        f": from here on the rates fall to a hundredth over {config.epochs} epochs as a cosine, so they jump up first; "
+        "a run that was planned so has other rates from its beginning"
+    )
 
 
 def _trainer(prepared: Prepared, built: Built) -> pl.Trainer:
@@ -300,7 +359,7 @@ def callbacks(prepared: Prepared, built: Built) -> list[Callback]:
     """What watches a run, in `CALLBACK_ORDER`."""
     config, run, optim = prepared.config, prepared.run, prepared.config.optim
     following = Loggers(prepared.loggers if is_first_process() else [], run, kept(config))
-    publisher = Publish(run, lambda name, module, metrics: _publish(prepared, name, module, metrics), following.send)
+    publisher = Publish(run, partial(_checkpoint, prepared), following.send)
 
     def settle(size: int) -> None:
         if is_first_process():
@@ -331,9 +390,10 @@ def callbacks(prepared: Prepared, built: Built) -> list[Callback]:
     return sorted(chosen, key=lambda callback: CALLBACK_ORDER.index(type(callback)))
 
 
-def _publish(prepared: Prepared, name: str, module: DetectionModule, metrics: Metrics) -> None:
+def _checkpoint(prepared: Prepared, module: DetectionModule, metrics: Metrics) -> Checkpoint:
+    """What is published after a validation."""
     image_size = prepared.config.data.image_size
-    checkpoint = Checkpoint.of(
+    return Checkpoint.of(
         module.model,
         prepared.train_set.categories,
         image_size=image_size,
@@ -342,7 +402,6 @@ def _publish(prepared: Prepared, name: str, module: DetectionModule, metrics: Me
         metrics=metrics.numbers(),
         training={"data": prepared.train_set.name, "step": module.global_step, "epoch": module.current_epoch},
     )
-    save_checkpoint(prepared.run.path / name, checkpoint)
 
 
 def _where(config: TrainConfig) -> dict[str, Any]:

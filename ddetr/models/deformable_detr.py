@@ -213,18 +213,26 @@ def _projection(in_channels: int, hidden_dim: int, **conv: int) -> nn.Sequential
     return projection
 
 
+_AT_LEAST_ONE = ("num_classes", "hidden_dim", "num_queries", "num_feature_levels", "dec_layers", "nheads")
+_AT_LEAST_ONE += ("dim_feedforward", "enc_n_points", "dec_n_points")
+
+
 def _check(config: Mapping[str, Any]) -> None:
     if config["two_stage"] and not config["with_box_refine"]:
         raise InputError("two_stage needs with_box_refine: proposals are boxes, which only refining layers correct")
     if config["dilation"] and config["num_feature_levels"] != 1:
         raise InputError(f"dilation (DC5) needs num_feature_levels 1, got {config['num_feature_levels']}")
+    for name in _AT_LEAST_ONE:
+        if config[name] < 1:
+            raise InputError(f"{name} must be at least 1, got {config[name]}")
+    if config["enc_layers"] < 0:
+        raise InputError(f"enc_layers must be at least 0, got {config['enc_layers']}")
     if config["hidden_dim"] % 4 or config["hidden_dim"] % config["nheads"]:
         raise InputError(
             f"hidden_dim must be divisible by 4 and by nheads={config['nheads']}, got {config['hidden_dim']}"
         )
-    for name in ("num_classes", "num_queries", "num_feature_levels", "dec_layers", "nheads"):
-        if config[name] < 1:
-            raise InputError(f"{name} must be at least 1, got {config[name]}")
+    if not 0 <= config["dropout"] < 1:
+        raise InputError(f"dropout must lie in [0, 1), got {config['dropout']}")
 
 
 def _as_batch(images: Tensor | Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

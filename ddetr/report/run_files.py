@@ -35,6 +35,7 @@ FILES = {
     "report.html": Entry("all of it to look at, in one file"),
     "last.ckpt": Entry("everything that --resume needs"),
     "previous.ckpt": Entry("the state before it"),
+    "damaged.ckpt": Entry("a state that could not be read again, where there was one"),
     "config.yaml": Entry("all settings, readable by ddetr train --config", "the settings"),
     "metrics.json": Entry(
         "metrics of the last and the best validation", "the metrics; they come with the first validation"
@@ -49,6 +50,8 @@ FILES = {
         "machine, software and command line; runs of older versions did not write it",
     ),
     "audit.json": Entry("what was found in the data", "what was found in the data"),
+    "data.npz": Entry("the files and a hash of the annotations that the run began with"),
+    "run.lock": Entry("which process the folder belongs to, while it runs"),
     "preflight.json": Entry("what was tried before the first step"),
     BEST_FILE: Entry(
         "truth and detections of the best validation", "the detections of a validation; older versions left none"

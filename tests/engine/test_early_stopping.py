@@ -9,7 +9,7 @@ import torch
 
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.early_stopping import EarlyStopping
-from ddetr.engine.run_folder import RunFolder
+from ddetr.engine.run.folder import RunFolder
 from ddetr.engine.train import train
 from ddetr.errors import InputError
 
@@ -57,7 +57,7 @@ def settings(short_run: dict[str, Any], tiny_model: dict[str, Any]) -> dict[str,
 
 
 def steps(run: Path) -> list[str]:
-    return [row["step"] for row in RunFolder(run).read_csv("val.csv")]
+    return [row["step"] for row in RunFolder(run).table("val.csv").rows()]
 
 
 def test_the_run_ends_whole_and_can_go_on_with_more_patience(
@@ -74,7 +74,7 @@ def test_the_run_ends_whole_and_can_go_on_with_more_patience(
     assert steps(run) == ["1", "2"]
     assert again.metrics.to_dict() == result.metrics.to_dict()
 
-    original = RunFolder.append_csv
+    original = RunFolder.append_row
 
     def interrupted(self: RunFolder, name: str, row: dict[str, Any]) -> None:
         original(self, name, row)
@@ -82,7 +82,7 @@ def test_the_run_ends_whole_and_can_go_on_with_more_patience(
             raise KeyboardInterrupt
 
     patient = settings | {"patience": 2, "resume": str(run)}
-    monkeypatch.setattr(RunFolder, "append_csv", interrupted)
+    monkeypatch.setattr(RunFolder, "append_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**patient))
     monkeypatch.undo()

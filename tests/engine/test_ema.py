@@ -16,7 +16,7 @@ from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.ema import WeightAverage
 from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.run_folder import RunFolder
+from ddetr.engine.run.folder import RunFolder
 from ddetr.engine.train import train
 from ddetr.errors import InputError
 from ddetr.evaluation.evaluator import CocoEvaluator
@@ -184,14 +184,14 @@ def test_what_is_published_is_the_average_and_what_was_measured(
     again = evaluate_checkpoint(str(whole.path / "last.pth"), settings["data"], batch_size=2)
     assert again.to_dict() == whole.metrics.to_dict()
 
-    original = RunFolder.append_csv
+    original = RunFolder.append_row
 
     def interrupted(self: RunFolder, name: str, row: dict[str, Any]) -> None:
         original(self, name, row)
         if row["step"] == STEPS + 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunFolder, "append_csv", interrupted)
+    monkeypatch.setattr(RunFolder, "append_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**settings, output=str(tmp_path / "resumed")))
     monkeypatch.undo()

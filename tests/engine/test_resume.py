@@ -56,7 +56,15 @@ def table(file: Path) -> list[str]:
 
 def assert_same_run(run: Path, undisturbed: Path) -> None:
     mine, other = state_of(run), state_of(undisturbed)
-    for name in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "callbacks", "DetectionData"):
+    for name in (
+        "epoch",
+        "global_step",
+        "state_dict",
+        "optimizer_states",
+        "lr_schedulers",
+        "callbacks",
+        "DetectionData",
+    ):
         assert differences(mine[name], other[name], name) == []
     assert mine.keys() == other.keys()
     for name in ("last.pth", "best.pth"):

@@ -21,7 +21,7 @@ from ddetr.datasets.config import DataConfig
 from ddetr.engine.callbacks import Publish
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.ema import WeightAverage
-from ddetr.engine.run_folder import RunFolder
+from ddetr.engine.run.folder import RunFolder
 from ddetr.engine.run_report import Report
 from ddetr.engine.saving import SaveState
 from ddetr.engine.train import CALLBACK_ORDER, RunResult, build, callbacks, prepare, train
@@ -72,7 +72,7 @@ def whole_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 def test_a_run_leaves_everything(tiny_run: RunResult, shapes: Path) -> None:
     run = tiny_run.path
     expected = (
-        "config.yaml audit.json environment.json train.csv val.csv metrics.json per_class.csv last.ckpt "
+        "config.yaml audit.json data.npz environment.json train.csv val.csv metrics.json per_class.csv last.ckpt "
         "previous.ckpt best.pth last.pth validation_best.npz validation_last.npz curves.png pictures "
         "report.html tensorboard"
     )
@@ -211,8 +211,8 @@ def test_resuming_with_other_settings_is_refused(
     settings: dict[str, Any], whole_run: Callable[[dict[str, Any]], RunResult]
 ) -> None:
     run = str(whole_run(settings).path)
-    with pytest.raises(InputError, match=r"but optim\.lr was 0\.001 and is 0\.01, epochs was 3 and is 9"):
-        train(TrainConfig(**settings | {"epochs": 9, "optim": OptimConfig(lr=1e-2, lr_drop=1), "resume": run}))
+    with pytest.raises(InputError, match=r"but optim\.lr was 0\.001 and is 0\.01, epochs was 3 and is 2"):
+        train(TrainConfig(**settings | {"epochs": 2, "optim": OptimConfig(lr=1e-2, lr_drop=1), "resume": run}))
 
 
 def test_the_last_epoch_is_always_measured(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -320,14 +320,14 @@ def test_a_broken_gradient_stops_the_run_before_it_is_published(
 def test_ctrl_c_is_a_keyboard_interrupt(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    original = RunFolder.append_csv
+    original = RunFolder.append_row
 
     def interrupted(self: RunFolder, name: str, row: dict[str, Any]) -> None:
         original(self, name, row)
         if row["step"] == STEPS + 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunFolder, "append_csv", interrupted)
+    monkeypatch.setattr(RunFolder, "append_row", interrupted)
     handler = signal.getsignal(signal.SIGINT)
     with caplog.at_level("INFO", "ddetr"), pytest.raises(KeyboardInterrupt):
         train(TrainConfig(**settings | {"output": str(tmp_path / "run")}))

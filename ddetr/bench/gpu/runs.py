@@ -21,7 +21,7 @@ from ddetr.bench.record import spelled
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets import draw_shapes
 from ddetr.demo import MODEL
-from ddetr.engine.run_folder import RESUME_FILE
+from ddetr.engine.run.states import RESUME_FILE
 
 # In the process: no more than this share of the GPU's memory may be taken.
 _LIMITED = (

@@ -2,8 +2,6 @@
 says what each file is.
 """
 
-import csv
-import io
 import json
 import logging
 import os
@@ -14,28 +12,37 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from ddetr.engine.config import TrainConfig
+from ddetr.engine.run.lock import RunLock
+from ddetr.engine.run.states import (
+    PREVIOUS_FILE,
+    RESUME_FILE,
+    check_training_state,
+    newest_state,
+    set_aside_damaged,
+    states,
+)
+from ddetr.engine.run.tables import Table, text_of
 from ddetr.errors import InputError
-from ddetr.files import make_folder, write_text
+from ddetr.files import make_folder, remove_leftovers, write_text
 from ddetr.runtime.distributed import is_first_process
-from ddetr.settings import flat, free_to_change, kept
+from ddetr.settings import flat, kept, names_with
 
 logger = logging.getLogger(__name__)
 
-RESUME_FILE, PREVIOUS_FILE = "last.ckpt", "previous.ckpt"
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, PREFLIGHT_FILE = "config.yaml", "preflight.json"
 _CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
 
 
 class RunFolder:
-    """Paths and files of one run. All files are written whole, under another name first, or appended line by line."""
+    """Paths and files of one run. All files are written whole, under another name first, or row by row."""
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.lock = path, RunLock(path)
         self.unwritten: dict[str, str] = {}  # names of files that could not be written when last tried, and why
+        self._tables: dict[str, Table] = {}
 
     @contextmanager
     def going_on_without(self, name: str) -> Iterator[None]:
@@ -45,14 +52,18 @@ class RunFolder:
             yield
         except OSError as error:
             self.unwritten[name] = error.strerror or str(error)
-            free = shutil.disk_usage(self.path).free / 2**20
             logger.error(
-                "%s could not be written (%s; %.0f MB are free there): what was there before is intact and the "
-                "run goes on",
-                self.path / name, self.unwritten[name], free,
+                "%s could not be written (%s; %s): what was there before is intact and the run goes on",
+                self.path / name, self.unwritten[name], self._room(),
             )  # fmt: skip
         else:
             self.unwritten.pop(name, None)
+
+    def _room(self) -> str:
+        try:
+            return f"{shutil.disk_usage(self.path).free / 2**20:.0f} MB are free there"
+        except OSError:
+            return "the folder is not there any more: if it was moved, put it back"
 
     def check_written(self) -> None:
         """Raises `InputError` where the last state of a file is not on disk."""
@@ -100,8 +111,8 @@ class RunFolder:
             os.environ[_CHOSEN] = str(path)
             holds_run = (path / CONFIG_FILE).exists()
             if resume is None and holds_run:
-                raise InputError(f"{path} already holds a run: add --resume to continue it, or choose another --output")
-            if resume is not None and not holds_run and not _states(path):
+                raise _already_holds_a_run(path)
+            if resume is not None and not holds_run and not states(path):
                 if resume != "auto":
                     raise InputError(f"--resume: {path} holds no run; start one without --resume")
                 logger.info("--resume auto: %s holds no run yet, so a new one begins", path)
@@ -109,17 +120,37 @@ class RunFolder:
         return cls(path), newest_state(path) if resume is not None else None
 
     def settings(self) -> dict[str, Any]:
-        """What config.yaml holds; empty where there is none yet."""
+        """What config.yaml holds; empty where there is none yet.
+
+        Raises:
+            InputError: the file is empty or broken.
+        """
         file = self.path / CONFIG_FILE
-        return yaml.safe_load(file.read_text()) if file.is_file() else {}
+        if not file.is_file():
+            return {}
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            content = f"broken ({type(error).__name__})"
+        if not isinstance(content, dict):
+            what = {type(None): "empty", str: content}.get(type(content), "no list of settings")
+            raise InputError(
+                f"--resume: {file} is {what}: the settings of the run are not known. Put the file back (its values are "
+                f"in {self.path / 'report.html'} too), or start a new run from its --weights {self.path / 'last.pth'}"
+            )
+        return content
 
     def check_unchanged(self, config: TrainConfig) -> None:
-        """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong."""
-        before, now, free = flat(self.settings()), flat(kept(config)), free_to_change(config)
+        """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong.
+        What may only grow, the number of epochs, may have grown."""
+        before, now = flat(self.settings()), flat(kept(config))
+        free, growing = names_with(config, "free"), names_with(config, "grows")
         changed = [
             f"{key} was {before[key]!r} and is {now.get(key)!r}"
             for key in before  # a setting that came with a later version had its default then
-            if before[key] != now.get(key) and key not in free
+            if before[key] != now.get(key)
+            and key not in free
+            and not (key in growing and isinstance(before[key], int) and now[key] > before[key])
         ]
         if changed:
             raise InputError(
@@ -127,10 +158,39 @@ class RunFolder:
                 f"(--config {self.path / CONFIG_FILE}), or start a new run from its --weights {self.path / 'last.pth'}"
             )
 
-    def start(self, config: TrainConfig) -> None:
-        """Makes the folder and writes the settings into it."""
+    @contextmanager
+    def claimed(self, *, is_new: bool) -> Iterator[None]:
+        """The folder, made where it is not there, is this process's alone within the block.
+
+        Raises:
+            InputError: another process has it; or it holds a run that was begun since `choose` has looked, and a new
+                one is wanted; or it cannot be written to.
+        """
         make_folder(self.path, "--output")
-        self.write_settings(kept(config))
+        with self._written():
+            self.lock.take()
+        try:
+            if is_new and (self.path / CONFIG_FILE).exists():
+                raise _already_holds_a_run(self.path)
+            yield
+        finally:
+            self.lock.release()
+
+    def start(self, config: TrainConfig, resumed_from: Path | None = None) -> None:
+        """Writes the settings, and clears away what a killed process has left half."""
+        with self._written():
+            remove_leftovers(self.path)
+            if resumed_from is not None:
+                set_aside_damaged(resumed_from)
+            self.write_settings(kept(config))
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"--output: {self.path} cannot be written to ({reason}; {self._room()})") from error
 
     def write_settings(self, config: Mapping[str, Any]) -> None:
         self.write_text(CONFIG_FILE, yaml.safe_dump(dict(config), sort_keys=False))
@@ -142,86 +202,36 @@ class RunFolder:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
     def write_csv(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        rows, text = list(rows), io.StringIO(newline="")
-        if rows:
-            writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        self.write_text(name, text.getvalue())
+        rows = list(rows)
+        self.write_text(name, text_of(rows, list(rows[0]), header=True) if rows else "")
 
-    def append_csv(self, name: str, row: Mapping[str, Any]) -> None:
-        path = self.path / name
-        is_new = not path.exists()
-        with self.going_on_without(name), path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row.keys(), lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
+    def table(self, name: str) -> Table:
+        return self._tables.setdefault(name, Table(self.path / name))
 
-    def read_csv(self, name: str) -> list[dict[str, str]]:
-        path = self.path / name
-        if not path.exists():
-            return []
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        return [row for row in rows if None not in row.values()]  # a killed process may leave half a row
+    def append_row(self, name: str, row: Mapping[str, Any]) -> None:
+        """A row of train.csv or val.csv; one that cannot be written is reported, and comes with the next."""
+        with self.going_on_without(name):
+            self.table(name).append(row)
 
-    def drop_rows_after(self, name: str, step: int) -> None:
-        """Take back what a killed run wrote after the checkpoint that it resumes from."""
-        kept = [row for row in self.read_csv(name) if int(row["step"]) <= step]
-        if kept:
-            self.write_csv(name, kept)
-        else:
-            (self.path / name).unlink(missing_ok=True)  # with its header, which comes with the next row
+
+def _already_holds_a_run(path: Path) -> InputError:
+    return InputError(f"{path} already holds a run: add --resume to continue it, or choose another --output")
+
+
+def is_free(path: Path) -> bool:
+    """Whether a run may begin there: nothing is, or only what a preflight has left that failed."""
+    if not path.exists():
+        return True
+    return path.is_dir() and {entry.name for entry in path.iterdir()} <= {PREFLIGHT_FILE}
 
 
 def free_folder(parent: Path, name: str) -> Path:
-    """parent/name, or the first of parent/name-2, parent/name-3, ... that is not there yet."""
+    """parent/name, or the first of parent/name-2, parent/name-3, ... that `is_free`."""
     path, number = parent / name, 1
-    while path.exists():
+    while not is_free(path):
         number += 1
         path = parent / f"{name}-{number}"
     return path
-
-
-def newest_state(folder: Path) -> Path | None:
-    """The newest whole state in a run folder, or None where there is none at all.
-
-    Raises:
-        InputError: there are files, but all are damaged.
-    """
-    errors: list[InputError] = []
-    for file in _states(folder):
-        try:
-            check_training_state(file)
-        except InputError as error:
-            errors.append(error)
-            continue
-        if errors:
-            logger.warning("%s: the state before it, %s, is taken", errors[0], file)
-        return file
-    if errors:
-        raise errors[0]
-    return None
-
-
-def _states(folder: Path) -> list[Path]:
-    return [folder / name for name in (RESUME_FILE, PREVIOUS_FILE) if (folder / name).is_file()]
-
-
-def check_training_state(file: Path) -> None:
-    """Raises `InputError` where `file` is not the state of a training run."""
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle raises anything
-        raise InputError(
-            f"--resume: {file} is no training state, or a damaged one ({type(error).__name__}); a run can also be "
-            "started anew from its last.pth or best.pth by --weights"
-        ) from error
-    if not isinstance(content, dict) or "pytorch-lightning_version" not in content:
-        raise InputError(
-            f"--resume: {file} holds weights, not the state of a run: start from them with --weights {file}"
-        )
 
 
 def _resumed_folder(place: Path) -> Path:
@@ -241,6 +251,6 @@ def _newest_run(parent: Path, name: str) -> Path | None:
     folders = [path for path in parent.glob("*") if pattern.fullmatch(path.name) and (path / CONFIG_FILE).is_file()]
 
     def last_change(path: Path) -> float:
-        return max(file.stat().st_mtime for file in (path / CONFIG_FILE, *_states(path)))
+        return max(file.stat().st_mtime for file in (path / CONFIG_FILE, *states(path)))
 
     return max(folders, key=last_change, default=None)

@@ -10,7 +10,8 @@ import torch
 
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import OptimConfig, TrainConfig
-from ddetr.engine.run_folder import RunFolder, check_training_state, free_folder
+from ddetr.engine.run.folder import RunFolder, free_folder
+from ddetr.engine.run.lock import LOCK_FILE
 from ddetr.errors import InputError
 
 
@@ -141,71 +142,84 @@ def test_what_cannot_be_resumed_is_said(output: str | None, resume: str, message
         choose(output, resume)
 
 
-def test_a_training_state_is_told_from_weights(tmp_path: Path) -> None:
-    file = tmp_path / "last.ckpt"
-    torch.save({"pytorch-lightning_version": "2.6.6", "state_dict": {}}, file)
-    check_training_state(file)
-    torch.save({"model": {"x": torch.zeros(1)}}, file)
-    with pytest.raises(InputError, match="holds weights, not the state of a run: start from them with --weights"):
-        check_training_state(file)
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(InputError, match="is no training state, or a damaged one"):
-        check_training_state(file)
-
-
 def test_a_changed_setting_is_named_and_a_harmless_one_is_not(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     config = TrainConfig(DataConfig("x", num_workers=0), optim=OptimConfig(lr=1e-4), epochs=3)
-    run.start(config)
+    with run.claimed(is_new=True):
+        run.start(config)
     run.check_unchanged(config)
     run.check_unchanged(replace(config, data=DataConfig("x", num_workers=4), log_every=3))
     with pytest.raises(
-        InputError, match=r"but optim\.lr was 0\.0001 and is 0\.1, epochs was 3 and is 4: put them back"
+        InputError, match=r"but optim\.lr was 0\.0001 and is 0\.1, epochs was 3 and is 2: put them back"
     ):
-        run.check_unchanged(replace(config, optim=OptimConfig(lr=0.1), epochs=4))
+        run.check_unchanged(replace(config, optim=OptimConfig(lr=0.1), epochs=2))
+    run.check_unchanged(replace(config, epochs=4))
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--output: the folder .*file/run cannot be made \(Not a directory\)"):
-        RunFolder(tmp_path / "file" / "run").start(TrainConfig(DataConfig("x")))
+    message = r"--output: the folder .*file/run cannot be made \(Not a directory\)"
+    with pytest.raises(InputError, match=message), RunFolder(tmp_path / "file" / "run").claimed(is_new=True):
+        pass
 
 
-def test_rows_after_the_checkpoint_are_taken_back(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    for step in (1, 2, 3):
-        run.append_csv("train.csv", {"step": step, "loss": step / 2})
-    run.drop_rows_after("train.csv", 2)
-    run.append_csv("train.csv", {"step": 3, "loss": 7.0})
-    assert (tmp_path / "train.csv").read_text() == "step,loss\n1,0.5\n2,1.0\n3,7.0\n"
-    run.drop_rows_after("train.csv", 0)
-    run.append_csv("train.csv", {"step": 1, "loss": 0.5})
-    assert (tmp_path / "train.csv").read_text() == "step,loss\n1,0.5\n"
+@pytest.mark.parametrize(
+    ("content", "what"), [("", "empty"), ("data: [", "broken"), ("- a\n", "no list of"), (b"\xff\xfe\x00", "broken")]
+)
+def test_settings_that_cannot_be_read_are_said(tmp_path: Path, content: str | bytes, what: str) -> None:
+    (tmp_path / "config.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=rf"config.yaml is {what}.*: the settings of the run are not known"):
+        RunFolder(tmp_path).settings()
 
 
-def test_a_damaged_state_gives_way_to_the_one_before(caplog: pytest.LogCaptureFixture) -> None:
-    folder = make_run("coco")
-    write_state(folder / "previous.ckpt", step=0)
-    whole = (folder / "last.ckpt").read_bytes()
-    assert choose("runs/coco", "auto") == (folder, folder / "last.ckpt")
-    (folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
-    assert choose("runs/coco", "auto") == (folder, folder / "previous.ckpt")
-    assert "last.ckpt is no training state, or a damaged one" in caplog.text
-    (folder / "last.ckpt").unlink()
-    assert choose("runs/coco", "auto") == (folder, folder / "previous.ckpt")
-    (folder / "previous.ckpt").write_bytes(b"")
-    with pytest.raises(InputError, match="previous.ckpt is no training state, or a damaged one"):
-        choose("runs/coco", "auto")
+def test_what_a_failed_preflight_leaves_is_free_for_the_next_run() -> None:
+    folder = Path("runs/coco")
+    folder.mkdir(parents=True)
+    (folder / "preflight.json").write_text("{}")
+    assert choose() == (folder, None)
+    (folder / "notes.txt").write_text("mine")
+    assert choose() == (Path("runs/coco-2"), None)
 
 
-def test_half_a_row_is_left_out_and_cleared_away(tmp_path: Path) -> None:
-    """What a kill in the midst of writing leaves, with the row after it not glued on."""
-    run = RunFolder(tmp_path)
-    for step in 1, 2, 3:
-        run.append_csv("train.csv", {"step": step, "loss": 0.5, "lr": 1})
-    text = (tmp_path / "train.csv").read_text()
-    (tmp_path / "train.csv").write_text(text[: text.rindex("3,0.5") + 3])
-    assert [row["step"] for row in run.read_csv("train.csv")] == ["1", "2"]
-    run.drop_rows_after("train.csv", 5)
-    run.append_csv("train.csv", {"step": 3, "loss": 0.25, "lr": 1})
-    assert [row["loss"] for row in run.read_csv("train.csv")] == ["0.5", "0.5", "0.25"]
+def test_a_run_that_began_meanwhile_is_not_overwritten() -> None:
+    """Two commands that start in the same second have both found nothing there."""
+    run = RunFolder(make_run("coco"))
+    with pytest.raises(InputError, match="already holds a run"), run.claimed(is_new=True):
+        pass
+    assert not (run.path / LOCK_FILE).exists()
+    with run.claimed(is_new=False):
+        assert (run.path / LOCK_FILE).exists()
+    assert not (run.path / LOCK_FILE).exists()
+
+
+def test_a_start_clears_away_what_a_killed_process_left_half(tmp_path: Path) -> None:
+    """But nothing that is somebody else's: a process that lives, a file that is no such one."""
+    gone = 2**22 + 1  # above the largest number of a process
+    folder = tmp_path / "run"
+    (folder / "pictures").mkdir(parents=True)
+    (folder / "blackbox" / f".step-000001.{gone}.0123abcd.tmp").mkdir(parents=True)
+    left = [folder / f".last.ckpt.{gone}.0123abcd.tmp", folder / "pictures" / f".1.png.{gone}.0123abcd.tmp"]
+    stays = [folder / f".report.html.{os.getppid()}.0123abcd.tmp", folder / ".mine.tmp", folder / "last.ckpt"]
+    for file in (*left, *stays):
+        file.write_text("x")
+    run = RunFolder(folder)
+    with run.claimed(is_new=True):
+        run.start(TrainConfig(DataConfig("x")))
+    assert [file for file in left if file.exists()] == []
+    assert list((folder / "blackbox").iterdir()) == []
+    assert all(file.exists() for file in stays)
+
+
+def test_a_folder_that_was_moved_away_is_said_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.append_row("train.csv", {"step": 1, "loss": 0.5})
+    run.path.rename(tmp_path / "moved")
+    run.append_row("train.csv", {"step": 2, "loss": 0.25})
+    assert "the folder is not there any more: if it was moved, put it back" in caplog.text
+    (tmp_path / "moved").rename(run.path)
+    run.append_row("train.csv", {"step": 3, "loss": 0.125})
+    assert [row["step"] for row in run.table("train.csv").rows()] == ["1", "2", "3"]
+    run.check_written()

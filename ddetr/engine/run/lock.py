@@ -1,0 +1,85 @@
+"""A run folder belongs to one process at a time: two that trained into it would mix up their rows and states."""
+
+import errno
+import json
+import logging
+import os
+import socket
+import time
+from pathlib import Path
+
+from ddetr.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+LOCK_FILE = "run.lock"
+_NOT_POSSIBLE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # some network and FUSE file systems
+
+
+class RunLock:
+    """The lock is the system's (POSIX `fcntl`): it ends with its process however that dies, is not inherited by the
+    processes that load images, and holds between machines where their network file system passes locks on (NFS does).
+    The file beside it names the holder for others, and goes with a run that ends by itself."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / LOCK_FILE
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Does nothing where this process has it already.
+
+        Raises:
+            InputError: another process has it.
+            OSError: the folder cannot be written to.
+        """
+        while self._descriptor is None:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if fcntl is not None:
+                    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = os.read(descriptor, 1000)
+                os.close(descriptor)
+                if error.errno in _NOT_POSSIBLE:
+                    logger.warning("%s: this file system has no locks: see to it that one run uses it", self.path)
+                    return
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                raise InputError(
+                    f"{self.path.parent} is in use by another run{_named(holder)}: stop that one first, or choose "
+                    "another --output"
+                ) from None
+            if _is_still(self.path, descriptor):
+                self._descriptor = descriptor
+                me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+                os.truncate(descriptor, 0)
+                os.write(descriptor, json.dumps(me).encode())
+            else:  # its holder has ended, and has removed it, between the two calls
+                os.close(descriptor)
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _named(holder: bytes) -> str:
+    """ " (process 123 on host a, since ...)"; "" where the file does not say."""
+    try:
+        found = json.loads(holder)
+        return f" (process {int(found['pid'])} on {str(found['host'])[:100]}, since {str(found['since'])[:40]})"
+    except (ValueError, KeyError, TypeError):
+        return ""
