@@ -212,9 +212,6 @@ class Publish(Callback):
             "  (best so far)" if is_best else "",
         )
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
-        self._write_best()
-
     def on_train_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
         self._write_best()
 

@@ -65,6 +65,7 @@ class Loggers(Callback):
     def __init__(self, names: Sequence[LoggerName], run: RunFolder, config: Mapping[str, Any]):
         self.names, self.run, self.config = names, run, config
         self._open: dict[str, Logger] = {}
+        self._hook = threading.excepthook
         # A killed run has logged more than its last checkpoint knows of, and a service takes nothing back. The steps
         # that are trained again give the same numbers: they are not sent again.
         self._sent = {kind: self._last_step(f"{kind}.csv") for kind in ("train", "val")}
@@ -73,6 +74,8 @@ class Loggers(Callback):
         return max((int(row["step"]) for row in self.run.table(name).rows()), default=0)
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if "tensorboard" in self.names:
+            self._hook, threading.excepthook = threading.excepthook, self._silent_of_tensorboard
         for name in self.names:
             self._guarded(name, lambda name=name: self._start(name, trainer.global_step))
 
@@ -121,12 +124,21 @@ class Loggers(Callback):
             else:
                 close()
         self._open.clear()
+        if threading.excepthook == self._silent_of_tensorboard:
+            threading.excepthook = self._hook
+
+    def _silent_of_tensorboard(self, failed: Any) -> None:
+        """What ends TensorBoard's writing thread is raised again where the next row is sent, and is said there."""
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            self._hook(failed)
 
     def _guarded(self, name: str, action: Callable[[], None]) -> None:
         try:
             action()
         except Exception as error:  # whatever a service, a network or a full disk comes up with
             self._open.pop(name, None)
+            while error.__cause__ is not None:  # Lightning's own word is of a value that it could not log
+                error = error.__cause__
             logger.warning(
                 "%s failed and is switched off, the run goes on without it (%s: %s)",
                 name, type(error).__name__, " ".join(str(error).split())[:300],

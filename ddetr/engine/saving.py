@@ -122,9 +122,13 @@ class SaveState(Callback):
                     signal.signal(signum, handle)
 
     def _interrupt(self) -> None:
-        """From the timer's thread: `handle` is called in the main one."""
+        """From the timer's thread: `handle` is called in the main one, which is called back from whatever it waits
+        for."""
         self._is_overdue = True
-        _thread.interrupt_main()
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        else:
+            _thread.interrupt_main()
 
     def _stopped(self, trainer: pl.Trainer) -> Stopped:
         self._give_up.cancel()  # what is done now ends soon

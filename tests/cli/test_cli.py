@@ -412,6 +412,24 @@ def test_a_failure_of_the_program_keeps_its_traceback(
         ddetr("data", "audit", shapes)
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FloatingPointError("step 3 has loss nan"), "step 3 has loss nan"),
+        (OSError(28, "No space left on device", "out/a.jpg"), "out/a.jpg: No space left on device"),
+        (OSError(30, "Read-only file system"), "Read-only file system"),
+    ],
+)
+def test_a_run_that_diverges_and_a_full_disk_are_a_sentence(
+    ddetr: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, shapes: Path, error: Exception, said: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ddetr.datasets.splits.load_splits", fail)
+    assert ddetr("data", "audit", shapes)[::2] == (1, f"ddetr: error: {said}\n")
+
+
 def test_interrupted(ddetr: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch, shapes: Path) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

@@ -34,6 +34,24 @@ def at_step(step: int, signum: int, rank: int = 0) -> None:
     Watch.on_train_batch_start = send
 
 
+def endless_step(step: int) -> None:
+    """Ctrl+C in a step that does not end."""
+    original = Watch.on_train_batch_start
+
+    def hang(self, trainer, module, batch, batch_idx):
+        original(self, trainer, module, batch, batch_idx)
+        if trainer.global_step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1000)
+
+    Watch.on_train_batch_start = hang
+
+
+def interrupted_twice(step: int) -> None:
+    at_step(step, signal.SIGINT)
+    at_step(step, signal.SIGINT)
+
+
 def in_validation(number: int, signum: int) -> None:
     """The signal comes in the midst of the validation of that number, counted from 0."""
     original = Watch.on_validation_batch_end

@@ -16,7 +16,7 @@ import yaml
 from ddetr.checkpoint import load_checkpoint
 
 STEPS_AN_EPOCH, EPOCHS = 4, 3
-KILL, TERM, USR1 = int(signal.SIGKILL), int(signal.SIGTERM), int(signal.SIGUSR1)
+KILL, TERM, USR1, INT, HUP = (int(getattr(signal, f"SIG{name}")) for name in ("KILL", "TERM", "USR1", "INT", "HUP"))
 
 
 def perform(commands: list[list[Any]], timeout: float = 250, **environment: str) -> tuple[list[int], str]:
@@ -160,16 +160,21 @@ def test_a_run_in_half_precision_with_all_that_it_keeps(undisturbed: Path, confi
 
 
 def test_stop_signals_save_the_step_and_are_answered_by_their_code(configuration: Path, undisturbed: Path) -> None:
-    """No save is due by itself at steps 2 and 6: what is resumed was saved because of the signal."""
+    """No save is due by itself at steps 1, 2, 5 and 6: what is resumed was saved because of the signal."""
     run = undisturbed.parent / "stopped"
     command = start(configuration, run)
-    disturbances = [["at_step", 2, TERM], ["at_step", 6, USR1], ["in_validation", 1, TERM], ["at_step", 12, TERM]]
+    disturbances = [["at_step", 1, INT], ["at_step", 2, TERM], ["at_step", 5, HUP], ["at_step", 6, USR1]]
+    disturbances += [["in_validation", 1, TERM], ["at_step", 12, INT]]
     commands = [[command + ["--resume"] * (i > 0), one] for i, one in enumerate(disturbances)]
     codes, said = perform(commands)
-    assert codes == [128 + TERM, 128 + USR1, 128 + TERM, 128 + TERM]
-    for line in ("SIGTERM at step 2", "SIGUSR1 at step 6", "SIGTERM at step 8", "SIGTERM at step 12"):
-        assert f"stopped by {line}; the same command with --resume goes on" in said
-    assert state_of(run)["global_step"] == 11  # the last step of an epoch is done again, with its validation
+    assert codes == [128 + signum for *_, signum in disturbances]
+    # The last step of an epoch is done again, with its validation.
+    for name, step, saved in (
+        *(("INT", 1, 1), ("TERM", 2, 2), ("HUP", 5, 5), ("USR1", 6, 6), ("TERM", 8, 7), ("INT", 12, 11)),
+    ):
+        message = f"stopped by SIG{name} at step {step}: the state of step {saved} is saved, and the same command with"
+        assert message in said, message
+    assert state_of(run)["global_step"] == 11
     assert perform([[[*command, "--resume"], None]])[0] == [0]
     assert_same_run(run, undisturbed)
 
@@ -183,6 +188,33 @@ def test_a_resumed_run_does_not_load_what_it_has_seen(configuration: Path, tmp_p
     assert state_of(run)["DetectionData"] == {"epoch": 0, "batch": 2}
 
 
+def test_who_stops_a_run_by_hand_does_not_wait_long(configuration: Path, tmp_path: Path) -> None:
+    """A step that takes longer than a person's patience is given up; a second Ctrl+C ends at once."""
+    command = start(configuration, tmp_path / "run", "--checkpoint_every", "1")
+    commands = [[command, ["endless_step", 3]], [[*command, "--resume"], ["interrupted_twice", 4]]]
+    codes, said = perform(commands, timeout=150)
+    assert codes == [128 + INT] * 2
+    assert "stopped by SIGINT at step 2: the state of step 2 is saved, and the same command with --resume" in said
+    assert "ddetr: interrupted; --resume goes on from the last saved state" in said
+    assert state_of(tmp_path / "run")["global_step"] == 3
+
+
+def test_a_damaged_state_costs_no_more_than_the_steps_since_the_one_before(
+    configuration: Path, undisturbed: Path
+) -> None:
+    run = undisturbed.parent / "damaged"
+    command = start(configuration, run, "--checkpoint_every", "1")
+    assert perform([[command, ["at_step", 7, KILL]]])[0] == [-KILL]
+    content = bytearray((run / "last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (run / "last.ckpt").write_bytes(content)
+    codes, said = perform([[[*command, "--resume"], None]])
+    assert codes == [0]
+    assert "last.ckpt is damaged: the checksum of" in " ".join(said.split())
+    assert_same_run(run, undisturbed)
+    assert (run / "damaged.ckpt").read_bytes() == content
+
+
 def test_a_full_disk_is_reported_and_the_run_goes_on(configuration: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Files of the run may not grow beyond a few kilobytes: tables fit, states and weights do not."""
     run = tmp_path / "run"
@@ -194,6 +226,7 @@ def test_a_full_disk_is_reported_and_the_run_goes_on(configuration: Path, undist
     assert codes == [2]  # all that could be done was done, but not everything is on disk
     assert "last.ckpt could not be written (File too large; " in said
     assert "what was there before is intact and the run goes on" in said
+    assert said.count("last.ckpt could not be written") == 1, "it is said once"
     assert "the run has come to its end, but in" in said
     assert all(f"{name} (File too large)" in said.partition("come to its end")[2] for name in ("last.ckpt", "last.pth"))
     assert (run / "last.ckpt").read_bytes() == before
@@ -203,14 +236,20 @@ def test_a_full_disk_is_reported_and_the_run_goes_on(configuration: Path, undist
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1000)
-def test_a_run_killed_at_twenty_random_moments_resumes_exactly(configuration: Path, undisturbed: Path) -> None:
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_killed_at_twenty_random_moments_resumes_exactly(
+    configuration: Path, undisturbed: Path, workers: int
+) -> None:
     """Reading, writing, training, validating, starting: the moments are of any kind."""
-    draw = random.Random(0)
-    run = undisturbed.parent / "killed-at-random"
-    command = [*start(configuration, run, "--checkpoint_every", "1"), "--resume"]
+    draw = random.Random(workers)
+    run = undisturbed.parent / f"killed-at-random-{workers}"
+    command = [*start(configuration, run, "--checkpoint_every", "1", "--data.num_workers", str(workers)), "--resume"]
     assert perform([[command[:-1], ["at_step", 2, KILL]]])[0] == [-KILL]  # there is a run to resume
-    moments = [["seconds", draw.uniform(0.3, 3.0)] for _ in range(20)]
-    codes, _ = perform([*([command, moment] for moment in moments), [command, None]], timeout=900)
+    commands = []
+    for _ in range(20):  # half of them without a save every step, so that they begin at an epoch's beginning
+        options = command if draw.random() < 0.5 else [word for word in command if word not in EACH_STEP]
+        commands.append([options, ["seconds", draw.uniform(0.3, 6.0)]])
+    codes, _ = perform([*commands, [command, None]], timeout=2900)
     assert set(codes) <= {-KILL, 0}
     assert_same_run(run, undisturbed)

@@ -46,33 +46,36 @@ class RunFolder:
 
     @contextmanager
     def going_on_without(self, name: str) -> Iterator[None]:
-        """Reports that a file could not be written instead of raising: a disk that is full now may have room at the
-        next try, and what was there before is intact."""
+        """Reports once that a file could not be written instead of raising: a disk that is full now may have room at
+        the next try, and what was there before is intact."""
         try:
             yield
         except OSError as error:
-            self.unwritten[name] = error.strerror or str(error)
-            logger.error(
-                "%s could not be written (%s; %s): what was there before is intact and the run goes on",
-                self.path / name, self.unwritten[name], self._room(),
-            )  # fmt: skip
+            reason = error.strerror or str(error)
+            if self.unwritten.get(name) != reason:
+                logger.error(
+                    "%s could not be written (%s; %s): what was there before is intact and the run goes on",
+                    self.path / name, reason, self._room(),
+                )  # fmt: skip
+            self.unwritten[name] = reason
         else:
-            self.unwritten.pop(name, None)
+            if self.unwritten.pop(name, None) is not None:
+                logger.info("%s could be written again", self.path / name)
 
     def _room(self) -> str:
         try:
             return f"{shutil.disk_usage(self.path).free / 2**20:.0f} MB are free there"
         except OSError:
-            return "the folder is not there any more: if it was moved, put it back"
+            return "the folder is not there any more: was it moved?"
 
     def check_written(self) -> None:
         """Raises `InputError` where the last state of a file is not on disk."""
         if self.unwritten:
             names = ", ".join(f"{name} ({reason})" for name, reason in self.unwritten.items())
+            cure = "Make room" if self.path.is_dir() else "Put the folder back"
             raise InputError(
-                f"the run has come to its end, but in {self.path} these could not be written: {names}. Make "
-                "room; the same "
-                "command with --resume goes on from the last state that was written"
+                f"the run has come to its end, but in {self.path} these could not be written: {names}. {cure}; the "
+                "same command with --resume goes on from the last state that was written"
             )
 
     @classmethod

@@ -128,6 +128,21 @@ def test_the_command_tries_and_trains_nothing(settings: dict[str, Any], capsys: 
     assert "failed" in captured.out
 
 
+def test_the_command_leaves_nothing_where_no_folder_is_named(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A folder of the next run's name would give that one another."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = options(settings)
+    place = words.index("--output")
+    assert cli.main(["preflight", *words[:place], *words[place + 2 :]]) == 0
+    assert list((tmp_path / "here").iterdir()) == []
+    capsys.readouterr()
+    assert cli.main(["preflight", "--data", settings["data"].path, "--resume"]) == 2
+    assert "leave --resume out" in capsys.readouterr().err
+
+
 def test_the_table_shows_brackets_as_they_are() -> None:
     from rich.console import Console
 

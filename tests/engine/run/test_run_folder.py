@@ -218,7 +218,9 @@ def test_a_folder_that_was_moved_away_is_said_and_the_run_goes_on(
     run.append_row("train.csv", {"step": 1, "loss": 0.5})
     run.path.rename(tmp_path / "moved")
     run.append_row("train.csv", {"step": 2, "loss": 0.25})
-    assert "the folder is not there any more: if it was moved, put it back" in caplog.text
+    assert "the folder is not there any more: was it moved?" in caplog.text
+    with pytest.raises(InputError, match=r"could not be written: train.csv \(No such file .*\). Put the folder back"):
+        run.check_written()
     (tmp_path / "moved").rename(run.path)
     run.append_row("train.csv", {"step": 3, "loss": 0.125})
     assert [row["step"] for row in run.table("train.csv").rows()] == ["1", "2", "3"]
