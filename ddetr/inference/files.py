@@ -16,7 +16,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from ddetr.datasets.images import IMAGE_SUFFIXES
 from ddetr.errors import InputError
-from ddetr.files import write_atomically, write_text
+from ddetr.files import remove_leftovers, write_atomically, write_text
 from ddetr.inference.detections import Detections
 from ddetr.inference.drawing import draw_boxes
 from ddetr.inference.predictor import BadImage, Predictor, check_batch_size
@@ -70,6 +70,7 @@ def predict_files(
         (output / ANNOTATED).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"Cannot make the output folder {output}: {error.strerror or error}.") from error
+    remove_leftovers(output)
     done: list[tuple[Detections, Path]] = []
     failures: list[tuple[Path, str]] = []
     due = zip(paths, image_ids, targets)  # an iterator: each batch goes on where the last one ended

@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +110,20 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 KILL, TERM = int(signal.SIGKILL), int(signal.SIGTERM)
 
 
-def launch(config: Path, run: Path, disturbance: list[Any] | None, *options: str, launcher: list[str]) -> Any:
-    """Two processes, of which one may be disturbed on its way: see disturbed.py."""
+def command_of(
+    config: Path, run: Path, disturbance: list[Any] | None, *options: str, launcher: list[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Two processes, of which one may be disturbed on its way: see disturbed.py. The command and its environment."""
     command = ["train", "--config", str(config), "--output", str(run), *options]
     program = [str(Path(__file__).with_name("disturbed.py")), json.dumps([[command, disturbance]])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDETR_TEST_LAUNCHES": "1"}
     environment.pop("DDETR_RUN", None)
-    return subprocess.run(
-        [sys.executable, *launcher, *program], capture_output=True, text=True, env=environment, timeout=200
-    )
+    return [sys.executable, *launcher, *program], environment
+
+
+def launch(*arguments: Any, launcher: list[str]) -> Any:
+    command, environment = command_of(*arguments, launcher=launcher)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +184,50 @@ def test_without_a_launcher_both_stop_at_a_signal_to_the_first(two_process_confi
     done = launch(two_process_config, run, ["at_step", 3, TERM, 0], "--devices", "2", launcher=[])
     assert done.returncode == 128 + TERM, done.stderr
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_processes_killed_at_twenty_random_moments_resume_exactly(two_process_config: Path, tmp_path: Path) -> None:
+    """With processes that load images: one of the two is killed, or all at once as where a machine goes down."""
+    draw = random.Random(0)
+    options = ["--epochs", "10", "--data.num_workers", "2", "--optim.ema_decay", "0.9"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done = launch(two_process_config, whole, None, *options, launcher=TORCHRUN)
+    assert done.returncode == 0, done.stderr
+    for number in range(20):
+        every = ["--checkpoint_every", "1"] * (draw.random() < 0.5)
+        resume = ["--resume"] * (run / "config.yaml").exists()
+        command, environment = command_of(two_process_config, run, None, *options, *every, *resume, launcher=TORCHRUN)
+        with subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
+        ) as process:
+            if draw.random() < 0.8:  # in its training, otherwise anywhere
+                began = (run / "train.csv").stat().st_mtime if (run / "train.csv").exists() else 0.0
+                while process.poll() is None and not (
+                    (run / "train.csv").exists() and (run / "train.csv").stat().st_mtime > began
+                ):
+                    time.sleep(0.05)
+                time.sleep(draw.uniform(0, 1.5))
+            else:
+                time.sleep(draw.uniform(0.5, 10))
+            if number % 2:
+                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                for child in children[: draw.choice((1, 2))]:
+                    os.kill(int(child), KILL)
+            else:
+                os.killpg(process.pid, KILL)
+            assert process.wait(120) != 0 or state_step(run) == state_step(whole)
+    resumed = launch(two_process_config, run, None, "--resume", *options, launcher=TORCHRUN)
+    assert resumed.returncode == 0, resumed.stderr
+    first, second = (torch.load(path / "last.ckpt", weights_only=True) for path in (whole, run))
+    for state in (first, second):
+        state["average"] = state["weight_average"]["tensors"]
+    for kind in ("state_dict", "average"):
+        assert [name for name, value in first[kind].items() if not torch.equal(value, second[kind][name])] == []
+    assert (whole / "val.csv").read_text() == (run / "val.csv").read_text()
+
+
+def state_step(run: Path) -> int:
+    file = run / "last.ckpt"
+    return torch.load(file, weights_only=True)["global_step"] if file.exists() else 0

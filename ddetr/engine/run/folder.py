@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ddetr.engine.config import TrainConfig
-from ddetr.engine.run.lock import RunLock
+from ddetr.engine.run.lock import LOCK_FILE, RunLock
 from ddetr.engine.run.states import (
     PREVIOUS_FILE,
     RESUME_FILE,
@@ -222,10 +222,12 @@ def _already_holds_a_run(path: Path) -> InputError:
 
 
 def is_free(path: Path) -> bool:
-    """Whether a run may begin there: nothing is, or only what a preflight has left that failed."""
+    """Whether a run may begin there: nothing is, or only what one has left that ended before its beginning."""
     if not path.exists():
         return True
-    return path.is_dir() and {entry.name for entry in path.iterdir()} <= {PREFLIGHT_FILE}
+    if not path.is_dir() or not {entry.name for entry in path.iterdir()} <= {PREFLIGHT_FILE, LOCK_FILE}:
+        return False
+    return not RunLock(path).is_held()
 
 
 def free_folder(parent: Path, name: str) -> Path:

@@ -62,6 +62,17 @@ class RunLock:
             else:  # its holder has ended, and has removed it, between the two calls
                 os.close(descriptor)
 
+    def is_held(self) -> bool:
+        """By another process."""
+        if not self.path.exists():
+            return False
+        try:
+            self.take()
+        except InputError:
+            return True
+        self.release()
+        return False
+
     def release(self) -> None:
         if self._descriptor is not None:
             self.path.unlink(missing_ok=True)

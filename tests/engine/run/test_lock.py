@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ddetr.engine.run import lock
+from ddetr.engine.run.folder import free_folder
 from ddetr.engine.run.lock import LOCK_FILE, RunLock
 from ddetr.errors import InputError
 
@@ -35,8 +36,12 @@ def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path: Path)
         )
         with pytest.raises(InputError, match=message):
             RunLock(tmp_path).take()
+        assert RunLock(tmp_path).is_held()
+        assert free_folder(tmp_path.parent, tmp_path.name) != tmp_path
         holder.send_signal(signal.SIGKILL)
         holder.wait()
+        assert (tmp_path / LOCK_FILE).exists()
+        assert free_folder(tmp_path.parent, tmp_path.name) == tmp_path
         mine = RunLock(tmp_path)
         mine.take()
         mine.take()
