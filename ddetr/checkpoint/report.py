@@ -22,7 +22,8 @@ class LoadReport:
     """What `load_weights` did with every tensor of the file and of the model.
 
     Attributes:
-        path, kind: the file, and "ddetr", "official", "transformers", "detrex" or "mmdetection".
+        path, kind: the file, and "ddetr", "official", "transformers", "detrex", "mmdetection" or "mmdetection 2".
+        where: under which keys of the file the weights lie: "ema.module"; "" for its outermost names.
         loaded: names copied as they are.
         adapted: copied in part or changed, and how.
         skipped: in the file, not in the model.
@@ -32,6 +33,7 @@ class LoadReport:
 
     path: Path
     kind: str
+    where: str = ""
     loaded: list[str] = field(default_factory=list)
     adapted: list[Remark] = field(default_factory=list)
     skipped: list[Remark] = field(default_factory=list)
