@@ -146,8 +146,8 @@ def find_detector(content: Any) -> Detector | None:
     """
     found = [detector for keys, values in _dicts(content) for detector in _detectors(keys, values)]
     is_openmmlab = isinstance(content, dict) and ("message_hub" in content or "meta" in content)
-    averaged = [] if is_openmmlab else [detector for detector in found if detector.is_averaged]
-    return next(iter([*averaged, *found]), None)
+    wanted = (detector for detector in found if detector.is_averaged != is_openmmlab)
+    return next(wanted, found[0] if found else None)
 
 
 def with_average(content: Any) -> Any:
