@@ -210,8 +210,8 @@ def _classes_of(
     names: Sequence[str] = ()
     if kind == "transformers":
         id2label = transformers_config.get("id2label")
-        by_row = {int(row): str(name) for row, name in id2label.items() if row.isdecimal()} if id2label else {}
-        names = [by_row.get(row, f"LABEL_{row}") for row in range(num_rows)]
+        by_row = id2label if isinstance(id2label, dict) else {}
+        names = [str(by_row.get(str(row), f"LABEL_{row}")) for row in range(num_rows)]
     elif kind.startswith("mmdetection"):
         names = _mmdetection_names(mapping_of(content.get("meta")) or {})
     is_named = any(not re.fullmatch(r"LABEL_\d+|N/A", name) for name in names)
