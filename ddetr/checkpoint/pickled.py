@@ -24,6 +24,8 @@ _HOSTILE_MODULES = re.compile(
 _HOSTILE_BUILTINS = re.compile(
     r"(?:__builtin__|builtins)\.(?:eval|exec|execfile|compile|open|input|breakpoint|__import__)\b"
 )
+# What they return is a value in honest files (an item of an enumeration); an attack calls it.
+_MAKES_FUNCTIONS = re.compile(r"(?:__builtin__|builtins)\.getattr$|_?operator\.\w+$|_?functools\.partial$")
 _STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -298,6 +300,8 @@ def _checked(name: Global) -> Global:
 
 
 def _called(function: Any, arguments: Any) -> Any:
+    if isinstance(function, StandIn) and _MAKES_FUNCTIONS.match(function.name):
+        raise HostileFile(re.sub(r"^\w+\.", "", function.name))
     if not isinstance(function, Global):
         return StandIn("an object")
     make = _MAKERS.get(function)

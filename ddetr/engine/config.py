@@ -91,7 +91,8 @@ class TrainConfig:
     output: str | None = option(None, resume="session")
     """Run folder; by default runs/ and the name of the data set, numbered."""
     weights: str | None = None
-    """Checkpoint to start from (ours, official, transformers, ...), unlike resume with a new schedule."""
+    """Checkpoint to start from (ours, official, transformers, detrex, mmdetection), or a run's last.ckpt, of which the
+    averaged weights are taken if it has them; unlike resume with a new schedule."""
     verbose: bool = option(False, resume="session")
     """Name every parameter that did not come from weights as it is, instead of the first of each reason."""
     resume: str | None = option(None, resume="session")

@@ -4,6 +4,7 @@ import argparse
 import collections
 import copyreg
 import datetime
+import enum
 import functools
 import io
 import json
@@ -49,6 +50,12 @@ class Call:
         """Its pickle is called; pickle asks beforehand whether it can be."""
 
 
+class Color(enum.Enum):
+    """Pickled as getattr(Color, "RED") by some versions of Python."""
+
+    RED = 1
+
+
 def attacks(harm: Path) -> dict[str, Any]:
     """Each makes the folder `harm` where it is run."""
     command, code = f"mkdir {harm}", f"__import__('os').mkdir({str(harm)!r})"
@@ -90,6 +97,14 @@ def test_nothing_that_a_file_asks_for_is_run(form: str, tmp_path: Path) -> None:
                 read(tmp_path / "evil.pth")
             assert "\n" not in str(caught.value)
             assert not harm.exists(), name
+
+
+def test_what_makes_a_function_and_calls_it_is_named(tmp_path: Path) -> None:
+    call = Call(Call(getattr, (Path, "touch")), (tmp_path / "harm",))
+    for read in (load_checkpoint, lambda path: load_weights(make_model(), path)):
+        torch.save({"model": call}, tmp_path / "evil.pth")
+        with pytest.raises(InputError, match=r"the file wants to run 'getattr', which was not done"):
+            read(tmp_path / "evil.pth")
 
 
 @pytest.mark.parametrize(
@@ -164,6 +179,7 @@ def test_objects_of_other_programs_are_no_obstacle(tmp_path: Path, monkeypatch: 
         "groups": collections.defaultdict(list, a=[1]),
         "set": {1, 2},
         "frozen": frozenset([(1, (2, 3))]),
+        "kind": Color.RED,
         "precision": torch.float16,
         "level": torch.Size([1]),
         "random": torch.get_rng_state(),
