@@ -1,5 +1,6 @@
 """Bytes to tensors and back: nothing that a file contains is run, and nothing is read before it is asked for."""
 
+import errno
 import io
 import json
 import math
@@ -17,12 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ddetr.checkpoint.pickled import HostileFile, StorageId, TensorView, read_pickle
+from ddetr.checkpoint.pickled import HostileFile, StandIn, StorageId, TensorView, read_pickle
 from ddetr.checkpoint.signatures import HEAD_BYTES, PICKLE, PICKLE_RECORD, TORCH_ARCHIVE, TORCH_MAGIC, described
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
 
-MAX_WEIGHT_BYTES = 2**35  # of the tensors that are read from a file: 9 billion float32 parameters
+MAX_WEIGHT_BYTES = 2**34  # of the tensors that are read from a file: 4 billion float32 parameters
 MAX_RECORDS = 100_000  # tensors of a file, or records of its archive
 MAX_PICKLE_BYTES = 2**26  # of what describes the tensors, and holds the plain values beside them
 MAX_JSON_BYTES = 2**26  # of a configuration or an index beside the weights
@@ -72,6 +73,7 @@ class Records:
         Raises:
             InputError: the file does not hold what the tensor says, or is damaged.
         """
+        name = name if name.isprintable() else ascii(name)
         if wrong := self._why_impossible(view):
             raise InputError(f"{self.path}: {name}: {wrong}. The file is damaged, or was made to do harm")
         numbers = self._bytes(name, view.storage.key)
@@ -94,9 +96,7 @@ class Records:
     def _why_impossible(self, view: TensorView) -> str:
         """Empty where the tensor lies in its record and has no more elements than it."""
         shape, stride, offset = view.shape, view.stride, view.offset
-        if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= 16):
-            return "its shape is no shape"
-        if not all(isinstance(number, int) and 0 <= number < 2**62 for number in (*shape, *stride, offset)):
+        if shape is None or stride is None or offset is None or len(shape) != len(stride):
             return "its shape is no shape"
         place = self.places.get(view.storage.key)
         if place is None:
@@ -110,10 +110,15 @@ class Records:
     def _bytes(self, name: str, key: str) -> Tensor:
         if key not in self._read:
             place = self.places[key]
-            data = bytearray(place.size)
-            with place.path.open("rb") as file:
-                file.seek(place.start)
-                num_read = file.readinto(data)
+            try:
+                data = bytearray(place.size)
+                with place.path.open("rb") as file:
+                    file.seek(place.start)
+                    num_read = file.readinto(data)
+            except MemoryError as error:
+                raise InputError(f"{place.path}: {name} of {place.size:,} bytes does not fit into memory") from error
+            except OSError as error:
+                raise InputError(f"{place.path}: cannot be read ({error.strerror or error})") from error
             if num_read != place.size or (place.crc and zlib.crc32(data) != place.crc):
                 raise InputError(f"{_cut_short(place.path)} (at {name}). Copy or download it again")
             self._read[key] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
@@ -140,10 +145,12 @@ def read_file(path: Path) -> FileContent:
             f"{path}: expected tensors and plain values only, but the file wants to run {str(error)!r}, which was not "
             "done. Save the weights alone, torch.save(model.state_dict(), FILE), or take them from a source that did"
         ) from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (InputError, KeyboardInterrupt):
+    except InputError:
         raise
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a place before the beginning
+            raise InputError(f"{_cut_short(path)}. Copy or download it again") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
         raise InputError(f"{_cut_short(path)} ({error}). Copy or download it again") from error
     except Exception as error:  # a damaged file raises anything, from KeyError to RecursionError
@@ -214,6 +221,7 @@ def _read_safetensors(path: Path, file: BinaryIO) -> FileContent:
         start, end = entry["data_offsets"]
         shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
         if dtype is None:
+            content[name] = StandIn(f"torch.{entry['dtype']}")
             continue
         places[name] = _Place(path, 8 + header_size + start, end - start, 0)
         stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
@@ -260,7 +268,7 @@ def _read_legacy(path: Path, file: BinaryIO, size: int) -> FileContent:
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:  # never gives more than there is
         _, _, system, content, keys = (read_pickle(whole, storages) for _ in range(5))
         places = {}
-        for key in map(str, keys):
+        for key in keys:
             (count,) = struct.unpack("<q", whole.read(8))
             start, length = whole.tell(), count * storages[key].dtype.itemsize
             if count < 0 or start + length > size:

@@ -98,8 +98,8 @@ def _official(path: Path, detector: Detector, records: Records) -> dict[str, Ten
             views[name] = value
         elif value.name.startswith("torch."):  # other objects in a state dict are no weights
             raise InputError(
-                f"{path}: expected plain tensors, but {detector.in_file[name]} is of another kind ({value.name}), such "
-                "as sparse or quantised ones: write it again as a plain tensor"
+                f"{path}: expected plain tensors, but {detector.in_file[name]!a} is of another kind ({value.name!a}), "
+                "such as sparse or quantised ones: write it again as a plain tensor"
             )
     records.check_total(views.values())
     official = official_names(detector.kind, views)
@@ -227,4 +227,5 @@ def _classes_of(
 def _mmdetection_names(meta: Mapping[str, Any]) -> Sequence[str]:
     data_set = mapping_of(meta.get("dataset_meta")) or {}
     names = data_set.get("classes") or data_set.get("CLASSES") or meta.get("CLASSES")
-    return [str(name) for name in names] if isinstance(names, (list, tuple)) else ()
+    is_plain = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+    return names if is_plain else ()

@@ -164,7 +164,7 @@ def with_average(content: Any) -> Any:
     first: dict[Any, str] = {}
     for name, view in parts[1].items():
         if isinstance(view, TensorView):
-            name_of_first = first.setdefault((view.storage, str((view.offset, view.shape))), name)
+            name_of_first = first.setdefault((view.storage, view.offset, view.shape), name)
             state_dict[name] = averaged.get(name_of_first.removeprefix("model."), view)
     return {"averaged": state_dict}
 

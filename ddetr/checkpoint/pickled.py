@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+MAX_AXES = 16
+MAX_BITS = 64  # of a number; Python refuses to write one of many thousand
 MAX_OPERATIONS = 5_000_000  # a training state of a detector has some ten thousand
 
 # Nothing would be run, but a file that asks for these is an attack and no file of weights: its user should know.
@@ -76,12 +78,12 @@ class StorageId(NamedTuple):
 
 @dataclass(eq=False)
 class TensorView:
-    """A tensor as a file describes it; whether that is possible is seen where it is loaded."""
+    """A tensor as a file describes it, None for what is no shape; whether its numbers are there is seen later."""
 
     storage: StorageId
-    offset: Any  # elements
-    shape: Any
-    stride: Any
+    offset: int | None  # elements
+    shape: tuple[int, ...] | None
+    stride: tuple[int, ...] | None  # elements
     dtype: torch.dtype
 
 
@@ -145,7 +147,8 @@ class _Machine:
     def do(self, name: str, argument: Any) -> None:
         stack = self.stack
         if name in _WITH_VALUE:
-            stack.append(argument)
+            is_huge = isinstance(argument, int) and argument.bit_length() > MAX_BITS
+            stack.append(StandIn("builtins.int") if is_huge else argument)
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name]())
         elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
@@ -235,7 +238,7 @@ class _Machine:
         target = self.stack[-1]
         target = target.items if isinstance(target, StandIn) else target
         for key, value in zip(items[::2], items[1::2]):
-            # The hash of a tuple of tuples of the same tuples would take for ever.
+            # The hash of a tuple of tuples of the same tuples would take for ever, as would its text.
             if isinstance(target, dict) and isinstance(key, (str, int, float, bytes, type(None))):
                 target[key] = value
 
@@ -247,7 +250,9 @@ class _Machine:
 
     def _stack_global(self, _: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
-        self.stack.append(_checked(Global(str(module), str(name))))
+        if not (isinstance(name, str) and isinstance(module, str)):
+            raise ValueError("a name that is no text")
+        self.stack.append(_checked(Global(module, name)))
 
     def _reduce(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
@@ -331,14 +336,26 @@ def _storage(identifier: Any) -> StorageId | StandIn:
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Any:
     if not isinstance(storage, StorageId):
         return StandIn("torch.Tensor")
-    return TensorView(storage, offset, shape, stride, storage.dtype)
+    return _view(storage, offset, shape, stride, storage.dtype)
 
 
 def _tensor_of_dtype(storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any) -> Any:
     kind = getattr(torch, dtype.name, None) if isinstance(dtype, Global) and dtype.module == "torch" else None
     if not isinstance(storage, StorageId) or not isinstance(kind, torch.dtype):
         return StandIn("torch.Tensor")
-    return TensorView(storage, offset, shape, stride, kind)
+    return _view(storage, offset, shape, stride, kind)
+
+
+def _view(storage: StorageId, offset: Any, shape: Any, stride: Any, dtype: torch.dtype) -> TensorView:
+    sizes = [
+        one if isinstance(one, tuple) and len(one) <= MAX_AXES and all(map(_is_size, one)) else None
+        for one in (shape, stride)
+    ]
+    return TensorView(storage, offset if _is_size(offset) else None, *sizes, dtype)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**62
 
 
 _MAKERS: dict[Global, Callable[..., Any]] = {

@@ -27,6 +27,7 @@ from ddetr.models.deformable_detr import DeformableDETR
 
 FORMAT = "ddetr"
 FORMAT_VERSION = 1
+MAX_VALUES = 1_000_000  # plain values in a field of a checkpoint
 LIGHTNING = "pytorch-lightning_version"  # is in every training state that Lightning writes
 _ALIASES = "aliases"  # safetensors metadata: names that share the tensor of another name
 _PLAIN_FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -152,10 +153,13 @@ def parse_checkpoint(path: Path, file: FileContent, *, with_model: bool = True) 
         raise InputError(f"{path}: expected a ddetr checkpoint, got {_what_else(content)}")
     if metadata:
         header = {name: _from_json(value) for name, value in metadata.items() if name != "format"}
-        aliases = header.pop(_ALIASES, None) or {}
-        model = content | {alias: content.get(name) for alias, name in aliases.items()}
+        aliases = header.pop(_ALIASES, None)
+        aliases = aliases.items() if isinstance(aliases, dict) else ()
+        model = content | {alias: content.get(name) for alias, name in aliases if isinstance(name, str)}
     else:
         header, model = content, content.get("model")
+    for name in _PLAIN_FIELDS:
+        _check_plain(path, name, header.get(name))
     version = header.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise InputError(
@@ -170,8 +174,6 @@ def parse_checkpoint(path: Path, file: FileContent, *, with_model: bool = True) 
         wrong = ["categories"]
     if wrong or not isinstance(model, dict) or not all(isinstance(view, TensorView) for view in model.values()):
         raise InputError(f"{path}: expected a ddetr checkpoint, but its {', '.join(wrong or ['model'])} is not whole")
-    for name in _PLAIN_FIELDS:
-        _check_plain(path, name, header[name])
     records.check_total(model.values())
     return Checkpoint(
         model={name: records.load(str(name), view) for name, view in model.items()} if with_model else {},
@@ -267,15 +269,16 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _check_plain(path: Path, name: str, value: Any) -> None:
-    """Our own files hold plain values beside the tensors and nothing else."""
-    due, seen = [value], set()
+    """Our own files hold plain values beside the tensors and nothing else. Lists that hold one list many times, or
+    themselves, would have no end where they are shown."""
+    due, count = [value], 0
     while due:
-        value = due.pop()
-        if isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            seen.add(id(value))
+        value, count = due.pop(), count + 1
+        if isinstance(value, (dict, list, tuple)) and count + len(due) + len(value) < MAX_VALUES:
             due.extend(value.values() if isinstance(value, dict) else value)
-        elif isinstance(value, (StandIn, Global, TensorView)):
-            what = "a tensor" if isinstance(value, TensorView) else ascii(getattr(value, "name", "")[:80])
+        elif not isinstance(value, (str, int, float, type(None))):
+            what = f"{type(value).__name__} or more than {MAX_VALUES:,} values"
+            what = ascii(value.name[:80]) if isinstance(value, (StandIn, Global)) else what
             raise InputError(f"{path}: expected plain values in the {name} of a ddetr checkpoint, got {what}")
 
 

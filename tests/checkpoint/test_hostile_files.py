@@ -226,6 +226,35 @@ def test_tuples_that_would_be_hashed_for_ever() -> None:
     }
 
 
+def test_values_that_would_be_shown_for_ever(tmp_path: Path) -> None:
+    """Lists of the same list twice, a hundred deep, wherever a message or a table could show them; and huge numbers."""
+    nested: Any = []
+    for _ in range(100):
+        nested = [nested, nested]
+    endless: list = []
+    endless.append(endless)
+    model, huge = make_model(), 10**5000
+    weights = to_official_state_dict(make_model(1))
+    save_checkpoint(tmp_path / "d.pth", make_checkpoint(model))
+    published = torch.load(tmp_path / "d.pth", weights_only=True)
+    for value in (nested, endless, huge):
+        meta = {"CLASSES": [value] * 3, "dataset_meta": value}
+        args = argparse.Namespace(nheads=value)
+        torch.save({"model": weights, "meta": meta, "args": args, "epoch": value, huge: {}}, tmp_path / "a.pth")
+        assert load_weights(model, tmp_path / "a.pth").share == 1
+        torch.save({"model": value, "a": value}, tmp_path / "b.pth")
+        with pytest.raises(InputError):
+            load_weights(model, tmp_path / "b.pth")
+        for name in ("config", "categories", "format_version", "ddetr_version", "metrics"):
+            content = {"format": "ddetr", "format_version": 9, name: value, "model": {}}
+            torch.save(content, tmp_path / "c.pth")
+            with pytest.raises(InputError):
+                load_checkpoint(tmp_path / "c.pth")
+        torch.save({**published, "config": {**published["config"], "hidden_dim": value}}, tmp_path / "d.pth")
+        with pytest.raises(InputError):
+            build_from_checkpoint(load_checkpoint(tmp_path / "d.pth"))
+
+
 def tensor_file(path: Path, shape: tuple, stride: tuple, offset: int = 0) -> Path:
     """A file whose level embedding says what it likes of its four numbers."""
     call = Call(
