@@ -60,6 +60,7 @@ def read_weights(path: Path) -> SourceWeights:
         detector = find_detector(with_average(content))
         if detector is None:
             raise InputError(_why_none(path, content))
+        content = mapping_of(content) or {}
         kind, where, others = detector.kind, detector.where, detector.others
         tensors = _each_head_once(path, _official(path, detector, records))
         config = _config_of(kind, content, transformers_config)
@@ -78,9 +79,9 @@ def _row_classes(checkpoint: Checkpoint) -> tuple[RowClass, ...]:
     return tuple(RowClass(category.name, category.category_id) for category in checkpoint.categories)
 
 
-def _published_beside(path: Path, content: Any) -> Checkpoint | None:
+def _published_beside(path: Path, content: Mapping[Any, Any]) -> Checkpoint | None:
     """What a run of ours has published beside its state, which itself names no classes; without the weights."""
-    if not isinstance(content, dict) or LIGHTNING not in content:
+    if LIGHTNING not in content:
         return None
     for file in (path.with_name("last.pth"), path.with_name("best.pth")):
         if file.is_file():
@@ -182,7 +183,7 @@ def _each_head_once(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     return once
 
 
-def _config_of(kind: str, content: Any, transformers_config: Mapping[str, Any]) -> dict[str, Any]:
+def _config_of(kind: str, content: Mapping[Any, Any], transformers_config: Mapping[str, Any]) -> dict[str, Any]:
     """What the file tells of the model, under our names."""
     told: Mapping[str, Any] = {}
     names = {name: name for name in ("nheads", "enc_n_points", "dec_n_points", "with_box_refine")}
@@ -190,7 +191,7 @@ def _config_of(kind: str, content: Any, transformers_config: Mapping[str, Any]) 
         told = transformers_config
         theirs = ("encoder_attention_heads", "encoder_n_points", "decoder_n_points", "with_box_refine")
         names = dict(zip(names, theirs))
-    elif kind == "official" and isinstance(content, dict):
+    elif kind == "official":
         args = content.get("args")
         told = args.state if isinstance(args, StandIn) and isinstance(args.state, dict) else {}
     return {ours: told[theirs] for ours, theirs in names.items() if theirs in told}
@@ -204,7 +205,7 @@ def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _classes_of(
-    kind: str, tensors: Mapping[str, Tensor], content: Any, transformers_config: Mapping[str, Any]
+    kind: str, tensors: Mapping[str, Tensor], content: Mapping[Any, Any], transformers_config: Mapping[str, Any]
 ) -> tuple[RowClass, ...] | None:
     num_rows = num_class_rows(tensors)
     names: Sequence[str] = ()

@@ -226,8 +226,9 @@ def test_tuples_that_would_be_hashed_for_ever() -> None:
     }
 
 
-def test_values_that_would_be_shown_for_ever(tmp_path: Path) -> None:
+def test_values_that_would_be_shown_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists of the same list twice, a hundred deep, wherever a message or a table could show them; and huge numbers."""
+    monkeypatch.setattr("ddetr.checkpoint.published.MAX_VALUES", 10_000)
     nested: Any = []
     for _ in range(100):
         nested = [nested, nested]
