@@ -62,7 +62,7 @@ def test_every_option_of_a_run_says_what_becomes_of_it() -> None:
     session = {field.name for field in dataclasses.fields(config)} - kept(config).keys()
     assert session == {
         *("output", "resume", "device", "devices", "checkpoint_every", "log_every", "num_pictures", "preflight"),
-        "accept_changed_data",
+        *("accept_changed_data", "verbose"),
     }
     assert kept(config)["model"]["num_queries"] == 7
     assert kept(config)["model"]["two_stage"] is True, "defaults are kept too"

@@ -3,10 +3,9 @@
 import re
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from ddetr.checkpoint.foreign import SourceWeights
+from ddetr.checkpoint.foreign import SourceWeights, same_values
 from ddetr.models.deformable_detr import DeformableDETR
 
 
@@ -23,7 +22,7 @@ class HeadMap:
         self.is_shared = not model.config["with_box_refine"]
         self.num_layers = model.config["dec_layers"]
         self.two_stage = model.two_stage
-        layers = (re.match(r"transformer\.decoder\.layers\.(\d+)\.", name) for name in source.tensors)
+        layers = (re.match(r"transformer\.decoder\.layers\.(\d{1,4})\.", name) for name in source.tensors)
         self.source_layers = 1 + max((int(layer[1]) for layer in layers if layer), default=-1)
         self.source_heads = {family: _indices(source.tensors, family) for family in ("class_embed", "bbox_embed")}
         self.source_shared = {family: self._all_equal(family) for family in self.source_heads}
@@ -88,13 +87,16 @@ class HeadMap:
 
     def _all_equal(self, family: str) -> bool:
         first, *others = self.source_heads[family] or [0]
-        names = [name for name in self.source.tensors if name.startswith(f"{family}.{first}.")]
-        return all(
-            torch.equal(self.source.tensors[name], self.source.tensors[name.replace(f".{first}.", f".{other}.", 1)])
+        tensors = self.source.tensors
+        of_first = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{family}.{first}.")}
+        twins = (
+            (tensor, tensors.get(name.replace(f".{first}.", f".{other}.", 1)))
             for other in others
-            for name in names
+            for name, tensor in of_first.items()
         )
+        return all(twin is not None and same_values(tensor, twin) for tensor, twin in twins)
 
 
 def _indices(tensors: Mapping[str, Tensor], family: str) -> list[int]:
-    return sorted({int(name.split(".")[1]) for name in tensors if name.startswith(f"{family}.")})
+    heads = (re.match(rf"{family}\.(\d{{1,4}})\.", name) for name in tensors)
+    return sorted({int(head[1]) for head in heads if head})

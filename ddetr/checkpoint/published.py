@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddetr import __version__
-from ddetr.checkpoint.files import read_file, write_file
+from ddetr.checkpoint.files import FileContent, read_file, write_file
+from ddetr.checkpoint.names import tensor_names
+from ddetr.checkpoint.pickled import Global, StandIn, TensorView
 from ddetr.datasets.annotations import Category
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
@@ -25,6 +27,8 @@ from ddetr.models.deformable_detr import DeformableDETR
 
 FORMAT = "ddetr"
 FORMAT_VERSION = 1
+MAX_VALUES = 1_000_000  # plain values in a field of a checkpoint
+LIGHTNING = "pytorch-lightning_version"  # is in every training state that Lightning writes
 _ALIASES = "aliases"  # safetensors metadata: names that share the tensor of another name
 _PLAIN_FIELDS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
@@ -94,7 +98,7 @@ class Checkpoint:
 
 def portable_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same network without ImageNet weights to fetch; what those decide about frozen norms is written out."""
-    freeze = config["freeze_backbone"] or ("stem" if config["pretrained_backbone"] else "none")
+    freeze = config.get("freeze_backbone") or ("stem" if config.get("pretrained_backbone") else "none")
     return {**config, "pretrained_backbone": False, "freeze_backbone": freeze}
 
 
@@ -141,8 +145,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         InputError: the file is missing, damaged, not ours, or from a newer version.
     """
     path = Path(path)
-    content, metadata = read_file(path)
-    return parse_checkpoint(path, content, metadata)
+    return parse_checkpoint(path, read_file(path))
 
 
 def is_checkpoint(content: Any, metadata: Mapping[str, str]) -> bool:
@@ -150,16 +153,20 @@ def is_checkpoint(content: Any, metadata: Mapping[str, str]) -> bool:
     return FORMAT in (metadata.get("format"), content.get("format") if isinstance(content, dict) else None)
 
 
-def parse_checkpoint(path: Path, content: Any, metadata: Mapping[str, str]) -> Checkpoint:
-    """The checkpoint in the content of a file; raises as `load_checkpoint`."""
+def parse_checkpoint(path: Path, file: FileContent, *, with_model: bool = True) -> Checkpoint:
+    """The checkpoint in the content of a file, on request without its weights; raises as `load_checkpoint`."""
+    content, metadata, records = file
     if not is_checkpoint(content, metadata):
         raise InputError(f"{path}: expected a ddetr checkpoint, got {_what_else(content)}")
     if metadata:
-        header = {name: json.loads(value) for name, value in metadata.items() if name != "format"}
-        aliases = header.pop(_ALIASES, {})
-        model = dict(content) | {alias: content[name] for alias, name in aliases.items()}
+        header = {name: _from_json(value) for name, value in metadata.items() if name != "format"}
+        aliases = header.pop(_ALIASES, None)
+        aliases = aliases.items() if isinstance(aliases, dict) else ()
+        model = content | {alias: content.get(name) for alias, name in aliases if isinstance(name, str)}
     else:
         header, model = content, content.get("model")
+    for name in _PLAIN_FIELDS:
+        _check_plain(path, name, header.get(name))
     version = header.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise InputError(
@@ -167,10 +174,16 @@ def parse_checkpoint(path: Path, content: Any, metadata: Mapping[str, str]) -> C
             f"ddetr {header.get('ddetr_version')}: this is ddetr {__version__}, upgrade it (pip install -U ddetr)"
         )
     wrong = [name for name, kind in _PLAIN_FIELDS.items() if not isinstance(header.get(name), kind)]
-    if wrong or not isinstance(model, dict) or not all(isinstance(tensor, Tensor) for tensor in model.values()):
+    if not wrong and not all(
+        isinstance(c, dict) and isinstance(c.get("category_id"), int) and isinstance(c.get("name"), str)
+        for c in header["categories"]
+    ):
+        wrong = ["categories"]
+    if wrong or not isinstance(model, dict) or not all(isinstance(view, TensorView) for view in model.values()):
         raise InputError(f"{path}: expected a ddetr checkpoint, but its {', '.join(wrong or ['model'])} is not whole")
+    records.check_total(model.values())
     return Checkpoint(
-        model=model,
+        model={name: records.load(str(name), view) for name, view in model.items()} if with_model else {},
         categories=tuple(Category(c["category_id"], c["name"]) for c in header["categories"]),
         **{name: header[name] for name in _PLAIN_FIELDS if name != "categories"},
     )
@@ -189,7 +202,13 @@ def build_from_checkpoint(checkpoint: Checkpoint) -> DeformableDETR:
             f"the checkpoint was made by ddetr {checkpoint.ddetr_version} with {unknown[0]!r}, which ddetr "
             f"{__version__} does not know: upgrade it (pip install -U ddetr)"
         )
-    model = DeformableDETR(**portable_config(checkpoint.config))
+    _check_sizes(checkpoint)
+    try:
+        model = DeformableDETR(**portable_config(checkpoint.config))
+    except InputError:
+        raise
+    except Exception as error:  # a value of the wrong type raises anything
+        raise InputError(f"the configuration in the checkpoint makes no network ({error})") from error
     try:
         model.load_state_dict(checkpoint.model, strict=True)
     except RuntimeError as error:
@@ -197,7 +216,28 @@ def build_from_checkpoint(checkpoint: Checkpoint) -> DeformableDETR:
         raise InputError(
             f"the weights of the checkpoint do not fit its own configuration: {first[0].strip()}"
         ) from error
+    bad = next((name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()), None)
+    if bad is not None:
+        raise InputError(
+            f"the weights of the checkpoint are of no use: {bad} holds values that are NaN or infinite, as a diverged "
+            "run leaves them. Take an earlier checkpoint"
+        )
     return model.eval()
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    """A configuration that asks for more than the file holds is not even tried: it could ask for all memory."""
+    total = sum(tensor.numel() for tensor in checkpoint.model.values())
+    config = checkpoint.config
+    hidden_dim = config.get("hidden_dim")
+    least = hidden_dim if isinstance(hidden_dim, int) else 1
+    for name, value in config.items():
+        limit = len(checkpoint.model) if name in ("enc_layers", "dec_layers") else total // max(1, least)
+        if isinstance(value, int) and value > max(1, limit):
+            raise InputError(
+                f"the weights of the checkpoint do not fit its own configuration: they are {total:,} numbers, too few "
+                f"for {name} {value:,}"
+            )
 
 
 def _without_aliases(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -235,12 +275,38 @@ def _plain(value: Any, where: str) -> Any:
     raise TypeError(f"a checkpoint holds plain values only, but {where} is a {type(value).__name__}: {value!r}")
 
 
+def _check_plain(path: Path, name: str, value: Any) -> None:
+    """Our own files hold plain values beside the tensors and nothing else. Lists that hold one list many times, or
+    themselves, would have no end where they are shown."""
+    due, count = [value], 0
+    while due:
+        value, count = due.pop(), count + 1
+        if isinstance(value, (dict, list, tuple)) and count + len(due) + len(value) < MAX_VALUES:
+            due.extend(value.values() if isinstance(value, dict) else value)
+        elif not isinstance(value, (str, int, float, type(None))):
+            what = f"{type(value).__name__} or more than {MAX_VALUES:,} values"
+            what = ascii(value.name[:80]) if isinstance(value, (StandIn, Global)) else what
+            raise InputError(f"{path}: expected plain values in the {name} of a ddetr checkpoint, got {what}")
+
+
+def _from_json(text: str) -> Any:
+    """None for what is no JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _what_else(content: Any) -> str:
     if not isinstance(content, dict):
         return f"a {type(content).__name__}"
-    if "pytorch-lightning_version" in content:
-        return "a training state of Lightning: pass it to --resume, or take the published file beside it"
-    tensors = content.get("model", content.get("state_dict", content))
-    if isinstance(tensors, dict) and any(isinstance(value, Tensor) for value in tensors.values()):
+    if LIGHTNING in content:
+        return (
+            "the training state of a Lightning program: start from its weights with --weights; a run of ddetr has a "
+            "checkpoint (best.pth) beside it, and is continued with --resume RUN"
+            if content.get("state_dict")
+            else "a training state of Lightning without weights: take the file that its program published"
+        )
+    if tensor_names(content):
         return "bare weights: start from them with --weights, or ddetr.checkpoint.load_weights(model, path)"
-    return f"a dict of {', '.join(map(repr, list(content)[:4])) or 'nothing'}"
+    return f"a dict of {', '.join(ascii(str(key)[:80]) for key in list(content)[:4]) or 'nothing'}"

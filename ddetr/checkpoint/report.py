@@ -2,12 +2,17 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ddetr.wording import first_few
+
 if TYPE_CHECKING:
     from rich.table import Table
+
+NAMES_SHOWN = 3
 
 
 class Remark(NamedTuple):
@@ -22,7 +27,8 @@ class LoadReport:
     """What `load_weights` did with every tensor of the file and of the model.
 
     Attributes:
-        path, kind: the file, and "ddetr", "official", "transformers", "detrex" or "mmdetection".
+        path, kind: the file, and "ddetr", "official", "transformers", "detrex", "mmdetection" or "mmdetection 2".
+        where: under which keys of the file the weights lie: "ema.module"; "" for its outermost names.
         loaded: names copied as they are.
         adapted: copied in part or changed, and how.
         skipped: in the file, not in the model.
@@ -32,6 +38,7 @@ class LoadReport:
 
     path: Path
     kind: str
+    where: str = ""
     loaded: list[str] = field(default_factory=list)
     adapted: list[Remark] = field(default_factory=list)
     skipped: list[Remark] = field(default_factory=list)
@@ -39,29 +46,42 @@ class LoadReport:
     share: float = 0.0
 
     def __str__(self) -> str:
+        where = f", from its {self.where!r}" if self.where else ""
         return (
             f"{self.path.name} ({self.kind}): {len(self.loaded)} tensors loaded, {len(self.adapted)} adapted, "
             f"{len(self.skipped)} skipped, {len(self.initialised)} left as initialised; "
-            f"{self.share:.1%} of the model's parameters come from the file"
+            f"{self.share:.1%} of the model's parameters come from the file{where}"
         )
 
-    def render(self) -> "Table":
-        """A table for the terminal, like names on one line."""
+    def render(self, verbose: bool = False) -> "Table":
+        """A table for the terminal: a line per reason, with the first names of each; `verbose` has all names, like
+        ones on one line."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=str(self), title_justify="left")
-        for column in ("", "tensors", "parameters", "why"):
+        table = Table(title=Text(str(self)), title_justify="left")
+        for column in ("", "tensors", "why", "parameters"):
             table.add_column(column, justify="right" if column == "tensors" else "left", overflow="fold")
-        table.add_row("loaded", str(len(self.loaded)), "", "same shape and meaning")
+        table.add_row("loaded", str(len(self.loaded)), "same shape and meaning", "")
         for title, remarks in (
             ("adapted", self.adapted),
             ("skipped", self.skipped),
             ("left as initialised", self.initialised),
         ):
-            groups = Counter((_family(name), why) for name, why in remarks)
-            for (names, why), count in groups.items():
-                table.add_row(title, str(count), names, why)
+            for why, names in _by_reason(remarks).items():
+                shown = "\n".join(names) if verbose else first_few(names, NAMES_SHOWN)
+                table.add_row(title, str(sum(names.values())), Text(why), Text(shown))
+        if not verbose and any(len(_by_reason(remarks)) for remarks in (self.adapted, self.skipped, self.initialised)):
+            table.caption = "--verbose names all parameters"
         return table
+
+
+def _by_reason(remarks: Iterable[Remark]) -> dict[str, Counter[str]]:
+    """The names, like ones under one, and how many tensors each stands for."""
+    groups: dict[str, Counter[str]] = {}
+    for name, why in remarks:
+        groups.setdefault(why, Counter())[_family(name)] += 1
+    return groups
 
 
 def _family(name: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddetr.checkpoint.class_rows import match_rows
-from ddetr.checkpoint.foreign import SourceWeights, read_weights
+from ddetr.checkpoint.foreign import SourceWeights, num_class_rows, read_weights
 from ddetr.checkpoint.heads import HeadMap
 from ddetr.checkpoint.report import LoadReport, Remark
 from ddetr.datasets.annotations import Category
@@ -27,8 +27,8 @@ def load_weights(
 
     Args:
         model: changed in place.
-        path: a file of ours, of the official code, of detrex, of mmdetection 3 or of transformers, or a transformers
-            folder.
+        path: a file of ours, of the official code, of detrex, of mmdetection (2 or 3) or of transformers, or a
+            transformers folder.
         categories: the classes of `model` in the order of its labels: rows of the class head are copied by name, by
             category id where the file has no names. Without them, rows are copied in order where there are as many.
 
@@ -36,7 +36,8 @@ def load_weights(
         The report: nothing is left out silently.
 
     Raises:
-        InputError: not a file of weights; another hidden size; less than half of the model would come from the file.
+        InputError: not a file of weights; another hidden size; values that are NaN or infinite; less than half of the
+            model would come from the file.
     """
     if categories is not None and len(categories) != model.config["num_classes"]:
         raise InputError(f"expected {model.config['num_classes']} categories, as the model has, got {len(categories)}")
@@ -70,7 +71,7 @@ class _Transfer:
         self.heads = HeadMap(source, model)
         # Levels correspond by stride: a single-scale model has the coarsest backbone level alone.
         self.level_shift = min(self.config["num_feature_levels"], 3) - min(source.num_levels, 3)
-        num_rows = next((len(t) for name, t in source.tensors.items() if name.startswith("class_embed.")), 0)
+        num_rows = num_class_rows(source.tensors)
         self.rows, self.rows_how = match_rows(source.classes, num_rows, categories, model.config["num_classes"])
         self.fresh_class_head = class_head(model.config["hidden_dim"], model.config["num_classes"]).state_dict()
         self.used: set[str] = set()  # names in the file
@@ -85,7 +86,7 @@ class _Transfer:
                 f"{path}: expected weights of hidden_dim {self.config['hidden_dim']}, as the model has, got "
                 f"{hidden_dim}: set hidden_dim={hidden_dim}"
             )
-        report = LoadReport(path, self.source.kind)
+        report = LoadReport(path, self.source.kind, self.source.where)
         for name, own in self.own.items():
             found = self._value_of(name, own)
             if isinstance(found, str):
@@ -96,11 +97,18 @@ class _Transfer:
                 report.adapted.append(Remark(name, found.how))
             else:
                 report.loaded.append(name)
+        for name, value in self.values.items():
+            if not value.isfinite().all():
+                raise InputError(
+                    f"{path}: {name} holds values that are NaN or infinite, as a diverged run leaves them. Nothing was "
+                    "changed; take an earlier file"
+                )
         own_parameters = {name: own.numel() for name, own in self.own.items() if isinstance(own, torch.nn.Parameter)}
         report.share = sum(own_parameters.get(name, 0) for name in self.values) / sum(own_parameters.values())
         report.skipped = [
             Remark(name, self._why_skipped(name)) for name in self.source.tensors if name not in self.used
         ]
+        report.skipped += [Remark(name, "beside the detector, not of it") for name in self.source.others]
         return report
 
     @torch.no_grad()
@@ -118,7 +126,11 @@ class _Transfer:
             return self.heads.why_missing(name) if head else "not in the file"
         value = self.source.tensors[source_name]
         adapt = self._adapter(name)
-        if adapt is not None:
+        if value.is_floating_point() != own.is_floating_point() or value.is_complex():
+            found = f"{value.dtype} in the file, {own.dtype} in the model"
+        elif value.shape[1:] != own.shape[1:] or value.ndim != own.ndim:
+            found = _shapes(value, own)
+        elif adapt is not None:
             found = adapt(name, own, value)
         elif value.shape != own.shape:
             found = _shapes(value, own)
@@ -172,12 +184,16 @@ class _Transfer:
         kept = [(row, source_row) for row, source_row in enumerate(self.rows) if source_row is not None]
         if not kept:
             return self.rows_how
+        if max(source_row for _, source_row in kept) >= len(value):
+            return f"{_shapes(value, own)}: its rows are not those of the file's other class heads"
         rows = fresh.clone()
         rows[[row for row, _ in kept]] = value[[source_row for _, source_row in kept]]
         return _Adaptation(rows, how)
 
-    def _box_output(self, name: str, own: Tensor, value: Tensor) -> _Adaptation:
+    def _box_output(self, name: str, own: Tensor, value: Tensor) -> _Adaptation | str:
         """The last layer of a box head corrects a point or a box: one trained for the other is worse than none."""
+        if value.shape != own.shape:
+            return _shapes(value, own)
         if self.heads.same_reference(name):
             return _Adaptation(value, self.heads.how(name))
         fresh = torch.zeros_like(own)

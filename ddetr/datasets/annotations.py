@@ -62,6 +62,15 @@ class Finding:
         assert self.action in ACTIONS, self.action
 
 
+# Of findings that are "dropped" or "refused": those that leave out a whole image.
+_IMAGE_KINDS = frozenset(
+    [
+        *("image-entry", "missing-image", "every-image-missing", "unreadable-image", "size-mismatch"),
+        *("missing-annotation", "malformed-xml"),
+    ]
+)
+
+
 @dataclass(frozen=True)
 class Annotations:
     """A split of a data set, read whole."""
@@ -71,6 +80,12 @@ class Annotations:
     categories: tuple[Category, ...]
     images: Sequence[ImageRecord]
     findings: tuple[Finding, ...] = ()
+
+    @property
+    def num_images_left_out(self) -> int:
+        """Images that the data set names and `images` lacks."""
+        dropped = [finding for finding in self.findings if finding.action in ("dropped", "refused")]
+        return sum(finding.count for finding in dropped if finding.kind in _IMAGE_KINDS)
 
 
 class ImageTable(Sequence[ImageRecord]):

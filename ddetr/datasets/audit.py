@@ -23,6 +23,7 @@ from ddetr.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 PLACES_SHOWN = 3
 CLASSES_SHOWN = 12
@@ -69,12 +70,7 @@ class AuditReport:
     @property
     def groups(self) -> dict[tuple[str, str], list[Finding]]:
         """(action, kind) -> its findings; refusals first, notes last."""
-        groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
-        for action in reversed(ACTIONS):
-            for finding in self.findings:
-                if finding.action == action:
-                    groups[action, finding.kind].append(finding)
-        return dict(groups)
+        return _grouped(self.findings)
 
     def to_dict(self) -> dict[str, Any]:
         """All of it in plain values, every place included, for JSON."""
@@ -99,12 +95,9 @@ class AuditReport:
 
     def render(self) -> RenderableType:
         """The table, for `rich`."""
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="Data audit", title_style="bold", header_style="bold", expand=False)
-        for header, justify in (("", "left"), ("what", "left"), ("count", "right"), ("details", "left")):
-            table.add_column(header, justify=justify, overflow="fold")
+        table = _table("Data audit")
         for split in filter(None, (self.train, self.val)):
             for row in self._split_rows(split):
                 table.add_row("read", *map(Text, row))  # Text: a name may hold what rich takes for markup
@@ -112,14 +105,7 @@ class AuditReport:
         for row in self._class_rows():
             table.add_row("classes", *map(Text, row))
         table.add_section()
-        styles = {"refused": "bold red", "dropped": "yellow", "repaired": "cyan", "note": "dim"}
-        for (action, kind), group in self.groups.items():
-            style = "bold red" if group[0] in self.refused else styles[action]
-            details = Text("\n".join(f"{finding.where}: {finding.message}" for finding in group[:PLACES_SHOWN]))
-            if len(group) > PLACES_SHOWN:
-                details.append(f"\nand {len(group) - PLACES_SHOWN:,} more places", style="dim")
-            count = f"{sum(finding.count for finding in group):,}"
-            table.add_row(Text(action, style=style), Text(kind, style=style), count, details)
+        _add_findings(table, self.findings, self.refused)
         if not self.findings:
             table.add_row(Text("ok", style="green"), "nothing to repair, drop or refuse", "", "")
         table.caption = self._verdict()
@@ -157,6 +143,44 @@ class AuditReport:
             strictly = " (--strict counts repairs and drops)" if self.strict else ""
             return f"Refused: {_plural(sum(f.count for f in self.refused), 'thing')} must be put right first{strictly}."
         return "Training may start."
+
+
+def render_findings(findings: Sequence[Finding]) -> RenderableType:
+    """The table of what a reader found, for `rich`; without counts, and without a verdict on training."""
+    table = _table("What was found in the data set")
+    _add_findings(table, findings, ())
+    return table
+
+
+def _table(title: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_style="bold", header_style="bold", expand=False)
+    for header, justify in (("", "left"), ("what", "left"), ("count", "right"), ("details", "left")):
+        table.add_column(header, justify=justify, overflow="fold")
+    return table
+
+
+def _add_findings(table: Table, findings: Sequence[Finding], refused: Sequence[Finding]) -> None:
+    from rich.text import Text
+
+    styles = {"refused": "bold red", "dropped": "yellow", "repaired": "cyan", "note": "dim"}
+    for (action, kind), group in _grouped(findings).items():
+        style = "bold red" if group[0] in refused else styles[action]
+        details = Text("\n".join(f"{finding.where}: {finding.message}" for finding in group[:PLACES_SHOWN]))
+        if len(group) > PLACES_SHOWN:
+            details.append(f"\nand {len(group) - PLACES_SHOWN:,} more places", style="dim")
+        count = f"{sum(finding.count for finding in group):,}"
+        table.add_row(Text(action, style=style), Text(kind, style=style), count, details)
+
+
+def _grouped(findings: Sequence[Finding]) -> dict[tuple[str, str], list[Finding]]:
+    groups: dict[tuple[str, str], list[Finding]] = defaultdict(list)
+    for action in reversed(ACTIONS):
+        for finding in findings:
+            if finding.action == action:
+                groups[action, finding.kind].append(finding)
+    return dict(groups)
 
 
 def audit(

@@ -91,7 +91,10 @@ class TrainConfig:
     output: str | None = option(None, resume="session")
     """Run folder; by default runs/ and the name of the data set, numbered."""
     weights: str | None = None
-    """Checkpoint to start from (ours, official, transformers, ...), unlike resume with a new schedule."""
+    """Checkpoint to start from (ours, official, transformers, detrex, mmdetection), or a run's last.ckpt, of which the
+    averaged weights are taken if it has them; unlike resume with a new schedule."""
+    verbose: bool = option(False, resume="session")
+    """Name every parameter that did not come from weights as it is, instead of the first of each reason."""
     resume: str | None = option(None, resume="session")
     """A run folder or its last.ckpt: continue that run exactly. Alone ("last") the run in output, else the newest
     of the data set. "auto": the same where there is one, otherwise a new run, as a job that is started anew after

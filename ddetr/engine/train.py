@@ -268,7 +268,7 @@ def build_detector(config: TrainConfig, train_set: Annotations, *, is_resumed: b
     if config.weights is not None and not is_resumed:
         loaded = load_weights(detector, config.weights, categories=train_set.categories)
         if is_first_process():
-            console.show(loaded.render())
+            console.show(loaded.render(config.verbose))
     return detector
 
 

@@ -1,8 +1,9 @@
 """A checkpoint and a data set in, COCO's metrics out."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from ddetr import console
 from ddetr.datasets.config import DataSource
@@ -10,7 +11,10 @@ from ddetr.errors import InputError
 from ddetr.files import make_folder, write_text
 
 if TYPE_CHECKING:
+    from ddetr.datasets import Annotations
+    from ddetr.evaluation.evaluator import CocoEvaluator
     from ddetr.evaluation.metrics import Metrics
+    from ddetr.inference.predictor import BadImage, Predictor
 
 
 def evaluate_checkpoint(
@@ -23,8 +27,13 @@ def evaluate_checkpoint(
     max_detections: int = 100,
     num_workers: int = 0,
     device: str | None = None,
+    optimize: Literal["float32", "bfloat16", "compile"] | None = None,
+    accept_refused: bool = False,
 ) -> "Metrics":
     """Measure a published checkpoint on one split of a data set.
+
+    What the reader of the data set found is shown before; images that could not be used are counted beside the
+    metrics, and in metrics.json as "measured_on".
 
     Args:
         checkpoint: a published checkpoint, for instance best.pth of a run.
@@ -33,41 +42,117 @@ def evaluate_checkpoint(
         output: folder for metrics.json and predictions.json (COCO's results format).
         batch_size: images that run through the model together; padding changes scores slightly, 1 has none.
         max_detections: detections per image that count.
-        num_workers: processes that load images; 0 loads them in this one.
+        num_workers: processes that load images beside this one; with 0 this one loads them itself, in turn with the
+            model.
         device: "cpu" or "cuda"; by default a GPU if there is one.
+        optimize: faster: float32 (the same but for rounding; what --optimize alone means), bfloat16, or compile:
+            bfloat16 through torch.compile, a minute slower at first and for each new image size.
+        accept_refused: measure on what is left of a data set in which a part was refused.
 
     Raises:
-        InputError: no checkpoint, no such split, or no class of the checkpoint in the data.
+        InputError: no checkpoint, no such split, a refused data set, or no class of the checkpoint in the data.
     """
+    for name, value, least in (("batch_size", batch_size, 1), ("max_detections", max_detections, 1)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
+    if num_workers < 0:
+        raise InputError(f"num_workers must be at least 0, got {num_workers}")
     # Here, since they take seconds, and the command line needs the signature alone for its help and its mistakes.
-    from torch.utils.data import DataLoader
-
-    from ddetr.datasets import DetectionDataset, available_splits, collate
-    from ddetr.datasets.splits import load_split
-    from ddetr.datasets.transforms import official_eval
-    from ddetr.evaluation.evaluator import CocoEvaluator, evaluate
+    from ddetr.evaluation.evaluator import CocoEvaluator
     from ddetr.inference.predictor import Predictor
+    from ddetr.runtime.allocator import keep_freed_memory
 
-    predictor = Predictor.from_checkpoint(checkpoint, device, max_detections=max_detections)
+    options: dict[str, Any] = {"max_detections": max_detections, "optimize": optimize or False}
+    predictor = Predictor.from_checkpoint(checkpoint, device, **options)
+    if optimize and predictor.device.type == "cpu":
+        keep_freed_memory()
     folder = make_folder(Path(output), "--output") if output is not None else None
+    annotations = _read(data, split, predictor.categories, accept_refused=accept_refused)
+    evaluator = CocoEvaluator(annotations, max_detections)
+    metrics, bad = _measure(predictor, evaluator, batch_size, num_workers)
+    if not metrics.num_images:
+        raise InputError(
+            f"none of the {len(annotations.images)} images of {annotations.name} can be read: {bad[0].reason}"
+        )
+    measured_on = _measured_on(annotations, metrics, bad)
+    if measured_on and measured_on["num_images"] < measured_on["num_images_listed"]:
+        console.show(
+            f"measured on {measured_on['num_images']:,} of {measured_on['num_images_listed']:,} images: the others "
+            "could not be used"
+        )
+    for image in bad:
+        console.show(f"not read     {image.path}: {image.reason}")
+    if folder is not None:
+        content = metrics.to_dict() | ({"measured_on": measured_on} if measured_on else {})
+        write_text(folder / "metrics.json", json.dumps(content, indent=1) + "\n")
+        write_text(folder / "predictions.json", json.dumps(evaluator.coco_results()) + "\n")
+    return metrics
+
+
+def _read(data: DataSource, split: str | None, categories: Any, *, accept_refused: bool) -> "Annotations":
+    """The split in the checkpoint's classes, after what was found in it is shown."""
+    from ddetr.datasets import available_splits
+    from ddetr.datasets.audit import render_findings
+    from ddetr.datasets.splits import load_split
+
     if split is None and data.val_split is None and data.val_annotations is None:
         splits = available_splits(data.path, data.format)
         split = splits[0] if len(splits) == 1 else None
     with console.waiting(f"reading {data.path}"):
-        annotations = load_split(data, "val", split, categories=predictor.categories)
-    if all(len(record.labels) == 0 for record in annotations.images):
-        names = ", ".join(
-            [*(category.name for category in predictor.categories[:5]), *["..."] * (len(predictor.categories) > 5)]
+        annotations = load_split(data, "val", split, categories=categories)
+    if annotations.findings:
+        console.show(render_findings(annotations.findings))
+    refused = [finding for finding in annotations.findings if finding.action == "refused"]
+    if refused and not accept_refused:
+        more = f", and {len(refused) - 1} more in the table above" if len(refused) > 1 else ""
+        raise InputError(
+            f"{annotations.name} was refused: {refused[0].where}: {refused[0].message}{more}. Repair it, or measure on "
+            "what is left of it with --accept_refused"
         )
+    if all(len(record.labels) == 0 for record in annotations.images):
+        names = ", ".join([*(category.name for category in categories[:5]), *["..."] * (len(categories) > 5)])
         raise InputError(f"{annotations.name} has no object of the checkpoint's classes ({names}): nothing to measure")
-    dataset = DetectionDataset(
-        annotations, official_eval(predictor.image_size, predictor.max_size), normalize=False, train=False
-    )
-    loader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate, num_workers=num_workers)
-    evaluator = CocoEvaluator(annotations, max_detections)
+    return annotations
+
+
+def _measure(
+    predictor: "Predictor", evaluator: "CocoEvaluator", batch_size: int, num_workers: int
+) -> "tuple[Metrics, list[BadImage]]":
+    """The metrics over the images that can be read, and the others."""
+    from torch.utils.data import DataLoader
+
+    from ddetr.datasets import DetectionDataset
+    from ddetr.datasets.transforms import official_eval
+    from ddetr.evaluation.evaluator import evaluate
+    from ddetr.inference.readable import ReadableImages, collate_readable
+
+    annotations, transform = evaluator.annotations, official_eval(predictor.image_size, predictor.max_size)
+    images = ReadableImages(DetectionDataset(annotations, transform, normalize=False, train=False))
+    loader = DataLoader(images, batch_size=batch_size, collate_fn=collate_readable, num_workers=num_workers)
+    bad: list[BadImage] = []
+
+    def batches() -> Iterator[Any]:
+        for batch, unreadable in loader:
+            bad.extend(unreadable)
+            if batch is not None:
+                yield batch
+
     with console.progress("evaluate") as update:
-        metrics = evaluate(predictor.detect, loader, annotations, evaluator=evaluator, progress=update)
-    if folder is not None:
-        write_text(folder / "metrics.json", json.dumps(metrics.to_dict(), indent=1) + "\n")
-        write_text(folder / "predictions.json", json.dumps(evaluator.coco_results()) + "\n")
-    return metrics
+        metrics = evaluate(predictor.detect, batches(), annotations, evaluator=evaluator, progress=update, partial=True)
+    return metrics, bad
+
+
+def _measured_on(annotations: "Annotations", metrics: "Metrics", bad: "list[BadImage]") -> dict[str, Any]:
+    """What is missing from the measurement, in plain values; {} where nothing is."""
+    left_out = [finding for finding in annotations.findings if finding.action in ("dropped", "refused")]
+    if not left_out and not bad:
+        return {}
+    counts: dict[str, int] = {}
+    for finding in left_out:
+        counts[finding.kind] = counts.get(finding.kind, 0) + finding.count
+    return {
+        "num_images": metrics.num_images,
+        "num_images_listed": len(annotations.images) + annotations.num_images_left_out,
+        "left_out": counts,
+        "unreadable": [{"path": str(image.path), "reason": image.reason} for image in bad],
+    }

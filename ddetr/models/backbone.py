@@ -94,8 +94,15 @@ class Backbone(nn.Module):
     def _load(self, path: Path) -> None:
         if not path.is_file():
             raise InputError(f"pretrained_backbone: expected True, False or the path of a file, got {str(path)!r}")
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle raises anything
+            raise InputError(
+                f"{path}: expected the weights of this backbone, as torch.save writes a state dict, but it cannot be "
+                f"read ({type(error).__name__}): another kind of file, or a damaged one"
+            ) from error
         own = self.body.state_dict()
+        weights = {name: t for name, t in weights.items() if torch.is_tensor(t)} if isinstance(weights, dict) else {}
         missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
         wrong = [key for key in own if key in weights and weights[key].shape != own[key].shape]
         if missing or wrong:

@@ -64,7 +64,7 @@ def broken_files(folder: Path) -> dict[str, str]:
         "picture.pth": "got something else",
         "pickle.pth": "got something else",
         "last.ckpt": "--resume",
-        "lightning.ckpt": "--resume",
+        "lightning.ckpt": "got ",
         "list.pth": "got ",
         "nothing.pth": "got ",
     }
@@ -78,6 +78,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
             with pytest.raises(InputError, match=re.escape(message)) as caught:
                 read(tmp_path / name)
             assert name in str(caught.value)
+            assert ("--resume" in str(caught.value)) == (name == "last.ckpt"), "which takes runs of ddetr alone"
             assert "\n" not in str(caught.value)
     for name, tensor in model.state_dict().items():
         assert tensor.equal(before[name])

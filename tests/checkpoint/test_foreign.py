@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from weights_of import (
+    FORMATS,
     REFINE,
     VARIANTS,
     assert_same_weights,
@@ -17,7 +18,6 @@ from weights_of import (
     make_model,
     save_official,
     to_detrex,
-    to_mmdetection,
     to_transformers,
 )
 
@@ -84,7 +84,7 @@ def test_transformers_weights(variant: dict[str, Any], generation: int, tmp_path
 
 
 @pytest.mark.parametrize("variant_name", ["base", "refine", "two_stage"])
-@pytest.mark.parametrize("project", ["detrex", "mmdetection"])
+@pytest.mark.parametrize("project", ["detrex", "mmdetection", "mmdetection 2"])
 def test_detrex_and_mmdetection_weights(variant_name: str, project: str, tmp_path: Path) -> None:
     options = VARIANTS[variant_name] | {"num_feature_levels": 5, "num_classes": 80}
     source, model = make_model(1, **options), make_model(2, **options)
@@ -92,7 +92,7 @@ def test_detrex_and_mmdetection_weights(variant_name: str, project: str, tmp_pat
         torch.save({"model": to_detrex(source), "iteration": 1}, tmp_path / "model_final.pth")
         biases = ()
     else:
-        content = {"state_dict": to_mmdetection(source), "meta": {"cfg": "...", "epoch": 50}}
+        content = {"state_dict": FORMATS[project](source), "meta": {"cfg": "...", "epoch": 50}}
         torch.save(content, tmp_path / "model_final.pth", _use_new_zipfile_serialization=False)
         biases = tuple(f"input_proj.{level}.0.bias" for level in range(5))
     report = load_weights(model, tmp_path / "model_final.pth")

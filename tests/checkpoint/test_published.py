@@ -125,6 +125,27 @@ def test_weights_that_do_not_fit_their_config(tmp_path: Path) -> None:
         build_from_checkpoint(checkpoint)
 
 
+def test_weights_that_are_not_finite_make_no_detector() -> None:
+    checkpoint = make_checkpoint(make_model())
+    checkpoint.model = {name: tensor.clone() for name, tensor in checkpoint.model.items()}
+    checkpoint.model["transformer.level_embed"][0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"transformer\.level_embed holds values that are NaN or infinite"):
+        build_from_checkpoint(checkpoint)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """An archive of torch.save has a checksum for each tensor."""
+    path = tmp_path / "a.pth"
+    save_checkpoint(path, make_checkpoint(make_model()))
+    data = bytearray(path.read_bytes())
+    place = data.find(make_model().state_dict()["transformer.level_embed"].numpy().tobytes())
+    assert place > 0
+    data[place + 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"damaged or cut short \(at transformer\.level_embed\)"):
+        load_checkpoint(path)
+
+
 def test_weights_of_others_are_pointed_to_the_right_option(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"bare weights: start from them with --weights, or .*load_weights"):
         load_checkpoint(save_official(tmp_path / "official.pth", make_model()))

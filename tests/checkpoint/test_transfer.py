@@ -114,13 +114,14 @@ def test_norms_with_and_without_counters(source_freeze: str, freeze: str, tmp_pa
     assert report.share == 1
 
 
-def test_weights_in_half_precision(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_in_another_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     source, model = make_model(1), make_model(2, num_queries=9, num_feature_levels=3)
-    torch.save({n: t.half() for n, t in to_official_state_dict(source).items()}, tmp_path / "a.pth")
+    torch.save({n: t.to(dtype) for n, t in to_official_state_dict(source).items()}, tmp_path / "a.pth")
     load_weights(model, tmp_path / "a.pth")
     assert all(p.dtype == torch.float32 for p in model.parameters())
     name = "transformer.decoder.layers.1.linear2.weight"
-    assert model.state_dict()[name].equal(source.state_dict()[name].half().float())
+    assert model.state_dict()[name].equal(source.state_dict()[name].to(dtype).float())
 
 
 def test_another_hidden_size_is_refused(tmp_path: Path) -> None:
@@ -137,4 +138,22 @@ def test_another_architecture_is_refused_and_changes_nothing(tmp_path: Path) -> 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match=r"only \d+% of the model's parameters .* another architecture"):
         load_weights(model, path)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    """But not those that are skipped."""
+    model = make_model()
+    weights = dict(make_model(1).state_dict())
+    weights["criterion.scale"] = torch.tensor([value])
+    torch.save({"model": weights}, tmp_path / "a.pth")
+    assert load_weights(model, tmp_path / "a.pth").share == 1
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    name = "transformer.encoder.layers.0.linear1.weight"
+    weights[name] = weights[name].clone()
+    weights[name][3, 4] = value
+    torch.save({"model": weights}, tmp_path / "b.pth")
+    with pytest.raises(InputError, match=rf"b\.pth: {name} holds values that are NaN or infinite"):
+        load_weights(model, tmp_path / "b.pth")
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())

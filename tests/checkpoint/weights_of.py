@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +155,39 @@ def to_mmdetection(source: DeformableDETR) -> dict[str, Tensor]:
         )
         weights[name] = tensor
     return weights
+
+
+def to_mmdetection_2(source: DeformableDETR) -> dict[str, Tensor]:
+    """Names of mmdetection 2, written down from its modules (the transformer in the head, layers of mmcv) and not from
+    our reader."""
+    weights = {}
+    for name, tensor in source.state_dict().items():
+        if level := re.match(r"input_proj\.(\d)\.(\d)", name):
+            if name.endswith(".0.bias"):
+                continue
+            place = f"convs.{level[1]}" if int(level[1]) < 3 else f"extra_convs.{int(level[1]) - 3}"
+            name = name.replace(level[0], f"neck.{place}.{'conv' if level[2] == '0' else 'gn'}")
+        name = name.replace("backbone.0.body.", "backbone.").replace("linear1", "ffns.0.layers.0.0")
+        name = name.replace("linear2", "ffns.0.layers.1").replace("cross_attn", "attentions.1")
+        if "encoder.layers" in name:
+            name = name.replace("self_attn", "attentions.0").replace("norm1", "norms.0").replace("norm2", "norms.1")
+        if "decoder.layers" in name:
+            name = name.replace("self_attn", "attentions.0.attn")
+            name = name.replace("norm1", "norms.1").replace("norm2", "norms.0").replace("norm3", "norms.2")
+        if name.startswith(("transformer.", "query_embed.")):
+            name = "bbox_head." + name.replace("level_embed", "level_embeds").replace("query_embed", "query_embedding")
+        name = name.replace("class_embed.", "bbox_head.cls_branches.")
+        name = re.sub(
+            r"bbox_embed\.(\d)\.layers\.(\d)", lambda m: f"bbox_head.reg_branches.{m[1]}.{2 * int(m[2])}", name
+        )
+        weights[name] = tensor
+    return weights
+
+
+FORMATS: dict[str, Callable[[DeformableDETR], dict[str, Tensor]]] = {
+    "official": to_official_state_dict,
+    "transformers": lambda source: to_transformers(source, 5),
+    "detrex": to_detrex,
+    "mmdetection": to_mmdetection,
+    "mmdetection 2": to_mmdetection_2,
+}

@@ -381,13 +381,14 @@ def test_files_that_are_no_checkpoints(
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("text.pth", "expected a file of weights"), ("last.ckpt", "training state")]
+    ("name", "message"), [("text.pth", "expected a file of weights"), ("other.ckpt", "expected weights of Deformable")]
 )
 def test_weights_that_are_no_checkpoint(
-    ddetr: Callable[..., Outcome], tmp_path: Path, shapes: Path, tiny_run: Any, name: str, message: str
+    ddetr: Callable[..., Outcome], tmp_path: Path, shapes: Path, name: str, message: str
 ) -> None:
     (tmp_path / "text.pth").write_text("just words")
-    shutil.copy(tiny_run.path / "last.ckpt", tmp_path)
+    state = {"pytorch-lightning_version": "2.6.6", "state_dict": {"encoder.weight": torch.zeros(3)}}
+    torch.save(state, tmp_path / "other.ckpt")
     outcome = ddetr("train", "--data", shapes, "--batch_size", "2", "--weights", name, *MODEL)
     assert outcome.code == 2
     assert outcome.err.startswith(f"ddetr: error: {name}: ")

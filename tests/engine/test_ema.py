@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
-from ddetr.checkpoint import load_checkpoint
+from ddetr.checkpoint import load_checkpoint, load_weights
 from ddetr.datasets import load_annotations
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import OptimConfig, TrainConfig
@@ -113,6 +113,21 @@ def test_the_average_is_the_formula_and_only_validation_sees_it(watched: tuple[S
             assert torch.allclose(seen[name].double(), average[name].double(), rtol=1e-5, atol=1e-6), name
     assert differing(spy.validated[-1], spy.weights[-1])
     assert not differing(copied(module.model.state_dict()), spy.weights[-1]), "the trained weights are back"
+
+
+@pytest.mark.parametrize("moment", ["step", "validation"])
+def test_weights_of_a_resume_file_are_its_average(watched: tuple[Spy, DetectionModule], moment: str) -> None:
+    """Where --weights gets a run's last.ckpt, also in the heads that layers share."""
+    spy, module = watched
+    model = DeformableDETR(**module.model.config)
+    report = load_weights(model, spy.folder / f"{moment}{EPOCHS * STEPS}.ckpt")
+    assert report.share == 1
+    assert "averaged" in str(report)
+    saved = torch.load(spy.folder / f"{moment}{EPOCHS * STEPS}.ckpt", weights_only=True)
+    averaged = saved["weight_average"]["tensors"]
+    loaded = model.state_dict()
+    assert not differing(averaged, {name: loaded[name] for name in averaged})
+    assert differing(averaged, {name: saved["state_dict"][f"model.{name}"] for name in averaged})
 
 
 def test_a_resume_file_is_right_at_any_moment(watched: tuple[Spy, DetectionModule]) -> None:

@@ -402,6 +402,23 @@ def test_pretrained_backbone_from_a_file(small: dict[str, Any], tmp_path: Path) 
     assert not any("bn" in name for name in names), "norms of a pretrained backbone are frozen"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "cannot be read"),
+        (b"", "cannot be read"),
+        ([1], "are missing"),
+    ],
+)
+def test_pretrained_backbone_from_a_file_of_another_kind(
+    small: dict[str, Any], content: Any, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "resnet18.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(InputError, match=rf"resnet18\.pth: expected the weights of this backbone.*{message}"):
+        DeformableDETR(**small, pretrained_backbone=str(path))
+
+
 def test_norms_train_where_the_backbone_starts_from_nothing(small: dict[str, Any]) -> None:
     body = DeformableDETR(**small).backbone[0].body
     assert all(p.requires_grad for p in body.parameters())
