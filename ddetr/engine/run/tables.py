@@ -71,11 +71,10 @@ class Table:
 
     def _columns(self) -> list[str] | None:
         """Of the file's header; None where there is no file yet, or none with a whole header."""
-        try:
-            with self.path.open("rb") as file:
-                line = file.readline(100_000)
-        except FileNotFoundError:
+        if not self.path.is_file():
             return None
+        with self.path.open("rb") as file:
+            line = file.readline(100_000)
         columns = next(csv.reader([line.decode("utf-8", "replace")]), [])
         return columns if line.endswith(b"\n") and KEY in columns else None
 
