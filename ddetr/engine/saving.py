@@ -164,6 +164,9 @@ class SaveState(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         self.save(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self._give_up.cancel()  # Ctrl+C came in the last moment: there is nothing left to be stopped
+
     def save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.file)
         if self.file.name not in self.run.unwritten:

@@ -1,6 +1,5 @@
 """`train()`: a data set in, a run folder with a detector out. Prepare, build, fit."""
 
-import json
 import logging
 import math
 import os
@@ -138,7 +137,7 @@ def _run(prepared: Prepared, built: Built) -> RunResult:
         finish(run, config.num_pictures)
         run.check_written()
     # Only a run that was complete before it was resumed has had no validation now.
-    metrics = built.module.metrics or Metrics.from_dict(json.loads((run.path / "metrics.json").read_text())["last"])
+    metrics = built.module.metrics or run.last_metrics()
     return RunResult(run.path, Path(config.data.path), prepared.val_set.images[0].path, metrics)
 
 

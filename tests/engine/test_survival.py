@@ -67,6 +67,10 @@ def test_a_complete_run_that_is_resumed_adds_no_session(run_of: Callable[..., tu
     train(TrainConfig(**settings))
     assert sessions(run) == before
     assert [session["state"] for session in before] == ["finished"]
+    for damaged in ("[]", "{", '{"last": {}}'):
+        (run / "metrics.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"is complete, but metrics.json cannot be read .*: measure again with"):
+            train(TrainConfig(**settings))
 
 
 def test_a_run_that_is_extended_is_the_longer_run(

@@ -26,6 +26,7 @@ from ddetr.engine.run.states import (
 )
 from ddetr.engine.run.tables import Table, text_of
 from ddetr.errors import InputError
+from ddetr.evaluation.metrics import Metrics
 from ddetr.files import make_folder, remove_leftovers, write_text
 from ddetr.runtime.distributed import is_first_process
 from ddetr.settings import flat, kept, names_with
@@ -142,6 +143,21 @@ class RunFolder:
                 f"in {self.path / 'report.html'} too), or start a new run from its --weights {self.path / 'last.pth'}"
             )
         return content
+
+    def last_metrics(self) -> Metrics:
+        """Of the last validation.
+
+        Raises:
+            InputError: metrics.json is not there, or is none.
+        """
+        file = self.path / "metrics.json"
+        try:
+            return Metrics.from_dict(json.loads(file.read_text(encoding="utf-8"))["last"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"the run in {self.path} is complete, but {file.name} cannot be read ({type(error).__name__}): measure "
+                f"again with `ddetr eval --checkpoint {self.path / 'last.pth'}`"
+            ) from error
 
     def check_unchanged(self, config: TrainConfig) -> None:
         """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong.
