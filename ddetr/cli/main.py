@@ -374,13 +374,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parse(arguments)() or 0
     except InputError as error:
-        console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.show_error(f"ddetr: error: {error}")
         return 2
     except ChildProcessError as error:
-        console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.show_error(f"ddetr: error: {error}")
         return 1
     except KeyboardInterrupt:
-        console.err.print("ddetr: interrupted")
+        console.show_error("ddetr: interrupted")
         return 130
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_YAML_BYTES, parse_yaml, read_text
 from ddetr.wording import did_you_mean
 
 SHORT = {"--data": "--data.path"}
@@ -123,18 +123,14 @@ class Parser(ArgumentParser):
     def _check_file(self, name: str) -> None:
         """The mistakes in a YAML file that can be named better here than after everything is merged."""
         try:
-            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+            text = read_text(name, MAX_YAML_BYTES)
         except FileNotFoundError:
             hint = did_you_mean(Path(name).name, (path.name for path in Path(name).parent.glob("*")))
             raise InputError(f"--config {name}: there is no such file{hint}") from None
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no text"
             raise InputError(f"--config {name}: expected a YAML file, but it cannot be read ({reason})") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or "it cannot be parsed"
-            raise InputError(f"{name}: broken YAML{line}: {problem}") from None
+        content = parse_yaml(text, name)
         if not isinstance(content, Mapping):
             got = "nothing" if content is None else f"a {type(content).__name__}"
             raise InputError(f"{name}: expected options with values, such as `epochs: 50`, got {got}")
