@@ -38,6 +38,7 @@ MAX_YAML_DEPTH = 50
 MAX_YAML_VALUE = 10_000  # characters; longer ones are no setting, path or name
 MAX_RUN_BYTES = 2**26  # a JSON file of a run: parsed it takes 20 times as much
 MAX_TABLE_BYTES = 2**28  # train.csv: a million rows
+MAX_SHARED = 32  # tensors that share their numbers: heads of all layers do
 MAX_ARRAYS_BYTES = 2**32  # of a validation: COCO's takes 13 MB, LVIS's with 300 detections per image 150 MB
 
 
@@ -202,6 +203,7 @@ def check_tensors(content: Any, file_bytes: int) -> None:
     import torch
 
     storages: dict[int, int] = {}
+    shown = 0
     for name, tensor in _tensors(content, ""):
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             raise ValueError(f"{name} is no plain tensor")
@@ -211,6 +213,9 @@ def check_tensors(content: Any, file_bytes: int) -> None:
         if tensor.numel() * tensor.element_size() > storage.nbytes():
             raise ValueError(f"{name} shows {tensor.numel():,} elements and holds fewer")
         storages[storage._cdata] = storage.nbytes()
+        shown += tensor.numel() * tensor.element_size()
+    if shown > MAX_SHARED * sum(storages.values()):
+        raise ValueError(f"its tensors show more than {MAX_SHARED} times the numbers that they hold")
     if sum(storages.values()) > file_bytes:
         raise ValueError("it says that it holds more numbers than the file has room for")
 

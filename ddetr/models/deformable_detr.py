@@ -21,6 +21,7 @@ from ddetr.models.heads import BoxHead, class_head
 from ddetr.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from ddetr.models.postprocess import PostProcess
 from ddetr.padding import pad_images
+from ddetr.untrusted import MAX_CLASSES, one_line
 from ddetr.wording import did_you_mean
 
 
@@ -213,6 +214,20 @@ def _projection(in_channels: int, hidden_dim: int, **conv: int) -> nn.Sequential
     return projection
 
 
+# Far above any network that has been trained; a configuration may come from a file of somebody else's.
+_MOST = {
+    "num_classes": MAX_CLASSES,
+    "hidden_dim": 8192,
+    "num_queries": 20_000,
+    "num_feature_levels": 8,
+    "enc_layers": 100,
+    "dec_layers": 100,
+    "dim_feedforward": 65_536,
+    "enc_n_points": 64,
+    "dec_n_points": 64,
+}
+
+
 def _check(config: Mapping[str, Any]) -> None:
     if config["two_stage"] and not config["with_box_refine"]:
         raise InputError("two_stage needs with_box_refine: proposals are boxes, which only refining layers correct")
@@ -225,6 +240,23 @@ def _check(config: Mapping[str, Any]) -> None:
     for name in ("num_classes", "num_queries", "num_feature_levels", "dec_layers", "nheads"):
         if config[name] < 1:
             raise InputError(f"{name} must be at least 1, got {config[name]}")
+    for name, most in _MOST.items():
+        if config[name] > most:
+            raise InputError(f"{name} must be at most {most}, got {one_line(config[name])}")
+
+
+def check_fits(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Whether the network of `config`, which may come from a file, is no larger than the weights beside it; it is built
+    without memory for that: a few bytes of configuration can ask for terabytes.
+
+    Raises:
+        InputError: it is larger, or no network of ours.
+    """
+    with torch.device("meta"):
+        needed = sum(tensor.numel() for tensor in DeformableDETR(**config).state_dict().values())
+    stored = sum(tensor.numel() for tensor in weights.values())
+    if needed > stored:
+        raise InputError(f"the configuration is of a network of {needed:,} numbers, and the weights are {stored:,}")
 
 
 def _as_batch(images: Tensor | Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
