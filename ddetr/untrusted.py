@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 MAX_CLASSES = 25_000  # ImageNet-21k has 21,841; the head of each layer and the evaluation's arrays grow with them
 MAX_OBJECTS = 20_000  # in an image; SKU-110K has 718, DOTA 10,000 before it is cut: each is compared with every query
 MAX_NAME = 1_000  # characters of a class name; ImageNet's longest list of synonyms has 150
+MAX_DRAWN, MAX_TAGS = 2_000, 300  # boxes of a picture, and their names: more nobody can tell apart
+MAX_ROWS = 2_000  # of a table in a page: LVIS has 1,203 classes
+MAX_COLUMNS = 500  # of a table of a run; ours have 40
 SHOWN_NAME = 200  # characters of a name on a screen, in a page, in a table
 MAX_PATH = 4_096  # characters; no system has files of longer names
 MAX_PATH_PARTS = 64  # of a split's folder in a data.yaml: each end of it is tried

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,14 @@ from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.evaluation.metrics import Metrics
 from ddetr.evaluation.overlaps import Found, Objects
 from ddetr.files import write_atomically
+from ddetr.untrusted import MAX_ARRAYS_BYTES, MAX_CLASSES, one_line, open_file, parse_json
 
 BEST_FILE, LAST_FILE = "validation_best.npz", "validation_last.npz"
 _OBJECTS = {"image": np.int32, "boxes_xyxy": np.float32, "labels": np.int32, "area": np.float32, "ignore": bool}
 _FOUND = {"image": np.int32, "boxes_xywh": np.float32, "scores": np.float32, "labels": np.int32}
+_COLUMNS = ("about", "image_ids", "paths", "sizes_hw", "curves")
+_COLUMNS += (*(f"object_{name}" for name in _OBJECTS), *(f"found_{name}" for name in _FOUND))
+_WIDE = {np.int32: np.int64}
 
 
 @dataclass(frozen=True)
@@ -94,31 +99,77 @@ class Validation:
             InputError: no such file, or a damaged one.
         """
         try:
-            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                columns = {name: file[name] for name in file.files}
-            about = json.loads(columns["about"].tobytes())
+            columns = _read_columns(path)
+            about = parse_json(columns["about"].tobytes().decode("utf-8"), "about")
             names = columns["paths"].tobytes().split(b"\0") if len(columns["image_ids"]) else []
-            wide = {np.int32: np.int64}
-            return cls(
+            objects = Objects(*(columns[f"object_{n}"].astype(_WIDE.get(k, k)) for n, k in _OBJECTS.items()))
+            found = Found(*(columns[f"found_{n}"].astype(_WIDE.get(k, k)) for n, k in _FOUND.items()))
+            validation = cls(
                 step=int(about["step"]),
                 epoch=int(about["epoch"]),
                 threshold=float(about["threshold"]),
-                categories=tuple(Category(*category) for category in about["categories"]),
+                categories=tuple(Category(int(number), str(name)) for number, name in about["categories"]),
                 image_ids=columns["image_ids"],
                 paths=[Path(os.fsdecode(name)) for name in names],
                 sizes_hw=columns["sizes_hw"],
-                objects=Objects(*(columns[f"object_{n}"].astype(wide.get(k, k)) for n, k in _OBJECTS.items())),
-                found=Found(*(columns[f"found_{n}"].astype(wide.get(k, k)) for n, k in _FOUND.items())),
+                objects=objects,
+                found=found,
                 curves=columns["curves"],
             )
+            validation._check()
         except FileNotFoundError as error:
             raise InputError(f"there is no {path}") from error
         except Exception as error:  # a damaged zip file raises anything
-            raise InputError(f"{path} can't be read ({type(error).__name__}: {error})") from error
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path} can't be read ({type(error).__name__}: {reason})") from error
+        return validation
+
+    def _check(self) -> None:
+        """ValueError where the parts do not fit each other: the file may come from anybody."""
+        num_images, num_classes = len(self.image_ids), len(self.categories)
+        wrong = []
+        if len(self.paths) != num_images or self.sizes_hw.shape != (num_images, 2) or (self.sizes_hw < 1).any():
+            wrong.append("images")
+        if num_classes > MAX_CLASSES or self.curves.shape != (2, 101, num_classes) or not math.isfinite(self.threshold):
+            wrong.append("classes")
+        for what, rows, boxes in (("objects", self.objects, "boxes_xyxy"), ("detections", self.found, "boxes_xywh")):
+            number = len(rows.image)
+            shapes_fit = all(getattr(rows, n).shape == ((number, 4) if n == boxes else (number,)) for n in rows._fields)
+            if not shapes_fit or not np.isfinite(getattr(rows, boxes)).all():
+                wrong.append(what)
+            elif number and not (0 <= rows.image.min() <= rows.image.max() < num_images):
+                wrong.append(f"images of the {what}")
+            elif number and not (0 <= rows.labels.min() <= rows.labels.max() < num_classes):
+                wrong.append(f"classes of the {what}")
+        if wrong:
+            raise ValueError(f"its {wrong[0]} do not fit")
 
     def name(self, label: int) -> str:
-        """Of a class; never empty."""
-        return self.categories[label].name or f"class {label}"
+        """Of a class, as people are shown it: never empty, on one line."""
+        return one_line(self.categories[label].name) or f"class {label}"
+
+
+def _read_columns(path: Path) -> dict[str, np.ndarray]:
+    """The arrays that `save` wrote, of plain numbers and no more of them than the file has bytes: some bytes of a
+    header, or of a compressed file, can stand for terabytes."""
+    columns = {}
+    with open_file(path, MAX_ARRAYS_BYTES) as raw, zipfile.ZipFile(raw) as archive:
+        for name in _COLUMNS:
+            entry = archive.getinfo(f"{name}.npy")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("it is compressed, which ours never are")
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                read_header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                shape, by_column, dtype = read_header(file)
+                num_bytes = math.prod(shape) * dtype.itemsize
+                if dtype.kind not in "biuf" or by_column or num_bytes > entry.file_size:
+                    raise ValueError(f"{name} is no plain array")
+                columns[name] = np.frombuffer(file.read(num_bytes), dtype).reshape(shape)
+    return columns
 
 
 def best_or_last(run: Path) -> Validation | None:

@@ -240,7 +240,7 @@ def _rebuilt(
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"replay: the model of the bundle, made by ddetr {header['versions']['ddetr']}, is not one of this "
-            f"version: {(str(error).splitlines() or [''])[0]}"
+            f"version: {one_line(str(error).partition(chr(10))[0], MAX_MESSAGE // 2)}"
         ) from error
     if header["channels_last"]:
         model.backbone.to(memory_format=torch.channels_last)
