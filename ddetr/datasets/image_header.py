@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from PIL import ExifTags, Image
@@ -54,8 +55,8 @@ def read_header(file: BinaryIO) -> ImageHeader:
     return _ask_pillow(file)
 
 
-def open_image(file: BinaryIO) -> Image.Image:
-    """Pillow's image of an open file, of the formats that photographs come in; the one place where ours are opened."""
+def open_image(file: BinaryIO | Path) -> Image.Image:
+    """Pillow's image of a file, of the formats that photographs come in; the one place where ours are opened."""
     return Image.open(file, formats=_known_formats())
 
 

@@ -22,6 +22,7 @@ from ddetr.errors import InputError
 from ddetr.files import make_folder, write_text
 from ddetr.runtime.distributed import is_first_process
 from ddetr.settings import flat, free_to_change, kept
+from ddetr.untrusted import csv_cell
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +147,7 @@ class RunFolder:
         if rows:
             writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
         self.write_text(name, text.getvalue())
 
     def append_csv(self, name: str, row: Mapping[str, Any]) -> None:

@@ -165,6 +165,7 @@ def _ap(run: RunFiles) -> dict[str, Any]:
         "rows": tables.ap_rows(run.metrics),
         "classes": tables.class_rows(run.metrics, run.detections),
         "has_sizes": run.detections is not None,
+        "more": tables.num_left_out((run.metrics.get("best") or run.metrics.get("last") or {}).get("per_class", ())),
     }
 
 
@@ -253,7 +254,13 @@ def _data(run: RunFiles) -> dict[str, Any]:
         }
         for label, category in enumerate(audit.get("categories", ())[:MAX_ROWS])
     ]
-    return {"splits": splits, "classes": classes, "findings": tables.findings(audit), "there": bool(audit)}
+    return {
+        "splits": splits,
+        "classes": classes,
+        "findings": tables.findings(audit),
+        "there": bool(audit),
+        "more": tables.num_left_out(audit.get("categories", ())),
+    }
 
 
 def _environment(run: RunFiles) -> dict[str, Any]:

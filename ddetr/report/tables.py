@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -108,6 +108,7 @@ def errors(analysis: Analysis, names: list[str]) -> dict[str, Any]:
     num_objects, num_found = int(analysis.num_objects.sum()), int(analysis.num_found.sum())
     num_correct = int(analysis.num_correct.sum())
     return {
+        "more": num_left_out(names),
         "num_objects": num_objects,
         "num_found": num_found,
         "num_correct": num_correct,
@@ -130,6 +131,11 @@ def errors(analysis: Analysis, names: list[str]) -> dict[str, Any]:
             if analysis.num_objects[label] or analysis.num_found[label]
         ],
     }
+
+
+def num_left_out(rows: Sequence[Any]) -> int:
+    """Of a table of classes."""
+    return max(0, len(rows) - MAX_ROWS)
 
 
 def findings(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
