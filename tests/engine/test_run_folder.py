@@ -209,3 +209,11 @@ def test_half_a_row_is_left_out_and_cleared_away(tmp_path: Path) -> None:
     run.drop_rows_after("train.csv", 5)
     run.append_csv("train.csv", {"step": 3, "loss": 0.25, "lr": 1})
     assert [row["loss"] for row in run.read_csv("train.csv")] == ["0.5", "0.5", "0.25"]
+
+
+def test_names_in_a_table_are_no_formulas(tmp_path: Path) -> None:
+    """A spreadsheet would run them."""
+    run = RunFolder(tmp_path)
+    run.write_csv("per_class.csv", [{"name": name, "AP": -0.5} for name in ("=cmd|' /C calc'!A0", "@a", "-2", "cat")])
+    assert [row["name"] for row in run.read_csv("per_class.csv")] == ["'=cmd|' /C calc'!A0", "'@a", "-2", "cat"]
+    assert {row["AP"] for row in run.read_csv("per_class.csv")} == {"-0.5"}
