@@ -275,9 +275,14 @@ def whole(name: str, format: str, categories: Sequence[Category], images: ImageT
             log.add("class-name", "refused", f"{name}, {shortened(category.name, SHOWN_NAME)}", message)
     counts = np.diff(images.offsets)
     for index in np.flatnonzero(counts > MAX_OBJECTS).tolist():
-        message = f"The image has {counts[index]:,} objects, more than {MAX_OBJECTS:,}: cut it into parts."
-        log.add("too-many-objects", "refused", str(images.path(index)), message)
+        report_crowd(log, str(images.path(index)), int(counts[index]))
     return Annotations(name, format, tuple(categories), images, log.freeze())
+
+
+def report_crowd(log: FindingLog, where: str, num_objects: int) -> None:
+    """An image has more objects than MAX_OBJECTS: readers read no more of them."""
+    message = f"The image has {num_objects:,} objects, more than {MAX_OBJECTS:,}: cut it into parts."
+    log.add("too-many-objects", "refused", where, message)
 
 
 def split_error(path: Path, split: str, known: Sequence[str]) -> InputError:

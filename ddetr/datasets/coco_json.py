@@ -32,7 +32,9 @@ def load_json(file: Path) -> dict[str, Any]:
     """The content without the masks, which are most of COCO's half gigabyte and no part of detection."""
 
     def without_mask(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entry = without_doubles(pairs)
+        entry = dict(pairs)
+        if len(entry) < len(pairs):  # asked here too: a call for each of a million objects takes time
+            without_doubles(pairs)
         if "segmentation" in entry and entry.get("bbox"):  # without a box the polygons stand in for it
             del entry["segmentation"]
         return entry
@@ -40,7 +42,7 @@ def load_json(file: Path) -> dict[str, Any]:
     try:
         text = read_text(file, MAX_ANNOTATION_BYTES)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} can't be read: {error}") from None
+        raise InputError(f"{file} can't be read: {getattr(error, 'strerror', None) or error}") from None
     content = parse_json(text, str(file), without_mask)
     if not isinstance(content, dict) or "images" not in content:
         found = "the keys " + first_few(content, 8) if isinstance(content, dict) else f"a {type(content).__name__}"

@@ -275,7 +275,7 @@ def _areas(
 ) -> np.ndarray:
     """(m,) areas of the selected objects: the mask's where the file gives it, else the box's."""
     area = _numbers([(objects[i].get("area"),) for i in selected.tolist()], 1)[:, 0]
-    missing = ~np.isfinite(area) | (area <= 0)
+    missing = ~((area > 0) & (area < np.finfo(np.float32).max))
     area[missing] = (boxes_xyxy[missing, 2:] - boxes_xyxy[missing, :2]).prod(axis=1)
     if missing.all() and len(missing):
         message = "No object has a usable area; the boxes' were used, so AP by size is not comparable with masks'."

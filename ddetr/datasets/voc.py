@@ -25,12 +25,13 @@ from ddetr.datasets.annotations import (
     ImageTable,
     check_boxes,
     report_boxes,
+    report_crowd,
     split_error,
     whole,
 )
 from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines, read_headers, settle_size
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, SHOWN_NAME, read_bytes, shortened
+from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, read_bytes, shortened
 
 WHOLE = "all"  # the one split of a data set that has none
 
@@ -215,7 +216,10 @@ def _objects(
 ) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
     """Names, difficult (n,) bool, corners as written (n, 4), and the place of each object that has a box."""
     names, difficult, boxes, places = [], [], [], []
-    for number, obj in enumerate(tree.iterfind("object"), 1):
+    objects = tree.findall("object")
+    if len(objects) > MAX_OBJECTS:
+        report_crowd(log, where, len(objects))
+    for number, obj in enumerate(objects[:MAX_OBJECTS], 1):
         place = f"{where}, object {number}"
         box = obj.find("bndbox")
         name = _text(obj, "name")

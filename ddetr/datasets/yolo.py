@@ -24,6 +24,7 @@ from ddetr.datasets.annotations import (
     check_boxes,
     match_categories,
     report_boxes,
+    report_crowd,
     split_error,
     whole,
 )
@@ -32,6 +33,7 @@ from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_CLASSES,
     MAX_LABEL_BYTES,
+    MAX_OBJECTS,
     MAX_PATH_PARTS,
     MAX_YAML_BYTES,
     SHOWN_NAME,
@@ -293,7 +295,9 @@ def _read_lines(file: Path, log: FindingLog) -> list[str] | None:
 def _parse(lines: Sequence[str], where: str, log: FindingLog) -> tuple[list[int], np.ndarray, list[str]]:
     """Class ids, corners (n, 4) in fractions of the image, and the place of each object."""
     ids, boxes, places = [], [], []
-    for number, line in enumerate(lines, 1):
+    if len(lines) > MAX_OBJECTS:
+        report_crowd(log, where, len(lines))
+    for number, line in enumerate(lines[:MAX_OBJECTS], 1):
         words = line.split()
         if not words:
             continue

@@ -175,6 +175,7 @@ def test_coco_files_of_which_nothing_can_be_made(tmp_path: Path, content: dict[s
         ({"images": [{"id": 1, "file_name": "a.jpg", "width": 1e30, "height": 1e9}]}, "size-mismatch"),
         ({"annotations": [coco_object(bbox=(1e308, 1e308, 1e308, 1e308))]}, "nan-box"),
         ({"annotations": [coco_object(bbox=(1e300, 0, 5, 5))]}, "degenerate-box"),
+        ({"annotations": [coco_object(area=1e300)]}, "missing-area"),
         ({"annotations": [coco_object(bbox=(), segmentation=[[10**400] * 6])]}, "missing-box"),
         ({"annotations": [coco_object(bbox=(), segmentation=[[-1e308, 0, 1e308, 5]])]}, "nan-box"),
         ({"annotations": [coco_object(category_id=["x" * 5_000_000])]}, "category-unknown"),
@@ -254,6 +255,15 @@ def test_an_image_has_a_bounded_number_of_objects(tmp_path: Path) -> None:
     annotations = whole("set", "coco", [Category(1, "cat")], ImageTable.from_records([record]), FindingLog())
     (finding,) = annotations.findings
     assert (finding.kind, finding.action) == ("too-many-objects", "refused")
+
+
+@pytest.mark.parametrize("line", ["0 .5 .5 .2 .2", "", "x"])
+def test_of_a_crowd_no_more_is_read(make_yolo: Callable[..., Path], make_voc: Callable[..., Path], line: str) -> None:
+    root = make_yolo({"images/train/a.jpg": f"{line}\n" * 300_000}, data_yaml="train: images/train\nnames: [cat]\n")
+    annotations = load_annotations(root, "train")
+    assert "The image has 300,000 objects" in {f.kind: f.message for f in annotations.findings}["too-many-objects"]
+    root = make_voc({"a": voc_xml([voc_object(line or "cat"), "<object/>" * MAX_OBJECTS])})
+    assert "too-many-objects" in {finding.kind for finding in load_annotations(root, "train").findings}
 
 
 def test_the_audit_of_many_classes_is_not_quadratic(tmp_path: Path) -> None:

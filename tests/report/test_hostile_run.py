@@ -156,7 +156,7 @@ def test_arrays_are_no_larger_than_their_file(run: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("config.yaml", "a: &a [x, x, x]\n" + "".join(f"b{i}: &a [{'*a, ' * 50}]\n" for i in range(9))),
+        ("config.yaml", "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 50}]\n" for i in range(9))),
         ("config.yaml", "data: [1]\nepochs: x\n"),
         ("config.yaml", "data: {path: 3, val_images: \"a\\0b\"}\n"),
         ("metrics.json", "[" * 100_000),

@@ -2,7 +2,7 @@
 before anything is computed with them."""
 
 import io
-import math
+import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -100,7 +100,7 @@ def _is_whole(value: Any, low: float = -(2**63), high: float = 2**64) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_loss(value: Any) -> bool:

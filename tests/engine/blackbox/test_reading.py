@@ -88,6 +88,7 @@ def test_an_untouched_bundle_replays_and_draws(bundle: Path) -> None:
         {"num_boxes": 0},
         {"num_boxes": "nan"},
         {"loss": "a lot"},
+        {"loss": 10**400},
         {"categories": [1]},
         {"groups": [["no.such.parameter"]]},
         {"groups": "x"},
