@@ -176,6 +176,10 @@ def _is_target(value: Any) -> bool:
     return boxes.shape == (len(labels), 4) and labels.dim() == 1 and len(labels) <= MAX_OBJECTS
 
 
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(one, Tensor) and not one.is_complex() for one in value.values())
+
+
 def _is_optimizer(value: Any) -> bool:
     return (
         isinstance(value, dict) and isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list)
@@ -188,7 +192,7 @@ def _is_scaler(value: Any) -> bool:
 
 _STATE: dict[str, Callable[[Any], bool]] = {
     "batch": lambda value: _is_list(_is_micro_batch)(value) and bool(value),
-    "weights": lambda value: isinstance(value, dict) and all(isinstance(tensor, Tensor) for tensor in value.values()),
+    "weights": _is_weights,
     "optimizer": _is_optimizer,
     "scaler": _is_scaler,
 }

@@ -321,7 +321,7 @@ def _draw(
 def _drawn(image: Tensor, mask: Tensor | None, target: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     if mask is not None:
         height, width = int((~mask[:, 0]).sum()), int((~mask[0]).sum())
-        image = image[:, :height, :width]
+        image = image[:, : height or None, : width or None]  # all of one that says it is padding alone
     if image.dtype != torch.uint8:
         image = torch.nan_to_num(image.float()).clamp(0, 255).to(torch.uint8)
     height, width = image.shape[1:]

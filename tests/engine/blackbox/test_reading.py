@@ -139,6 +139,7 @@ SPOILED: dict[str, Callable[[dict[str, Any]], object]] = {
     "scale": lambda state: state.update(scaler={"scale": "x"}),
     "optimiser": lambda state: state.update(optimizer={"state": {}, "param_groups": [{}, {}]}),
     "rates": lambda state: state["optimizer"]["param_groups"][0].update(betas="x"),
+    "complex weights": lambda state: state["weights"].update(a=torch.zeros(5, dtype=torch.complex64)),
     "weights": lambda state: state.update(weights=[]),
     "a list": lambda state: state.clear(),
 }
@@ -196,6 +197,12 @@ def test_pictures_never_go_through_a_link(
     result = replay(str(bundle), device="cpu")
     assert result.pictures == []
     assert "Read-only file system" in result.render()
+
+
+def test_an_image_that_is_all_padding_is_drawn(bundle: Path) -> None:
+    padding = torch.ones(2, 64, 64, dtype=torch.bool)
+    change_state(bundle, lambda state: state["batch"][0].update(mask=padding))
+    assert len(replay(str(bundle), device="cpu").pictures) == 2
 
 
 def test_more_threads_than_this_machine_can_start_are_said(bundle: Path) -> None:
