@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MAX_CLASSES = 25_000  # ImageNet-21k has 21,841; the head of each layer and the evaluation's arrays grow with them
 MAX_OBJECTS = 20_000  # in an image; SKU-110K has 718, DOTA 10,000 before it is cut: each is compared with every query
+MAX_PAIRS = MAX_OBJECTS * 1_000  # of objects and detections in an image, which are compared
 MAX_NAME = 1_000  # characters of a class name; ImageNet's longest list of synonyms has 150
 MAX_DRAWN, MAX_TAGS = 2_000, 300  # boxes of a picture, and their names: more nobody can tell apart
 MAX_ROWS = 2_000  # of a table in a page: LVIS has 1,203 classes

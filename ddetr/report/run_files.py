@@ -246,9 +246,10 @@ def _are_numbers(*values: Any) -> bool:
 
 def _number(cell: str) -> float:
     try:
-        return float(cell)
+        number = float(cell)
     except ValueError:
         return math.nan
+    return number if abs(number) < 1e100 else math.nan  # no loss, rate or size; charts could not span them
 
 
 def _first_line(error: Exception) -> str:

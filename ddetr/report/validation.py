@@ -21,7 +21,7 @@ from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.evaluation.metrics import Metrics
 from ddetr.evaluation.overlaps import Found, Objects
 from ddetr.files import write_atomically
-from ddetr.untrusted import MAX_ARRAYS_BYTES, MAX_CLASSES, one_line, open_file, parse_json
+from ddetr.untrusted import MAX_ARRAYS_BYTES, MAX_CLASSES, MAX_PAIRS, one_line, open_file, parse_json
 
 BEST_FILE, LAST_FILE = "validation_best.npz", "validation_last.npz"
 _OBJECTS = {"image": np.int32, "boxes_xyxy": np.float32, "labels": np.int32, "area": np.float32, "ignore": bool}
@@ -141,6 +141,10 @@ class Validation:
                 wrong.append(f"images of the {what}")
             elif number and not (0 <= rows.labels.min() <= rows.labels.max() < num_classes):
                 wrong.append(f"classes of the {what}")
+        if not wrong:
+            crowds = (np.bincount(rows.image, minlength=num_images) for rows in (self.objects, self.found))
+            if math.prod(crowds).max(initial=0) > MAX_PAIRS:
+                wrong.append("objects and detections of one image")
         if wrong:
             raise ValueError(f"its {wrong[0]} do not fit")
 

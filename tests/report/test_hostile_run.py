@@ -99,6 +99,11 @@ def about(**values: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def crowd_of(columns: dict[str, Any], number: int) -> dict[str, Any]:
+    """Each object and detection many times."""
+    return {n: np.repeat(c, number, axis=0) for n, c in columns.items() if n.startswith(("object_", "found_"))}
+
+
 CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "pickled": lambda c: c.update(image_ids=np.array([{"a": 1}], dtype=object)),
     "words": lambda c: c.update(found_scores=np.array(["a"])),
@@ -112,6 +117,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
     "rows": lambda c: c.update(object_area=np.zeros(9, np.float32)),
     "curves": lambda c: c.update(curves=np.zeros((2, 101, 50), np.float32)),
     "nothing": lambda c: c.clear(),
+    "crowd": lambda c: c.update(crowd_of(c, 30_000)),
     "threshold": about(threshold=float("nan")),
     "categories": about(categories=[["x", 1]]),
     "many classes": about(categories=[[i, "a"] for i in range(26_000)]),
