@@ -1,23 +1,61 @@
-"""The terminal: results go to standard output, progress and messages to standard error."""
+"""The terminal: results go to standard output, progress and messages to standard error.
+
+Names of files and classes may come from anybody and say anything to a terminal: whatever leaves through here is made
+harmless, at the one place where it leaves.
+"""
 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
+from rich.text import Text
 
-_out = Console()
-err = Console(stderr=True)
+from ddetr.untrusted import MAX_MESSAGE, one_line, printable, shortened
+
+
+class _Harmless:
+    """What something looks like, without what it would do to a terminal; rich's own colours stay."""
+
+    def __init__(self, renderable: Any) -> None:
+        self.renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for text, style, control in console.render(self.renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+class _Guard(RenderHook):
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [_Harmless(renderable) for renderable in renderables]
+
+
+def _console(**options: Any) -> Console:
+    console = Console(**options)
+    console.push_render_hook(_Guard())
+    return console
+
+
+_out = _console()
+err = _console(stderr=True)
 if not err.is_terminal:
     err.width = 120  # a log file has no edge to wrap at
 
 
 def show(renderable: Any) -> None:
     """A table or a text on standard output."""
+    if isinstance(renderable, str):
+        renderable = printable(renderable)
     _out.print(renderable, markup=False, highlight=False, soft_wrap=isinstance(renderable, str))
+
+
+def show_error(message: str) -> None:
+    """Why a command ends, on one line of standard error."""
+    err.print(one_line(message, MAX_MESSAGE), markup=False, highlight=False, soft_wrap=True)
 
 
 def is_terminal() -> bool:
@@ -25,17 +63,29 @@ def is_terminal() -> bool:
     return _out.is_terminal
 
 
+class _Formatter(logging.Formatter):
+    """ddetr's messages have a line each, whatever the names in them hold."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        message = super().formatMessage(record)
+        if record.name.partition(".")[0] == "ddetr":
+            return one_line(message, MAX_MESSAGE)
+        return printable(shortened(message, MAX_MESSAGE))
+
+
 def set_up_logging() -> None:
     """ddetr's messages on standard error, one per line."""
     handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S", markup=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    handler.setFormatter(_Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("ddetr").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries per file, before our own error says why
 
 
 def waiting(what: str) -> AbstractContextManager[Any]:
     """A context that shows, to whoever watches a terminal, what is being done while it takes its time."""
-    return err.status(what) if err.is_terminal else nullcontext()  # a notebook would want widgets for it, and warn
+    # a notebook would want widgets for it, and warn
+    return err.status(Text(one_line(what))) if err.is_terminal else nullcontext()
 
 
 @contextmanager

@@ -96,8 +96,10 @@ def write_text(path: Path, text: str) -> None:
 def existing(path: str | os.PathLike) -> Path:
     """The path; `InputError` with the nearest name where nothing is there."""
     path = Path(path).expanduser()
-    if path.exists():
+    if path.is_dir() or path.is_file():
         return path
+    if path.exists():
+        raise InputError(f"{path} is neither a folder nor a file: expected the folder of a data set")
     parent = next(parent for parent in path.absolute().parents if parent.is_dir())
     missing = path.absolute().relative_to(parent).parts[0]
     hint = did_you_mean(missing, (entry.name for entry in parent.iterdir()))

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
     """ " (did you mean train?)", the tail of an error message: of the known names the nearest ones; "" where none is
     near."""
+    if len(word) > 200:  # comparing takes time with the square of the length
+        return ""
     near = difflib.get_close_matches(word, list(known), n=most, cutoff=0.5)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 

@@ -1,6 +1,8 @@
 # ruff: noqa: E501
 """What goes where: results to standard output, everything else to standard error."""
 
+import os
+import re
 import subprocess
 import sys
 
@@ -63,3 +65,38 @@ assert console.err.is_jupyter
     assert done.stderr == ""
     assert "a message" in done.stdout
     assert "a result" in done.stdout
+
+
+def test_names_of_others_do_nothing_to_a_terminal() -> None:
+    """Whatever leaves for the screen: results, tables, errors, messages, what is waited for; rich's own colours stay."""
+    code = r"""
+import logging
+from rich.table import Table
+from rich.text import Text
+from ddetr import console
+evil = "a\x1b[2J\x1b]0;t\x07\u202eb\nc"
+console.set_up_logging()
+table = Table(evil)
+table.add_row(Text(evil, style="red"))
+console.show(table)
+console.show(evil)
+console.show_error(f"error: {evil}" + "x" * 1_000_000)
+logging.getLogger("ddetr.engine").info("read %s", evil)
+logging.getLogger("other").warning("read %s", evil)
+with console.waiting("[/] " + evil):
+    pass
+"""
+    for color, is_colored in (("0", False), ("1", True)):
+        env = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
+        env |= {"FORCE_COLOR": "1"} if is_colored else {}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, env=env | {"TERM": "xterm"}, check=True
+        )
+        out, err = done.stdout.decode(), done.stderr.decode()
+        own = re.compile(r"\x1b\[(\?25[lh]|[\d;]*[mKA])")  # colours, the cursor of what is waited for
+        assert bool(own.search(out)) == is_colored, color
+        assert not set(own.sub("", out + err).replace("\r", "")) & set("\x1b\x07\u202e")
+        assert r"a\x1b[2J\x1b]0;t\x07\u202eb" in own.sub("", out)
+        message = next(line for line in own.sub("", err).splitlines() if "read" in line)
+        assert r"\u202eb\nc" in message  # a line a message: none can be made up
+        assert len(err) < 10_000

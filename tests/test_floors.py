@@ -18,17 +18,18 @@ import ddetr
 ROOT = Path(ddetr.__file__).parent
 FLOORS = {
     0: "errors wording",
-    1: "files console settings padding boxes ops",
-    2: "runtime",
-    3: "datasets models",
-    4: "checkpoint evaluation doctor",
-    5: "inference",
-    6: "report",
-    7: "engine",
-    8: "demo",
-    9: "bench",
-    10: "cli",
-    11: "__main__ __init__",
+    1: "untrusted",
+    2: "files console settings padding boxes ops",
+    3: "runtime",
+    4: "datasets models",
+    5: "checkpoint evaluation doctor",
+    6: "inference",
+    7: "report",
+    8: "engine",
+    9: "demo",
+    10: "bench",
+    11: "cli",
+    12: "__main__ __init__",
 }
 # Inside engine/: files and folders of its own.
 ENGINE_FLOORS = {

@@ -18,6 +18,7 @@ DETAILS = {
     "engine/loading/data_wait.py",
     "boxes.py",
     "padding.py",
+    "untrusted.py",
     "runtime/transfer.py",
     "datasets/annotations.py",
     "datasets/image_header.py",

@@ -16,6 +16,7 @@ from torchvision.transforms import functional as F
 from ddetr.boxes import box_xyxy_to_cxcywh
 from ddetr.datasets import ImageRecord
 from ddetr.datasets.dataset import seeded
+from ddetr.datasets.image_header import open_image
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, Crop, Recipe, View
 
 Target = dict[str, Any]
@@ -23,7 +24,7 @@ Target = dict[str, Any]
 
 def plain_sample(record: ImageRecord, recipe: Recipe, seed: int) -> tuple[Tensor, Target]:
     """(3, h, w) float32 normalised, and the target, of one image."""
-    with seeded(seed), Image.open(record.path) as file:
+    with seeded(seed), open_image(record.path) as file:
         image = file.convert("RGB")
         kept = torch.from_numpy(~record.ignore)
         boxes = torch.from_numpy(record.boxes_xyxy.copy())[kept]

@@ -23,7 +23,7 @@ from ddetr.datasets.annotations import Category
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
-from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.models.deformable_detr import DeformableDETR, check_fits
 
 FORMAT = "ddetr"
 FORMAT_VERSION = 1
@@ -202,9 +202,10 @@ def build_from_checkpoint(checkpoint: Checkpoint) -> DeformableDETR:
             f"the checkpoint was made by ddetr {checkpoint.ddetr_version} with {unknown[0]!r}, which ddetr "
             f"{__version__} does not know: upgrade it (pip install -U ddetr)"
         )
-    _check_sizes(checkpoint)
+    config = portable_config(checkpoint.config)
     try:
-        model = DeformableDETR(**portable_config(checkpoint.config))
+        check_fits(config, checkpoint.model)
+        model = DeformableDETR(**config)
     except InputError:
         raise
     except Exception as error:  # a value of the wrong type raises anything
@@ -223,21 +224,6 @@ def build_from_checkpoint(checkpoint: Checkpoint) -> DeformableDETR:
             "run leaves them. Take an earlier checkpoint"
         )
     return model.eval()
-
-
-def _check_sizes(checkpoint: Checkpoint) -> None:
-    """A configuration that asks for more than the file holds is not even tried: it could ask for all memory."""
-    total = sum(tensor.numel() for tensor in checkpoint.model.values())
-    config = checkpoint.config
-    hidden_dim = config.get("hidden_dim")
-    least = hidden_dim if isinstance(hidden_dim, int) else 1
-    for name, value in config.items():
-        limit = len(checkpoint.model) if name in ("enc_layers", "dec_layers") else total // max(1, least)
-        if isinstance(value, int) and value > max(1, limit):
-            raise InputError(
-                f"the weights of the checkpoint do not fit its own configuration: they are {total:,} numbers, too few "
-                f"for {name} {value:,}"
-            )
 
 
 def _without_aliases(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

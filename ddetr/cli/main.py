@@ -389,19 +389,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_data_is_there(arguments)
         return parse(arguments)() or 0
     except InputError as error:
-        console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.show_error(f"ddetr: error: {error}")
         return 2
     except (ChildProcessError, FloatingPointError) as error:  # a process that died; a run that diverged
-        console.err.print(f"ddetr: error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.show_error(f"ddetr: error: {error}")
         return 1
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        console.err.print(f"ddetr: error: {where}{error.strerror}", markup=False, highlight=False, soft_wrap=True)
+        console.show_error(f"ddetr: error: {where}{error.strerror}")
         return 1
     except KeyboardInterrupt:
-        console.err.print("ddetr: interrupted")
+        console.show_error("ddetr: interrupted")
         return 130
 
 

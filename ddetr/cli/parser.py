@@ -6,6 +6,7 @@ alone is `--optimize float32`, a switch alone is `true`, and a list may be writt
 
 import difflib
 import json
+import os
 import re
 from argparse import SUPPRESS
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,10 +14,10 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
-import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_YAML_BYTES, parse_yaml, read_text
 from ddetr.wording import did_you_mean
 
 SHORT = {"--data": "--data.path"}
@@ -36,20 +37,25 @@ class Parser(ArgumentParser):
         # Without allow_abbrev=False a mistyped option could be silently taken for another.
         super().__init__(prog=f"ddetr {command}", description=description, allow_abbrev=False)
         self._from_file: dict[str, tuple[str, Any]] = {}  # option -> the file that sets it and the value there
+        self._groups: set[str] = set()  # options that jsonargparse takes a file for, such as --optim
         self.after_help = ""  # text for the end of --help, as it stands
 
     def read(self, arguments: Sequence[str]) -> Namespace:
         """Arguments -> settings, dataclasses made."""
         arguments = self._spelled_out(arguments)
         for option, value in zip(arguments, [*arguments[1:], ""]):
-            if option == "--config" or option.startswith("--config="):
-                self._check_file(option.partition("=")[2] or value)
+            name, _, given = option.partition("=")
+            if name == "--config":
+                self._check_file(given or value)
+            elif name in self._groups and os.path.exists(given or value):
+                self._parse_file(name, given or value)
         return self.instantiate(self.parse_args(arguments))
 
     def add_group_of_options(self, *names: str) -> None:
         """Hide jsonargparse's `--GROUP FILE` from the help, where `--config` does the same; `--data` is a path here."""
         for name in names:
             action = self._option_string_actions[f"--{name}"]
+            self._groups.add(f"--{name}")
             action.help = SUPPRESS
             if f"--{name}" in SHORT:
                 action.metavar, action.help = "PATH", f"the same as {SHORT[f'--{name}']} PATH"
@@ -122,23 +128,22 @@ class Parser(ArgumentParser):
 
     def _check_file(self, name: str) -> None:
         """The mistakes in a YAML file that can be named better here than after everything is merged."""
-        try:
-            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            hint = did_you_mean(Path(name).name, (path.name for path in Path(name).parent.glob("*")))
-            raise InputError(f"--config {name}: there is no such file{hint}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is no text"
-            raise InputError(f"--config {name}: expected a YAML file, but it cannot be read ({reason})") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or "it cannot be parsed"
-            raise InputError(f"{name}: broken YAML{line}: {problem}") from None
+        content = self._parse_file("--config", name)
         if not isinstance(content, Mapping):
             got = "nothing" if content is None else f"a {type(content).__name__}"
             raise InputError(f"{name}: expected options with values, such as `epochs: 50`, got {got}")
         self._check_keys(name, content, "")
+
+    def _parse_file(self, option: str, name: str) -> Any:
+        try:
+            text = read_text(name, MAX_YAML_BYTES)
+        except FileNotFoundError:
+            hint = did_you_mean(Path(name).name, (path.name for path in Path(name).parent.glob("*")))
+            raise InputError(f"{option} {name}: there is no such file{hint}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is no text"
+            raise InputError(f"{option} {name}: expected a YAML file, but it cannot be read ({reason})") from None
+        return parse_yaml(text, name)
 
     def _check_keys(self, file: str, content: Mapping[Any, Any], group: str) -> None:
         options = self._options()

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_CLASSES, MAX_NAME, MAX_OBJECTS, MAX_PLACE, MAX_PLACES, SHOWN_NAME, shortened
 from ddetr.wording import did_you_mean
 
 ACTIONS = ("note", "repaired", "dropped", "refused")
-MAX_PLACES = 10_000  # a kind; a finding that repeats in each of COCO's 860,000 objects is counted, not listed
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,7 @@ class FindingLog:
 
     def add(self, kind: str, action: str, where: str, message: str, count: int = 1) -> None:
         key = (kind, action)
+        where, message = shortened(where, MAX_PLACE), shortened(message, MAX_PLACE)
         self._seen[key] += 1
         if self._seen[key] <= MAX_PLACES:
             self._findings.append(Finding(kind, action, where, message, count))
@@ -222,7 +223,9 @@ def check_boxes(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray) -> BoxCheck:
     not_finite = ~np.isfinite(boxes_xyxy).all(axis=1)
     finite = np.where(not_finite[:, None], 0.0, boxes_xyxy)
     clipped = clip_boxes(finite, sizes_hw).astype(np.float32)
-    degenerate = (finite[:, 2:].astype(np.float32) <= finite[:, :2].astype(np.float32)).any(axis=1) & ~not_finite
+    with np.errstate(over="ignore"):  # beyond float32 is outside of any image
+        as_used = finite.astype(np.float32)
+    degenerate = (as_used[:, 2:] <= as_used[:, :2]).any(axis=1) & ~not_finite
     empty = (clipped[:, 2:] <= clipped[:, :2]).any(axis=1)
     outside = empty & ~degenerate & ~not_finite
     moved = (np.abs(clipped - finite) > 1.0).any(axis=1) & ~(not_finite | degenerate | outside)
@@ -269,6 +272,32 @@ def match_categories(
                 )
                 log.add("category-id-differs", "repaired", where, message)
     return labels
+
+
+def whole(name: str, format: str, categories: Sequence[Category], images: ImageTable, log: FindingLog) -> Annotations:
+    """A split as its reader returns it; what no training could take is a refused finding."""
+    if len(categories) > MAX_CLASSES:
+        message = f"There are {len(categories):,} classes, more than {MAX_CLASSES:,}: no model here could learn them."
+        log.add("too-many-classes", "refused", name, message)
+    for category in categories:
+        if not -(2**63) <= category.category_id < 2**63:
+            message = (
+                f"The id of class {shortened(category.name, SHOWN_NAME)!r} has more than 64 bits; give it another."
+            )
+            log.add("category-id", "refused", name, message)
+        if len(category.name) > MAX_NAME:
+            message = f"The class name has {len(category.name):,} characters, more than {MAX_NAME:,}; shorten it."
+            log.add("class-name", "refused", f"{name}, {shortened(category.name, SHOWN_NAME)}", message)
+    counts = np.diff(images.offsets)
+    for index in np.flatnonzero(counts > MAX_OBJECTS).tolist():
+        report_crowd(log, str(images.path(index)), int(counts[index]))
+    return Annotations(name, format, tuple(categories), images, log.freeze())
+
+
+def report_crowd(log: FindingLog, where: str, num_objects: int) -> None:
+    """An image has more objects than MAX_OBJECTS: readers read no more of them."""
+    message = f"The image has {num_objects:,} objects, more than {MAX_OBJECTS:,}: cut it into parts."
+    log.add("too-many-objects", "refused", where, message)
 
 
 def split_error(path: Path, split: str, known: Sequence[str]) -> InputError:

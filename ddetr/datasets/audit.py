@@ -20,6 +20,7 @@ import numpy as np
 from ddetr.datasets.annotations import ACTIONS, Annotations, Category, Finding, FindingLog
 from ddetr.datasets.images import read_image
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -113,7 +114,7 @@ class AuditReport:
 
     def _split_rows(self, split: SplitSummary) -> Iterator[tuple[str, str, str]]:
         role = "training" if split is self.train else "validation"
-        yield f"{role} images", f"{split.num_images:,}", f"{split.name} ({split.format})"
+        yield f"{role} images", f"{split.num_images:,}", f"{one_line(split.name)} ({split.format})"
         ignored = f"; {split.num_ignored:,} more are crowds or difficult: ignored" if split.num_ignored else ""
         per_image = (
             f"per image: {split.objects_p50:g} (median), {split.objects_p99:g} (p99), {split.objects_max} (most)"
@@ -132,7 +133,11 @@ class AuditReport:
         for label in order[:CLASSES_SHOWN].tolist():
             count = self.train.class_counts[label]
             in_val = f", {self.val.class_counts[label]:,} in validation" if self.val else ""
-            yield self.categories[label].name, f"{count:,}", f"{count / total:.1%} of the training objects{in_val}"
+            yield (
+                one_line(self.categories[label].name),
+                f"{count:,}",
+                f"{count / total:.1%} of the training objects{in_val}",
+            )
         if len(order) > CLASSES_SHOWN:
             rest = order[CLASSES_SHOWN:]
             count = sum(self.train.class_counts[label] for label in rest.tolist())
@@ -167,7 +172,8 @@ def _add_findings(table: Table, findings: Sequence[Finding], refused: Sequence[F
     styles = {"refused": "bold red", "dropped": "yellow", "repaired": "cyan", "note": "dim"}
     for (action, kind), group in _grouped(findings).items():
         style = "bold red" if group[0] in refused else styles[action]
-        details = Text("\n".join(f"{finding.where}: {finding.message}" for finding in group[:PLACES_SHOWN]))
+        said = (one_line(f"{finding.where}: {finding.message}", MAX_MESSAGE) for finding in group[:PLACES_SHOWN])
+        details = Text("\n".join(said))
         if len(group) > PLACES_SHOWN:
             details.append(f"\nand {len(group) - PLACES_SHOWN:,} more places", style="dim")
         count = f"{sum(finding.count for finding in group):,}"
@@ -305,10 +311,12 @@ def _report_crowded(scan: _Scan, num_queries: int, max_detections: int, log: Fin
 def _report_classes(train: Annotations, summaries: Sequence[SplitSummary], log: FindingLog) -> None:
     in_train = summaries[0].class_counts
     in_val = summaries[1].class_counts if len(summaries) > 1 else ()
+    if not summaries[0].num_objects:
+        return  # said already
     for label, category in enumerate(train.categories):
-        if in_train[label] or not sum(in_train):
+        if in_train[label]:
             continue
-        where = f"{train.name}, {category.name} (id {category.category_id})"
+        where = f"{train.name}, {shortened(category.name, SHOWN_NAME)} (id {category.category_id})"
         if label < len(in_val) and in_val[label]:
             message = (
                 f"It has {in_val[label]} objects in validation and none in training: it can't be learned, its AP is 0."
@@ -338,7 +346,7 @@ def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> None:
 def _hash(path: Path, whole: bool) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             if not whole:
                 digest.update(file.read(_ENDS_BYTES))
                 file.seek(max(0, file.seek(0, 2) - _ENDS_BYTES))

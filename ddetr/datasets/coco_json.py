@@ -12,6 +12,8 @@ from typing import Any
 
 from ddetr.datasets.annotations import Category, FindingLog
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_ANNOTATION_BYTES, one_line, open_file, parse_json, read_text, without_doubles
+from ddetr.wording import first_few
 
 
 @contextmanager
@@ -29,22 +31,21 @@ def without_collector() -> Iterator[None]:
 def load_json(file: Path) -> dict[str, Any]:
     """The content without the masks, which are most of COCO's half gigabyte and no part of detection."""
 
-    def without_mask(entry: dict[str, Any]) -> dict[str, Any]:
+    def without_mask(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entry = dict(pairs)
+        if len(entry) < len(pairs):  # asked here too: a call for each of a million objects takes time
+            without_doubles(pairs)
         if "segmentation" in entry and entry.get("bbox"):  # without a box the polygons stand in for it
             del entry["segmentation"]
         return entry
 
     try:
-        with file.open(encoding="utf-8-sig") as stream:
-            content = json.load(stream, object_hook=without_mask)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{file} is broken JSON: {error.msg} at line {error.lineno}, column {error.colno}; restore or re-export it"
-        ) from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{file} can't be read: {error}") from None
+        text = read_text(file, MAX_ANNOTATION_BYTES)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    content = parse_json(text, str(file), without_mask)
     if not isinstance(content, dict) or "images" not in content:
-        found = f"a {type(content).__name__}" if not isinstance(content, dict) else f"the keys {', '.join(content)}"
+        found = "the keys " + first_few(content, 8) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise InputError(
             f'{file} is no COCO annotation file: expected an object with "images", "annotations" and "categories", '
             f"found {found}"
@@ -55,7 +56,10 @@ def load_json(file: Path) -> dict[str, Any]:
 def read_categories(file: Path) -> tuple[Category, ...] | None:
     """The categories alone, without parsing the rest; None where they can't be found so."""
     try:
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with (
+            open_file(file, MAX_ANNOTATION_BYTES) as stream,
+            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
+        ):
             start = data.rfind(b'"categories"')
             if start < 0:
                 return None
@@ -63,7 +67,7 @@ def read_categories(file: Path) -> tuple[Category, ...] | None:
         value = text[len('"categories"') :].lstrip().removeprefix(":").lstrip()
         entries, _ = json.JSONDecoder().raw_decode(value)
         return categories_of({"categories": entries}, [], FindingLog(), "")[0] or None
-    except (OSError, ValueError, InputError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -79,6 +83,8 @@ def categories_of(
 ) -> tuple[tuple[Category, ...], dict[int, int]]:
     """The file's categories by ascending id, and the label of each id."""
     entries = content.get("categories")
+    if entries and not isinstance(entries, list):
+        raise InputError(f'{shown}: "categories" must be a list of objects')
     if not entries:
         ids = {obj.get("category_id") for obj in objects if isinstance(obj.get("category_id"), int)}
         entries = [{"id": i, "name": f"class_{i}"} for i in ids]
@@ -91,12 +97,13 @@ def categories_of(
         try:
             category_id = int(entry["id"])
             name = str(entry.get("name") or f"class_{category_id}").strip()
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             raise InputError(
-                f'{where}: expected an object with an integer "id" and a "name", found {entry!r}.'
+                f'{where}: expected an object with an integer "id" and a "name", found {one_line(repr(entry))}.'
             ) from None
         if by_id.setdefault(category_id, name) != name:
-            message = f"Category id {category_id} is both {by_id[category_id]!r} and {name!r}; give one another id."
+            both = f"{one_line(by_id[category_id])!r} and {one_line(name)!r}"
+            message = f"Category id {category_id} is both {both}; give one another id."
             log.add("duplicate-category", "refused", where, message)
     ordered = tuple(Category(category_id, by_id[category_id]) for category_id in sorted(by_id))
     return ordered, {category.category_id: label for label, category in enumerate(ordered)}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddetr.datasets.image_files import ImageFolders
+from ddetr.untrusted import open_file
 
 _OTHER_TASKS = re.compile(r"^(captions|person_keypoints|stuff|panoptic|image_info|deprecated)_", re.IGNORECASE)
 _FILE_WORDS = re.compile(r"(?:^|[_.-])(?:instances?|annotations?|labels?|coco)(?=[_.-]|$)", re.IGNORECASE)
@@ -46,7 +47,7 @@ def _split_name(file: Path) -> str:
 def _looks_like_coco(file: Path) -> bool:
     """By the words at either end: a whole file may have half a gigabyte."""
     try:
-        with file.open("rb") as stream:
+        with open_file(file) as stream:
             start = stream.read(1 << 16)
             stream.seek(max(0, stream.seek(0, 2) - (1 << 16)))
             ends = start + stream.read()

@@ -21,11 +21,13 @@ from ddetr.datasets.annotations import (
     check_boxes,
     match_categories,
     report_boxes,
+    whole,
 )
 from ddetr.datasets.coco_json import categories_of, entries_of, load_json, without_collector
 from ddetr.datasets.coco_layout import choose_image_dir, image_dirs, last_part
 from ddetr.datasets.image_files import ImageFolders, read_headers, settle_size
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_PATH, SHOWN_NAME, one_line, shortened
 
 
 def read_coco(
@@ -71,7 +73,7 @@ def _read(
         label_in_training = match_categories(own, categories, log, shown, by_id=True)
         unknown = usable & (label_in_training[labels] < 0)
         for i in np.flatnonzero(unknown):
-            name = own[labels[i]].name
+            name = shortened(own[labels[i]].name, SHOWN_NAME)
             log.add("category-unknown", "dropped", where(i), f"{name!r} is no class of the training set; left out.")
         labels, usable = label_in_training[labels], usable & ~unknown
 
@@ -94,7 +96,7 @@ def _read(
         area=_areas(objects, selected, boxes, log, shown, where),
         ignore=_crowd(objects, selected, log, shown),
     )
-    return Annotations(f"{root.name}/{split}", "coco", tuple(categories or own), table, log.freeze())
+    return whole(f"{root.name}/{split}", "coco", categories or own, table, log)
 
 
 def _images(
@@ -108,10 +110,9 @@ def _images(
     sizes: list[tuple[Any, Any]] = []
     for position, entry in enumerate(entries):
         image_id, name = entry.get("id"), entry.get("file_name")
-        if not isinstance(image_id, (int, str)) or not isinstance(name, str) or not name:
-            message = (
-                f'An image needs an "id" and a "file_name"; this one has {image_id!r} and {name!r} and was left out.'
-            )
+        if not isinstance(image_id, (int, str)) or not isinstance(name, str) or not 0 < len(name) <= MAX_PATH:
+            found = f"{one_line(repr(image_id))} and {one_line(repr(name))}"
+            message = f'An image needs an "id" and a "file_name"; this one has {found} and was left out.'
             log.add("image-entry", "dropped", f"{shown}, image {position}", message)
             continue
         first = index_of_id.setdefault(image_id, len(ids))
@@ -126,7 +127,8 @@ def _images(
         ids.append(image_id)
         names.append(name)
         sizes.append((entry.get("height"), entry.get("width")))
-    declared = np.nan_to_num(_numbers(sizes, 2), nan=0.0, posinf=0.0, neginf=0.0).round().astype(np.int64)
+    numbers = np.nan_to_num(_numbers(sizes, 2), nan=0.0, posinf=0.0, neginf=0.0)
+    declared = numbers.clip(0, np.iinfo(np.int32).max).round().astype(np.int64)
     return _integer_ids(ids, log, shown), names, declared, index_of_id
 
 
@@ -221,7 +223,8 @@ def _objects(
         repeated = len(objects) - len(annotation_ids) - num_without_id
         message = f"{repeated} annotation ids occur more than once; all objects were kept, ids are not used."
         log.add("duplicate-annotation-id", "note", shown, message, count=repeated)
-    boxes_xyxy = np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):  # not finite then, which is reported
+        boxes_xyxy = np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
     return image_index, labels, (image_index >= 0) & (labels >= 0) & ~no_box, boxes_xyxy
 
 
@@ -272,7 +275,7 @@ def _areas(
 ) -> np.ndarray:
     """(m,) areas of the selected objects: the mask's where the file gives it, else the box's."""
     area = _numbers([(objects[i].get("area"),) for i in selected.tolist()], 1)[:, 0]
-    missing = ~np.isfinite(area) | (area <= 0)
+    missing = ~((area > 0) & (area < np.finfo(np.float32).max))
     area[missing] = (boxes_xyxy[missing, 2:] - boxes_xyxy[missing, :2]).prod(axis=1)
     if missing.all() and len(missing):
         message = "No object has a usable area; the boxes' were used, so AP by size is not comparable with masks'."
@@ -327,8 +330,9 @@ def _box_of_polygons(segmentation: Any) -> np.ndarray | None:
     """(4,) xywh around COCO polygons [[x, y, x, y, ...], ...]; None for anything else."""
     try:
         points = np.concatenate([np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation])
-        return np.concatenate([points.min(axis=0), np.ptp(points, axis=0)])
-    except (TypeError, ValueError):
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.concatenate([points.min(axis=0), np.ptp(points, axis=0)])
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

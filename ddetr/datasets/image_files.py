@@ -13,6 +13,7 @@ from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_header import ImageHeader
 from ddetr.datasets.images import IMAGE_SUFFIXES, image_header, size_mismatch
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_LABEL_BYTES, read_text
 
 _HEADER_THREADS = 8  # they wait for the disk; more gains nothing locally, and on network storage the disk is the limit
 _HEADERS_A_TASK = 256
@@ -30,7 +31,7 @@ class ImageFolders:
         if folder not in self._exact:
             try:
                 self._exact[folder] = frozenset(os.listdir(folder))
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a name that no folder can have
                 self._exact[folder] = frozenset()
         return self._exact[folder]
 
@@ -52,6 +53,14 @@ class ImageFolders:
         stem = path.name.rpartition(".")[0] if is_image_name(path.name) else path.name
         found = self._loose[path.parent].get(path.name.lower()) or self._loose[path.parent].get(stem.lower())
         return path.parent / found if found else None
+
+
+def listed_lines(listing: Path) -> list[str]:
+    """The lines of a text file that lists images or classes; `InputError` where it can't be read."""
+    try:
+        return read_text(listing, MAX_LABEL_BYTES, errors="replace").splitlines()
+    except OSError as error:
+        raise InputError(f"{listing} can't be read: {error.strerror or error}") from None
 
 
 def is_image_name(name: str) -> bool:

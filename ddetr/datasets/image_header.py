@@ -7,15 +7,24 @@ and for a PNG without EXIF it decodes the whole image); everything else is asked
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from PIL import ExifTags, Image
 
+from ddetr.untrusted import MAX_IMAGE_SEGMENTS
+
 # every JPEG "start of frame"; the three codes left out of C0..CF mean other things
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE_MARKERS = frozenset([0x01, *range(0xD0, 0xD9)])
+
+
+# What cameras, phones, scanners and the web make. Pillow opens thirty more: EPS is a program, which Ghostscript would
+# run. HEIF is there where a plug-in brings it.
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "PPM", "AVIF", "HEIF", "JPEG2000", "TGA", "ICO", "QOI")
 
 
 @dataclass(frozen=True)
@@ -46,19 +55,31 @@ def read_header(file: BinaryIO) -> ImageHeader:
     return _ask_pillow(file)
 
 
+def open_image(file: BinaryIO | Path) -> Image.Image:
+    """Pillow's image of a file, of the formats that photographs come in; the one place where ours are opened."""
+    return Image.open(file, formats=_known_formats())
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()  # by itself Pillow asks the rarer formats only where no list is given
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
 def _read_jpeg(file: BinaryIO) -> ImageHeader:
     file.seek(2)
     orientation = 1
-    while True:
+    for _ in range(MAX_IMAGE_SEGMENTS):
         marker = file.read(2)
         if len(marker) < 2 or marker[0] != 0xFF:
             raise ValueError("no start of frame: not a complete JPEG")
+        if marker[1] == 0xFF:  # a fill byte before a marker is legal
+            file.seek(-1, 1)
+            continue
         code = marker[1]
-        while code == 0xFF:  # fill bytes before a marker are legal
-            code = file.read(1)[0]
         if code in _STANDALONE_MARKERS:
             continue
-        length = struct.unpack(">H", file.read(2))[0] - 2
+        length = max(0, struct.unpack(">H", file.read(2))[0] - 2)
         if code in _START_OF_FRAME:
             precision, height, width, components = struct.unpack(">BHHB", file.read(6))
             if not (height and width):
@@ -70,6 +91,7 @@ def _read_jpeg(file: BinaryIO) -> ImageHeader:
                 orientation = _exif_orientation(segment[6:])
         else:
             file.seek(length, 1)
+    raise ValueError(f"no start of frame in {MAX_IMAGE_SEGMENTS:,} segments")
 
 
 def _read_png(file: BinaryIO) -> ImageHeader:
@@ -79,16 +101,16 @@ def _read_png(file: BinaryIO) -> ImageHeader:
         raise ValueError("not a complete PNG")
     file.seek(8 + 8 + length + 4)
     orientation = 1
-    while True:
+    for _ in range(MAX_IMAGE_SEGMENTS):
         length, name = struct.unpack(">I4s", file.read(8))
         if name in (b"IDAT", b"IEND"):
-            break
+            return ImageHeader((height, width), orientation)
         if name == b"eXIf":
             orientation = _exif_orientation(file.read(length))
             file.seek(4, 1)
         else:
             file.seek(length + 4, 1)
-    return ImageHeader((height, width), orientation)
+    raise ValueError(f"no pixels in {MAX_IMAGE_SEGMENTS:,} chunks")
 
 
 def _exif_orientation(tiff: bytes) -> int:
@@ -108,7 +130,7 @@ def _exif_orientation(tiff: bytes) -> int:
 
 
 def _ask_pillow(file: BinaryIO) -> ImageHeader:
-    with Image.open(file) as image:
+    with open_image(file) as image:
         width, height = image.size
         # Pillow turns a TIFF itself as it loads it, and states the upright size before
         orientation = 1 if image.format == "TIFF" else image.getexif().get(ExifTags.Base.Orientation, 1)

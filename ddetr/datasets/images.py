@@ -9,6 +9,7 @@
 | 16-bit greyscale           | divided by 257, so that 65,535 is 255; never stretched by the content of a single image |
 | CMYK                       | converted to RGB by Pillow                                                              |
 | several frames             | the first                                                                               |
+| EPS, PSD, FITS and others  | refused: no photographs, and for EPS Pillow would run a program                         |
 | float or 32-bit pixels     | refused: there is no scale that is right for all                                        |
 | truncated, corrupt, absent | `InputError` naming the file; half an image is never used                               |
 
@@ -26,15 +27,15 @@ import io
 import math
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from ddetr.datasets.image_header import ImageHeader, read_header
+from ddetr.datasets.image_header import ImageHeader, open_image, read_header
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_IMAGE_BYTES, open_file, read_bytes
 
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"]
@@ -54,7 +55,7 @@ _EXIF_TURNS = {
 def image_header(path: str | PathLike) -> ImageHeader:
     """Size and orientation from the first bytes; `InputError` where there is no readable image."""
     try:
-        with Path(path).open("rb") as file:
+        with open_file(path, MAX_IMAGE_BYTES) as file:
             return read_header(file)
     except _DECODE_ERRORS as error:
         raise _unreadable(path, error) from error
@@ -73,8 +74,8 @@ def read_image(path: str | PathLike, size_hw: tuple[int, int] | None = None) -> 
     disagreement raises `InputError`.
     """
     try:
-        data = Path(path).read_bytes()
-    except OSError as error:
+        data = read_bytes(path, MAX_IMAGE_BYTES)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise _unreadable(path, error) from error
     return decode_image(data, path, size_hw)
 
@@ -90,7 +91,7 @@ def decode_image(data: bytes, path: str | PathLike, size_hw: tuple[int, int] | N
             turn = None
         if header.is_usual_jpeg and (pixels := _decode_jpeg(data, header)) is not None:
             return pixels if turn is None else _to_tensor(Image.fromarray(pixels.permute(1, 2, 0).numpy()), turn)
-        with Image.open(io.BytesIO(data)) as image:
+        with open_image(io.BytesIO(data)) as image:
             return _to_tensor(_pillow_to_rgb(image), turn)
     except _DECODE_ERRORS as error:
         raise error if isinstance(error, InputError) else _unreadable(path, error) from error
@@ -131,7 +132,7 @@ def fast_jpeg_decoder() -> Callable[[bytes], Tensor] | None:
         found = decode(file.getvalue()).permute(1, 2, 0).numpy()
     except (RuntimeError, AttributeError):
         return None
-    with Image.open(file) as image:
+    with open_image(file) as image:
         return decode if np.array_equal(found, np.asarray(image)) else None
 
 
@@ -162,7 +163,8 @@ def _unreadable(path: str | PathLike, error: Exception) -> InputError:
         return InputError(f"there is no image {path}")
     if isinstance(error, Image.UnidentifiedImageError):
         return InputError(f"{path} can't be read: it is no image of a known format")
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = getattr(error, "strerror", None) or str(error)  # of an OSError without number and name
+    reason = (said.strip().splitlines() or [type(error).__name__])[0]
     return InputError(f"{path} can't be read: {reason}")
 
 

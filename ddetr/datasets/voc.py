@@ -8,9 +8,12 @@ dropped. Folders of images with their XML files beside them (Roboflow's export) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
+from xml.parsers import expat
 
 import numpy as np
 
@@ -22,10 +25,13 @@ from ddetr.datasets.annotations import (
     ImageTable,
     check_boxes,
     report_boxes,
+    report_crowd,
     split_error,
+    whole,
 )
-from ddetr.datasets.image_files import ImageFolders, is_image_name, read_headers, settle_size
+from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines, read_headers, settle_size
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, read_bytes, shortened
 
 WHOLE = "all"  # the one split of a data set that has none
 
@@ -81,7 +87,7 @@ def read_voc(
         names = sorted({name for tree in others for obj in tree.iterfind("object") if (name := _text(obj, "name"))})
         categories = [Category(label + 1, name) for label, name in enumerate(names)]
     records = _records(root, trees, image_dir, tuple(categories), log)
-    return Annotations(f"{path.name}/{split}", "voc", tuple(categories), ImageTable.from_records(records), log.freeze())
+    return whole(f"{path.name}/{split}", "voc", categories, ImageTable.from_records(records), log)
 
 
 def _xml_files(root: Path, listing: Path, log: FindingLog) -> list[Path]:
@@ -89,7 +95,7 @@ def _xml_files(root: Path, listing: Path, log: FindingLog) -> list[Path]:
     if listing.is_dir():
         return sorted(listing.glob("*.xml"))
     files: dict[Path, None] = {}
-    for number, line in enumerate(listing.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+    for number, line in enumerate(listed_lines(listing), 1):
         words = line.split()
         if not words:
             continue
@@ -107,7 +113,9 @@ def _xml_files(root: Path, listing: Path, log: FindingLog) -> list[Path]:
 def _parse(file: Path, root: Path, log: FindingLog) -> ElementTree.Element | None:
     where = str(file.relative_to(root))
     try:
-        return ElementTree.parse(file).getroot()
+        content = read_bytes(file, MAX_LABEL_BYTES)
+        _check_entities(content)
+        return ElementTree.fromstring(content)
     except ElementTree.ParseError as error:
         line, column = error.position
         reason = str(error).partition(":")[0]
@@ -118,6 +126,21 @@ def _parse(file: Path, root: Path, log: FindingLog) -> ElementTree.Element | Non
     except (OSError, ValueError, LookupError) as error:
         log.add("malformed-xml", "dropped", where, f"The file can't be read ({error}); the image was left out.")
     return None
+
+
+def _check_entities(content: bytes) -> None:
+    """ValueError where an XML file declares entities: a few lines of them can stand for gigabytes, or for another
+    file. No labelling tool writes any."""
+    if b"DOCTYPE" not in content.replace(b"\0", b""):  # UTF-16 has a zero byte in each letter
+        return
+
+    def refuse(name: str, *_: object) -> None:
+        raise ValueError(f"it declares the entity {name[:40]!r}; write the text itself")
+
+    parser = expat.ParserCreate()
+    parser.EntityDeclHandler = refuse
+    with suppress(expat.ExpatError):  # said by whoever reads the content
+        parser.Parse(content, True)
 
 
 def _records(
@@ -154,7 +177,7 @@ def _records(
             continue
         labels = np.array([label_of.get(name, -1) for name in names], dtype=np.int64)
         for i in np.flatnonzero(labels < 0):
-            message = f"{names[i]!r} is no class of the training set; the object was left out."
+            message = f"{shortened(names[i], SHOWN_NAME)!r} is no class of the training set; the object was left out."
             log.add("category-unknown", "dropped", places[i], message)
         check = check_boxes(boxes, size_hw)
         report_boxes(log, check, boxes, places.__getitem__)
@@ -193,7 +216,10 @@ def _objects(
 ) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
     """Names, difficult (n,) bool, corners as written (n, 4), and the place of each object that has a box."""
     names, difficult, boxes, places = [], [], [], []
-    for number, obj in enumerate(tree.iterfind("object"), 1):
+    objects = tree.findall("object")
+    if len(objects) > MAX_OBJECTS:
+        report_crowd(log, where, len(objects))
+    for number, obj in enumerate(objects[:MAX_OBJECTS], 1):
         place = f"{where}, object {number}"
         box = obj.find("bndbox")
         name = _text(obj, "name")
@@ -211,7 +237,7 @@ def _objects(
 def _declared_hw(tree: ElementTree.Element, where: str, log: FindingLog) -> tuple[int, int] | None:
     size = tree.find("size")
     height, width = (_number(_text(size, key)) if size is not None else 0.0 for key in ("height", "width"))
-    if not (height > 0 and width > 0):
+    if not (0 < height < math.inf and 0 < width < math.inf):
         log.add("missing-size", "repaired", where, "It states no image size; it was read from the image.")
         return None
     return round(height), round(width)

@@ -9,6 +9,7 @@ defines it; polygons (segmentation, oriented boxes) become the box around them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,10 +24,24 @@ from ddetr.datasets.annotations import (
     check_boxes,
     match_categories,
     report_boxes,
+    report_crowd,
     split_error,
+    whole,
 )
-from ddetr.datasets.image_files import ImageFolders, is_image_name, read_headers, settle_size
+from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines, read_headers, settle_size
 from ddetr.errors import InputError
+from ddetr.untrusted import (
+    MAX_CLASSES,
+    MAX_LABEL_BYTES,
+    MAX_OBJECTS,
+    MAX_PATH_PARTS,
+    MAX_YAML_BYTES,
+    SHOWN_NAME,
+    one_line,
+    parse_yaml,
+    read_text,
+    shortened,
+)
 
 WHOLE = "all"  # the one split of a data set that has none
 _SPLIT_KEYS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -59,17 +74,15 @@ def _names_splits(file: Path) -> bool:
 
 
 def _load_yaml(file: Path) -> dict[str, Any]:
-    import yaml  # here: nothing else of the data sets needs it
-
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8-sig", errors="replace"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{file} is broken YAML: {getattr(error, 'problem', error)}{place}") from None
+        text = read_text(file, MAX_YAML_BYTES, errors="replace")
     except OSError as error:
-        raise InputError(f"{file} can't be read: {error}") from None
+        raise InputError(f"{file} can't be read: {error.strerror or error}") from None
+    content = _parse_yaml(text, str(file))
     return content if isinstance(content, dict) else {}
+
+
+_parse_yaml = lru_cache(maxsize=4)(parse_yaml)  # of 20,000 classes it takes seconds, and each look asks again
 
 
 def yolo_splits(path: Path) -> dict[str, list[Path]]:
@@ -105,13 +118,22 @@ def _resolve(file: Path, content: dict[str, Any], entry: Any) -> list[Path]:
     sources = []
     for item in entry if isinstance(entry, list) else [entry]:
         parts = PurePosixPath(str(item).replace("\\", "/")).parts
+        if len(parts) > MAX_PATH_PARTS:
+            continue
         bare = tuple(part for part in parts if part not in ("..", ".", "/"))
         tries = [base / PurePosixPath(*names) for names in (parts, bare) if names for base in bases]
         tries += [here / PurePosixPath(*bare[i:]) for i in range(1, len(bare))]
-        found = next((place for place in tries if place.exists()), None)
+        found = next((place for place in tries if _exists(place)), None)
         if found is not None:
             sources.append(Path(found).resolve())
     return sources
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:  # a name that is too long for any file
+        return False
 
 
 def _image_paths(sources: Sequence[Path], log: FindingLog) -> list[Path]:
@@ -125,7 +147,7 @@ def _image_paths(sources: Sequence[Path], log: FindingLog) -> list[Path]:
         if is_image_name(source.name):
             paths.append(source)
             continue
-        for number, line in enumerate(source.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        for number, line in enumerate(listed_lines(source), 1):
             if line.strip():
                 wanted = source.parent / line.strip().replace("\\", "/")
                 found = folders.find(wanted)
@@ -176,12 +198,16 @@ def read_yolo(path: Path, split: str, *, categories: Sequence[Category] | None =
     own = _names(root, file, log)
     if not own:
         used = {
-            int(line.split()[0])
-            for text in lines
-            for line in text or []
-            if line.split()[:1] and line.split()[0].isdigit()
+            word for text in lines for line in text or [] for word in line.split(maxsplit=1)[:1] if word.isdecimal()
         }
-        own = [Category(i, f"class_{i}") for i in range(max(used, default=-1) + 1)]
+        ids = [int(word) for word in used if len(word) <= 9]
+        most = max(ids, default=-1)
+        if len(ids) < len(used) or most >= MAX_CLASSES:
+            message = (
+                f"No file names the classes, and a class id is above {MAX_CLASSES:,}; correct it, or add a data.yaml."
+            )
+            log.add("too-many-classes", "refused", str(root), message)
+        own = [Category(i, f"class_{i}") for i in range(min(most + 1, MAX_CLASSES))]
     wanted = tuple(own if categories is None else categories)
     label_of = match_categories(own, wanted, log, str(root), by_id=False)
     label_of_id = {category.category_id: label_of[i] for i, category in enumerate(own)}
@@ -197,10 +223,9 @@ def read_yolo(path: Path, split: str, *, categories: Sequence[Category] | None =
         size_hw = settle_size(image, header, None, boxes, log, where)
         labels = np.array([label_of_id.get(i, -1) for i in ids], dtype=np.int64)
         for i in np.flatnonzero(labels < 0):
-            known = ids[i] in name_of_id
-            said = (
-                f"{name_of_id[ids[i]]!r} is no class of the training set" if known else f"Class id {ids[i]} has no name"
-            )
+            said = f"Class id {ids[i]} has no name"
+            if ids[i] in name_of_id:
+                said = f"{shortened(name_of_id[ids[i]], SHOWN_NAME)!r} is no class of the training set"
             log.add("category-unknown", "dropped", places[i], f"{said}; the object was left out.")
         boxes = boxes * np.array([size_hw[1], size_hw[0]] * 2)
         check = check_boxes(boxes, size_hw)
@@ -219,7 +244,7 @@ def read_yolo(path: Path, split: str, *, categories: Sequence[Category] | None =
             )
         )
     name = f"{root.name}/{split}"
-    return Annotations(name, "yolo", wanted, ImageTable.from_records(records), log.freeze())
+    return whole(name, "yolo", wanted, ImageTable.from_records(records), log)
 
 
 def _names(root: Path, file: Path | None, log: FindingLog) -> list[Category]:
@@ -227,7 +252,7 @@ def _names(root: Path, file: Path | None, log: FindingLog) -> list[Category]:
     if file is None:
         for name in ("classes.txt", "labels/classes.txt", "obj.names"):
             if (root / name).is_file():
-                words = (root / name).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+                words = listed_lines(root / name)
                 return [Category(i, word.strip()) for i, word in enumerate(words) if word.strip()]
         return []
     content = _load_yaml(file)
@@ -235,8 +260,10 @@ def _names(root: Path, file: Path | None, log: FindingLog) -> list[Category]:
     if isinstance(names, dict):
         try:
             categories = [Category(int(key), str(name)) for key, name in names.items()]
-        except (TypeError, ValueError):
-            raise InputError(f"{file}: the keys of names must be class ids (0, 1, ...), found {list(names)}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(
+                f"{file}: the keys of names must be class ids (0, 1, ...), found {one_line(list(names))}"
+            ) from None
         categories.sort(key=lambda category: category.category_id)
     elif isinstance(names, list):
         categories = [Category(i, str(name)) for i, name in enumerate(names)]
@@ -244,6 +271,8 @@ def _names(root: Path, file: Path | None, log: FindingLog) -> list[Category]:
         count = content.get("nc")
         if not isinstance(count, int):
             raise InputError(f"{file} has neither names (a list or a map) nor nc (a number of classes)")
+        if not 0 <= count <= MAX_CLASSES:
+            raise InputError(f"{file}: nc must be a number of classes, at most {MAX_CLASSES:,}, got {one_line(count)}")
         categories = [Category(i, f"class_{i}") for i in range(count)]
     if isinstance(content.get("nc"), int) and content["nc"] != len(categories):
         message = f"nc is {content['nc']}, but there are {len(categories)} names; the names were used."
@@ -254,7 +283,7 @@ def _names(root: Path, file: Path | None, log: FindingLog) -> list[Category]:
 def _read_lines(file: Path, log: FindingLog) -> list[str] | None:
     """None where the image has no label file."""
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
+        return read_text(file, MAX_LABEL_BYTES).splitlines()
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
@@ -266,7 +295,9 @@ def _read_lines(file: Path, log: FindingLog) -> list[str] | None:
 def _parse(lines: Sequence[str], where: str, log: FindingLog) -> tuple[list[int], np.ndarray, list[str]]:
     """Class ids, corners (n, 4) in fractions of the image, and the place of each object."""
     ids, boxes, places = [], [], []
-    for number, line in enumerate(lines, 1):
+    if len(lines) > MAX_OBJECTS:
+        report_crowd(log, where, len(lines))
+    for number, line in enumerate(lines[:MAX_OBJECTS], 1):
         words = line.split()
         if not words:
             continue

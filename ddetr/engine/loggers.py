@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import Logger
 from ddetr.engine.run.folder import RunFolder
 from ddetr.errors import InputError
 from ddetr.settings import flat
+from ddetr.untrusted import MAX_RUN_BYTES, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ class Loggers(Callback):
 
     def _ids(self) -> dict[str, str]:
         path = self.run.path / _IDS
-        return json.loads(path.read_text()) if path.is_file() else {}
+        ids = parse_json(read_text(path, MAX_RUN_BYTES), path.name) if path.is_file() else {}
+        return ids if isinstance(ids, dict) else {}
 
     def send(self, kind: Literal["train", "val"], step: int, values: Mapping[str, float | None]) -> None:
         """Send a row of train.csv or val.csv; numbers that are none, as the AP of a size that does not occur, are left

@@ -3,7 +3,6 @@
 Nothing here ever stops a run: a report that cannot be made is a warning with its reason.
 """
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from ddetr.report import RunFiles, Validation, best_or_last, draw_curves, draw_p
 from ddetr.report.validation import BEST_FILE, LAST_FILE
 from ddetr.runtime.distributed import is_first_process
 from ddetr.runtime.environment import environment
+from ddetr.untrusted import MAX_RUN_BYTES, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class Report(Callback):
 
     def _earlier_sessions(self) -> list[dict[str, Any]]:
         try:
-            sessions = json.loads((self.run.path / SESSIONS_FILE).read_text(encoding="utf-8"))["sessions"]
+            sessions = parse_json(read_text(self.run.path / SESSIONS_FILE, MAX_RUN_BYTES), SESSIONS_FILE)["sessions"]
             return [session for session in sessions if isinstance(session, dict)]
         except (OSError, ValueError, KeyError, TypeError):
             return []

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ddetr.untrusted import one_line
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -85,6 +87,7 @@ class Metrics:
         """Tables for `rich.print`: the twelve numbers and, unless switched off, a row per class."""
         from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         tables = []
         for names in (METRIC_NAMES[:6], METRIC_NAMES[6:]):
@@ -99,7 +102,7 @@ class Metrics:
                 table.add_column(name, justify="right")
             for row in self.per_class:
                 numbers = (_shown(number) for number in (row.AP, row.AP50, row.AP75, row.AR100))
-                table.add_row(row.name, str(row.category_id), str(row.num_objects), *numbers)
+                table.add_row(Text(one_line(row.name)), str(row.category_id), str(row.num_objects), *numbers)
             tables.append(table)
         return Group(*tables)
 

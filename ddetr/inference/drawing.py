@@ -17,8 +17,11 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_DRAWN, MAX_TAGS, shortened
 
 __all__ = ["class_color", "draw_boxes", "side_by_side"]
+
+_TAG_LENGTH = 60  # characters: more hide the picture
 
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom; the last two outside
@@ -65,6 +68,7 @@ def draw_boxes(
     order = [i for i in range(len(labels)) if visible[i]]
     if scores is not None:
         order.sort(key=lambda i: scores[i])
+    order = order[-MAX_DRAWN:]
     if not order:
         return image.clone()
     height, width = image.shape[1:]
@@ -73,8 +77,9 @@ def draw_boxes(
     corners = boxes_xyxy[order].round().clamp(min=0).minimum(limits)  # a box on the edge of the image stays visible
     line = max(1, round(min(height, width) / 250))
     drawn = draw_bounding_boxes(image, corners, colors=colors, width=line)
-    tags = [_tag(names[i], labels[i], None if scores is None else scores[i]) for i in order]
-    return _draw_tags(drawn, corners.int().tolist(), tags, colors)
+    tagged = slice(-MAX_TAGS, None)
+    tags = [_tag(names[i], labels[i], None if scores is None else scores[i]) for i in order[tagged]]
+    return _draw_tags(drawn, corners.int().tolist()[tagged], tags, colors[tagged])
 
 
 def side_by_side(left: Tensor, right: Tensor, titles: tuple[str, str] = ("truth", "prediction")) -> Tensor:
@@ -139,7 +144,7 @@ def _font_size(height: int, width: int) -> int:
 
 
 def _tag(name: str, label: int, score: float | None) -> str:
-    name = _printable(name) or f"class {label}"
+    name = _printable(shortened(name, _TAG_LENGTH)) or f"class {label}"
     return name if score is None else f"{name} {score:.2f}"
 
 

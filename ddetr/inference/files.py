@@ -145,6 +145,8 @@ def _expand(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(match for match in path.rglob("*") if match.is_file())
     if not glob.has_magic(str(path)):
+        if path.exists():
+            raise InputError(f"{path} is neither a file nor a folder: expected images.")
         raise InputError(f"There is no file or folder {path}.")
     matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
     if not matches:

@@ -21,6 +21,7 @@ from ddetr.models.heads import BoxHead, class_head
 from ddetr.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from ddetr.models.postprocess import PostProcess
 from ddetr.padding import pad_images
+from ddetr.untrusted import MAX_CLASSES, one_line
 from ddetr.wording import did_you_mean
 
 
@@ -215,6 +216,18 @@ def _projection(in_channels: int, hidden_dim: int, **conv: int) -> nn.Sequential
 
 _AT_LEAST_ONE = ("num_classes", "hidden_dim", "num_queries", "num_feature_levels", "dec_layers", "nheads")
 _AT_LEAST_ONE += ("dim_feedforward", "enc_n_points", "dec_n_points")
+# Far above any network that has been trained; a configuration may come from a file of somebody else's.
+_MOST = {
+    "num_classes": MAX_CLASSES,
+    "hidden_dim": 8192,
+    "num_queries": 20_000,
+    "num_feature_levels": 8,
+    "enc_layers": 100,
+    "dec_layers": 100,
+    "dim_feedforward": 65_536,
+    "enc_n_points": 64,
+    "dec_n_points": 64,
+}
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -227,12 +240,32 @@ def _check(config: Mapping[str, Any]) -> None:
             raise InputError(f"{name} must be at least 1, got {config[name]}")
     if config["enc_layers"] < 0:
         raise InputError(f"enc_layers must be at least 0, got {config['enc_layers']}")
+    for name, most in _MOST.items():
+        if config[name] > most:
+            raise InputError(f"{name} must be at most {most}, got {one_line(config[name])}")
     if config["hidden_dim"] % 4 or config["hidden_dim"] % config["nheads"]:
         raise InputError(
             f"hidden_dim must be divisible by 4 and by nheads={config['nheads']}, got {config['hidden_dim']}"
         )
     if not 0 <= config["dropout"] < 1:
         raise InputError(f"dropout must lie in [0, 1), got {config['dropout']}")
+
+
+def check_fits(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Whether the network of `config`, which may come from a file, is no larger than the weights beside it; it is built
+    without memory for that: a few bytes of configuration can ask for terabytes.
+
+    Raises:
+        InputError: it is larger, or no network of ours.
+    """
+    with torch.device("meta"):
+        needed = sum(tensor.numel() for tensor in DeformableDETR(**config).state_dict().values())
+    stored = sum(tensor.numel() for tensor in weights.values())
+    if needed > stored:
+        raise InputError(
+            f"the weights do not fit the configuration beside them: it is of a network of {needed:,} numbers, and they "
+            f"are {stored:,}"
+        )
 
 
 def _as_batch(images: Tensor | Sequence[Tensor], mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

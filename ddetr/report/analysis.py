@@ -31,9 +31,8 @@ ERROR_KINDS = {
 class Analysis:
     """K classes, I images."""
 
-    confusion: (
-        np.ndarray
-    )  # (K + 1, K + 1) rows: truth, columns: prediction; the last ones: nothing there, nothing found
+    # (p, 3) truth, prediction and how often, of the pairs that occur; K stands for nothing there and nothing found
+    confused: np.ndarray
     errors: dict[str, np.ndarray]  # kind -> (K,) number
     num_objects: np.ndarray  # (K,)
     num_found: np.ndarray  # (K,) detections that count
@@ -42,6 +41,14 @@ class Analysis:
     image_correct: np.ndarray  # (I,)
     image_false: np.ndarray  # (I,) detections that are not correct
     image_missed: np.ndarray  # (I,) objects that no correct detection has
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """(K + 1, K + 1) rows: truth, columns: prediction; the last ones: nothing there, nothing found."""
+        size = len(self.num_objects) + 1
+        matrix = np.zeros((size, size), np.int64)
+        matrix[self.confused[:, 0], self.confused[:, 1]] = self.confused[:, 2]
+        return matrix
 
 
 def analyse(found: Found, objects: Objects, threshold: float, num_images: int, num_classes: int) -> Analysis:
@@ -63,7 +70,7 @@ def analyse(found: Found, objects: Objects, threshold: float, num_images: int, n
     ignored = np.zeros(len(found.labels), bool)
     ignored[pairs.found[same & (pairs.inside >= 0.5)]] = True
     counts = correct | ~ignored  # (k,)
-    confusion = _confusion(pairs, found, objects, match.copy(), taken.copy(), counts, num_classes)
+    confused = _confused(pairs, found, objects, match.copy(), taken.copy(), counts, num_classes)
     errors = _errors(pairs, same, found, objects, taken, counts & ~correct, num_classes)
 
     def by_image(image: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
@@ -75,7 +82,7 @@ def analyse(found: Found, objects: Objects, threshold: float, num_images: int, n
     total = image_correct + (image_false + image_missed) / 2
     overlap = by_image(found.image[correct], match_iou[correct])
     return Analysis(
-        confusion=confusion,
+        confused=confused,
         errors=errors,
         num_objects=np.bincount(objects.labels[counted], minlength=num_classes),
         num_found=np.bincount(found.labels[counts], minlength=num_classes),
@@ -96,7 +103,7 @@ def _match(pairs: Pairs, allowed: np.ndarray, order: np.ndarray, match: np.ndarr
             taken[j] = True
 
 
-def _confusion(
+def _confused(
     pairs: Pairs,
     found: Found,
     objects: Objects,
@@ -108,12 +115,12 @@ def _confusion(
     """What is left after the correct ones is matched whatever its class, by overlap."""
     allowed = (pairs.iou >= LEAST_IOU) & counts[pairs.found]
     _match(pairs, allowed, np.lexsort((pairs.object, pairs.found, -pairs.iou)), match, taken)
-    confusion = np.zeros((num_classes + 1, num_classes + 1), np.int64)
     matched = match >= 0
-    np.add.at(confusion, (objects.labels[match[matched]], found.labels[matched]), 1)
-    np.add.at(confusion, (num_classes, found.labels[counts & ~matched]), 1)
-    np.add.at(confusion, (objects.labels[~objects.ignore & ~taken], num_classes), 1)
-    return confusion
+    extra, missed = found.labels[counts & ~matched], objects.labels[~objects.ignore & ~taken]
+    truth = np.concatenate([objects.labels[match[matched]], np.full(len(extra), num_classes), missed])
+    prediction = np.concatenate([found.labels[matched], extra, np.full(len(missed), num_classes)])
+    kinds, times = np.unique(truth * (num_classes + 1) + prediction, return_counts=True)
+    return np.stack([*np.divmod(kinds, num_classes + 1), times], axis=1)
 
 
 def _errors(

@@ -59,7 +59,7 @@ def chart(
         log: a logarithmic vertical axis, where all values are above zero.
         legend_values: the legend has the last value of each line.
     """
-    lines = [line for line in lines if np.isfinite(line.x * line.y).any()]
+    lines = [line for line in lines if (np.isfinite(line.x) & np.isfinite(line.y)).any()]
     if not lines:
         return None
     values = np.concatenate([line.y for line in lines])

@@ -25,10 +25,13 @@ from ddetr.report.charts import shown
 from ddetr.report.pictures import PAGE_SIDE, data_uri, truth_and_prediction
 from ddetr.report.run_files import RunFiles, shown_time
 from ddetr.report.validation import Validation
+from ddetr.untrusted import MAX_PLACE, MAX_ROWS, one_line, printable
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
+_SPLIT_COLUMNS = ("name", "format", "num_images", "num_objects", "num_ignored", "num_without_objects")
+_SPLIT_COLUMNS += ("objects_p50", "objects_max")
 NUM_BEST, NUM_WORST = 4, 8  # images shown: they are most of the file, and of the time that it takes
 
 SECTIONS = {
@@ -64,8 +67,15 @@ def render(run: RunFiles) -> str:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=_finalized,
     )
-    environment.filters |= {"number": shown, "score": _score, "percent": _percent}
+    environment.filters |= {
+        "number": _number,
+        "score": _score,
+        "percent": _percent,
+        "thousands": _thousands,
+        "share": _share,
+    }
     builders: dict[str, Callable[[RunFiles], dict[str, Any]]] = {
         "summary": _summary,
         "curves": _curves,
@@ -76,7 +86,7 @@ def render(run: RunFiles) -> str:
         "environment": _environment,
         "files": lambda run: {"files": tables.files(run.path)},
     }
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         name=run.path.resolve().name,
         sections=SECTIONS,
         style=(folder / "style.css").read_text(encoding="utf-8"),
@@ -89,6 +99,7 @@ def render(run: RunFiles) -> str:
         class_columns=tables.CLASS_COLUMNS,
         **{section: _built(section, build, run) for section, build in builders.items()},
     )
+    return printable(page)  # charts and pictures too: what turns the writing direction is never ours
 
 
 def _built(section: str, build: Callable[[RunFiles], dict[str, Any]], run: RunFiles) -> dict[str, Any]:
@@ -154,6 +165,7 @@ def _ap(run: RunFiles) -> dict[str, Any]:
         "rows": tables.ap_rows(run.metrics),
         "classes": tables.class_rows(run.metrics, run.detections),
         "has_sizes": run.detections is not None,
+        "more": tables.num_left_out((run.metrics.get("best") or run.metrics.get("last") or {}).get("per_class", ())),
     }
 
 
@@ -174,11 +186,11 @@ def _detections(run: RunFiles) -> dict[str, Any]:
         "by_class": by_class,
         "confusion": tables.confusion(analysis, names),
         "errors": tables.errors(analysis, names),
-        "galleries": _galleries(validation, analysis),
+        "galleries": _galleries(run, validation, analysis),
     }
 
 
-def _galleries(validation: Validation, analysis: Analysis) -> list[dict[str, Any]]:
+def _galleries(run: RunFiles, validation: Validation, analysis: Analysis) -> list[dict[str, Any]]:
     """The best and the worst images; of equal ones those with the most objects, the most mistakes."""
     scores = analysis.image_scores
     rated = np.flatnonzero(np.isfinite(scores))
@@ -190,14 +202,14 @@ def _galleries(validation: Validation, analysis: Analysis) -> list[dict[str, Any
     worst = [index for index in worst_first.tolist() if index not in best][:NUM_WORST]
     galleries = []
     for title, chosen in (("Worst", worst), ("Best", best)):
-        images = [_image(validation, analysis, index) for index in chosen]
+        images = [_image(run, validation, analysis, index) for index in chosen]
         galleries.append(
             {"title": title, "images": images, "shown": sum(image["truth"] is not None for image in images)}
         )
     return galleries
 
 
-def _image(validation: Validation, analysis: Analysis, index: int) -> dict[str, Any]:
+def _image(run: RunFiles, validation: Validation, analysis: Analysis, index: int) -> dict[str, Any]:
     correct, false, missed = (
         int(counts[index]) for counts in (analysis.image_correct, analysis.image_false, analysis.image_missed)
     )
@@ -209,6 +221,8 @@ def _image(validation: Validation, analysis: Analysis, index: int) -> dict[str, 
         "prediction": None,
         "reason": "",
     }
+    if not run.may_show(validation.paths[index]):
+        return image | {"reason": f"{validation.paths[index]} lies outside of the data set that config.yaml names."}
     try:
         truth, prediction = truth_and_prediction(validation, index, long_side=PAGE_SIDE)
     except InputError as error:
@@ -229,6 +243,7 @@ def _data(run: RunFiles) -> dict[str, Any]:
     audit = run.audit
     splits = [(role, audit[key]) for role, key in (("training", "train"), ("validation", "val")) if audit.get(key)]
     counts = [split["class_counts"] for _, split in splits]
+    splits = [(role, {name: split[name] for name in _SPLIT_COLUMNS}) for role, split in splits]
     most = max(1, *(max(column, default=0) for column in counts)) if counts else 1
     classes = [
         {
@@ -237,9 +252,15 @@ def _data(run: RunFiles) -> dict[str, Any]:
             "counts": [column[label] for column in counts],
             "bar": counts[0][label] / most,
         }
-        for label, category in enumerate(audit.get("categories", ()))
+        for label, category in enumerate(audit.get("categories", ())[:MAX_ROWS])
     ]
-    return {"splits": splits, "classes": classes, "findings": tables.findings(audit), "there": bool(audit)}
+    return {
+        "splits": splits,
+        "classes": classes,
+        "findings": tables.findings(audit),
+        "there": bool(audit),
+        "more": tables.num_left_out(audit.get("categories", ())),
+    }
 
 
 def _environment(run: RunFiles) -> dict[str, Any]:
@@ -251,7 +272,7 @@ def _environment(run: RunFiles) -> dict[str, Any]:
             "state": one.get("state", "unknown"),
             "host": (one.get("environment") or {}).get("host", "unknown"),
         }
-        for one in run.sessions
+        for one in run.sessions[-MAX_ROWS:]
     ]
     found: Mapping[str, Any] = (run.sessions[-1].get("environment") or {}) if run.sessions else {}
     labels = {
@@ -309,11 +330,32 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
+def _finalized(value: Any) -> Any:
+    """Of a value that comes into the page as text: what names from outside can be a page can't hold."""
+    return one_line(value, MAX_PLACE) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < 1e300  # not NaN; an int may be larger than any float
+
+
+def _number(value: Any) -> str:
+    return shown(float(value)) if _is_number(value) else "-"
+
+
+def _thousands(value: Any) -> str:
+    return f"{value:,}" if _is_number(value) else "-"
+
+
+def _share(value: Any) -> float:
+    return max(0.0, min(1.0, float(value))) if _is_number(value) else 0.0
+
+
 def _score(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, int | float) and math.isfinite(value) else "-"
+    return f"{value:.3f}" if _is_number(value) else "-"
 
 
 def _percent(value: Any) -> str:
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_number(value):
         return "-"
     return f"{100 * value:.{0 if value == 0 or value >= 0.1 else 1}f} %"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -57,11 +58,11 @@ def truth_and_prediction(
     return truth, prediction
 
 
-def data_uri(picture: Tensor) -> str:
+def data_uri(picture: Tensor) -> Markup:
     """A picture uint8 (3, h, w) as the source of an <img>, compressed."""
     file = io.BytesIO()
     F.to_pil_image(picture).save(file, format="WEBP", quality=76, method=2)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+    return Markup("data:image/webp;base64," + base64.b64encode(file.getvalue()).decode("ascii"))
 
 
 def draw_pictures(run: Path, validation: Validation, count: int) -> list[Path]:

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import csv
 import datetime
-import json
 import math
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
+from ddetr.datasets.yolo import yolo_splits
 from ddetr.errors import InputError
 from ddetr.report.validation import BEST_FILE, LAST_FILE, Validation
 from ddetr.runtime.environment import is_running
+from ddetr.untrusted import (
+    MAX_COLUMNS,
+    MAX_RUN_BYTES,
+    MAX_TABLE_BYTES,
+    MAX_YAML_BYTES,
+    one_line,
+    parse_json,
+    parse_yaml,
+    read_text,
+)
 
 Table = dict[str, np.ndarray]  # column -> a number per row, NaN where the cell is empty
 
@@ -92,11 +104,11 @@ class RunFiles:
                 "`ddetr train` named"
             )
         run = cls(path)
-        run.config = run._mapping("config.yaml", yaml.safe_load)
-        sessions = run._mapping("environment.json", json.loads).get("sessions")
+        run.config = run._mapping("config.yaml")
+        sessions = run._mapping("environment.json").get("sessions")
         run.sessions = [one for one in sessions if isinstance(one, dict)] if isinstance(sessions, list) else []
-        run.audit = run._mapping("audit.json", json.loads)
-        run.metrics = run._mapping("metrics.json", json.loads)
+        run.audit = run._mapping("audit.json")
+        run.metrics = run._mapping("metrics.json")
         run.training = run._table("train.csv")
         run.validation = run._table("val.csv")
         run.detections = run._detections()
@@ -128,22 +140,46 @@ class RunFiles:
         total = [s["seen"] - s["began"] for s in self.sessions if _are_numbers(s.get("seen"), s.get("began"))]
         return float(sum(total)) if total else math.nan
 
-    def _mapping(self, name: str, parse: Any) -> dict[str, Any]:
+    def may_show(self, image: Path) -> bool:
+        """Whether an image belongs to the run: it lies in the data set that config.yaml names, or in the run folder.
+        The files of a run may come from anybody, and a page is passed on: no other picture of this machine gets in."""
+        if image.resolve().is_relative_to(self.path.resolve()):
+            return True
+        return any(Path(os.path.abspath(image)).is_relative_to(folder) for folder in self._image_folders)
+
+    @cached_property
+    def _image_folders(self) -> list[Path]:
+        data = self.config.get("data")
+        if not isinstance(data, Mapping):
+            return []
+        started_in = (self.sessions[-1].get("environment") or {}) if self.sessions else {}
+        base = started_in.get("folder") if isinstance(started_in, Mapping) else None
+        bases = [Path.cwd(), *([Path(base)] if isinstance(base, str) else [])]
+        names = [data.get(key) for key in ("path", "val_images", "val_annotations")]
+        folders: set[Path] = set()
+        for place in (base / name for name in names if isinstance(name, str) and name for base in bases):
+            with suppress(OSError, ValueError):  # names that no file can have
+                folders |= _folders_of(place)
+        folders |= {folder.resolve() for folder in folders}
+        return [folder for folder in folders if folder.parent != folder]  # "/" would be all there is
+
+    def _mapping(self, name: str) -> dict[str, Any]:
+        parse, most_bytes = (parse_yaml, MAX_YAML_BYTES) if name.endswith(".yaml") else (parse_json, MAX_RUN_BYTES)
         try:
-            value = parse((self.path / name).read_text(encoding="utf-8"))
+            value = parse(read_text(self.path / name, most_bytes, encoding="utf-8"), name)
             if not isinstance(value, dict):
                 raise ValueError("it does not hold what it should")
             return value
         except FileNotFoundError:
             self.missing.append((name, f"not there: {FILES[name].without}"))
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             self.missing.append((name, f"can't be read ({_first_line(error)}): {FILES[name].without}"))
         return {}
 
     def _table(self, name: str) -> Table:
         """A row that was half written when the run was killed is left out, and so is what is no number."""
         try:
-            text = (self.path / name).read_text(encoding="utf-8", errors="replace")
+            text = read_text(self.path / name, MAX_TABLE_BYTES, encoding="utf-8", errors="replace")
         except FileNotFoundError:
             self.missing.append((name, f"not there: {FILES[name].without}"))
             return {}
@@ -151,7 +187,15 @@ class RunFiles:
             self.missing.append((name, f"can't be read ({_first_line(error)}): {FILES[name].without}"))
             return {}
         whole = text[: text.rfind("\n") + 1]  # a last line without its end may have lost digits
-        header, *rows = list(csv.reader(whole.replace("\0", "").splitlines())) or [[]]
+        try:
+            header, *rows = list(csv.reader(whole.replace("\0", "").splitlines())) or [[]]
+        except csv.Error as error:
+            self.missing.append((name, f"can't be read ({error}): {FILES[name].without}"))
+            return {}
+        if len(header) > MAX_COLUMNS:
+            self.missing.append((name, f"has {len(header):,} columns and is left out: ours have some dozens"))
+            return {}
+        header = [one_line(column) for column in header]
         fitting = [row for row in rows if len(row) == len(header)]
         if len(fitting) < len(rows):
             number = len(rows) - len(fitting)
@@ -177,23 +221,40 @@ class RunFiles:
         return None
 
 
+def _folders_of(place: Path) -> set[Path]:
+    """The folders of images that a data set's folder or file stands for."""
+    place = Path(os.path.abspath(place))
+    folders = {place if place.is_dir() else place.parent}
+    if not place.is_dir() and place.parent.name == "annotations":
+        folders.add(place.parent.parent)
+    with suppress(InputError, OSError):
+        for sources in yolo_splits(place).values():
+            folders |= {source if source.is_dir() else source.parent for source in sources}
+    return folders
+
+
 def shown_time(seconds: Any) -> str:
     """A time as a person of this machine reads it."""
     if not _are_numbers(seconds):
         return "unknown"
-    return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    try:
+        return datetime.datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    except (OverflowError, ValueError, OSError):  # a year that no calendar has
+        return "unknown"
 
 
 def _are_numbers(*values: Any) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    return all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e18 for v in values)
 
 
 def _number(cell: str) -> float:
     try:
-        return float(cell)
+        number = float(cell)
     except ValueError:
         return math.nan
+    return number if abs(number) < 1e100 else math.nan  # no loss, rate or size; charts could not span them
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    said = getattr(error, "strerror", None) or str(error)
+    return (said.strip().splitlines() or [type(error).__name__])[0]

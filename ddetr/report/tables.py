@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,6 +15,7 @@ from ddetr.evaluation.metrics import METRIC_NAMES
 from ddetr.report.analysis import ERROR_KINDS, Analysis
 from ddetr.report.run_files import FILES
 from ddetr.report.validation import Validation
+from ddetr.untrusted import MAX_ROWS
 
 MOST_CLASSES = 16  # of a whole confusion matrix; beyond, the most confused ones
 MOST_PAIRS = 12
@@ -45,26 +46,30 @@ def class_rows(metrics: Mapping[str, Any], detections: Validation | None) -> lis
             "sizes": by_size.get((row["category_id"], row["name"])),
             "values": [row.get(column) for column in CLASS_COLUMNS],
         }
-        for row in best.get("per_class", ())
+        for row in best.get("per_class", ())[:MAX_ROWS]
     ]
 
 
 def confusion(analysis: Analysis, names: list[str]) -> dict[str, Any]:
     """The matrix, of many classes the most confused ones and the rest together; and the most frequent confusions."""
-    matrix = analysis.confusion
     num_classes = len(names)
-    between = matrix[:-1, :-1] * (1 - np.eye(num_classes, dtype=np.int64))
+    truth, prediction, times = analysis.confused.T  # the whole matrix of 20,000 classes would have 3 GB
+    is_between = (truth != prediction) & (truth < num_classes) & (prediction < num_classes)
+    between = np.where(is_between, times, 0)
     chosen = np.arange(num_classes)
     labels = list(names)
-    if num_classes > MOST_CLASSES:
-        most = np.argsort(-(between.sum(axis=0) + between.sum(axis=1)), kind="stable")[: MOST_CLASSES - 1]
-        chosen = np.sort(most)
-        groups = np.full(num_classes + 1, len(chosen))  # of each class the row that it goes to
-        groups[chosen] = np.arange(len(chosen))
-        groups[num_classes] = len(chosen) + 1
-        folded = np.zeros((len(chosen) + 2,) * 2, np.int64)
-        np.add.at(folded, (groups[:, None], groups[None]), matrix)
-        matrix, labels = folded, [*(names[i] for i in chosen), f"{num_classes - len(chosen)} other classes"]
+    is_partial = num_classes > MOST_CLASSES
+    if is_partial:
+        total = np.zeros(num_classes + 1, np.int64)
+        np.add.at(total, truth, between)
+        np.add.at(total, prediction, between)
+        chosen = np.sort(np.argsort(-total[:-1], kind="stable")[: MOST_CLASSES - 1])
+        labels = [*(names[i] for i in chosen), f"{num_classes - len(chosen)} other classes"]
+    groups = np.full(num_classes + 1, len(chosen))  # of each class the row that it goes to
+    groups[chosen] = np.arange(len(chosen))
+    groups[num_classes] = len(labels)
+    matrix = np.zeros((len(labels) + 1,) * 2, np.int64)
+    np.add.at(matrix, (groups[truth], groups[prediction]), times)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     last = len(labels)
 
@@ -83,18 +88,17 @@ def confusion(analysis: Analysis, names: list[str]) -> dict[str, Any]:
         }
         for i in range(last + 1)
     ]
-    flat = np.argsort(-between, axis=None, kind="stable")[:MOST_PAIRS]
     pairs = [
         {
-            "truth": names[i],
-            "prediction": names[j],
-            "count": int(between[i, j]),
-            "share": between[i, j] / analysis.num_objects[i],
+            "truth": names[truth[k]],
+            "prediction": names[prediction[k]],
+            "count": int(times[k]),
+            "share": times[k] / analysis.num_objects[truth[k]],
         }
-        for i, j in zip(*np.unravel_index(flat, between.shape))
-        if between[i, j]
+        for k in np.argsort(-between, kind="stable")[:MOST_PAIRS]
+        if between[k]
     ]
-    return {"columns": [*labels, "missed"], "rows": rows, "pairs": pairs, "is_partial": num_classes > MOST_CLASSES}
+    return {"columns": [*labels, "missed"], "rows": rows, "pairs": pairs, "is_partial": is_partial}
 
 
 def errors(analysis: Analysis, names: list[str]) -> dict[str, Any]:
@@ -104,6 +108,7 @@ def errors(analysis: Analysis, names: list[str]) -> dict[str, Any]:
     num_objects, num_found = int(analysis.num_objects.sum()), int(analysis.num_found.sum())
     num_correct = int(analysis.num_correct.sum())
     return {
+        "more": num_left_out(names),
         "num_objects": num_objects,
         "num_found": num_found,
         "num_correct": num_correct,
@@ -122,10 +127,15 @@ def errors(analysis: Analysis, names: list[str]) -> dict[str, Any]:
                 "recall": _ratio(analysis.num_correct[label], analysis.num_objects[label]),
                 "kinds": [int(analysis.errors[kind][label]) for kind in ERROR_KINDS],
             }
-            for label, name in enumerate(names)
+            for label, name in enumerate(names[:MAX_ROWS])
             if analysis.num_objects[label] or analysis.num_found[label]
         ],
     }
+
+
+def num_left_out(rows: Sequence[Any]) -> int:
+    """Of a table of classes."""
+    return max(0, len(rows) - MAX_ROWS)
 
 
 def findings(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -138,7 +148,7 @@ def findings(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
             "places": [f"{place['where']}: {place['message']}" for place in group["places"][:PLACES_SHOWN]],
             "more": max(0, len(group["places"]) - PLACES_SHOWN),
         }
-        for group in audit.get("findings", ())
+        for group in audit.get("findings", ())[:MAX_ROWS]
     ]
 
 
@@ -150,7 +160,7 @@ def settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]
             groups[key] = list(_flat(value))
         else:
             groups["run"].append((key, _spelled(value)))
-    return [(group, rows) for group, rows in groups.items() if rows]
+    return [(group, rows[:MAX_ROWS]) for group, rows in groups.items() if rows][:MAX_ROWS]
 
 
 def files(run: Path) -> list[dict[str, str]]:
@@ -158,12 +168,15 @@ def files(run: Path) -> list[dict[str, str]]:
     known = [name for name in FILES if (run / name).exists()]
     others = sorted(entry.name for entry in os.scandir(run) if entry.name not in FILES and entry.name[0] != ".")
     rows = []
-    for name in [*known, *others]:
+    for name in [*known, *others][:MAX_ROWS]:
         path = run / name
         if name == "report.html":
             continue
         is_folder = path.is_dir()
-        size = f"{len(os.listdir(path))} files" if is_folder else shown_bytes(path.stat().st_size)
+        try:
+            size = f"{len(os.listdir(path))} files" if is_folder else shown_bytes(path.stat().st_size)
+        except OSError as error:  # a link to nothing, a folder of somebody else's
+            size = error.strerror or "cannot be read"
         href = quote(os.fsencode(name)) + ("/" if is_folder else "")
         # "./": a name with a colon would be taken for a scheme
         rows.append(

@@ -20,10 +20,14 @@ from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.evaluation.metrics import Metrics
 from ddetr.evaluation.overlaps import Found, Objects
 from ddetr.files import write_atomically
+from ddetr.untrusted import MAX_CLASSES, MAX_PAIRS, one_line, parse_json, read_arrays
 
 BEST_FILE, LAST_FILE = "validation_best.npz", "validation_last.npz"
 _OBJECTS = {"image": np.int32, "boxes_xyxy": np.float32, "labels": np.int32, "area": np.float32, "ignore": bool}
 _FOUND = {"image": np.int32, "boxes_xywh": np.float32, "scores": np.float32, "labels": np.int32}
+_COLUMNS = ("about", "image_ids", "paths", "sizes_hw", "curves")
+_COLUMNS += (*(f"object_{name}" for name in _OBJECTS), *(f"found_{name}" for name in _FOUND))
+_WIDE = {np.int32: np.int64}
 
 
 @dataclass(frozen=True)
@@ -94,31 +98,58 @@ class Validation:
             InputError: no such file, or a damaged one.
         """
         try:
-            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-                columns = {name: file[name] for name in file.files}
-            about = json.loads(columns["about"].tobytes())
+            columns = read_arrays(path, _COLUMNS)
+            about = parse_json(columns["about"].tobytes().decode("utf-8"), "about")
             names = columns["paths"].tobytes().split(b"\0") if len(columns["image_ids"]) else []
-            wide = {np.int32: np.int64}
-            return cls(
+            objects = Objects(*(columns[f"object_{n}"].astype(_WIDE.get(k, k)) for n, k in _OBJECTS.items()))
+            found = Found(*(columns[f"found_{n}"].astype(_WIDE.get(k, k)) for n, k in _FOUND.items()))
+            validation = cls(
                 step=int(about["step"]),
                 epoch=int(about["epoch"]),
                 threshold=float(about["threshold"]),
-                categories=tuple(Category(*category) for category in about["categories"]),
+                categories=tuple(Category(int(number), str(name)) for number, name in about["categories"]),
                 image_ids=columns["image_ids"],
                 paths=[Path(os.fsdecode(name)) for name in names],
                 sizes_hw=columns["sizes_hw"],
-                objects=Objects(*(columns[f"object_{n}"].astype(wide.get(k, k)) for n, k in _OBJECTS.items())),
-                found=Found(*(columns[f"found_{n}"].astype(wide.get(k, k)) for n, k in _FOUND.items())),
+                objects=objects,
+                found=found,
                 curves=columns["curves"],
             )
+            validation._check()
         except FileNotFoundError as error:
             raise InputError(f"there is no {path}") from error
         except Exception as error:  # a damaged zip file raises anything
-            raise InputError(f"{path} can't be read ({type(error).__name__}: {error})") from error
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path} can't be read ({type(error).__name__}: {reason})") from error
+        return validation
+
+    def _check(self) -> None:
+        """ValueError where the parts do not fit each other: the file may come from anybody."""
+        num_images, num_classes = len(self.image_ids), len(self.categories)
+        wrong = []
+        if len(self.paths) != num_images or self.sizes_hw.shape != (num_images, 2) or (self.sizes_hw < 1).any():
+            wrong.append("images")
+        if num_classes > MAX_CLASSES or self.curves.shape != (2, 101, num_classes) or not math.isfinite(self.threshold):
+            wrong.append("classes")
+        for what, rows, boxes in (("objects", self.objects, "boxes_xyxy"), ("detections", self.found, "boxes_xywh")):
+            number = len(rows.image)
+            shapes_fit = all(getattr(rows, n).shape == ((number, 4) if n == boxes else (number,)) for n in rows._fields)
+            if not shapes_fit or not np.isfinite(getattr(rows, boxes)).all():
+                wrong.append(what)
+            elif number and not (0 <= rows.image.min() <= rows.image.max() < num_images):
+                wrong.append(f"images of the {what}")
+            elif number and not (0 <= rows.labels.min() <= rows.labels.max() < num_classes):
+                wrong.append(f"classes of the {what}")
+        if not wrong:
+            crowds = (np.bincount(rows.image, minlength=num_images) for rows in (self.objects, self.found))
+            if math.prod(crowds).max(initial=0) > MAX_PAIRS:
+                wrong.append("objects and detections of one image")
+        if wrong:
+            raise ValueError(f"its {wrong[0]} do not fit")
 
     def name(self, label: int) -> str:
-        """Of a class; never empty."""
-        return self.categories[label].name or f"class {label}"
+        """Of a class, as people are shown it: never empty, on one line."""
+        return one_line(self.categories[label].name) or f"class {label}"
 
 
 def best_or_last(run: Path) -> Validation | None:

@@ -1,6 +1,7 @@
 """The command line: what each command does, and that every mistake gets one clear sentence and exit code 2."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -239,6 +240,13 @@ def test_yaml_that_cannot_be_read(refused: Callable[..., str], tmp_path: Path) -
         refused("train", "--data", "x", "--config", "binary.yaml") == f"--config binary.yaml: {cannot} (it is no text)"
     )
     assert refused("train", "--data", "x", "--config", "folder").startswith(f"--config folder: {cannot} (")
+    os.mkfifo(tmp_path / "pipe")
+    laughs = "a0: &a0 [x, x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 40}]\n" for i in range(9))
+    (tmp_path / "laughs.yaml").write_text(laughs)
+    for option in ("--config", "--optim"):  # jsonargparse takes a file for a group too
+        said = refused("train", "--data", "x", option, "pipe")
+        assert said == f"{option} pipe: {cannot} (it is a named pipe, not a file)"
+        assert "more than 250,000 values" in refused("train", "--data", "x", option, "laughs.yaml")
 
 
 def settings_of(capsys: pytest.CaptureFixture, *arguments: Any) -> dict[str, Any]:

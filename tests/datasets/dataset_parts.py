@@ -5,7 +5,7 @@ from typing import Any
 
 def coco_object(image_id: int = 1, category_id: int = 3, bbox: Any = (4, 5, 20, 10), **more: Any) -> dict[str, Any]:
     box = list(bbox)
-    return {"image_id": image_id, "category_id": category_id, "bbox": box, "area": 150.0, "iscrowd": 0, **more}
+    return {"image_id": image_id, "category_id": category_id, "bbox": box, "area": 150.0, "iscrowd": 0} | more
 
 
 def voc_object(name: str = "cat", box: tuple[Any, ...] = (5, 6, 25, 16), difficult: int = 0) -> str:

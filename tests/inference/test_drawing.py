@@ -94,3 +94,12 @@ def test_side_by_side():
     assert torch.equal(pair[:, -120:-60, -100:], right)
     assert (pair[:, -30:, -100:] == 255).all()
     assert (pair[:, : height - 120] < 100).any()  # the titles
+
+
+def test_endless_names_and_crowds_are_drawn_in_bounded_time():
+    """A name of megabytes is cut; of 30,000 boxes some are drawn, and the best have a tag."""
+    boxes = torch.tensor([[20.0, 40, 100, 90]]).repeat(30_000, 1)
+    names = ["cat"] * 29_999 + ["x" * 5_000_000 + "\x1b\u202e\n"]
+    drawn = draw_boxes(GREY, boxes, [3] * 30_000, names)
+    assert drawn.shape == GREY.shape
+    assert has_color(drawn, class_color(3))[40, 20:101].all()

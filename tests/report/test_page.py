@@ -219,10 +219,10 @@ def test_images_that_have_moved_are_said_to_have_moved(run_folder: Path, tmp_pat
     assert "1.jpg score 0.000; 0 correct, 1 missed, 0 wrong" in page.text
 
 
-def test_the_report_stays_small_and_bounded(run_folder: Path, tmp_path: Path) -> None:
+def test_the_report_stays_small_and_bounded(run_folder: Path) -> None:
     """Of many large images a few are shown, shrunk."""
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    path = tmp_path / "large.jpg"
+    path = run_folder / "large.jpg"
     Image.fromarray(noise).resize((1600, 1200), Image.Resampling.BICUBIC).save(path, quality=95)
     objects = make_objects(*((i, [50, 50, 600, 700], 0) for i in range(40)))
     validation = make_validation(["cat"], [path] * 40, objects, make_found())

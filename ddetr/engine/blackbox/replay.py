@@ -1,33 +1,35 @@
 """A recorded step computed again: does the failure repeat, where does it begin, and on which images?"""
 
-import json
 import math
 import platform
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ddetr.boxes import box_cxcywh_to_xyxy
-from ddetr.engine.blackbox.bundle import FORMAT, matmul_precision, module_of, versions
+from ddetr.engine.blackbox.bundle import matmul_precision, module_of, versions
+from ddetr.engine.blackbox.reading import read_bundle
 from ddetr.engine.blackbox.trace import NormStatistics, NotFinite, find_non_finite, non_finite_parameters
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.optimizer import build_optimizer
 from ddetr.engine.step import MicroBatch, model_outputs, on_device, step_losses
 from ddetr.errors import InputError
-from ddetr.files import write_atomically
+from ddetr.files import write_folder_atomically
 from ddetr.inference.drawing import draw_boxes
 from ddetr.models.criterion import LossWeights, SetCriterion
-from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+from ddetr.models.deformable_detr import DeformableDETR, build_criterion, check_fits
 from ddetr.runtime.device import choose_device
+from ddetr.runtime.limits import available_cores
 from ddetr.runtime.precision import onednn_matmuls
+from ddetr.untrusted import MAX_MESSAGE, one_line
 
 PICTURE_SIDE = 320
 
@@ -45,6 +47,7 @@ class Replay:
     not_finite: NotFinite | None
     anomaly: str | None  # what PyTorch's anomaly detection says
     pictures: list[Path]
+    no_pictures: str | None = None  # why there are none, where they could not be written
 
     def render(self) -> str:
         lines = [f"recorded     {self.what}", f"replayed     {self.verdict}"]
@@ -59,7 +62,9 @@ class Replay:
         if self.anomaly:
             lines.append(f"anomaly      {self.anomaly}")
         lines += [f"picture      {path}" for path in self.pictures]
-        return "\n".join(lines)
+        if self.no_pictures:
+            lines.append(f"no pictures  {self.no_pictures}")
+        return "\n".join(one_line(line, MAX_MESSAGE) for line in lines)
 
 
 def replay(bundle: str, *, device: Literal["auto", "cpu", "cuda"] = "auto") -> Replay:
@@ -73,7 +78,7 @@ def replay(bundle: str, *, device: Literal["auto", "cpu", "cuda"] = "auto") -> R
         InputError: no bundle, or a damaged one.
     """
     folder = Path(bundle)
-    header, state = _read(folder)
+    header, state = read_bundle(folder)
     chosen = choose_device("cpu" if device == "auto" and header["device"] == "cpu" else device)
     model, criterion, optimizer = _rebuilt(header, state, chosen)
     batch = [on_device((micro["images"], micro["mask"], micro["targets"]), chosen) for micro in state["batch"]]
@@ -87,10 +92,14 @@ def replay(bundle: str, *, device: Literal["auto", "cpu", "cuda"] = "auto") -> R
         suspects = _suspects(model, batch, header)
         norms.restore()
         if outcome.error is None and not outcome.is_bad:
-            optimizer.step()
+            try:
+                optimizer.step()
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
+                raise InputError(f"replay: the bundle is damaged: its optimiser cannot step ({error})") from error
             if broken := non_finite_parameters(model):
                 outcome.words = f"loss and gradient are finite, but the update leaves {broken[0]} not finite"
                 outcome.is_bad = True
+    pictures, no_pictures = _draw(folder, header, batch, suspects)
     is_same = None if recorded is None or outcome.loss is None else _same_bits(recorded, outcome.loss)
     reproduces, verdict = _verdict(header, outcome, chosen)
     return Replay(
@@ -102,7 +111,8 @@ def replay(bundle: str, *, device: Literal["auto", "cpu", "cuda"] = "auto") -> R
         is_same_loss=is_same,
         not_finite=found,
         anomaly=anomaly,
-        pictures=_draw(folder, header, batch, suspects),
+        pictures=pictures,
+        no_pictures=no_pictures,
     )
 
 
@@ -208,6 +218,8 @@ def _verdict(header: Mapping[str, Any], outcome: _Outcome, device: torch.device)
         reasons.insert(0, f"the step ran on {header['device_name']}, here is {torch.cuda.get_device_name(device)}")
     elif device.type == "cpu" and header["device_name"] != (platform.processor() or "cpu"):
         reasons.insert(0, f"the step ran on {header['device_name']}")
+    if _threads(header) != header["threads"]:
+        reasons.append(f"the step had {header['threads']} threads, here are {_threads(header)}")
     if reasons:
         verdict += f" (equal bits are not to be expected: {'; '.join(reasons)})"
     return reproduces, verdict
@@ -217,66 +229,48 @@ def _same_bits(one: float, other: float) -> bool:
     return one == other or (math.isnan(one) and math.isnan(other))
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    if not folder.is_dir():
-        raise InputError(
-            f"replay: expected the folder of a failed step, such as RUN/blackbox/step-000123, but there is no {folder}"
-        )
-    if not (folder / "bundle.json").is_file():
-        inside = sorted(folder.glob("blackbox/step-*")) or sorted(folder.glob("step-*"))
-        hint = f"; did you mean {inside[0]}?" if inside else ""
-        raise InputError(f"replay: {folder} holds no bundle.json: it is not the folder of a failed step{hint}")
-    try:
-        header = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-        number = header["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"replay: {folder / 'bundle.json'} is damaged ({type(error).__name__})") from error
-    if number != FORMAT:
-        raise InputError(
-            f"replay: {folder} has format {number}, this ddetr reads {FORMAT}: use ddetr {header['versions']['ddetr']}"
-        )
-    try:
-        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(
-            f"replay: {folder} holds no state.pt, batch and weights of the step: {header['what']}"
-        ) from None
-    except Exception as error:  # a damaged pickle raises anything
-        raise InputError(f"replay: {folder / 'state.pt'} is damaged ({type(error).__name__})") from error
-    return header, state
-
-
 def _rebuilt(
     header: Mapping[str, Any], state: Mapping[str, Any], device: torch.device
 ) -> tuple[DeformableDETR, SetCriterion, torch.optim.Optimizer]:
+    config = {**header["model"], "pretrained_backbone": False}  # nothing is fetched, and no file but the bundle read
     try:
-        model = DeformableDETR(**header["model"])
+        check_fits(config, state["weights"])
+        model = DeformableDETR(**config)
         model.load_state_dict(state["weights"], strict=True)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"replay: the model of the bundle, made by ddetr {header['versions']['ddetr']}, is not one of this "
-            "version: "
-            f"{str(error).splitlines()[0]}"
+            f"version: {one_line(str(error).partition(chr(10))[0], MAX_MESSAGE // 2)}"
         ) from error
     if header["channels_last"]:
         model.backbone.to(memory_format=torch.channels_last)
     named = dict(model.named_parameters())
-    for name in header["frozen"]:
-        named[name].requires_grad_(False)
-    model.to(device).train()
-    # The recorded state brings rates and all other numbers of each group.
-    groups = [{"params": [named[name] for name in names]} for names in header["groups"]]
-    optimizer = build_optimizer(groups, OptimConfig(sgd=header["optimizer"] == "SGD"), fused=False)
-    optimizer.load_state_dict(state["optimizer"])
-    criterion = build_criterion(model, LossWeights(**header["loss_weights"]))
+    try:
+        for name in header["frozen"]:
+            named[name].requires_grad_(False)
+        model.to(device).train()
+        # The recorded state brings rates and all other numbers of each group.
+        groups = [{"params": [named[name] for name in names]} for names in header["groups"]]
+        optimizer = build_optimizer(groups, OptimConfig(sgd=header["optimizer"] == "SGD"), fused=False)
+        optimizer.load_state_dict(state["optimizer"])
+        criterion = build_criterion(model, LossWeights(**header["loss_weights"]))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"replay: the bundle is damaged: optimiser, losses and model do not fit ({type(error).__name__}: {error})"
+        ) from error
     return model, criterion, optimizer
+
+
+def _threads(header: Mapping[str, Any]) -> int:
+    """As many as the step had, since sums depend on them, but no more than this machine can start."""
+    return min(header["threads"], 8 * available_cores())
 
 
 @contextmanager
 def _as_it_ran(header: Mapping[str, Any], device: torch.device) -> Iterator[None]:
     """Precision, threads and determinism of the recorded step; afterwards they are as before."""
     before = torch.get_num_threads(), matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(header["threads"])
+    torch.set_num_threads(_threads(header))
     if header["matmul_precision"]:
         torch.set_float32_matmul_precision(header["matmul_precision"])
     torch.use_deterministic_algorithms(header["deterministic"])
@@ -295,28 +289,39 @@ def _as_it_ran(header: Mapping[str, Any], device: torch.device) -> Iterator[None
 
 def _draw(
     folder: Path, header: Mapping[str, Any], batch: Sequence[MicroBatch], suspects: set[tuple[int, int]]
-) -> list[Path]:
-    """images/ID.png of the suspects with their boxes, or of all images where none stands out."""
-    pictures = []
-    (folder / "images").mkdir(exist_ok=True)
+) -> tuple[list[Path], str | None]:
+    """images/N-N-ID.png of the suspects with their boxes, or of all images where none stands out; and why there are
+    none where they could not be written. Whatever `images` was before, nothing is written through a link."""
+    drawn: dict[str, Image.Image] = {}
     for place in header["images"]:
-        index, row = place["micro_batch"], place["row"]
-        if suspects and (index, row) not in suspects:
+        index, row, image_id = place["micro_batch"], place["row"], place["image_id"]
+        if (suspects and (index, row) not in suspects) or index >= len(batch) or row >= len(batch[index][2]):
             continue
         images, mask, targets = batch[index]
-        picture = _drawn(
-            images[row].cpu(), None if mask is None else mask[row].cpu(), targets[row], header["categories"]
-        )
-        path = folder / "images" / f"{index}-{row}-{place['image_id']}.png"
-        write_atomically(path, partial(to_pil_image(picture).save, format="PNG"))
-        pictures.append(path)
-    return pictures
+        one_mask = None if mask is None else mask[row].cpu()
+        picture = _drawn(images[row].cpu(), one_mask, targets[row], header["categories"])
+        drawn[f"{index}-{row}-{image_id}.png"] = to_pil_image(picture)
+    path = folder / "images"
+    if not drawn:
+        return [], None
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        return [], f"{path} is a link or a file; remove it"
+
+    def write(temporary: Path) -> None:
+        for name, picture in drawn.items():
+            picture.save(temporary / name, format="PNG")
+
+    try:
+        write_folder_atomically(path, write)
+    except OSError as error:
+        return [], f"{path} cannot be written ({error.strerror or error}); copy the bundle elsewhere"
+    return [path / name for name in drawn], None
 
 
 def _drawn(image: Tensor, mask: Tensor | None, target: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     if mask is not None:
         height, width = int((~mask[:, 0]).sum()), int((~mask[0]).sum())
-        image = image[:, :height, :width]
+        image = image[:, : height or None, : width or None]  # all of one that says it is padding alone
     if image.dtype != torch.uint8:
         image = torch.nan_to_num(image.float()).clamp(0, 255).to(torch.uint8)
     height, width = image.shape[1:]

@@ -9,22 +9,24 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from ddetr.datasets import Annotations
+from ddetr.datasets import Annotations, ImageTable
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
+from ddetr.untrusted import read_arrays
 from ddetr.wording import first_few
 
 logger = logging.getLogger(__name__)
 
 DATA_FILE = "data.npz"
-_THREADS = 8  # they wait for the disk
+_ARRAYS = ("classes", *(f"{which}_{what}" for which in ("train", "val") for what in ("names", "objects", "sizes")))
+_THREADS, _FILES_A_TASK = 8, 256  # they wait for the disk
 _SHOWN = 3  # names in a message
 
 
@@ -39,17 +41,22 @@ class SplitTraits:
 
     @classmethod
     def of(cls, annotations: Annotations, root: Path) -> "SplitTraits":
-        paths, hashes = [], []
-        for record in annotations.images:
-            paths.append(record.path)
-            digest = hashlib.blake2b(repr(record.size_hw).encode(), digest_size=8)
-            for array in (record.boxes_xyxy, record.labels, record.area, record.ignore):
-                digest.update(array.tobytes())
-            hashes.append(int.from_bytes(digest.digest(), "little"))
+        table = annotations.images
+        if not isinstance(table, ImageTable):
+            table = ImageTable.from_records(table)
+        columns = (table.boxes_xyxy, table.labels, table.area, table.ignore)
+        # (n, bytes of an object): flat bytes are cut into images without a Python object for each
+        rows = np.concatenate([np.ascontiguousarray(c).reshape(len(c), -1).view(np.uint8) for c in columns], axis=1)
+        content, ends = rows.tobytes(), (table.offsets * rows.shape[1]).tolist()
+        hashes = [
+            hashlib.blake2b(content[start:end] + size_hw.tobytes(), digest_size=8).digest()
+            for start, end, size_hw in zip(ends, ends[1:], table.sizes_hw)
+        ]
+        paths = [str(table.path(index)) for index in range(len(table))]
         with ThreadPoolExecutor(_THREADS) as pool:
-            sizes = list(pool.map(_file_size, paths, chunksize=256))
-        names = _distinct(_below(path, root) for path in paths)
-        return cls(names, np.array(hashes, np.uint64), np.array(sizes, np.int64))
+            sizes = [size for sizes in pool.map(_file_sizes, _chunks(paths)) for size in sizes]
+        names = _distinct(path.removeprefix(f"{root}{os.sep}") for path in paths)
+        return cls(names, np.frombuffer(b"".join(hashes), np.uint64), np.array(sizes, np.int64))
 
     def changes(self, now: "SplitTraits") -> str:
         """What is different now, in words; "" where nothing is."""
@@ -86,7 +93,7 @@ class DataTraits:
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file:  # given a name, NumPy would add a suffix to it
-                np.savez_compressed(file, **arrays)
+                np.savez(file, **arrays)
 
         write_atomically(folder / DATA_FILE, write)
 
@@ -96,14 +103,14 @@ class DataTraits:
         if not (folder / DATA_FILE).exists():
             return None
         try:
-            with np.load(folder / DATA_FILE, allow_pickle=False) as file:
-                splits = {
-                    which: SplitTraits(
-                        _unpacked(file[f"{which}_names"]), file[f"{which}_objects"], file[f"{which}_sizes"]
-                    )
-                    for which in ("train", "val")
-                }
-                return cls([(int(number), str(name)) for number, name in _unpacked(file["classes"])], splits)
+            arrays = read_arrays(folder / DATA_FILE, _ARRAYS)
+            splits = {
+                which: SplitTraits(
+                    _unpacked(arrays[f"{which}_names"]), arrays[f"{which}_objects"], arrays[f"{which}_sizes"]
+                )
+                for which in ("train", "val")
+            }
+            return cls([(int(number), str(name)) for number, name in _unpacked(arrays["classes"])], splits)
         except Exception as error:  # a damaged archive raises anything
             logger.warning(
                 "%s cannot be read (%s): whether the data are those of the run is not known",
@@ -130,15 +137,18 @@ class DataTraits:
         return "; ".join(f"{kinds[which]} images: {what}" for which, what in found.items() if what)
 
 
-def _file_size(path: Path) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+def _file_sizes(paths: Sequence[str]) -> list[int]:
+    sizes = []
+    for path in paths:
+        try:
+            sizes.append(os.stat(path).st_size)
+        except OSError:
+            sizes.append(-1)
+    return sizes
 
 
-def _below(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+def _chunks(paths: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (paths[i : i + _FILES_A_TASK] for i in range(0, len(paths), _FILES_A_TASK))
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

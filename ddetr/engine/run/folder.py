@@ -30,6 +30,7 @@ from ddetr.evaluation.metrics import Metrics
 from ddetr.files import make_folder, remove_leftovers, write_text
 from ddetr.runtime.distributed import is_first_process
 from ddetr.settings import flat, kept, names_with
+from ddetr.untrusted import MAX_RUN_BYTES, MAX_YAML_BYTES, csv_cell, one_line, parse_json, parse_yaml, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -133,9 +134,9 @@ class RunFolder:
         if not file.is_file():
             return {}
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-            content = f"broken ({type(error).__name__})"
+            content = parse_yaml(read_text(file, MAX_YAML_BYTES), file.name)
+        except (InputError, UnicodeDecodeError, OSError) as error:
+            content = f"broken ({one_line(error)})"
         if not isinstance(content, dict):
             what = {type(None): "empty", str: content}.get(type(content), "no list of settings")
             raise InputError(
@@ -152,7 +153,7 @@ class RunFolder:
         """
         file = self.path / "metrics.json"
         try:
-            return Metrics.from_dict(json.loads(file.read_text(encoding="utf-8"))["last"])
+            return Metrics.from_dict(parse_json(read_text(file, MAX_RUN_BYTES), file.name)["last"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"the run in {self.path} is complete, but {file.name} cannot be read ({type(error).__name__}): measure "
@@ -221,7 +222,7 @@ class RunFolder:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
 
     def write_csv(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        rows = list(rows)
+        rows = [{column: csv_cell(value) for column, value in row.items()} for row in rows]
         self.write_text(name, text_of(rows, list(rows[0]), header=True) if rows else "")
 
     def table(self, name: str) -> Table:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddetr.errors import InputError
 from ddetr.files import damaged_member
+from ddetr.untrusted import check_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,10 @@ def check_training_state(file: Path) -> None:
         raise InputError(
             f"--resume: {file} holds weights, not the state of a run: start from them with --weights {file}"
         )
+    try:
+        check_tensors(content, file.stat().st_size)
+    except ValueError as error:
+        raise InputError(f"--resume: {file} is damaged: {error}; {anew}") from error
     if (member := damaged_member(file)) is not None:
         raise InputError(f"--resume: {file} is damaged: the checksum of {member} in it is wrong; {anew}")
     if (name := next(not_a_number(content), None)) is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.files import write_text
+from ddetr.untrusted import MAX_TABLE_BYTES, read_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Table:
         columns = self._columns()
         if columns is None:
             return []
-        text = self.path.read_bytes().decode("utf-8", "replace")
+        text = read_bytes(self.path, MAX_TABLE_BYTES).decode("utf-8", "replace")
         lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
         rows = [dict(zip(columns, line)) for line in lines if len(line) == len(columns)]
         return [row for row in rows if row[KEY].isdecimal()]

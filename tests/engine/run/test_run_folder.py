@@ -1,5 +1,6 @@
 """Which folder a run gets, and what may be resumed."""
 
+import csv
 import os
 import time
 from dataclasses import replace
@@ -225,3 +226,13 @@ def test_a_folder_that_was_moved_away_is_said_and_the_run_goes_on(
     run.append_row("train.csv", {"step": 3, "loss": 0.125})
     assert [row["step"] for row in run.table("train.csv").rows()] == ["1", "2", "3"]
     run.check_written()
+
+
+def test_names_in_a_table_are_no_formulas(tmp_path: Path) -> None:
+    """A spreadsheet would run them."""
+    run = RunFolder(tmp_path)
+    run.write_csv("per_class.csv", [{"name": name, "AP": -0.5} for name in ("=cmd|' /C calc'!A0", "@a", "-2", "cat")])
+    with (tmp_path / "per_class.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == ["'=cmd|' /C calc'!A0", "'@a", "-2", "cat"]
+    assert {row["AP"] for row in rows} == {"-0.5"}

@@ -1,0 +1,313 @@
+"""Files and names that others made: how much of them is read, and what of them reaches a screen.
+
+A data set, a run folder or a bundle may come from anybody. All limits stand here, each with its reason: far above what
+anybody has had, far below what takes a machine down. The functions are the one way to open, parse and show such input;
+they import nothing heavy.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+import zipfile
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from ddetr.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+MAX_CLASSES = 25_000  # ImageNet-21k has 21,841; the head of each layer and the evaluation's arrays grow with them
+MAX_OBJECTS = 20_000  # in an image; SKU-110K has 718, DOTA 10,000 before it is cut: each is compared with every query
+MAX_PAIRS = MAX_OBJECTS * 1_000  # of objects and detections in an image, which are compared
+MAX_NAME = 1_000  # characters of a class name; ImageNet's longest list of synonyms has 150
+MAX_DRAWN, MAX_TAGS = 2_000, 300  # boxes of a picture, and their names: more nobody can tell apart
+MAX_ROWS = 2_000  # of a table in a page: LVIS has 1,203 classes
+MAX_COLUMNS = 500  # of a table of a run; ours have 40
+SHOWN_NAME = 200  # characters of a name on a screen, in a page, in a table
+MAX_PATH = 4_096  # characters; no system has files of longer names
+MAX_PATH_PARTS = 64  # of a split's folder in a data.yaml: each end of it is tried
+MAX_PLACE = 1_000  # characters that a finding keeps of a place or a sentence: there are millions of findings
+MAX_MESSAGE = 2_000  # characters of one message on a screen
+MAX_PLACES = 10_000  # of a kind of finding; what repeats in each of COCO's 860,000 objects is counted, not listed
+
+MAX_IMAGE_BYTES = 2**30  # Pillow refuses above 179 million pixels, which no usual format stores in more
+MAX_IMAGE_SEGMENTS = 100_000  # that are walked through for an image's size; cameras write dozens
+MAX_ANNOTATION_BYTES = 2**32  # a COCO file; that of Objects365 has 2.6 GB
+MAX_LABEL_BYTES = 2**28  # the labels of one image (XML, text), or a list of all images: 250 characters for a million
+MAX_YAML_BYTES = 2**21  # 25,000 classes by name take 1 MB; parsing one takes seconds
+MAX_YAML_NODES = 250_000  # with every alias written out
+MAX_YAML_DEPTH = 50
+MAX_YAML_VALUE = 10_000  # characters; longer ones are no setting, path or name
+MAX_RUN_BYTES = 2**26  # a JSON file of a run: parsed it takes 20 times as much
+MAX_TABLE_BYTES = 2**28  # train.csv: a million rows
+MAX_SHARED = 32  # tensors that share their numbers: heads of all layers do
+MAX_ARRAYS_BYTES = 2**32  # of a validation: COCO's takes 13 MB, LVIS's with 300 detections per image 150 MB
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def open_file(path: str | os.PathLike, most_bytes: int | None = None) -> BinaryIO:
+    """A regular file of at most `most_bytes` (of any size without), open for reading.
+
+    Raises:
+        OSError: there is none, or it is something else: a folder, or what would hang or never end (pipe, device).
+    """
+    _check_file(path, os.stat(path), most_bytes)
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    descriptor = os.open(path, flags)
+    try:
+        _check_file(path, os.fstat(descriptor), most_bytes)  # again: the name may stand for another file by now
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | os.PathLike, most_bytes: int) -> bytes:
+    """All of a regular file; raises as `open_file`."""
+    with open_file(path, most_bytes) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(size + 1)
+    if len(content) > size:  # such as those of /proc, whose size is 0
+        raise OSError(errno.EFBIG, "it has more than its stated size", str(path))
+    return content
+
+
+def read_text(path: str | os.PathLike, most_bytes: int, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
+    """All of a regular text file with `\\n` at the ends of lines; raises as `open_file`, or UnicodeDecodeError."""
+    text = read_bytes(path, most_bytes).decode(encoding, errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
+
+
+def _check_file(path: str | os.PathLike, found: os.stat_result, most_bytes: int | None) -> None:
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if not stat.S_ISREG(found.st_mode):
+        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        raise OSError(errno.EINVAL, f"it is {kinds.get(stat.S_IFMT(found.st_mode), 'a device')}, not a file", str(path))
+    if most_bytes is not None and found.st_size > most_bytes:
+        size, most = found.st_size / 2**20, most_bytes / 2**20
+        raise OSError(errno.EFBIG, f"it has {size:,.0f} MB, more than the {most:,.0f} MB that are read", str(path))
+
+
+# ---- documents -------------------------------------------------------------------------------------------------------
+
+
+def parse_json(text: str, what: str, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        what: the file's name, for the message.
+        pairs_hook: makes an object of its (key, value) pairs; by default a dict, whose doubled keys are refused.
+
+    Raises:
+        InputError: broken, nested without end, a number of thousands of digits, a key twice in an object.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs_hook or without_doubles)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{what} is broken JSON: {error.msg} at line {error.lineno}, column {error.colno}; restore or re-export it"
+        ) from None
+    except RecursionError:
+        raise InputError(f"{what} can't be read: its JSON is nested hundreds of levels deep") from None
+    except ValueError as error:  # Python reads no whole number of more than 4300 digits
+        raise InputError(f"{what} can't be read: {error}") from None
+
+
+def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of an object's pairs; ValueError where a key stands twice with different values: readers differ in
+    which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise ValueError(f"the key {shortened(key, SHOWN_NAME)!r} stands twice in one object of its JSON")
+    return found
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """The value of a YAML text in plain types.
+
+    Raises:
+        InputError: broken, too deep, or too large once every alias is written out (a few lines can stand for billions).
+    """
+    import yaml  # here: most commands need none
+
+    try:
+        _check_yaml(yaml.parse(text, Loader=yaml.SafeLoader), what)
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise InputError(f"{what}: broken YAML{place}: {problem}") from None
+    except InputError:
+        raise
+    except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        # what PyYAML raises for values that are not what they seem, such as the date 2020-99-99
+        raise InputError(f"{what}: broken YAML: a value cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _check_yaml(events: Iterable[Any], what: str) -> None:
+    """Walks through a document without building it: how deep it is, and how large with its aliases written out."""
+    import yaml
+
+    sizes: dict[str, int | None] = {}  # anchor -> nodes below it; None while it is open
+    open_nodes: list[tuple[str | None, int]] = []  # (anchor, nodes so far) of the collections around
+    for event in events:
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > MAX_YAML_VALUE:
+            raise InputError(
+                f"{what}: line {event.start_mark.line + 1} holds a value of {len(event.value):,} characters; the most "
+                f"are {MAX_YAML_VALUE:,}"
+            )
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 1))
+            if event.anchor is not None:
+                sizes[event.anchor] = None
+            if len(open_nodes) > MAX_YAML_DEPTH:
+                raise InputError(f"{what} is nested more than {MAX_YAML_DEPTH} levels deep")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            anchor, size = None, sizes.get(event.anchor, 1)  # one without its anchor is refused by the parser
+            if size is None:
+                raise InputError(f"{what}: line {event.start_mark.line + 1} holds a value that contains itself")
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 1
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        if open_nodes:
+            open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + size)
+        if size > MAX_YAML_NODES or (open_nodes and open_nodes[-1][1] > MAX_YAML_NODES):
+            raise InputError(f"{what} holds more than {MAX_YAML_NODES:,} values (aliases count as often as they stand)")
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def read_arrays(path: str | os.PathLike, names: Iterable[str]) -> dict[str, "np.ndarray"]:
+    """The arrays of these names that `numpy.savez` wrote, of plain numbers and no more of them than the file has bytes:
+    some bytes of a header, or of a compressed file, can stand for terabytes.
+
+    Raises:
+        OSError: as `open_file`. ValueError, KeyError, zipfile.BadZipFile and others: damaged, or no such file.
+    """
+    import numpy as np
+
+    arrays = {}
+    with open_file(path, MAX_ARRAYS_BYTES) as raw, zipfile.ZipFile(raw) as archive:
+        for name in names:
+            entry = archive.getinfo(f"{name}.npy")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError("it is compressed, which ours never are")
+            with archive.open(entry) as file:
+                version = np.lib.format.read_magic(file)
+                read_header = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }[version]
+                shape, by_column, dtype = read_header(file)
+                num_bytes = math.prod(shape) * dtype.itemsize
+                if dtype.kind not in "biuf" or by_column or num_bytes > entry.file_size:
+                    raise ValueError(f"{name} is no plain array")
+                arrays[name] = np.frombuffer(file.read(num_bytes), dtype).reshape(shape)
+    return arrays
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def check_tensors(content: Any, file_bytes: int) -> None:
+    """Whether the tensors in nested dicts and lists hold what they show.
+
+    A pickle says a tensor's shape and strides beside its numbers: a kB can say 2^40 elements, all the same one.
+
+    Args:
+        content: what `torch.load` gave.
+        file_bytes: size of the file that it came from; one of ours is not compressed.
+
+    Raises:
+        ValueError: a tensor with more elements than are stored, more memory than the file has, no plain tensor.
+    """
+    import torch
+
+    storages: dict[int, int] = {}
+    shown = 0
+    for name, tensor in _tensors(content, ""):
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is no plain tensor")
+        if tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+            raise ValueError(f"{name} is no plain tensor in memory")
+        storage = tensor.untyped_storage()
+        if tensor.numel() * tensor.element_size() > storage.nbytes():
+            raise ValueError(f"{name} shows {tensor.numel():,} elements and holds fewer")
+        storages[storage._cdata] = storage.nbytes()
+        shown += tensor.numel() * tensor.element_size()
+    if shown > MAX_SHARED * sum(storages.values()):
+        raise ValueError(f"its tensors show more than {MAX_SHARED} times the numbers that they hold")
+    if sum(storages.values()) > file_bytes:
+        raise ValueError("it says that it holds more numbers than the file has room for")
+
+
+def _tensors(content: Any, name: str) -> Iterable[tuple[str, "Tensor"]]:
+    import torch
+
+    waiting, seen = [(name, content)], set()
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, torch.Tensor):
+            yield shortened(name or "it", SHOWN_NAME), value
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))  # a list may hold itself
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            waiting += [(f"{name}.{shortened(str(key), SHOWN_NAME)}" if name else str(key), one) for key, one in items]
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+# What moves the cursor, changes colours, turns the writing direction, is invisible, or is half a character: controls
+# (but tab and newline), format characters, line separators, surrogates (bytes of a file name that are no UTF-8).
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
+    "\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str) -> str:
+    """The text with everything that would do something to a screen, or hide there, spelled out: ESC is `\\x1b`."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def shortened(text: str, most: int) -> str:
+    """The text with its middle left out where it is longer than about `most` characters."""
+    if len(text) <= most:
+        return text
+    half = most // 2
+    return f"{text[:half]}... ({len(text) - 2 * half:,} characters) ...{text[-half:]}"
+
+
+def one_line(text: object, most: int = SHOWN_NAME) -> str:
+    """A name or a sentence for a screen: short, and on one line."""
+    return printable(shortened(str(text), most)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula: text that begins like one gets a `'` before it. Numbers, also
+    those in text, stay."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+        return value
+    except ValueError:
+        return f"'{value}"
