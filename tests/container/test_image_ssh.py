@@ -83,14 +83,6 @@ def test_no_value_is_for_others_to_read(server: Container) -> None:
     assert server.execute("stat", "-c", "%a %U", "/home/dev/.sshd/sshd_config").stdout == "600 dev\n"
 
 
-def test_no_file_gives_its_rights_to_who_starts_it(server: Container) -> None:
-    """On a root that is read-only, so that the program can but find them."""
-    found = engine("exec", "--user=0", server.name, "find", "/", "-xdev", "-perm", "/6000", "-type", "f").stdout
-    assert found == ""
-    program = "/opt/ddetr/container/drop_rights.py"
-    assert engine("exec", "--user=0", server.name, "python3", "-B", program).stdout == ""
-
-
 def test_a_terminal_and_file_transfer(server: Container, keys: dict[str, Path], tmp_path: Path) -> None:
     assert ssh(server, keys["right"], "tty", "-tt").stdout.startswith("/dev/pts/")
     batch = tmp_path / "batch"
