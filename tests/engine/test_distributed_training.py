@@ -1,18 +1,19 @@
 """Two processes are one: the same weights and the same AP as a single process with the same global batches."""
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from forks import Forks
 
+import ddetr
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import OptimConfig, TrainConfig
@@ -39,7 +40,9 @@ def write_data(shapes: Path, folder: Path) -> DataConfig:
     return DataConfig(str(folder), augmentation="none", image_size=64, num_workers=0)
 
 
-def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_under_torchrun(
+    shapes: Path, tiny_run: Any, tiny_model: dict[str, Any], tmp_path: Path, forks: Forks
+) -> None:
     alone = train(
         TrainConfig(
             write_data(shapes, tmp_path / "data"),
@@ -70,9 +73,8 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
         "--preflight",
         "false",
     ]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddetr", "train", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDETR_RUN": str(alone.path)}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    program = Path(ddetr.__file__).with_name("__main__.py")
+    done = forks(program, "train", *options, processes=2, DDETR_RUN=str(alone.path))
     assert done.returncode == 0, done.stderr
 
     both = tmp_path / "both"
@@ -104,19 +106,21 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
     assert done.stdout.count("What next:") == 1
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 KILL, TERM = int(signal.SIGKILL), int(signal.SIGTERM)
+Launch = Callable[..., subprocess.CompletedProcess]
 
 
-def launch(config: Path, run: Path, disturbance: list[Any] | None, *options: str, launcher: list[str]) -> Any:
-    """Two processes, of which one may be disturbed on its way: see disturbed.py."""
-    command = ["train", "--config", str(config), "--output", str(run), *options]
-    program = [str(Path(__file__).with_name("disturbed.py")), json.dumps([[command, disturbance]])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDETR_TEST_LAUNCHES": "1"}
-    environment.pop("DDETR_RUN", None)
-    return subprocess.run(
-        [sys.executable, *launcher, *program], capture_output=True, text=True, env=environment, timeout=200
-    )
+@pytest.fixture
+def launch(forks: Forks, two_process_config: Path) -> Launch:
+    """`launch(RUN, DISTURBANCE, *options, processes=2)`: two processes, by default under torchrun, of which one may be
+    disturbed on its way: see disturbed.py."""
+
+    def start(run: Path, disturbance: list[Any] | None, *options: str, processes: int = 2) -> Any:
+        command = ["train", "--config", str(two_process_config), "--output", str(run), *options]
+        program = Path(__file__).with_name("disturbed.py")
+        return forks(program, json.dumps([[command, disturbance]]), processes=processes, DDETR_TEST_LAUNCHES="1")
+
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +139,16 @@ def two_process_config(shapes: Path, tiny_run: Any, tmp_path_factory: pytest.Tem
     return file
 
 
-def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(two_process_config: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(launch: Launch, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    done = launch(two_process_config, whole, None, launcher=TORCHRUN)
+    done = launch(whole, None)
     assert done.returncode == 0, done.stderr
-    stopped = launch(two_process_config, run, ["at_step", 6, TERM, 1], launcher=TORCHRUN)
+    stopped = launch(run, ["at_step", 6, TERM, 1])
     assert stopped.returncode != 0
     assert "stopped by SIGTERM at step 6" in stopped.stderr
     assert f"exitcode  : {128 + TERM}" in stopped.stderr
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 6
-    resumed = launch(two_process_config, run, None, "--resume", launcher=TORCHRUN)
+    resumed = launch(run, None, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     first, second = (torch.load(path / "last.ckpt", weights_only=True) for path in (whole, run))
     for name, value in first["state_dict"].items():
@@ -152,8 +156,8 @@ def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(two_process_
     assert (whole / "val.csv").read_text() == (run / "val.csv").read_text()
 
 
-def test_torchrun_names_the_process_that_died(two_process_config: Path, tmp_path: Path) -> None:
-    done = launch(two_process_config, tmp_path / "run", ["at_step", 3, KILL, 1], launcher=TORCHRUN)
+def test_torchrun_names_the_process_that_died(launch: Launch, tmp_path: Path) -> None:
+    done = launch(tmp_path / "run", ["at_step", 3, KILL, 1])
     assert done.returncode != 0
     # The other process says so too, unless torchrun, which sees it first on a busy machine, has ended it by then.
     assert "process 0 of 2 has lost another one" in done.stderr or "Sending process" in done.stderr, done.stderr
@@ -161,9 +165,9 @@ def test_torchrun_names_the_process_that_died(two_process_config: Path, tmp_path
     assert "exitcode  : -9" in done.stderr
 
 
-def test_without_a_launcher_the_message_names_the_process_that_died(two_process_config: Path, tmp_path: Path) -> None:
+def test_without_a_launcher_the_message_names_the_process_that_died(launch: Launch, tmp_path: Path) -> None:
     """Lightning starts the second process itself. Every five seconds it looks after it, and may be the first to see."""
-    done = launch(two_process_config, tmp_path / "run", ["at_step", 3, KILL, 1], "--devices", "2", launcher=[])
+    done = launch(tmp_path / "run", ["at_step", 3, KILL, 1], "--devices", "2", processes=0)
     if done.returncode == -KILL:
         assert re.search(r"\[rank: 1\] Child process with PID \d+ terminated with code -9", done.stderr), done.stderr
     else:
@@ -172,8 +176,8 @@ def test_without_a_launcher_the_message_names_the_process_that_died(two_process_
         assert "has ended with exit code -9" in done.stderr
 
 
-def test_without_a_launcher_both_stop_at_a_signal_to_the_first(two_process_config: Path, tmp_path: Path) -> None:
+def test_without_a_launcher_both_stop_at_a_signal_to_the_first(launch: Launch, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = launch(two_process_config, run, ["at_step", 3, TERM, 0], "--devices", "2", launcher=[])
+    done = launch(run, ["at_step", 3, TERM, 0], "--devices", "2", processes=0)
     assert done.returncode == 128 + TERM, done.stderr
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 3
