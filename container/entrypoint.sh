@@ -68,12 +68,25 @@ authorized_keys() {
     fi
 }
 
-# An SSH session does not inherit the container's environment. "NAME=value" for each variable that a session needs.
+# An SSH session does not inherit the container's environment: prints a line of sshd_config that gives it the variables that it needs,
+# SetEnv "NAME=value" ... In double quotes sshd takes every byte for itself but \ and ", which a backslash protects. It cannot hold a line
+# break, and a configuration of 256 KiB keeps sshd from answering. What cannot be passed on is named, and its value is not.
 session_environment() {
-    local name
-    for name in $(compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|LANG|PYTHONUNBUFFERED|(CUDA|NVIDIA|NCCL|TORCH|PYTORCH|OMP|DDETR)_[A-Z0-9_]*)$'); do
-        [[ ${!name} == *[\"$'\n']* ]] || printf '"%s=%s" ' "$name" "${!name}"
-    done
+    local -x LC_ALL=C
+    local pair name line=SetEnv
+    local wanted='^(PATH|LD_LIBRARY_PATH|LANG|PYTHONUNBUFFERED|(CUDA|NVIDIA|NCCL|TORCH|PYTORCH|OMP|DDETR)_.*)$'
+    while IFS= read -r -d '' pair; do
+        name=${pair%%=*}
+        [[ $name =~ $wanted ]] || continue
+        if [[ $pair == *$'\n'* ]]; then
+            printf 'warning: SSH sessions do not have %q: its value has a line break, which sshd cannot pass on\n' "$name" >&2
+        elif ((${#line} + ${#pair} > 128 * 1024)); then
+            printf 'warning: SSH sessions do not have %q: this environment is too large for sshd\n' "$name" >&2
+        else
+            line+=" \"$pair\""
+        fi
+    done < <(env -0 | sort -z | sed -z 's/[\\"]/\\&/g')
+    printf '%s\n' "$line"
 }
 
 start_ssh() {
@@ -98,8 +111,11 @@ start_ssh() {
     warn_of_writable_data
     bring_notebooks
     echo "ssh: port ${SSH_PORT:-2222}, user $user, host key $(ssh-keygen -l -f "$folder/ssh_host_ed25519_key.pub" | cut -d' ' -f2)" >&2
-    exec /usr/sbin/sshd -D -e -f /opt/ddetr/container/sshd_config -p "${SSH_PORT:-2222}" -o "HostKey=$folder/ssh_host_ed25519_key" \
-        -o "AuthorizedKeysFile=$folder/authorized_keys" -o "AllowUsers=$user" -o PidFile=none -o "SetEnv=$(session_environment)"
+    # The environment in a private file: every user of the machine can read a command line.
+    rm -f "$folder/sshd_config"
+    (umask 077 && { cat /opt/ddetr/container/sshd_config && session_environment; } >"$folder/sshd_config")
+    exec /usr/sbin/sshd -D -e -f "$folder/sshd_config" -p "${SSH_PORT:-2222}" -o "HostKey=$folder/ssh_host_ed25519_key" \
+        -o "AuthorizedKeysFile=$folder/authorized_keys" -o "AllowUsers=$user" -o PidFile=none
 }
 
 case "$*" in

@@ -26,6 +26,37 @@ TINY_MODEL = {
 }
 
 
+# The files that take longest, in this order the first (`make test` gives each file to one process): one that began last
+# would be waited for. xdist's own order is by the number of tests, and theirs are few.
+LONGEST_FIRST = [
+    "notebooks/test_notebooks.py",
+    "engine/test_resume.py",
+    "engine/test_distributed_training.py",
+    "engine/test_compile.py",
+    "engine/test_train.py",
+    "ops/test_triton.py",
+    "bench/test_bench_gpu.py",
+    "models/test_deformable_detr.py",
+    "engine/blackbox/test_guard.py",
+    "ops/test_operator.py",
+    "engine/test_run_report.py",
+    "test_readme.py",
+    "doctor/test_doctor_trial.py",
+    "doctor/test_doctor_command.py",
+    "models/test_parity.py",
+    "inference/test_optimize.py",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with coco_tiny and bccd; what needs it is skipped where it is absent, and tried on a drawn set

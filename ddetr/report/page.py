@@ -7,11 +7,12 @@ through. What a section cannot show it says in words.
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,6 +27,9 @@ from ddetr.report.pictures import PAGE_SIDE, data_uri, truth_and_prediction
 from ddetr.report.run_files import RunFiles, shown_time
 from ddetr.report.validation import Validation
 from ddetr.untrusted import MAX_PLACE, MAX_ROWS, one_line, printable
+
+if TYPE_CHECKING:
+    import jinja2
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +60,13 @@ def write_report(run: RunFiles) -> Path:
     return path
 
 
-def render(run: RunFiles) -> str:
-    """The page."""
+@functools.cache
+def _template() -> jinja2.Template:
+    """Compiled once: a run writes its report after every validation."""
     import jinja2
 
-    folder = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folder),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -76,6 +80,11 @@ def render(run: RunFiles) -> str:
         "thousands": _thousands,
         "share": _share,
     }
+    return environment.get_template("page.html")
+
+
+def render(run: RunFiles) -> str:
+    """The page."""
     builders: dict[str, Callable[[RunFiles], dict[str, Any]]] = {
         "summary": _summary,
         "curves": _curves,
@@ -86,10 +95,10 @@ def render(run: RunFiles) -> str:
         "environment": _environment,
         "files": lambda run: {"files": tables.files(run.path)},
     }
-    page = environment.get_template("page.html").render(
+    page = _template().render(
         name=run.path.resolve().name,
         sections=SECTIONS,
-        style=(folder / "style.css").read_text(encoding="utf-8"),
+        style=(Path(__file__).parent / "style.css").read_text(encoding="utf-8"),
         made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         version=ddetr.__version__,
         state=run.state,

@@ -3,6 +3,7 @@ podman-compose."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,18 @@ def test_a_service_is_closed_in(name: str) -> None:
     assert service["tmpfs"] == ["/tmp:exec,mode=1777"]
     # 64 MB, the default, is not enough for one batch of images.
     assert service["shm_size"] == "${DDETR_SHM:-8gb}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("compose*.y*ml")), ids=lambda path: path.name)
+def test_a_wrong_setting_is_not_tried_for_ever(path: Path) -> None:
+    """The start ends with exit code 64 or 78, and compose cannot tell these from a crash."""
+    for name, service in read(path.name)["services"].items():
+        assert re.fullmatch(r"no|on-failure:[1-5]", service.get("restart", "no")), f"{path.name}, {name}"
+
+
+def test_no_page_says_to_restart_for_ever() -> None:
+    for path in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob(".devcontainer/*")):
+        assert not re.search(r"unless-stopped|restart[=: ]+always", path.read_text(encoding="utf-8")), path.name
 
 
 def test_no_port_is_open_to_the_network() -> None:

@@ -110,6 +110,13 @@ def test_nothing_is_writable_but_the_workspace(once: Callable) -> None:
     assert "/workspace/data" not in found, "data that nobody mounted are not to be written either"
 
 
+def test_no_file_gives_its_rights_to_who_starts_it(once: Callable) -> None:
+    """The program that takes them finds nothing more, on a root that is read-only: it could but fail."""
+    command = "find / -xdev -perm /6000 -type f && python3 -B /opt/ddetr/container/drop_rights.py"
+    done = once("--user=0", "--read-only", "--tmpfs=/tmp:exec", command=("sh", "-c", command))
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
 def test_variables_of_kubernetes_services_are_no_ports(start: Callable[..., Container]) -> None:
     """A service that is called jupyter sets JUPYTER_PORT for every pod, and not to a number."""
     container = start("-e=JUPYTER_PORT=tcp://10.0.0.1:8888", "-e=SSH_PORT=tcp://10.0.0.1:2222", ports=(8888,))

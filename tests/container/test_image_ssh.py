@@ -11,6 +11,19 @@ from light_containers import HARDENED, Container, engine, key, options, ssh
 
 pytestmark = pytest.mark.container
 DENIED = 255
+# What the quotes of sshd's configuration could break or change.
+HOSTILE = {
+    "CUDA_X": "C:\\",
+    "CUDA_NOTE": "two words",
+    "DDETR_A": '"',
+    "DDETR_B": "\\\" \\\\ 'a b' \\n",
+    "DDETR_C": "",
+    "DDETR_D": " \t # $HOME `id` $(id) %h ~ * ",
+    "DDETR_E": "\u00e9\u6f22\U0001f600\u202e",
+    "DDETR_F": "\f\v\x01\x1b[31m\x7f",
+    "DDETR_LONG": "\\x" * 30_000,
+    "DDETR_lower.and-other": "Match all",
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +41,8 @@ def server(start: Callable[..., Container], volume: Callable[[], str], keys: dic
         f"-v={keys['right']}.pub:/run/secrets/keys:ro",
         "-e=AUTHORIZED_KEYS_FILE=/run/secrets/keys",
         "-e=NCCL_DEBUG=WARN",
-        "-e=CUDA_NOTE=two words",
+        *(f"-e={name}={value}" for name, value in HOSTILE.items()),
+        "-e=DDETR_TEXT=hidden\nPermitRootLogin yes",
         command=("ssh",),
         ports=(2222,),
     ).wait_for_ssh()
@@ -45,11 +59,28 @@ def test_the_right_key_gets_in_as_uid_1000(server: Container, keys: dict[str, Pa
 def test_a_session_has_the_environment_of_the_image(server: Container, keys: dict[str, Path]) -> None:
     lines = ssh(server, keys["right"], "env").stdout.splitlines()
     for expected in (
-        *("NCCL_DEBUG=WARN", "CUDA_NOTE=two words", "NVIDIA_VISIBLE_DEVICES=all", "LANG=C.UTF-8"),
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        *("NCCL_DEBUG=WARN", "NVIDIA_VISIBLE_DEVICES=all", "LANG=C.UTF-8", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
     ):
         assert expected in lines
     assert not [line for line in lines if line.startswith(("AUTHORIZED_KEYS", "JUPYTER_"))]
+
+
+def test_every_value_arrives_as_it_was_given(server: Container, keys: dict[str, Path]) -> None:
+    pairs = dict(pair.split("=", 1) for pair in ssh(server, keys["right"], "env -0").stdout.split("\0")[:-1])
+    assert {name: pairs.get(name) for name in HOSTILE} == HOSTILE
+    assert "DDETR_TEXT" not in pairs
+    warnings = [line for line in server.logs().splitlines() if "SSH sessions" in line]
+    assert warnings == [
+        "warning: SSH sessions do not have DDETR_TEXT: its value has a line break, which sshd cannot pass on"
+    ]
+
+
+def test_no_value_is_for_others_to_read(server: Container) -> None:
+    lines = server.execute("ps", "-ww", "-eo", "args").stdout
+    assert "sshd" in lines
+    assert "two words" not in lines
+    assert "SetEnv" not in lines
+    assert server.execute("stat", "-c", "%a %U", "/home/dev/.sshd/sshd_config").stdout == "600 dev\n"
 
 
 def test_a_terminal_and_file_transfer(server: Container, keys: dict[str, Path], tmp_path: Path) -> None:

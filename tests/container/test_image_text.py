@@ -5,10 +5,12 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -29,11 +31,15 @@ def tool(name: str) -> str:
     return path
 
 
-def build_arguments(*arguments: str) -> dict[str, str]:
-    spec = importlib.util.spec_from_file_location("build_arguments", CONTAINER / "build_arguments.py")
+def program(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, CONTAINER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.build_arguments(*arguments)
+    return module
+
+
+def build_arguments(*arguments: str) -> dict[str, str]:
+    return program("build_arguments").build_arguments(*arguments)
 
 
 def stages() -> dict[str, list[str]]:
@@ -246,3 +252,87 @@ def test_sshd_takes_keys_only() -> None:
         assert options[option] == "no", option
     assert options["StrictModes"] == "yes"
     assert "Port" not in options, "in one place only: the entrypoint's"
+
+
+def test_every_installation_of_packages_ends_without_rights() -> None:
+    installing = [line for lines in stages().values() for line in lines if "apt-get install" in line]
+    assert len(installing) >= 2
+    for line in installing:
+        assert line.endswith("&& python3 -B /opt/ddetr/container/drop_rights.py"), line
+
+
+def test_files_lose_the_rights_that_they_give(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o2775)  # of a folder the bit says whose the new files are
+    modes = {"setuid": 0o4755, "setgid": 0o2711, "both": 0o6755, "plain": 0o640, "capable": 0o755}
+    for name, mode in modes.items():
+        (folder / name).touch()
+        (folder / name).chmod(mode)
+    (folder / "link").symlink_to(folder / "nowhere")
+    expected = {"setuid", "setgid", "both"}
+    try:  # takes root
+        os.setxattr(
+            folder / "capable", "security.capability", bytes.fromhex("0100000200200000000000000000000000000000")
+        )
+        expected.add("capable")
+    except OSError:
+        pass
+    drop_rights = program("drop_rights").drop_rights
+    assert {Path(path).name for path in drop_rights(str(tmp_path))} == expected
+    assert {name: stat.S_IMODE((folder / name).stat().st_mode) for name in modes} == {
+        name: mode & 0o777 for name, mode in modes.items()
+    }
+    assert os.listxattr(folder / "capable") == []
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o2775
+    assert drop_rights(str(tmp_path)) == []
+
+
+def session_environment(variables: dict[bytes, bytes]) -> subprocess.CompletedProcess:
+    """By the entrypoint's own function: the line of sshd_config, and on stderr what is left out."""
+    script = (CONTAINER / "entrypoint.sh").read_text(encoding="utf-8")
+    function = re.search(r"^session_environment\(\) \{\n.*?^\}\n", script, re.MULTILINE | re.DOTALL)[0]
+    command = ["bash", "-euo", "pipefail", "-c", f"{function}\nsession_environment"]
+    return subprocess.run(command, check=True, capture_output=True, env={b"PATH": os.environb[b"PATH"]} | variables)
+
+
+def test_any_value_stands_in_one_line_of_sshds_configuration() -> None:
+    """In the quotes that OpenSSH reads; tests/container/test_image_ssh.py has it read them."""
+    values = {
+        b"CUDA_X": b"C:\\",
+        b"DDETR_A": b'"',
+        b"DDETR_B": b"\\\" \\\\'",
+        b"DDETR_C": b"",
+        b"DDETR_D": b" \t # $HOME `id` %h ",
+        b"DDETR_E": "\u00e9\u6f22\u202e".encode(),
+        b"DDETR_F": b"\xff\xfe\\",
+        b"DDETR_lower.and-other": b"\x1b[31m",
+    }
+    done = session_environment(values | {b"AUTHORIZED_KEYS": b"x", b"XDDETR_A": b"x"})
+    assert done.stderr == b""
+    keyword, line = done.stdout.split(b" ", 1)
+    assert (keyword, line.count(b"\n"), line[-1:]) == (b"SetEnv", 1, b"\n")
+    quoted = re.findall(rb'"((?:[^\\"]|\\.)*)"', line)
+    assert b"".join(b' "%s"' % word for word in quoted) == b" " + line[:-1]
+    got = dict(re.sub(rb"\\(.)", rb"\1", word, flags=re.DOTALL).split(b"=", 1) for word in quoted)
+    assert got == values | {b"PATH": os.environb[b"PATH"]}
+
+
+def test_a_value_that_sshd_cannot_pass_on_is_named_and_not_shown() -> None:
+    values = {b"DDETR_TEXT": b"secret\nPermitRootLogin yes", b"CUDA_LONG": b"secret" * 20_000, b"OMP_\x1b\n": b"secret"}
+    done = session_environment(values | {b"CUDA_MORE": b"\\" * 15_000, b"TORCH_HOME": b"/x"})
+    assert re.findall(rb'"(\w+)=', done.stdout) == [b"CUDA_LONG", b"PATH", b"TORCH_HOME"]
+    assert b"PermitRootLogin" not in done.stdout
+    assert done.stderr.decode("ascii").splitlines() == [
+        "warning: SSH sessions do not have CUDA_MORE: this environment is too large for sshd",
+        "warning: SSH sessions do not have DDETR_TEXT: its value has a line break, which sshd cannot pass on",
+        "warning: SSH sessions do not have $'OMP_\\E\\n': its value has a line break, which sshd cannot pass on",
+    ]
+
+
+def test_no_value_is_in_a_command_line() -> None:
+    script = (CONTAINER / "entrypoint.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in script.splitlines():
+        if line.lstrip().startswith("exec "):
+            assert "SetEnv" not in line
+            assert "$(" not in line

@@ -1,16 +1,20 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import Forks
+from torch import nn
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ddetr.datasets.config import DataConfig
 from ddetr.datasets.splits import load_splits
+from ddetr.engine import batch_size
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.loading.datamodule import DetectionData
+from ddetr.engine.memory import MemoryEstimate, estimate_memory
 from ddetr.engine.module import DetectionModule
 from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
@@ -30,6 +34,37 @@ def short_run(shapes: Path, tiny_model: dict[str, Any]) -> dict[str, Any]:
         "num_pictures": 0,
         "preflight": False,
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_estimate_of_a_kind() -> Iterator[None]:
+    """Every run estimates the memory of a step, in most of a second: here once for each kind of detector and batch.
+    test_memory.py calls the estimate itself."""
+    known: dict[str, MemoryEstimate] = {}
+
+    def estimate(model: nn.Module, criterion: nn.Module, **arguments: Any) -> MemoryEstimate:
+        scalars = [
+            {name: value for name, value in vars(part).items() if isinstance(value, (bool, int, float, str, dict))}
+            for part in (*model.modules(), *criterion.modules())
+            if not isinstance(part, nn.ModuleList)
+        ]
+        weights = [(name, p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()]
+        key = repr((scalars, weights, arguments))
+        if key not in known:
+            known[key] = estimate_memory(model, criterion, **arguments)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_size, "estimate_memory", estimate)
+        yield
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """`forks(SCRIPT, *arguments, processes=2)` runs a script as torchrun does: see forks.py."""
+    started = Forks(tmp_path_factory.mktemp("forks"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="module")

@@ -94,12 +94,13 @@ def test_no_variant_breaks_its_graph(small: dict[str, Any], graphs: list[torch.f
     """One graph holds the whole forward pass, with and without a mask; after a break there would be two."""
     model = make(small | VARIANTS[variant])
     compiled = torch.compile(model, dynamic=False, backend=engine_compile.BACKEND)  # which may break
-    for count, masked in enumerate((True, False), start=1):
+    # Where a mask counts, in the pyramid and in the proposals, both; each of the others takes seconds.
+    for count, masked in enumerate((True, False) if variant in ("single_scale", "two_stage") else (True,), start=1):
         images, mask = batch(SHAPES[0], masked=masked)
         assert compiled(images, mask).keys() >= {"pred_logits", "pred_boxes", "aux_outputs"}
         assert len(graphs) == count
     assert sum(counters["graph_break"].values()) == 0
-    assert sum(len(graph.graph.nodes) for graph in graphs) > 200
+    assert all(len(graph.graph.nodes) > 100 for graph in graphs)
 
 
 @pytest.mark.parametrize(("masked", "checkpointing"), [(True, False), (False, True)])

@@ -1,20 +1,19 @@
 """Two processes are one: the same weights and the same AP as a single process with the same global batches."""
 
 import json
-import os
-import random
 import re
 import signal
 import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from forks import Forks
 
+import ddetr
 from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import OptimConfig, TrainConfig
@@ -41,7 +40,9 @@ def write_data(shapes: Path, folder: Path) -> DataConfig:
     return DataConfig(str(folder), augmentation="none", image_size=64, num_workers=0)
 
 
-def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_under_torchrun(
+    shapes: Path, tiny_run: Any, tiny_model: dict[str, Any], tmp_path: Path, forks: Forks
+) -> None:
     alone = train(
         TrainConfig(
             write_data(shapes, tmp_path / "data"),
@@ -72,9 +73,8 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
         "--preflight",
         "false",
     ]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ddetr", "train", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDETR_RUN": str(alone.path)}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    program = Path(ddetr.__file__).with_name("__main__.py")
+    done = forks(program, "train", *options, processes=2, DDETR_RUN=str(alone.path))
     assert done.returncode == 0, done.stderr
 
     both = tmp_path / "both"
@@ -106,24 +106,21 @@ def test_two_processes_under_torchrun(shapes: Path, tiny_run: Any, tiny_model: d
     assert done.stdout.count("What next:") == 1
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 KILL, TERM = int(signal.SIGKILL), int(signal.SIGTERM)
+Launch = Callable[..., subprocess.CompletedProcess]
 
 
-def command_of(
-    config: Path, run: Path, disturbance: list[Any] | None, *options: str, launcher: list[str]
-) -> tuple[list[str], dict[str, str]]:
-    """Two processes, of which one may be disturbed on its way: see disturbed.py. The command and its environment."""
-    command = ["train", "--config", str(config), "--output", str(run), *options]
-    program = [str(Path(__file__).with_name("disturbed.py")), json.dumps([[command, disturbance]])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDETR_TEST_LAUNCHES": "1"}
-    environment.pop("DDETR_RUN", None)
-    return [sys.executable, *launcher, *program], environment
+@pytest.fixture
+def launch(forks: Forks, two_process_config: Path) -> Launch:
+    """`launch(RUN, DISTURBANCE, *options, processes=2)`: two processes, by default under torchrun, of which one may be
+    disturbed on its way: see disturbed.py."""
 
+    def start(run: Path, disturbance: list[Any] | None, *options: str, processes: int = 2) -> Any:
+        command = ["train", "--config", str(two_process_config), "--output", str(run), *options]
+        program = Path(__file__).with_name("disturbed.py")
+        return forks(program, json.dumps([[command, disturbance]]), processes=processes, DDETR_TEST_LAUNCHES="1")
 
-def launch(*arguments: Any, launcher: list[str]) -> Any:
-    command, environment = command_of(*arguments, launcher=launcher)
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -142,16 +139,16 @@ def two_process_config(shapes: Path, tiny_run: Any, tmp_path_factory: pytest.Tem
     return file
 
 
-def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(two_process_config: Path, tmp_path: Path) -> None:
+def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(launch: Launch, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    done = launch(two_process_config, whole, None, launcher=TORCHRUN)
+    done = launch(whole, None)
     assert done.returncode == 0, done.stderr
-    stopped = launch(two_process_config, run, ["at_step", 6, TERM, 1], launcher=TORCHRUN)
+    stopped = launch(run, ["at_step", 6, TERM, 1])
     assert stopped.returncode != 0
     assert "stopped by SIGTERM at step 6" in stopped.stderr
     assert f"exitcode  : {128 + TERM}" in stopped.stderr
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 6
-    resumed = launch(two_process_config, run, None, "--resume", launcher=TORCHRUN)
+    resumed = launch(run, None, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     first, second = (torch.load(path / "last.ckpt", weights_only=True) for path in (whole, run))
     for name, value in first["state_dict"].items():
@@ -159,8 +156,8 @@ def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(two_process_
     assert (whole / "val.csv").read_text() == (run / "val.csv").read_text()
 
 
-def test_torchrun_names_the_process_that_died(two_process_config: Path, tmp_path: Path) -> None:
-    done = launch(two_process_config, tmp_path / "run", ["at_step", 3, KILL, 1], launcher=TORCHRUN)
+def test_torchrun_names_the_process_that_died(launch: Launch, tmp_path: Path) -> None:
+    done = launch(tmp_path / "run", ["at_step", 3, KILL, 1])
     assert done.returncode != 0
     # The other process says so too, unless torchrun, which sees it first on a busy machine, has ended it by then.
     assert "process 0 of 2 has lost another one" in done.stderr or "Sending process" in done.stderr, done.stderr
@@ -168,9 +165,9 @@ def test_torchrun_names_the_process_that_died(two_process_config: Path, tmp_path
     assert "exitcode  : -9" in done.stderr
 
 
-def test_without_a_launcher_the_message_names_the_process_that_died(two_process_config: Path, tmp_path: Path) -> None:
+def test_without_a_launcher_the_message_names_the_process_that_died(launch: Launch, tmp_path: Path) -> None:
     """Lightning starts the second process itself. Every five seconds it looks after it, and may be the first to see."""
-    done = launch(two_process_config, tmp_path / "run", ["at_step", 3, KILL, 1], "--devices", "2", launcher=[])
+    done = launch(tmp_path / "run", ["at_step", 3, KILL, 1], "--devices", "2", processes=0)
     if done.returncode == -KILL:
         assert re.search(r"\[rank: 1\] Child process with PID \d+ terminated with code -9", done.stderr), done.stderr
     else:
@@ -179,55 +176,8 @@ def test_without_a_launcher_the_message_names_the_process_that_died(two_process_
         assert "has ended with exit code -9" in done.stderr
 
 
-def test_without_a_launcher_both_stop_at_a_signal_to_the_first(two_process_config: Path, tmp_path: Path) -> None:
+def test_without_a_launcher_both_stop_at_a_signal_to_the_first(launch: Launch, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    done = launch(two_process_config, run, ["at_step", 3, TERM, 0], "--devices", "2", launcher=[])
+    done = launch(run, ["at_step", 3, TERM, 0], "--devices", "2", processes=0)
     assert done.returncode == 128 + TERM, done.stderr
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 3
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_two_processes_killed_at_twenty_random_moments_resume_exactly(two_process_config: Path, tmp_path: Path) -> None:
-    """With processes that load images: one of the two is killed, or all at once as where a machine goes down."""
-    draw = random.Random(0)
-    options = ["--epochs", "10", "--data.num_workers", "2", "--optim.ema_decay", "0.9"]
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    done = launch(two_process_config, whole, None, *options, launcher=TORCHRUN)
-    assert done.returncode == 0, done.stderr
-    for number in range(20):
-        every = ["--checkpoint_every", "1"] * (draw.random() < 0.5)
-        resume = ["--resume"] * (run / "config.yaml").exists()
-        command, environment = command_of(two_process_config, run, None, *options, *every, *resume, launcher=TORCHRUN)
-        with subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, start_new_session=True
-        ) as process:
-            if draw.random() < 0.8:  # in its training, otherwise anywhere
-                began = (run / "train.csv").stat().st_mtime if (run / "train.csv").exists() else 0.0
-                while process.poll() is None and not (
-                    (run / "train.csv").exists() and (run / "train.csv").stat().st_mtime > began
-                ):
-                    time.sleep(0.05)
-                time.sleep(draw.uniform(0, 1.5))
-            else:
-                time.sleep(draw.uniform(0.5, 10))
-            if number % 2:
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                for child in children[: draw.choice((1, 2))]:
-                    os.kill(int(child), KILL)
-            else:
-                os.killpg(process.pid, KILL)
-            assert process.wait(120) != 0 or state_step(run) == state_step(whole)
-    resumed = launch(two_process_config, run, None, "--resume", *options, launcher=TORCHRUN)
-    assert resumed.returncode == 0, resumed.stderr
-    first, second = (torch.load(path / "last.ckpt", weights_only=True) for path in (whole, run))
-    for state in (first, second):
-        state["average"] = state["weight_average"]["tensors"]
-    for kind in ("state_dict", "average"):
-        assert [name for name, value in first[kind].items() if not torch.equal(value, second[kind][name])] == []
-    assert (whole / "val.csv").read_text() == (run / "val.csv").read_text()
-
-
-def state_step(run: Path) -> int:
-    file = run / "last.ckpt"
-    return torch.load(file, weights_only=True)["global_step"] if file.exists() else 0

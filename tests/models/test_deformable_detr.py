@@ -522,7 +522,7 @@ def test_overfits_four_images() -> None:
         num_classes=3,
         hidden_dim=64,
         num_queries=20,  # as many as cells: no proposal can be left out
-        backbone="resnet10t",
+        backbone="test_resnet",
         num_feature_levels=2,
         nheads=4,
         enc_layers=1,

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import runpy
+from collections.abc import Mapping
 from pathlib import Path
 
 import nbformat
@@ -21,11 +22,15 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
 class Executed:
-    """A notebook after its run in `folder`; cells by their id."""
+    """A notebook after its run in `folder`; cells by their id. `changes`: what stands in it, and what runs instead."""
 
-    def __init__(self, name: str, folder: Path):
+    def __init__(self, name: str, folder: Path, changes: Mapping[str, str] = {}):
         self.folder = folder
-        notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+        text = (FOLDER / f"{name}.ipynb").read_text(encoding="utf-8")
+        for before, after in changes.items():
+            assert text.count(before) == 1, f"{name}.ipynb does not have {before} once"
+            text = text.replace(before, after)
+        notebook = nbformat.reads(text, as_version=4)
         resources = {"metadata": {"path": str(folder)}}
         try:
             NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
@@ -120,9 +125,9 @@ def test_01_checks_gpu_and_operator(folder: Path) -> None:
     assert re.search(r"^cpu +forward \+ backward: +[\d.]+ ms", done.text("time-run"), re.MULTILINE)
 
 
-@pytest.mark.timeout(900)
-def test_03_trains_stops_and_goes_on(folder: Path) -> None:
-    done = Executed("03_train_on_your_own_data", folder)
+def check_03(folder: Path, changes: Mapping[str, str], steps: list[int]) -> float:
+    """The AP50 that it reaches."""
+    done = Executed("03_train_on_your_own_data", folder, changes)
     run = folder / "runs" / "train"
     assert done.counts() == {"look-draw": 1, "curves-draw": 1}
     assert "Training may start" in done.text("audit-run")
@@ -132,10 +137,16 @@ def test_03_trains_stops_and_goes_on(folder: Path) -> None:
     sessions = json.loads((run / "environment.json").read_text())["sessions"]
     assert [session["state"] for session in sessions] == ["stopped", "finished"]
     with (run / "val.csv").open() as file:
-        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(50, 401, 50))
-    assert json.loads((run / "metrics.json").read_text())["last"]["AP50"] > 0.5
+        assert [int(row["step"]) for row in csv.DictReader(file)] == steps
     assert "COCO metrics: 60 images" in done.text("resume-run")
     assert "report.html" in done.text("report-show")
+    return json.loads((run / "metrics.json").read_text())["last"]["AP50"]
+
+
+@pytest.mark.timeout(900)
+def test_03_trains_stops_and_goes_on(folder: Path) -> None:
+    """A seventh of its training: `test_03_and_04_in_full_length` has all of it."""
+    check_03(folder, {"EPOCHS = 8": "EPOCHS = 3", "num_train=800": "num_train=320"}, [20, 40, 60])
 
 
 def check_02(folder: Path) -> None:
@@ -174,6 +185,14 @@ def test_02_shows_the_sampling(folder: Path) -> None:
 @pytest.mark.timeout(900)
 def test_04_evaluates_and_predicts(folder: Path) -> None:
     check_04(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_03_and_04_in_full_length(tmp_path: Path) -> None:
+    """A minute and more of training, of which the short one does all but learn."""
+    assert check_03(tmp_path, {}, list(range(50, 401, 50))) > 0.5
+    check_04(tmp_path)
 
 
 @pytest.mark.slow

@@ -24,8 +24,10 @@ from ddetr.ops import triton_kernels
 from ddetr.ops.self_test import self_test
 self_test(triton_kernels, torch.device("cpu"))
 # The interpreter truncates to bfloat16 where a GPU rounds.
-for d, dtype, tolerance in ((7, torch.float32, 2e-5), (64, torch.float32, 2e-5), (16, torch.bfloat16, 9e-3), (16, torch.float16, 1e-3)):
-    for reference in (0, 2, 4):
+for d, dtype, tolerance, kinds in (
+    (7, torch.float32, 2e-5, (0, 2, 4)), (64, torch.float32, 2e-5, (2,)), (16, torch.bfloat16, 9e-3, (0, 4)), (16, torch.float16, 1e-3, (2,))
+):
+    for reference in kinds:
         inputs = make_inputs(n=2, m=2, d=d, q=5, p=3, reference=reference, dtype=torch.bfloat16)
         output, grad_output, grads = truth(inputs)
         value, points, weights, references = inputs.cast(dtype)[1:]

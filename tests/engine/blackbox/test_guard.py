@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from failing_steps import break_backward, bundles_of
+from forks import Forks
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -275,7 +273,9 @@ def test_a_crash_is_recorded_and_goes_on_as_itself(
     assert not replay(str(bundle)).reproduces
 
 
-def test_a_nan_on_one_process_is_skipped_by_both(shapes: Path, tiny_model: dict[str, Any], tmp_path: Path) -> None:
+def test_a_nan_on_one_process_is_skipped_by_both(
+    shapes: Path, tiny_model: dict[str, Any], forks: Forks, tmp_path: Path
+) -> None:
     """The second process has it; both skip the step, and the second one's batch is recorded."""
     script = tmp_path / "spoiled.py"
     script.write_text(
@@ -309,9 +309,7 @@ def test_a_nan_on_one_process_is_skipped_by_both(shapes: Path, tiny_model: dict[
     options += ["--device_batch_size", 1, "--data.image_size", 64, "--data.num_workers", 0, "--device", "cpu"]
     options += ["--num_pictures", 0, "--preflight", "false"]
     options += [text for name, value in tiny_model.items() for text in (f"--model.{name}", str(value).lower())]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=environment)
+    done = forks(script, *options, processes=2)
     assert done.returncode == 0, done.stderr
     assert "process 0 skipped [2]" in done.stdout
     assert "process 1 skipped [2]" in done.stdout
