@@ -48,6 +48,21 @@ MAX_TABLE_BYTES = 2**28  # train.csv: a million rows
 MAX_SHARED = 32  # tensors that share their numbers: heads of all layers do
 MAX_ARRAYS_BYTES = 2**32  # of a validation: COCO's takes 13 MB, LVIS's with 300 detections per image 150 MB
 
+MAX_WEIGHT_BYTES = 2**34  # of the tensors that are read from a file: 4 billion float32 parameters
+MAX_RECORDS = 100_000  # tensors of a file, or records of its archive
+MAX_SHARDS = 1000  # files that one set of weights lies in
+MAX_PICKLE_BYTES = 2**26  # of what describes the tensors, and holds the plain values beside them
+MAX_OPERATIONS = 5_000_000  # a training state of a detector has some ten thousand
+MAX_AXES = 16  # of a tensor
+MAX_BITS = 64  # of a number; Python refuses to write one of many thousand
+MAX_VALUES = 1_000_000  # plain values in a field of a checkpoint
+MAX_DICTS = 10_000  # that are searched for the detector
+MAX_DEPTH = 4  # of the nested dicts that are searched
+MAX_JSON_BYTES = 2**26  # of a configuration or an index beside the weights
+
+MAX_THREADS = 1024  # a machine of today has half as many cores; PyTorch dies of a million
+MAX_SIDE = 2**14  # pixels of an image as the network gets it
+
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 

@@ -22,11 +22,8 @@ from ddetr.checkpoint.pickled import HostileFile, StandIn, StorageId, TensorView
 from ddetr.checkpoint.signatures import HEAD_BYTES, PICKLE, PICKLE_RECORD, TORCH_ARCHIVE, TORCH_MAGIC, described
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
+from ddetr.untrusted import MAX_JSON_BYTES, MAX_PICKLE_BYTES, MAX_RECORDS, MAX_WEIGHT_BYTES
 
-MAX_WEIGHT_BYTES = 2**34  # of the tensors that are read from a file: 4 billion float32 parameters
-MAX_RECORDS = 100_000  # tensors of a file, or records of its archive
-MAX_PICKLE_BYTES = 2**26  # of what describes the tensors, and holds the plain values beside them
-MAX_JSON_BYTES = 2**26  # of a configuration or an index beside the weights
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

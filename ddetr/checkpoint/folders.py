@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from ddetr.checkpoint.files import Records, read_file, read_json
 from ddetr.checkpoint.pickled import StorageId, TensorView
 from ddetr.errors import InputError
+from ddetr.untrusted import MAX_SHARDS
 from ddetr.wording import first_few
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
-MAX_SHARDS = 1000
 
 
 class Weights(NamedTuple):

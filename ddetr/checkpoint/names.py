@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddetr.checkpoint.pickled import StandIn, TensorView, mapping_of
+from ddetr.untrusted import MAX_DEPTH, MAX_DICTS
 
 Rules = Sequence[tuple[str, str]]  # (pattern, replacement), applied in order to each name
 
-MAX_DICTS = 10_000  # that are searched for the detector
-MAX_DEPTH = 4  # of the nested dicts that are searched
 
 # Wrappers that PyTorch puts around a module, anywhere in a name: torch.compile, DistributedDataParallel (also by
 # itself, as DataParallel and AveragedModel), FullyShardedDataParallel, activation checkpointing, Fabric and DeepSpeed.

@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-MAX_AXES = 16
-MAX_BITS = 64  # of a number; Python refuses to write one of many thousand
-MAX_OPERATIONS = 5_000_000  # a training state of a detector has some ten thousand
+from ddetr.untrusted import MAX_AXES, MAX_BITS, MAX_OPERATIONS
 
 # Nothing would be run, but a file that asks for these is an attack and no file of weights: its user should know.
 _HOSTILE_MODULES = re.compile(

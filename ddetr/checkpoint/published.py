@@ -24,10 +24,10 @@ from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
 from ddetr.models.deformable_detr import DeformableDETR, check_fits
+from ddetr.untrusted import MAX_VALUES
 
 FORMAT = "ddetr"
 FORMAT_VERSION = 1
-MAX_VALUES = 1_000_000  # plain values in a field of a checkpoint
 LIGHTNING = "pytorch-lightning_version"  # is in every training state that Lightning writes
 _ALIASES = "aliases"  # safetensors metadata: names that share the tensor of another name
 _PLAIN_FIELDS: dict[str, type | tuple[type, ...]] = {

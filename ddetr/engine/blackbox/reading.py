@@ -17,15 +17,14 @@ from ddetr.untrusted import (
     MAX_CLASSES,
     MAX_OBJECTS,
     MAX_RUN_BYTES,
+    MAX_SIDE,
+    MAX_THREADS,
     check_tensors,
     one_line,
     open_file,
     parse_json,
     read_text,
 )
-
-MAX_THREADS = 1024  # a machine of today has half as many cores; PyTorch dies of a million
-MAX_SIDE = 2**14  # pixels of an image as the network gets it
 
 
 def read_bundle(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
