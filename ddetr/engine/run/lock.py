@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from ddetr.errors import InputError
@@ -38,7 +39,7 @@ class RunLock:
             OSError: the folder cannot be written to.
         """
         while self._descriptor is None:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
             try:
                 if fcntl is not None:
                     fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,8 +58,9 @@ class RunLock:
             if _is_still(self.path, descriptor):
                 self._descriptor = descriptor
                 me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-                os.truncate(descriptor, 0)
-                os.write(descriptor, json.dumps(me).encode())
+                with suppress(OSError):  # a full disk: it holds all the same, and is only not named
+                    os.truncate(descriptor, 0)
+                    os.write(descriptor, json.dumps(me).encode())
             else:  # its holder has ended, and has removed it, between the two calls
                 os.close(descriptor)
 
@@ -75,7 +77,9 @@ class RunLock:
 
     def release(self) -> None:
         if self._descriptor is not None:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder may have been moved, and another be in its place
+                if _is_still(self.path, self._descriptor):
+                    self.path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
 
