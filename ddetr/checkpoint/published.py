@@ -209,7 +209,9 @@ def build_from_checkpoint(checkpoint: Checkpoint) -> DeformableDETR:
     except InputError:
         raise
     except Exception as error:  # a value of the wrong type raises anything
-        raise InputError(f"the configuration in the checkpoint makes no network ({error})") from error
+        raise InputError(
+            f"the configuration in the checkpoint makes no network ({type(error).__name__}: {error})"
+        ) from error
     try:
         model.load_state_dict(checkpoint.model, strict=True)
     except RuntimeError as error:

@@ -23,6 +23,7 @@ from ddetr.inference.optimize import Optimization, optimize_model
 from ddetr.models.postprocess import PostProcess
 from ddetr.runtime.device import choose_device
 from ddetr.runtime.transfer import sent
+from ddetr.untrusted import MAX_SIDE, one_line
 
 __all__ = ["BadImage", "Network", "Predictor", "PreparedImage"]
 
@@ -106,8 +107,7 @@ class Predictor:
         self.dtype = dtype
         self.mean, self.std = _checked_colors(mean, std)
         self.categories = tuple(categories)
-        self.image_size = image_size
-        self.max_size = max_size
+        self.image_size, self.max_size = _checked_sizes(image_size, max_size)
         self._transform = official_eval(image_size, max_size)
         self._postprocess = PostProcess(max_detections)
 
@@ -123,7 +123,7 @@ class Predictor:
         from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 
         checkpoint = load_checkpoint(path)
-        saved = {name: checkpoint.input[name] for name in ("image_size", "max_size")}
+        saved = {name: checkpoint.input.get(name) for name in ("image_size", "max_size")}
         saved |= {name: checkpoint.input[name] for name in ("mean", "std") if name in checkpoint.input}
         if 0 <= checkpoint.threshold <= 1:  # it is NaN where no threshold found anything
             saved["threshold"] = checkpoint.threshold
@@ -256,8 +256,18 @@ def _checked_threshold(threshold: float) -> float:
     return float(threshold)
 
 
+def _checked_sizes(image_size: int, max_size: int) -> tuple[int, int]:
+    for name, size in (("image_size", image_size), ("max_size", max_size)):
+        if not isinstance(size, int) or not 1 <= size <= MAX_SIDE:
+            raise InputError(f"{name} is a whole number of pixels from 1 to {MAX_SIDE}, got {one_line(size)}.")
+    return image_size, max_size
+
+
 def _checked_colors(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    try:
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    except (TypeError, ValueError):
+        raise InputError(f"mean and std are three numbers each, got {one_line(mean)} and {one_line(std)}.") from None
     if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         raise InputError(f"mean and std are three numbers each, std above 0, got {mean} and {std}.")
     return mean, std

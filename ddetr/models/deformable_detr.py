@@ -7,7 +7,7 @@ import inspect
 import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -230,7 +230,13 @@ _MOST = {
 }
 
 
+_CHOICES = {"position_embedding": ("sine", "learned"), "freeze_backbone": (None, *get_args(FreezeBackbone))}
+
+
 def _check(config: Mapping[str, Any]) -> None:
+    for name, choices in _CHOICES.items():
+        if config[name] not in choices:
+            raise InputError(f"{name}: expected one of {', '.join(map(str, choices))}, got {one_line(config[name])}")
     if config["two_stage"] and not config["with_box_refine"]:
         raise InputError("two_stage needs with_box_refine: proposals are boxes, which only refining layers correct")
     if config["dilation"] and config["num_feature_levels"] != 1:

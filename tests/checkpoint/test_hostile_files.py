@@ -35,6 +35,7 @@ from ddetr.checkpoint.files import read_file
 from ddetr.checkpoint.pickled import StandIn, read_pickle
 from ddetr.checkpoint.published import parse_checkpoint
 from ddetr.errors import InputError
+from ddetr.inference.predictor import Predictor
 
 
 class Call:
@@ -402,3 +403,28 @@ def test_a_published_checkpoint_of_which_any_part_is_missing_or_strange(tmp_path
                 sentence = ""
             assert "\n" not in sentence
             assert sentence or not isinstance(replacement, StandIn)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 10**6}, "image_size is a whole number of pixels from 1 to"),
+        ({"image_size": -5}, "image_size is a whole number of pixels"),
+        ({"image_size": "x"}, "image_size is a whole number of pixels"),
+        ({"max_size": None}, "max_size is a whole number of pixels"),
+        ({"mean": ["a", "b", "c"]}, "mean and std are three numbers each"),
+        ({"std": None}, "mean and std are three numbers each"),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_input_is_checked(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    checkpoint = make_checkpoint(make_model())
+    checkpoint.input.update(change)
+    save_checkpoint(tmp_path / "w.pth", checkpoint)
+    with pytest.raises(InputError, match=message):
+        Predictor.from_checkpoint(tmp_path / "w.pth", "cpu")
+
+
+@pytest.mark.parametrize("change", [{"position_embedding": "x"}, {"freeze_backbone": "x"}])
+def test_a_word_that_is_no_choice_is_said(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected one of .*, got x"):
+        make_model(**change)

@@ -13,6 +13,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 
 import torch
 
@@ -106,6 +107,7 @@ def run(arguments: list[str], disturbance: list | None) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
+        warnings.simplefilter("error")
         try:
             if disturbance and disturbance[0] != "seconds":
                 globals()[disturbance[0]](*disturbance[1:])

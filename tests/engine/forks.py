@@ -27,9 +27,10 @@ class Forks:
         self.server: subprocess.Popen | None = None
 
     def __call__(
-        self, script: Path, *arguments: Any, processes: int, **environment: str
+        self, script: Path, *arguments: Any, processes: int, seconds: float = 200, **environment: str
     ) -> subprocess.CompletedProcess:
-        """Run the script in so many processes of torchrun; with 0 without it, in one. Like `subprocess.run`."""
+        """Run the script in so many processes of torchrun; with 0 without it, in one. Like `subprocess.run`; what takes
+        longer than `seconds` is killed with all that it started."""
         if self.server is None:
             variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             variables.pop("DDETR_RUN", None)
@@ -41,6 +42,7 @@ class Forks:
             "script": str(script),
             "arguments": [str(argument) for argument in arguments],
             "processes": processes,
+            "seconds": seconds,
             "environment": environment,
             "outputs": [str(path) for path in outputs],
         }
@@ -111,21 +113,22 @@ def perform(job: dict[str, Any]) -> int:
     return exit_code(run.main, ["--standalone", "--nproc-per-node", processes, job["script"], *job["arguments"]])
 
 
-def serve(seconds: float) -> None:
-    """Jobs, one after the other; one that takes longer is killed with all that it started."""
+def serve() -> None:
+    """Jobs, one after the other."""
     import ddetr.cli.main
     import ddetr.engine.train  # noqa: F401  the slow part
 
     for line in sys.stdin:
+        job = json.loads(line)
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
                 os.setpgid(0, 0)
-                code = perform(json.loads(line))
+                code = perform(job)
             finally:
                 os._exit(code)
-        end = time.monotonic() + seconds
+        end = time.monotonic() + job["seconds"]
         while not (done := os.waitpid(pid, os.WNOHANG))[0]:
             if time.monotonic() > end:
                 with contextlib.suppress(ProcessLookupError):
@@ -135,4 +138,4 @@ def serve(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    serve(seconds=200)
+    serve()

@@ -1,35 +1,35 @@
 """A run that is stopped or killed, at any moment, and resumed ends with the bits of the run that nothing disturbed."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from forks import Forks
 
 from ddetr.checkpoint import load_checkpoint
 
 STEPS_AN_EPOCH, EPOCHS = 4, 3
+Perform = Callable[..., tuple[list[int], str]]
 KILL, TERM, USR1, INT, HUP = (int(getattr(signal, f"SIG{name}")) for name in ("KILL", "TERM", "USR1", "INT", "HUP"))
 
 
-def perform(commands: list[list[Any]], timeout: float = 250, **environment: str) -> tuple[list[int], str]:
-    """The exit codes of the commands (see disturbed.py), and what they wrote to standard error."""
-    program = Path(__file__).with_name("disturbed.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DDETR_RUN": "", **environment}
-    del environment["DDETR_RUN"]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", program, json.dumps(commands)],
-        capture_output=True, text=True, env=environment, timeout=timeout,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+@pytest.fixture(scope="session")
+def perform(forks: Forks) -> Perform:
+    """`perform(COMMANDS)`: the exit codes of the commands (see disturbed.py), and what they wrote to standard error."""
+
+    def run(commands: list[list[Any]], seconds: float = 200) -> tuple[list[int], str]:
+        program = Path(__file__).with_name("disturbed.py")
+        done = forks(program, json.dumps(commands), processes=0, seconds=seconds)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+    return run
 
 
 def state_of(run: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def configuration(shapes: Path, tiny_run: Any, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def undisturbed(configuration: Path) -> Path:
+def undisturbed(perform: Perform, configuration: Path) -> Path:
     run = configuration.parent / "undisturbed"
     assert perform([[["train", "--config", str(configuration), "--output", str(run)], None]])[0] == [0]
     assert state_of(run)["global_step"] == STEPS_AN_EPOCH * EPOCHS
@@ -122,7 +122,7 @@ EACH_STEP, WORKERS = ["--checkpoint_every", "1"], ["--data.num_workers", "2"]
     ],
 )
 def test_killed_runs_resume_exactly(
-    configuration: Path, undisturbed: Path, name: str, options: list[str], disturbances: list
+    perform: Perform, configuration: Path, undisturbed: Path, name: str, options: list[str], disturbances: list
 ) -> None:
     run = undisturbed.parent / name
     command = start(configuration, run, *options)
@@ -139,7 +139,9 @@ EVERYTHING += ["--activation_checkpointing", *WORKERS]
 @pytest.mark.parametrize(
     "more", [[], pytest.param(["--compile", "true"], marks=[pytest.mark.slow, pytest.mark.timeout(1500)])]
 )
-def test_a_run_in_half_precision_with_all_that_it_keeps(undisturbed: Path, configuration: Path, more: list) -> None:
+def test_a_run_in_half_precision_with_all_that_it_keeps(
+    perform: Perform, undisturbed: Path, configuration: Path, more: list
+) -> None:
     """The gradient scaler's state, averaged weights, and only deterministic algorithms; from the end of an epoch."""
     whole, run = (undisturbed.parent / f"{name}-{len(more)}" for name in ("half", "killed-half"))
     command = start(configuration, run, *EVERYTHING, *more)
@@ -149,7 +151,7 @@ def test_a_run_in_half_precision_with_all_that_it_keeps(undisturbed: Path, confi
             [command, ["at_step", STEPS_AN_EPOCH + 1, KILL]],
             [[*command, "--resume"], None],
         ],
-        timeout=1400 if more else 250,
+        seconds=1400 if more else 200,
     )
     assert codes == [0, -KILL, 0]
     assert differences(state_of(run)["weight_average"], state_of(whole)["weight_average"]) == []
@@ -159,7 +161,9 @@ def test_a_run_in_half_precision_with_all_that_it_keeps(undisturbed: Path, confi
     assert table(whole / "train.csv") != table(undisturbed / "train.csv")
 
 
-def test_stop_signals_save_the_step_and_are_answered_by_their_code(configuration: Path, undisturbed: Path) -> None:
+def test_stop_signals_save_the_step_and_are_answered_by_their_code(
+    perform: Perform, configuration: Path, undisturbed: Path
+) -> None:
     """No save is due by itself at steps 1, 2, 5 and 6: what is resumed was saved because of the signal."""
     run = undisturbed.parent / "stopped"
     command = start(configuration, run)
@@ -179,7 +183,9 @@ def test_stop_signals_save_the_step_and_are_answered_by_their_code(configuration
     assert_same_run(run, undisturbed)
 
 
-def test_a_resumed_run_does_not_load_what_it_has_seen(configuration: Path, tmp_path: Path, shapes: Path) -> None:
+def test_a_resumed_run_does_not_load_what_it_has_seen(
+    perform: Perform, configuration: Path, tmp_path: Path, shapes: Path
+) -> None:
     """Nor does it train on it again: the steps after the kill are those that were left."""
     run = tmp_path / "run"
     command = start(configuration, run, "--checkpoint_every", "1")
@@ -188,11 +194,11 @@ def test_a_resumed_run_does_not_load_what_it_has_seen(configuration: Path, tmp_p
     assert state_of(run)["DetectionData"] == {"epoch": 0, "batch": 2}
 
 
-def test_who_stops_a_run_by_hand_does_not_wait_long(configuration: Path, tmp_path: Path) -> None:
+def test_who_stops_a_run_by_hand_does_not_wait_long(perform: Perform, configuration: Path, tmp_path: Path) -> None:
     """A step that takes longer than a person's patience is given up; a second Ctrl+C ends at once."""
     command = start(configuration, tmp_path / "run", "--checkpoint_every", "1")
     commands = [[command, ["endless_step", 3]], [[*command, "--resume"], ["interrupted_twice", 4]]]
-    codes, said = perform(commands, timeout=150)
+    codes, said = perform(commands, seconds=150)
     assert codes == [128 + INT] * 2
     assert "stopped by SIGINT at step 2: the state of step 2 is saved, and the same command with --resume" in said
     assert "ddetr: interrupted; --resume goes on from the last saved state" in said
@@ -200,7 +206,7 @@ def test_who_stops_a_run_by_hand_does_not_wait_long(configuration: Path, tmp_pat
 
 
 def test_a_damaged_state_costs_no_more_than_the_steps_since_the_one_before(
-    configuration: Path, undisturbed: Path
+    perform: Perform, configuration: Path, undisturbed: Path
 ) -> None:
     run = undisturbed.parent / "damaged"
     command = start(configuration, run, "--checkpoint_every", "1")
@@ -215,7 +221,9 @@ def test_a_damaged_state_costs_no_more_than_the_steps_since_the_one_before(
     assert (run / "damaged.ckpt").read_bytes() == content
 
 
-def test_a_full_disk_is_reported_and_the_run_goes_on(configuration: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_the_run_goes_on(
+    perform: Perform, configuration: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     """Files of the run may not grow beyond a few kilobytes: tables fit, states and weights do not."""
     run = tmp_path / "run"
     whole = start(configuration, run)
@@ -239,7 +247,7 @@ def test_a_full_disk_is_reported_and_the_run_goes_on(configuration: Path, undist
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_killed_at_twenty_random_moments_resumes_exactly(
-    configuration: Path, undisturbed: Path, workers: int
+    perform: Perform, configuration: Path, undisturbed: Path, workers: int
 ) -> None:
     """Reading, writing, training, validating, starting: the moments are of any kind."""
     draw = random.Random(workers)
@@ -250,6 +258,6 @@ def test_a_run_killed_at_twenty_random_moments_resumes_exactly(
     for _ in range(20):  # half of them without a save every step, so that they begin at an epoch's beginning
         options = command if draw.random() < 0.5 else [word for word in command if word not in EACH_STEP]
         commands.append([options, ["seconds", draw.uniform(0.3, 6.0)]])
-    codes, _ = perform([*commands, [command, None]], timeout=2900)
+    codes, _ = perform([*commands, [command, None]], seconds=2900)
     assert set(codes) <= {-KILL, 0}
     assert_same_run(run, undisturbed)

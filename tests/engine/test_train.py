@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forks import Forks
 
 from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 from ddetr.datasets import draw_shapes
@@ -152,7 +150,7 @@ def test_runs_without_a_name_get_numbered_folders(
 
 
 def test_a_killed_run_resumes_exactly(
-    settings: dict[str, Any], whole_run: Callable[[dict[str, Any]], RunResult], tmp_path: Path
+    settings: dict[str, Any], whole_run: Callable[[dict[str, Any]], RunResult], forks: Forks, tmp_path: Path
 ) -> None:
     """Killed in the second epoch, after it has written a row that the checkpoint does not know of."""
     run = tmp_path / "run"
@@ -174,8 +172,8 @@ sys.exit(main(sys.argv[1:]))
     config = tmp_path / "config.yaml"
     config.write_bytes((whole_run(settings).path / "config.yaml").read_bytes())
     command = ["train", "--config", str(config), "--output", str(run), "--log_every", "1", "--num_pictures", "0"]
-    environment = {**os.environ, "DDETR_RUN": "stale"}
-    killed = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, env=environment)
+    (tmp_path / "program.py").write_text(program)
+    killed = forks(tmp_path / "program.py", *command, processes=0, DDETR_RUN="stale")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == STEPS
     assert [row["step"] for row in rows(run / "train.csv")] == ["1", "2", "3"]
