@@ -28,6 +28,10 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep_as: Path 
         if keep_as is not None and path.exists():
             os.replace(path, keep_as)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say for which file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
