@@ -112,6 +112,10 @@ Launch = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture
 def launch(forks: Forks, two_process_config: Path) -> Launch:
+    return launcher(forks, two_process_config)
+
+
+def launcher(forks: Forks, two_process_config: Path) -> Launch:
     """`launch(RUN, DISTURBANCE, *options, processes=2)`: two processes, by default under torchrun, of which one may be
     disturbed on its way: see disturbed.py."""
 
@@ -139,10 +143,29 @@ def two_process_config(shapes: Path, tiny_run: Any, tmp_path_factory: pytest.Tem
     return file
 
 
-def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(launch: Launch, tmp_path: Path) -> None:
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    done = launch(whole, None)
+WORKERS = ("--data.num_workers", "2")
+
+
+@pytest.fixture(scope="module")
+def whole(forks: Forks, two_process_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two processes that nothing disturbs."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = launcher(forks, two_process_config)(run, None)
     assert done.returncode == 0, done.stderr
+    return run
+
+
+def assert_same_end(run: Path, whole: Path) -> None:
+    first, second = (torch.load(path / "last.ckpt", weights_only=True) for path in (whole, run))
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+    assert (whole / "val.csv").read_text() == (run / "val.csv").read_text()
+
+
+def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(
+    launch: Launch, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
     stopped = launch(run, ["at_step", 6, TERM, 1])
     assert stopped.returncode != 0
     assert "stopped by SIGTERM at step 6" in stopped.stderr
@@ -150,19 +173,24 @@ def test_a_signal_to_one_process_stops_both_and_they_resume_exactly(launch: Laun
     assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 6
     resumed = launch(run, None, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    first, second = (torch.load(path / "last.ckpt", weights_only=True) for path in (whole, run))
-    for name, value in first["state_dict"].items():
-        assert torch.equal(value, second["state_dict"][name]), name
-    assert (whole / "val.csv").read_text() == (run / "val.csv").read_text()
+    assert_same_end(run, whole)
 
 
-def test_torchrun_names_the_process_that_died(launch: Launch, tmp_path: Path) -> None:
-    done = launch(tmp_path / "run", ["at_step", 3, KILL, 1])
+def test_torchrun_names_the_process_that_died_and_both_resume_exactly(
+    launch: Launch, whole: Path, tmp_path: Path
+) -> None:
+    """From the state of an epoch's end, with processes that load images."""
+    run = tmp_path / "run"
+    done = launch(run, ["at_step", 5, KILL, 1], *WORKERS)
     assert done.returncode != 0
     # The other process says so too, unless torchrun, which sees it first on a busy machine, has ended it by then.
     assert "process 0 of 2 has lost another one" in done.stderr or "Sending process" in done.stderr, done.stderr
     assert "rank      : 1 (local_rank: 1)" in done.stderr
     assert "exitcode  : -9" in done.stderr
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 4
+    resumed = launch(run, None, "--resume", *WORKERS)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_end(run, whole)
 
 
 def test_without_a_launcher_the_message_names_the_process_that_died(launch: Launch, tmp_path: Path) -> None:
