@@ -5,6 +5,7 @@ harmless, at the one place where it leaves.
 """
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -34,8 +35,18 @@ class _Guard(RenderHook):
         return [_Harmless(renderable) for renderable in renderables]
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Who listened has gone, as `tee` does at Ctrl+C: what is done is done in silence. rich would end the
+        program."""
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
+
+
 def _console(**options: Any) -> Console:
-    console = Console(**options)
+    console = _Console(**options)
     console.push_render_hook(_Guard())
     return console
 

@@ -71,6 +71,8 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # where this call would send Ctrl+C
+        return True
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -80,16 +82,19 @@ def _is_alive(pid: int) -> bool:
     return pid != os.getpid()  # the number of a process before this one: this one has left nothing
 
 
-def damaged_member(path: Path) -> str | None:
-    """The first part of an archive, as `torch.save` writes it, whose bytes are not those of its checksum; None where
-    all are, or the file is no archive. PyTorch's own reader looks at no checksum."""
-    if not zipfile.is_zipfile(path):
-        return None
+def damage(path: Path) -> str | None:
+    """What is wrong with an archive, as `torch.save` writes it, in words; None where its bytes are those of their
+    checksums, or it is no archive. PyTorch's own reader looks at no checksum."""
     try:
+        if not zipfile.is_zipfile(path):
+            return None
         with zipfile.ZipFile(path) as archive:
-            return archive.testzip()
-    except zipfile.BadZipFile as error:
-        return str(error)
+            member = archive.testzip()
+        return None if member is None else f"the checksum of {ascii(member)} in it is wrong"
+    except OSError:
+        raise
+    except Exception as error:  # a changed byte in its table raises anything
+        return f"its table of contents is broken ({type(error).__name__})"
 
 
 def write_text(path: Path, text: str) -> None:

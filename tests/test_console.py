@@ -100,3 +100,14 @@ with console.waiting("[/] " + evil):
         message = next(line for line in own.sub("", err).splitlines() if "read" in line)
         assert r"\u202eb\nc" in message  # a line a message: none can be made up
         assert len(err) < 10_000
+
+
+def test_a_reader_who_goes_away_ends_nothing() -> None:
+    """`ddetr train | tee log`: Ctrl+C ends tee first, and the state of the run is not saved yet."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as file:
+        out = console._console(file=file)
+        out.print("into the void")
+        out.print("again")
+        assert out.quiet

@@ -28,6 +28,7 @@ def train_command(parser: Parser) -> Callable[[Any], None]:
     add_training_options(parser)
 
     def run(settings: Any) -> None:
+        existing(settings.data.path)  # before the ten seconds that it takes to import what trains
         from ddetr.engine.train import train
         from ddetr.runtime.distributed import is_first_process
 
@@ -44,6 +45,7 @@ def preflight_command(parser: Parser) -> Callable[[Any], None]:
     add_training_options(parser)
 
     def run(settings: Any) -> None:
+        existing(settings.data.path)
         from ddetr.engine.train import preflight
 
         preflight(training_config(settings))
@@ -79,10 +81,11 @@ def print_result(result: Any) -> None:
     """The last metrics, where everything lies that is there, and three commands to go on with."""
     console.show(result.metrics.render())
     path = result.path
-    places = (path / "best.pth", result.image_example, result.data_path)
+    best = next((path / name for name in ("best.pth", "last.pth") if (path / name).exists()), path / "best.pth")
+    places = (best, result.image_example, result.data_path)
     checkpoint, image, data = (shlex.quote(str(place)) for place in places)
     left = {
-        "checkpoint": ["best.pth"],
+        "checkpoint": [best.name],
         "metrics": ["metrics.json", "per_class.csv", "train.csv", "val.csv"],
         "curves": ["curves.png"],
         "pictures": ["pictures"],
@@ -386,7 +389,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     console.set_up_logging()
     try:
-        check_data_is_there(arguments)
         return parse(arguments)() or 0
     except InputError as error:
         console.show_error(f"ddetr: error: {error}")
@@ -403,14 +405,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.show_error("ddetr: interrupted")
         return 130
-
-
-def check_data_is_there(arguments: Sequence[str]) -> None:
-    """Before the options of a command are known, which takes seconds: PyTorch is read for them."""
-    for option, following in zip(arguments, [*arguments[1:], ""]):
-        name, equals, value = option.partition("=")
-        if name in ("--data", "--data.path") and (value or (not equals and not following.startswith("--"))):
-            existing(value or following)
 
 
 def parse(arguments: Sequence[str]) -> Callable[[], int | None]:

@@ -158,10 +158,12 @@ class Publish(Callback):
         run: RunFolder,
         checkpoint_of: Callable[[DetectionModule, Metrics], Checkpoint],
         send: Send = lambda *_: None,
+        *,
+        forget_best: bool = False,
     ):
-        """checkpoint_of(module, metrics) is what is published; send("val", step, values) hears of every row of
-        val.csv."""
-        self.run, self.checkpoint_of, self.send = run, checkpoint_of, send
+        """checkpoint_of(module, metrics) is what is published; send("val", step, values) hears of every row of val.csv;
+        forget_best: the state of a resumed run is of other validation images."""
+        self.run, self.checkpoint_of, self.send, self.forget_best = run, checkpoint_of, send, forget_best
         self.best_ap, self.best_metrics = -math.inf, {}
         self._best_due: dict[str, Any] | None = None  # what best.pth is to hold, while it could not be written
 
@@ -169,11 +171,15 @@ class Publish(Callback):
         return {"best_ap": self.best_ap, "best_metrics": self.best_metrics, "best_due": self._best_due}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.forget_best:
+            logger.warning("the validation images are others: the best of them from here on is best.pth")
+            return
         self.best_ap, self.best_metrics = state["best_ap"], state["best_metrics"]
         self._best_due = state.get("best_due")
 
     def on_train_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
         if not trainer.is_global_zero:
+            self._best_due = None  # it came with the state, and is the first process's to write
             return
         self._write_best()
         if self.best_metrics and not self._best_due and not (self.run.path / BEST).is_file():
@@ -223,6 +229,7 @@ class Publish(Callback):
             return
         with self.run.going_on_without(BEST):
             write_file(self.run.path / BEST, self._best_due)
-            self._best_due = None
         with self.run.going_on_without("per_class.csv"):
             self.run.write_csv("per_class.csv", self.best_metrics["per_class"])
+        if not {BEST, "per_class.csv"} & self.run.unwritten.keys():
+            self._best_due = None

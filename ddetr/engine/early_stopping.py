@@ -19,15 +19,17 @@ class EarlyStopping(Callback):
     ended so takes no further step unless its patience is raised.
     """
 
-    def __init__(self, patience: int, min_delta: float = 0.0):
-        self.patience, self.min_delta = patience, min_delta
+    def __init__(self, patience: int, min_delta: float = 0.0, *, forget_best: bool = False):
+        """forget_best: the state of a resumed run is of other validation images."""
+        self.patience, self.min_delta, self.forget_best = patience, min_delta, forget_best
         self.best_ap, self.num_worse = -math.inf, 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_ap": self.best_ap, "num_worse": self.num_worse}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best_ap, self.num_worse = state["best_ap"], state["num_worse"]
+        if not self.forget_best:
+            self.best_ap, self.num_worse = state["best_ap"], state["num_worse"]
 
     def on_train_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
         self._decide(trainer)

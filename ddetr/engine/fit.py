@@ -49,7 +49,7 @@ def fit(
         with explained():  # the death of a loader is told wherever the training process is
             trainer.fit(module, datamodule=datamodule, ckpt_path=resume_file, weights_only=True)
     except Stopped as stop:
-        saved = "no state is saved yet: the same command starts anew"
+        saved = "no state is saved yet: the same command with --resume starts anew"
         if stop.saved_step is not None:
             saved = f"the state of step {stop.saved_step} is saved, and the same command with --resume goes on from it"
         logger.info("stopped by %s at step %d: %s", signal.Signals(stop.signum).name, trainer.global_step, saved)

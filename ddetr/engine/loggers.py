@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 PROJECT = "ddetr"  # W&B's project and MLflow's experiment, where the environment names none
-SECONDS_TO_CLOSE = 3.0  # that a run which is stopped gives all of them together
+SECONDS_TO_CLOSE = 1.5  # that a run which is stopped gives all of them together
 _IDS = "loggers.json"  # in the run folder: under which id a service knows the run
 _INSTALL = {name: f"pip install 'ddetr[{name}]'" for name in ("wandb", "mlflow")}
 

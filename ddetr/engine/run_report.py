@@ -69,7 +69,7 @@ class Report(Callback):
             write_report(RunFiles.read(self.run.path))
 
     def on_train_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
-        is_whole = trainer.global_step >= module.total_steps
+        is_whole = trainer.fit_loop.epoch_progress.current.processed >= trainer.max_epochs
         self._note(trainer, "finished" if is_whole else "stopped", None if is_whole else "it was told to stop")
 
     def on_exception(self, trainer: pl.Trainer, module: DetectionModule, exception: BaseException) -> None:

@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,13 +26,12 @@ from ddetr import console
 from ddetr.checkpoint.files import write_file
 from ddetr.engine.run.folder import RunFolder
 from ddetr.engine.run.states import PREVIOUS_FILE, RESUME_FILE
+from ddetr.runtime.signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
 MINUTES_BETWEEN_SAVES = 10
-# Ctrl+C, a scheduler's, Slurm's warning, a closed terminal's. Windows has the first two.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
-PATIENCE = 4.0  # seconds that somebody waits, after Ctrl+C, for a step to end; then its work is given up
+PATIENCE = 2.5  # seconds that somebody waits, after Ctrl+C, for a step to end; then its work is given up
 
 
 class Stopped(SystemExit):
@@ -176,13 +176,15 @@ class SaveState(Callback):
 
 def _end_at_once() -> NoReturn:
     """Files are whole or absent at any moment, and the processes that load images end with this one."""
-    console.err.show_cursor()
-    os.write(2, b"\nddetr: interrupted; --resume goes on from the last saved state\n")
+    with suppress(OSError):  # a closed terminal, a pipe that nobody reads
+        console.err.show_cursor()
+        os.write(2, b"\nddetr: interrupted; the same command with --resume goes on from the last saved state\n")
     os._exit(128 + signal.SIGINT)
 
 
 def _leave_terminal() -> None:
-    """What is said from now on has nobody to hear it: a terminal that was closed refuses every word."""
+    """What is said from now on has nobody to hear it: a terminal that was closed refuses every word. (A pipe whose
+    reader has gone with it is `console`'s to notice.)"""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):
         try:

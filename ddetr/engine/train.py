@@ -92,6 +92,7 @@ class Prepared:
     val_set: Annotations
     audit: AuditReport
     traits: DataTraits | None  # of the data, on the first process
+    other_val: bool  # whether the run that goes on had other validation images: what was best does not count any more
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ def train(config: TrainConfig) -> RunResult:
     if not is_first_process():
         return _run(prepared, built)
     with prepared.run.claimed(is_new=config.resume is None):
+        prepared.run.check_nobody_came()
         if prepared.config.preflight and prepared.resume_file is None:
             _try(prepared, built, keep=True)
         _begin(prepared, built)
@@ -135,6 +137,8 @@ def _run(prepared: Prepared, built: Built) -> RunResult:
         fit(trainer, built.module, built.data, run, prepared.resume_file)
     if trainer.is_global_zero:
         finish(run, config.num_pictures)
+        if run.unwritten:
+            _write_data(prepared)
         run.check_written()
     # Only a run that was complete before it was resumed has had no validation now.
     metrics = built.module.metrics or run.last_metrics()
@@ -167,11 +171,11 @@ def prepare(config: TrainConfig) -> Prepared:
     run, resume_file = RunFolder.choose(config.output, config.resume, root.resolve().name)
     config = config.with_batch_sizes(run.settings() if resume_file is not None else {})
     if resume_file is not None:
-        run.check_unchanged(config)
+        run.check_unchanged(config, resume_file)
         if is_first_process():
             with run.claimed(is_new=False):
                 pass  # whoever cannot have it is told so before the data are read
-    _check_options(config, where["devices"] * where["num_nodes"])
+    _check_options(config, where["devices"] * where["num_nodes"], is_resumed=resume_file is not None)
     with console.waiting(f"reading {config.data.path}"):
         train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty)
         report = audit(
@@ -187,28 +191,26 @@ def prepare(config: TrainConfig) -> Prepared:
         first, others = report.refused[0], len(report.refused) - 1
         more = f", and {others} more findings in the table above" if others else ""
         raise InputError(f"the audit refused the data set: {first.where}: {first.message}{more}")
-    traits = None
+    traits, other_val = None, False
     if is_first_process():
         traits = DataTraits.of(train_set, val_set, root)
         if resume_file is not None:
-            check_same_data(run.path, traits, accept_changes=config.accept_changed_data)
-    return Prepared(config, run, resume_file, where, loggers, train_set, val_set, report, traits)
+            other_val = check_same_data(run.path, traits, accept_changes=config.accept_changed_data)
+    return Prepared(config, run, resume_file, where, loggers, train_set, val_set, report, traits, other_val)
 
 
-def _file_of(config: TrainConfig) -> str | bool:
-    """The file that the backbone starts from; False where there is none, and ImageNet's weights may be yet to fetch."""
-    given = config.model["pretrained_backbone"]
-    return given if isinstance(given, str) and config.weights is None else False
-
-
-def _check_options(config: TrainConfig, num_processes: int) -> None:
-    """What the options alone decide, on a network without memory: names, sizes and files that cannot be."""
+def _check_options(config: TrainConfig, num_processes: int, *, is_resumed: bool) -> None:
+    """What the options alone decide, on a network without memory: names, sizes and files that cannot be. The files that
+    a run has started from may be gone when it is resumed."""
+    backbone = config.model["pretrained_backbone"]
+    if not isinstance(backbone, str) or config.weights is not None or is_resumed:
+        backbone = False  # no file, or one that is not read; ImageNet's weights may be yet to fetch
     with torch.device("meta"):
-        detector = DeformableDETR(**dict(config.model, pretrained_backbone=_file_of(config)), num_classes=1)
+        detector = DeformableDETR(**dict(config.model, pretrained_backbone=backbone), num_classes=1)
     freeze_parameters(detector, config.optim.freeze)
     if isinstance(config.batch_size, int) and config.batch_size % num_processes:
         raise InputError(f"batch_size {config.batch_size} must be divisible by the {num_processes} processes")
-    if config.weights is not None:
+    if config.weights is not None and not is_resumed and is_first_process():
         read_weights(Path(config.weights))
 
 
@@ -300,10 +302,7 @@ def _begin(prepared: Prepared, built: Built) -> None:
     config, run, module, num_images = prepared.config, prepared.run, built.module, len(prepared.train_set.images)
     before = run.settings().get("epochs")
     run.start(config, prepared.resume_file)
-    with run.going_on_without("audit.json"):
-        run.write_json("audit.json", prepared.audit.to_dict())
-    with run.going_on_without(DATA_FILE):
-        prepared.traits.save(run.path)
+    _write_data(prepared)
     if prepared.resume_file is not None and before != config.epochs:
         logger.info("the run is extended from %s to %d epochs%s", before, config.epochs, _said_of_schedule(config))
     groups = parameter_groups(module.model, config.optim, backbone_pretrained=module.backbone_pretrained)
@@ -319,6 +318,14 @@ def _begin(prepared: Prepared, built: Built) -> None:
             "give --weights FILE or --model.pretrained_backbone true",
             f"{ENOUGH_IMAGES:,}", f"{num_images:,}",
         )  # fmt: skip
+
+
+def _write_data(prepared: Prepared) -> None:
+    """What the run remembers of its data."""
+    with prepared.run.going_on_without("audit.json"):
+        prepared.run.write_json("audit.json", prepared.audit.to_dict())
+    with prepared.run.going_on_without(DATA_FILE):
+        prepared.traits.save(prepared.run.path)
 
 
 def _said_of_schedule(config: TrainConfig) -> str:
@@ -358,7 +365,7 @@ def callbacks(prepared: Prepared, built: Built) -> list[Callback]:
     """What watches a run, in `CALLBACK_ORDER`."""
     config, run, optim = prepared.config, prepared.run, prepared.config.optim
     following = Loggers(prepared.loggers if is_first_process() else [], run, kept(config))
-    publisher = Publish(run, partial(_checkpoint, prepared), following.send)
+    publisher = Publish(run, partial(_checkpoint, prepared), following.send, forget_best=prepared.other_val)
 
     def settle(size: int) -> None:
         if is_first_process():
@@ -383,7 +390,7 @@ def callbacks(prepared: Prepared, built: Built) -> list[Callback]:
     saving = SaveState(run, built.module.requests, every=config.checkpoint_every)
     chosen: list[Callback] = [following, memory_plan, built.guard, watch, publisher, Report(run, publisher), saving]
     if config.patience:
-        chosen.append(EarlyStopping(config.patience, config.min_delta))
+        chosen.append(EarlyStopping(config.patience, config.min_delta, forget_best=prepared.other_val))
     if optim.ema_decay:
         chosen.append(WeightAverage(optim.ema_decay))
     return sorted(chosen, key=lambda callback: CALLBACK_ORDER.index(type(callback)))

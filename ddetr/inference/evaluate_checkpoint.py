@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ddetr import console
 from ddetr.datasets.config import DataSource
 from ddetr.errors import InputError
-from ddetr.files import make_folder, write_text
+from ddetr.files import existing, make_folder, write_text
 
 if TYPE_CHECKING:
     from ddetr.datasets import Annotations
@@ -57,6 +57,7 @@ def evaluate_checkpoint(
             raise InputError(f"{name} must be at least {least}, got {value}")
     if num_workers < 0:
         raise InputError(f"num_workers must be at least 0, got {num_workers}")
+    existing(data.path)
     # Here, since they take seconds, and the command line needs the signature alone for its help and its mistakes.
     from ddetr.evaluation.evaluator import CocoEvaluator
     from ddetr.inference.predictor import Predictor

@@ -23,14 +23,17 @@ from ddetr.cli import main as cli
 from ddetr.engine.callbacks import Watch
 
 
-def at_step(step: int, signum: int, rank: int = 0) -> None:
-    """The signal comes to process `rank` in the midst of the step that is to be number `step`."""
+def at_step(step: int, signum: int, rank: int = 0, to_all: bool = False) -> None:
+    """The signal comes to process `rank` in the midst of the step that is to be number `step`; `to_all`: also to the
+    processes that load its images, as a terminal and a scheduler send it."""
     original = Watch.on_train_batch_start
+    if to_all:
+        os.setpgid(0, 0)
 
     def send(self, trainer, module, batch, batch_idx):
         original(self, trainer, module, batch, batch_idx)
         if trainer.global_step + 1 == step and trainer.global_rank == rank:
-            os.kill(os.getpid(), signum)
+            os.killpg(0, signum) if to_all else os.kill(os.getpid(), signum)
 
     Watch.on_train_batch_start = send
 

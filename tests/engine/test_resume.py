@@ -164,14 +164,16 @@ def test_a_run_in_half_precision_with_all_that_it_keeps(
 def test_stop_signals_save_the_step_and_are_answered_by_their_code(
     perform: Perform, configuration: Path, undisturbed: Path
 ) -> None:
-    """No save is due by itself at steps 1, 2, 5 and 6: what is resumed was saved because of the signal."""
+    """No save is due by itself at steps 1, 2, 5 and 6: what is resumed was saved because of the signal. It goes to the
+    processes that load images too, as a terminal and a scheduler send it."""
     run = undisturbed.parent / "stopped"
-    command = start(configuration, run)
-    disturbances = [["at_step", 1, INT], ["at_step", 2, TERM], ["at_step", 5, HUP], ["at_step", 6, USR1]]
-    disturbances += [["in_validation", 1, TERM], ["at_step", 12, INT]]
+    command = start(configuration, run, *WORKERS)
+    steps = [(1, INT), (2, TERM), (5, HUP), (6, USR1)]
+    disturbances: list[list[Any]] = [["at_step", step, signum, 0, True] for step, signum in steps]
+    disturbances += [["in_validation", 1, TERM], ["at_step", 12, INT, 0, True]]
     commands = [[command + ["--resume"] * (i > 0), one] for i, one in enumerate(disturbances)]
     codes, said = perform(commands)
-    assert codes == [128 + signum for *_, signum in disturbances]
+    assert codes == [128 + signum for _, _, signum, *_ in disturbances]
     # The last step of an epoch is done again, with its validation.
     for name, step, saved in (
         *(("INT", 1, 1), ("TERM", 2, 2), ("HUP", 5, 5), ("USR1", 6, 6), ("TERM", 8, 7), ("INT", 12, 11)),

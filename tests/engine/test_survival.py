@@ -187,6 +187,26 @@ def test_a_best_checkpoint_that_is_gone_is_said_and_another_takes_its_place(
     assert load_checkpoint(run / "best.pth").training["step"] == STEPS * (EPOCHS + 1)
 
 
+def test_the_other_processes_do_not_write_what_the_first_has_to(tmp_path: Path) -> None:
+    """All of them load the state, in which an old best checkpoint may wait; a better one may be on disk by now."""
+    publish = callbacks.Publish(RunFolder(tmp_path), lambda *_: None)
+    publish.load_state_dict({"best_ap": 0.5, "best_metrics": {"per_class": []}, "best_due": {"model": {}}})
+    second = type("Trainer", (), {"is_global_zero": False})
+    publish.on_train_start(second, None)
+    publish.on_train_end(second, None)
+    publish.on_exception(second, None, ValueError())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resumed_run_does_not_need_the_file_that_it_started_from(
+    run_of: Callable[..., tuple[Path, dict]], tiny_run: Any, tmp_path: Path
+) -> None:
+    run, settings = run_of()
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("weights: null", "weights: gone.pth"))
+    train(TrainConfig(**settings | {"weights": "gone.pth", "epochs": EPOCHS + 1}))
+
+
 def test_a_run_cannot_begin_where_there_is_no_room(
     short_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,14 +286,14 @@ def test_a_size_of_images_that_cannot_be(short_run: dict[str, Any], size: int) -
         replace(short_run["data"], image_size=size)
 
 
-def test_data_that_are_not_there_are_said_before_anything_is_loaded() -> None:
-    """PyTorch and the rest take seconds."""
+def test_data_that_are_not_there_are_said_before_what_trains_is_imported() -> None:
+    """Lightning, timm and torchvision take ten seconds."""
     code = """
 import sys
 from ddetr.cli.main import main
 for words in (["train", "--data", "/nonexistent"], ["eval", "--checkpoint", "x", "--data.path=/nonexistent"]):
     assert main(words) == 2
-assert "torch" not in sys.modules
+assert not {"lightning", "timm", "torchvision"} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -225,6 +225,12 @@ class DetectionData(_TimedTransfer):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.start = (state["epoch"], state["batch"])
+        if state["batch"] >= self.steps_per_epoch:  # accepted data of fewer images
+            raise InputError(
+                f"--resume: the run was stopped at batch {state['batch']} of an epoch, and an epoch of these data has "
+                f"{self.steps_per_epoch}: put the images back until the epoch is done, or start a new run from its "
+                "--weights last.pth"
+            )
 
     def val_dataloader(self) -> DataLoader:
         # A plain stride: the shares may differ by one image, since validation waits for the others only at its end. A

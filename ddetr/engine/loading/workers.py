@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from ddetr.errors import InputError
 from ddetr.runtime.allocator import keep_freed_memory
 from ddetr.runtime.limits import available_cores
+from ddetr.runtime.signals import STOP_SIGNALS
 
 MOST_WORKERS = 4  # each loads some 200 images per second at 800 pixels: no detector here trains as fast as four do
 PREFETCH = 2  # batches that each has ready
@@ -44,12 +45,15 @@ def start_worker(worker_id: int) -> None:
     """Called in each loader process first. (PyTorch sets its threads to one itself.)
 
     Images of some megabytes come and go: the process keeps what they free, instead of asking for fresh pages.
-    Ctrl+C and a scheduler's SIGTERM go to all processes of a job, but what becomes of it is the training process's to
-    say: a loader that died at once would stop it before it has saved. So SIGTERM ends a loader at once only if the
-    training process sent it, and otherwise after a grace.
+    Ctrl+C, a closed terminal's SIGHUP, a scheduler's SIGTERM and its warning before it go to all processes of a job,
+    but what becomes of it is the training process's to say: a loader that died at once would stop it before it has
+    saved. So SIGTERM ends a loader at once only if the training process sent it, and otherwise after a grace; the
+    others do not end it.
     """
     keep_freed_memory()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in STOP_SIGNALS:
+        if signum != signal.SIGTERM:
+            signal.signal(signum, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_wait_for_sigterm, daemon=True).start()
@@ -79,9 +83,9 @@ def explained() -> Iterator[None]:
         if not re.search(r"DataLoader worker \(pid.*(killed by signal|exited unexpectedly)", str(error), re.DOTALL):
             raise
         how = re.search(r"killed by signal: ([\w ]+)", str(error))
+        word = how[1].strip() if how else "without a word"
         raise InputError(
-            f"a process that loads images died ({how[1].strip() if how else 'without a word'}): usually the memory, or "
-            "the shared memory (/dev/shm; Docker gives 64 MB unless told --shm-size 8g or --ipc host), is full. Use "
-            "fewer --data.num_workers (0 loads in the training process), a smaller --batch_size, or give the machine "
-            "more"
+            f"a process that loads images died ({word}): usually the memory, or the shared memory (/dev/shm; Docker "
+            "gives 64 MB unless told --shm-size 8g or --ipc host), is full. Use fewer --data.num_workers (0 loads in "
+            "the training process), a smaller --batch_size, or give the machine more"
         ) from error

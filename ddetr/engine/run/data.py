@@ -110,6 +110,9 @@ class DataTraits:
                 )
                 for which in ("train", "val")
             }
+            for split in splits.values():
+                if not len(split.names) == len(split.objects) == len(split.sizes):
+                    raise ValueError("its columns have different lengths")
             return cls([(int(number), str(name)) for number, name in _unpacked(arrays["classes"])], splits)
         except Exception as error:  # a damaged archive raises anything
             logger.warning(
@@ -130,11 +133,11 @@ class DataTraits:
         words += [f"removed {first_few(map(repr, removed), _SHOWN)}"] * bool(removed)
         return "classes " + (" and ".join(words) or "have other ids")
 
-    def changes(self, now: "DataTraits") -> str:
-        """What else is different now, in words; "" where nothing is."""
-        found = {which: split.changes(now.splits[which]) for which, split in self.splits.items()}
+    def changes(self, now: "DataTraits") -> dict[str, str]:
+        """What else is different now, in words, by split; {} where nothing is."""
         kinds = {"train": "training", "val": "validation"}
-        return "; ".join(f"{kinds[which]} images: {what}" for which, what in found.items() if what)
+        found = {which: split.changes(now.splits[which]) for which, split in self.splits.items()}
+        return {which: f"{kinds[which]} images: {what}" for which, what in found.items() if what}
 
 
 def _file_sizes(paths: Sequence[str]) -> list[int]:
@@ -177,25 +180,31 @@ def _unpacked(array: np.ndarray) -> list:
     return json.loads(array.tobytes())
 
 
-def check_same_data(run: Path, now: DataTraits, *, accept_changes: bool) -> None:
-    """Holds the data against those that the run in the folder `run` began with.
+def check_same_data(run: Path, now: DataTraits, *, accept_changes: bool) -> bool:
+    """Holds the data against those that the run in the folder `run` began with; whether its validation images were
+    others.
 
     Raises:
         InputError: the classes are others, or anything is and is not accepted.
     """
     before = DataTraits.load(run)
     if before is None:
-        return
+        return False
     anew = f"start a new run from its --weights {run / 'last.pth'}"
     if classes := before.changed_classes(now):
         raise InputError(
             f"--resume: the classes are not those that the run in {run} learns: {classes}. Put them back, or {anew}"
         )
     if not (changes := before.changes(now)):
-        return
+        return False
+    said = "; ".join(changes.values())
     if not accept_changes:
         raise InputError(
-            f"--resume: the data are not those that the run in {run} began with: {changes}. Put them back, or go on "
+            f"--resume: the data are not those that the run in {run} began with: {said}. Put them back, or go on "
             f"with these by --accept_changed_data, or {anew}"
         )
-    logger.warning("the data are not those that the run began with: %s; that is accepted", changes)
+    logger.warning("the data are not those that the run began with: %s; that is accepted", said)
+    counts = [len(traits.splits["train"].names) for traits in (before, now)]
+    if counts[0] != counts[1]:
+        logger.warning("epochs may have another number of steps than before: numbers of steps, and rates, follow it")
+    return "val" in changes

@@ -4,6 +4,7 @@ says what each file is.
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from ddetr.engine.run.states import (
     PREVIOUS_FILE,
     RESUME_FILE,
     check_training_state,
+    epochs_done,
     newest_state,
     set_aside_damaged,
     states,
@@ -44,6 +46,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path, self.lock = path, RunLock(path)
         self.unwritten: dict[str, str] = {}  # names of files that could not be written when last tried, and why
+        self._seen = self._stamps()
         self._tables: dict[str, Table] = {}
 
     @contextmanager
@@ -160,17 +163,30 @@ class RunFolder:
                 f"again with `ddetr eval --checkpoint {self.path / 'last.pth'}`"
             ) from error
 
-    def check_unchanged(self, config: TrainConfig) -> None:
+    def _stamps(self) -> list[tuple[str, int, int]]:
+        found = [(file, file.stat()) for file in states(self.path)]
+        return [(file.name, stat.st_mtime_ns, stat.st_size) for file, stat in found]
+
+    def check_nobody_came(self) -> None:
+        """`InputError` where another process has worked on the run since this one has chosen its state: it would take
+        that one's steps back."""
+        if self._stamps() != self._seen:
+            raise InputError(
+                f"another process has gone on with the run in {self.path} while this one was starting: start it again"
+            )
+
+    def check_unchanged(self, config: TrainConfig, resume_file: Path) -> None:
         """A resumed run must be the same run: a changed setting would make the loaded optimiser and schedule wrong.
-        What may only grow, the number of epochs, may have grown."""
+        Of a run that has come to its end what may only grow, the number of epochs, may have grown."""
         before, now = flat(self.settings()), flat(kept(config))
         free, growing = names_with(config, "free"), names_with(config, "grows")
+        is_complete = epochs_done(resume_file) >= before.get("epochs", math.inf)
         changed = [
             f"{key} was {before[key]!r} and is {now.get(key)!r}"
             for key in before  # a setting that came with a later version had its default then
             if before[key] != now.get(key)
             and key not in free
-            and not (key in growing and isinstance(before[key], int) and now[key] > before[key])
+            and not (key in growing and isinstance(before[key], int) and before[key] < now[key] and is_complete)
         ]
         if changed:
             raise InputError(
@@ -264,6 +280,11 @@ def _resumed_folder(place: Path) -> Path:
     if place.name not in (RESUME_FILE, PREVIOUS_FILE):
         check_training_state(place)
         raise InputError(f"--resume: expected a run folder or its {RESUME_FILE}, got {place}: give the folder")
+    if place.name == PREVIOUS_FILE and place.with_name(RESUME_FILE).exists():
+        raise InputError(
+            f"--resume: a run goes on from its newest state, and {place} is the one before: give the folder, or move "
+            f"{RESUME_FILE} away first"
+        )
     return place.parent
 
 

@@ -19,6 +19,7 @@ except ImportError:  # Windows
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
+_HELD: set[Path] = set()  # by this process
 _NOT_POSSIBLE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # some network and FUSE file systems
 
 
@@ -38,6 +39,8 @@ class RunLock:
             InputError: another process has it.
             OSError: the folder cannot be written to.
         """
+        if self._descriptor is None and self._place() in _HELD:  # the system lets a process have its own lock twice
+            raise InputError(f"{self.path.parent} is in use by another run of this process: choose another --output")
         while self._descriptor is None:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
             try:
@@ -57,6 +60,7 @@ class RunLock:
                 ) from None
             if _is_still(self.path, descriptor):
                 self._descriptor = descriptor
+                _HELD.add(self._place())
                 me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
                 with suppress(OSError):  # a full disk: it holds all the same, and is only not named
                     os.truncate(descriptor, 0)
@@ -65,12 +69,12 @@ class RunLock:
                 os.close(descriptor)
 
     def is_held(self) -> bool:
-        """By another process."""
+        """By another run."""
         if not self.path.exists():
             return False
         try:
             self.take()
-        except InputError:
+        except (InputError, OSError):  # also one that this user cannot open
             return True
         self.release()
         return False
@@ -82,6 +86,10 @@ class RunLock:
                     self.path.unlink()
             os.close(self._descriptor)
             self._descriptor = None
+            _HELD.discard(self._place())
+
+    def _place(self) -> Path:
+        return self.path.parent.resolve()
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

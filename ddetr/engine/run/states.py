@@ -1,5 +1,6 @@
 """The states that a run can be resumed from: which is the newest whole one."""
 
+import errno
 import logging
 import os
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor
 
 from ddetr.errors import InputError
-from ddetr.files import damaged_member
+from ddetr.files import damage
 from ddetr.untrusted import check_tensors
 
 logger = logging.getLogger(__name__)
 
+# A file that cannot be read now may be whole: no other one may take its place.
+_NOT_ITS_FAULT = (errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM)
 RESUME_FILE, PREVIOUS_FILE, DAMAGED_FILE = "last.ckpt", "previous.ckpt", "damaged.ckpt"
 
 
@@ -43,6 +46,11 @@ def states(folder: Path) -> list[Path]:
     return [folder / name for name in (RESUME_FILE, PREVIOUS_FILE) if (folder / name).is_file()]
 
 
+def epochs_done(file: Path) -> int:
+    """Of the run whose state it is."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=True).get("DetectionData", {}).get("epoch", 0)
+
+
 def set_aside_damaged(resumed_from: Path) -> None:
     """Where a run goes on from the state before the last: the damaged one would take the place of the good one when
     the next is saved."""
@@ -57,6 +65,8 @@ def check_training_state(file: Path) -> None:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle raises anything
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_ITS_FAULT:
+            raise
         raise InputError(
             f"--resume: {file} is no training state, or a damaged one ({type(error).__name__}); {anew}"
         ) from error
@@ -68,14 +78,14 @@ def check_training_state(file: Path) -> None:
         check_tensors(content, file.stat().st_size)
     except ValueError as error:
         raise InputError(f"--resume: {file} is damaged: {error}; {anew}") from error
-    if (member := damaged_member(file)) is not None:
-        raise InputError(f"--resume: {file} is damaged: the checksum of {member} in it is wrong; {anew}")
+    if (what := damage(file)) is not None:
+        raise InputError(f"--resume: {file} is damaged: {what}; {anew}")
     if (name := next(not_a_number(content), None)) is not None:
         raise InputError(f"--resume: {file} holds values that are no numbers, {name} first; {anew}")
 
 
 def not_a_number(content: Any, where: str = "") -> Iterator[str]:
-    """Names of the tensors and numbers in a nested state that hold a NaN."""
+    """Names of the tensors in a nested state that hold a NaN."""
     if isinstance(content, Tensor):
         if content.is_floating_point() and bool(torch.isnan(content).any()):
             yield where

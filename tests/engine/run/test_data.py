@@ -46,18 +46,18 @@ def test_what_is_kept_is_what_was(records: list[ImageRecord], tmp_path: Path) ->
     before.save(tmp_path)
     again = DataTraits.load(tmp_path)
     assert again.splits["train"].names == ["a.jpg", "b.jpg", "é 名.jpg", "d.jpg", "a.jpg (2)"]
-    assert before.changes(again) == again.changes(before) == ""
+    assert before.changes(again) == again.changes(before) == {}
     assert before.changed_classes(again) == ""
     moved = tmp_path / "moved"
     moved.mkdir()
-    assert before.changes(traits(images(moved, NAMES), moved)) == "", "where the data set lies does not matter"
+    assert before.changes(traits(images(moved, NAMES), moved)) == {}, "where the data set lies does not matter"
 
 
 def test_each_change_is_named(records: list[ImageRecord], tmp_path: Path) -> None:
     before = traits(records, tmp_path)
 
     def change(now: list[ImageRecord]) -> str:
-        return before.changes(traits(now, tmp_path))
+        return "; ".join(before.changes(traits(now, tmp_path)).values())
 
     other_box = replace(records[2], boxes_xyxy=records[2].boxes_xyxy + 1)
     assert change([*records[:2], other_box, *records[3:]]) == "training images: 1 with other objects (é 名.jpg)"
@@ -98,3 +98,10 @@ def test_a_damaged_file_stops_nothing(tmp_path: Path, content: bytes, caplog: py
     (tmp_path / DATA_FILE).write_bytes(content)
     assert DataTraits.load(tmp_path) is None
     assert "data.npz cannot be read" in caplog.text
+
+
+def test_columns_of_other_lengths_are_damage(records: list[ImageRecord], tmp_path: Path) -> None:
+    traits_now = traits(records, tmp_path)
+    split = traits_now.splits["train"]
+    replace(traits_now, splits={**traits_now.splits, "train": replace(split, names=split.names[:2])}).save(tmp_path)
+    assert DataTraits.load(tmp_path) is None

@@ -55,6 +55,19 @@ def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path: Path)
         holder.stdout.close()
 
 
+def test_this_process_does_not_lose_its_own_lock(tmp_path: Path) -> None:
+    """The system would let it take its own lock twice, and give back both with the first."""
+    mine, other = RunLock(tmp_path), RunLock(tmp_path)
+    mine.take()
+    assert other.is_held()
+    with pytest.raises(InputError, match="in use by another run of this process"):
+        other.take()
+    other.release()
+    assert (tmp_path / LOCK_FILE).exists()
+    mine.release()
+    assert not other.is_held()
+
+
 def test_a_holder_that_ends_in_that_moment_is_not_followed_into_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

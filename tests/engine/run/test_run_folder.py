@@ -38,8 +38,9 @@ def make_run(name: str, *, checkpoint: bool = True, seconds_ago: float = 0) -> P
     return folder
 
 
-def write_state(file: Path, step: int) -> None:
-    torch.save({"pytorch-lightning_version": "2.6.6", "global_step": step}, file)
+def write_state(file: Path, step: int, epochs_done: int = 0) -> None:
+    position = {"epoch": epochs_done, "batch": 0}
+    torch.save({"pytorch-lightning_version": "2.6.6", "global_step": step, "DetectionData": position}, file)
 
 
 def choose(output: str | None = None, resume: str | None = None, name: str = "coco") -> tuple[Path, Path | None]:
@@ -148,13 +149,18 @@ def test_a_changed_setting_is_named_and_a_harmless_one_is_not(tmp_path: Path) ->
     config = TrainConfig(DataConfig("x", num_workers=0), optim=OptimConfig(lr=1e-4), epochs=3)
     with run.claimed(is_new=True):
         run.start(config)
-    run.check_unchanged(config)
-    run.check_unchanged(replace(config, data=DataConfig("x", num_workers=4), log_every=3))
+    state = tmp_path / "last.ckpt"
+    write_state(state, step=1, epochs_done=3)
+    run.check_unchanged(config, state)
+    run.check_unchanged(replace(config, data=DataConfig("x", num_workers=4), log_every=3), state)
     with pytest.raises(
         InputError, match=r"but optim\.lr was 0\.0001 and is 0\.1, epochs was 3 and is 2: put them back"
     ):
-        run.check_unchanged(replace(config, optim=OptimConfig(lr=0.1), epochs=2))
-    run.check_unchanged(replace(config, epochs=4))
+        run.check_unchanged(replace(config, optim=OptimConfig(lr=0.1), epochs=2), state)
+    run.check_unchanged(replace(config, epochs=4), state)
+    write_state(state, step=1, epochs_done=2)
+    with pytest.raises(InputError, match="but epochs was 3 and is 4: put them back"):  # it has not come to its end
+        run.check_unchanged(replace(config, epochs=4), state)
 
 
 def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
@@ -191,6 +197,25 @@ def test_a_run_that_began_meanwhile_is_not_overwritten() -> None:
     with run.claimed(is_new=False):
         assert (run.path / LOCK_FILE).exists()
     assert not (run.path / LOCK_FILE).exists()
+
+
+def test_a_state_that_another_process_has_written_meanwhile_is_not_taken_back() -> None:
+    """Two jobs that resume, of which the second had chosen its state before the first went on and ended."""
+    folder = make_run("coco")
+    run, _ = RunFolder.choose(str(folder), "auto", "coco")
+    run.check_nobody_came()
+    write_state(folder / "last.ckpt", step=22222)
+    with pytest.raises(InputError, match="another process has gone on with the run in .*: start it again"):
+        run.check_nobody_came()
+
+
+def test_the_state_before_is_not_silently_another() -> None:
+    folder = make_run("coco")
+    write_state(folder / "previous.ckpt", step=0)
+    with pytest.raises(InputError, match=r"previous.ckpt is the one before: give the folder, or move last.ckpt away"):
+        choose(None, "runs/coco/previous.ckpt")
+    (folder / "last.ckpt").unlink()
+    assert choose(None, "runs/coco/previous.ckpt") == (folder, folder / "previous.ckpt")
 
 
 def test_a_start_clears_away_what_a_killed_process_left_half(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Which state a run is resumed from: the newest whole one."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,26 @@ def test_a_state_whose_bytes_have_changed_is_not_taken(
     assert not torch.equal(loaded, torch.full((1000,), 0.5))
     assert newest_state(folder) == folder / "previous.ckpt"
     assert "last.ckpt is damaged: the checksum of" in caplog.text
+
+
+def test_a_damaged_archive_is_never_a_traceback(folder: Path) -> None:
+    """A bit may flip anywhere, in the table of contents too."""
+    last = folder / "last.ckpt"
+    whole = last.read_bytes()
+    for place in range(0, len(whole), 41):
+        last.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+        newest = newest_state(folder)
+        if newest == last:
+            assert torch.equal(torch.load(last, weights_only=True)["state_dict"]["w"], torch.full((1000,), 0.5))
+
+
+def test_a_file_that_cannot_be_read_now_is_not_damaged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(torch, "load", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        newest_state(folder)
 
 
 def test_a_state_that_holds_nan_is_not_taken(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
