@@ -78,10 +78,11 @@ def test_a_step_waits_for_the_costs_of_matching_and_for_whether_it_is_finite(
     where = {"accelerator": "auto", "devices": 1, "strategy": SingleDeviceStrategy(GPU, PretendAccelerator())}
     prepared = replace(prepared, where=where)
     built, spy = build(prepared), Spy(gpu)
-    _begin(prepared, built)
-    trainer = _trainer(prepared, built)
-    trainer.callbacks.append(spy)
-    fit(trainer, built.module, built.data, prepared.run, None)
+    with prepared.run.claimed(is_new=True):
+        _begin(prepared, built)
+        trainer = _trainer(prepared, built)
+        trainer.callbacks.append(spy)
+        fit(trainer, built.module, built.data, prepared.run, None)
 
     step = {MATCHING: 2, GUARD: 1}  # micro-batches
     # The first step comes after the whole start of the run; before the last but one the state is saved.

@@ -203,7 +203,7 @@ def test_who_stops_a_run_by_hand_does_not_wait_long(perform: Perform, configurat
     codes, said = perform(commands, seconds=150)
     assert codes == [128 + INT] * 2
     assert "stopped by SIGINT at step 2: the state of step 2 is saved, and the same command with --resume" in said
-    assert "ddetr: interrupted; --resume goes on from the last saved state" in said
+    assert "ddetr: interrupted; the same command with --resume goes on from the last saved state" in said
     assert state_of(tmp_path / "run")["global_step"] == 3
 
 

@@ -199,12 +199,13 @@ def test_the_other_processes_do_not_write_what_the_first_has_to(tmp_path: Path) 
 
 
 def test_a_resumed_run_does_not_need_the_file_that_it_started_from(
-    run_of: Callable[..., tuple[Path, dict]], tiny_run: Any, tmp_path: Path
+    short_run: dict[str, Any], tiny_run: Any, tmp_path: Path
 ) -> None:
-    run, settings = run_of()
-    config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config.replace("weights: null", "weights: gone.pth"))
-    train(TrainConfig(**settings | {"weights": "gone.pth", "epochs": EPOCHS + 1}))
+    weights = Path(shutil.copy(tiny_run.path / "last.pth", tmp_path))
+    settings = short_run | {"weights": str(weights), "output": str(tmp_path / "run")}
+    train(TrainConfig(**settings | {"epochs": 1}))
+    weights.unlink()
+    train(TrainConfig(**settings | {"epochs": 2, "resume": "last"}))
 
 
 def test_a_run_cannot_begin_where_there_is_no_room(
