@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -298,9 +299,28 @@ _UNSAFE = re.compile(
 )
 
 
+_JOINERS = "\u200c\u200d"  # Persian and Indic words need them, and emoji of several parts
+_BEFORE_JOINER = ("Lo", "Mn", "Mc", "So")  # letters of scripts without capitals, their signs, emoji
+_AFTER_JOINER = ("Lo", "So")
+_SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
+
+
 def printable(text: str) -> str:
-    """The text with everything that would do something to a screen, or hide there, spelled out: ESC is `\\x1b`."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    """The text with everything that would do something to a screen, or hide there, spelled out: ESC is `\\x1b`.
+
+    A joiner inside a Persian or Indic word or an emoji stays; elsewhere, or doubled, it does nothing but hide.
+    """
+    return _UNSAFE.sub(_spelled_out, text)
+
+
+def _spelled_out(found: re.Match[str]) -> str:
+    text, start, end = found.string, found.start(), found.end()
+    if found[0] in _JOINERS and start > 0 and end < len(text):
+        before, after = text[start - 1], text[end]
+        joins = before in _SKIN_TONES or unicodedata.category(before) in _BEFORE_JOINER
+        if joins and unicodedata.category(after) in _AFTER_JOINER:
+            return found[0]
+    return found[0].encode("unicode_escape").decode("ascii")
 
 
 def shortened(text: str, most: int) -> str:
