@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -26,6 +27,7 @@ MAX_OBJECTS = 20_000  # in an image; SKU-110K has 718, DOTA 10,000 before it is 
 MAX_PAIRS = MAX_OBJECTS * 1_000  # of objects and detections in an image, which are compared
 MAX_NAME = 1_000  # characters of a class name; ImageNet's longest list of synonyms has 150
 MAX_DRAWN, MAX_TAGS = 2_000, 300  # boxes of a picture, and their names: more nobody can tell apart
+MAX_TAG = 60  # characters of such a name: more hide the picture
 MAX_ROWS = 2_000  # of a table in a page: LVIS has 1,203 classes
 MAX_COLUMNS = 500  # of a table of a run; ours have 40
 SHOWN_NAME = 200  # characters of a name on a screen, in a page, in a table
@@ -43,7 +45,7 @@ MAX_YAML_BYTES = 2**21  # 25,000 classes by name take 1 MB; parsing one takes se
 MAX_YAML_NODES = 250_000  # with every alias written out
 MAX_YAML_DEPTH = 50
 MAX_YAML_VALUE = 10_000  # characters; longer ones are no setting, path or name
-MAX_RUN_BYTES = 2**26  # a JSON file of a run: parsed it takes 20 times as much
+MAX_RUN_BYTES = 2**26  # a JSON file of a run, beside weights or in them: parsed it takes 20 times as much
 MAX_TABLE_BYTES = 2**28  # train.csv: a million rows
 MAX_SHARED = 32  # tensors that share their numbers: heads of all layers do
 MAX_ARRAYS_BYTES = 2**32  # of a validation: COCO's takes 13 MB, LVIS's with 300 detections per image 150 MB
@@ -54,14 +56,26 @@ MAX_SHARDS = 1000  # files that one set of weights lies in
 MAX_PICKLE_BYTES = 2**26  # of what describes the tensors, and holds the plain values beside them
 MAX_OPERATIONS = 5_000_000  # a training state of a detector has some ten thousand
 MAX_AXES = 16  # of a tensor
+MAX_STEP = 2**62 - 1  # of a tensor's shape, strides and offset: PyTorch counts in 64 bits
 MAX_BITS = 64  # of a number; Python refuses to write one of many thousand
 MAX_VALUES = 1_000_000  # plain values in a field of a checkpoint
 MAX_DICTS = 10_000  # that are searched for the detector
 MAX_DEPTH = 4  # of the nested dicts that are searched
-MAX_JSON_BYTES = 2**26  # of a configuration or an index beside the weights
 
 MAX_THREADS = 1024  # a machine of today has half as many cores; PyTorch dies of a million
 MAX_SIDE = 2**14  # pixels of an image as the network gets it
+MAX_NETWORK = {  # far above any network that has been trained
+    "num_classes": MAX_CLASSES,
+    "hidden_dim": 8192,
+    "nheads": 1024,
+    "num_queries": 20_000,
+    "num_feature_levels": 8,
+    "enc_layers": 100,
+    "dec_layers": 100,
+    "dim_feedforward": 65_536,
+    "enc_n_points": 64,
+    "dec_n_points": 64,
+}
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -242,6 +256,26 @@ def read_arrays(path: str | os.PathLike, names: Iterable[str]) -> dict[str, "np.
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 
 
+def load_tensors(path: str | os.PathLike, most_bytes: int = MAX_WEIGHT_BYTES) -> Any:
+    """What `torch.save` wrote, on the CPU: tensors and plain values; nothing is run.
+
+    Raises:
+        OSError: as `open_file`. ValueError and others: damaged, compressed, or tensors as `check_tensors` refuses them.
+    """
+    import torch
+
+    with open_file(path, most_bytes) as raw:
+        size = os.fstat(raw.fileno()).st_size
+        if zipfile.is_zipfile(raw):
+            with zipfile.ZipFile(raw) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("its records are compressed, which torch.save never does")
+        raw.seek(0)
+        content = torch.load(raw, map_location="cpu", weights_only=True)
+    check_tensors(content, size)
+    return content
+
+
 def check_tensors(content: Any, file_bytes: int) -> None:
     """Whether the tensors in nested dicts and lists hold what they show.
 
@@ -298,9 +332,28 @@ _UNSAFE = re.compile(
 )
 
 
+_JOINERS = "\u200c\u200d"  # Persian and Indic words need them, and emoji of several parts
+_BEFORE_JOINER = ("Lo", "Mn", "Mc", "So")  # letters of scripts without capitals, their signs, emoji
+_AFTER_JOINER = ("Lo", "So")
+_SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
+
+
 def printable(text: str) -> str:
-    """The text with everything that would do something to a screen, or hide there, spelled out: ESC is `\\x1b`."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    """The text with everything that would do something to a screen, or hide there, spelled out: ESC is `\\x1b`.
+
+    A joiner inside a Persian or Indic word or an emoji stays; elsewhere, or doubled, it does nothing but hide.
+    """
+    return _UNSAFE.sub(_spelled_out, text)
+
+
+def _spelled_out(found: re.Match[str]) -> str:
+    text, start, end = found.string, found.start(), found.end()
+    if found[0] in _JOINERS and start > 0 and end < len(text):
+        before, after = text[start - 1], text[end]
+        joins = before in _SKIN_TONES or unicodedata.category(before) in _BEFORE_JOINER
+        if joins and unicodedata.category(after) in _AFTER_JOINER:
+            return found[0]
+    return found[0].encode("unicode_escape").decode("ascii")
 
 
 def shortened(text: str, most: int) -> str:

@@ -129,6 +129,36 @@ def test_nothing_that_a_terminal_obeys_is_printable() -> None:
             assert printable(chr(code)).startswith("\\"), hex(code)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",  # Persian
+        "\u0915\u094d\u200d\u0937",  # Hindi, after a virama
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467",  # a family
+        "\U0001f469\U0001f3fd\u200d\u2695\ufe0f",  # a doctor with a skin tone
+        "\u2764\ufe0f\u200d\U0001f525",  # a heart on fire
+    ],
+)
+def test_joiners_inside_words_and_emoji_stay(name: str) -> None:
+    assert one_line(name) == printable(f"a {name} b")[2:-2] == name
+
+
+@pytest.mark.parametrize("joiner", ["\u200c", "\u200d"])
+def test_joiners_that_only_hide_are_spelled_out(joiner: str) -> None:
+    shown = joiner.encode("unicode_escape").decode()
+    letter = "\u0645"
+    for text in (
+        "pass{}word",
+        f"{letter}{{}}",
+        f"{{}}{letter}",
+        f"{letter}{{}} {letter}",
+        f"a{{}}{letter}",
+        "^{}\u2695",
+    ):
+        assert printable(text.format(joiner)) == text.format(shown)
+    assert printable(f"{letter}{joiner * 2}{letter}") == f"{letter}{shown * 2}{letter}"
+
+
 def test_long_texts_lose_their_middle() -> None:
     assert shortened("abc", 3) == "abc"
     assert shortened("a" * 10 + "b" * 90, 10) == "aaaaa... (90 characters) ...bbbbb"

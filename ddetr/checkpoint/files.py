@@ -2,9 +2,9 @@
 
 import errno
 import io
-import json
 import math
 import mmap
+import os
 import struct
 import sys
 import zipfile
@@ -22,7 +22,16 @@ from ddetr.checkpoint.pickled import HostileFile, StandIn, StorageId, TensorView
 from ddetr.checkpoint.signatures import HEAD_BYTES, PICKLE, PICKLE_RECORD, TORCH_ARCHIVE, TORCH_MAGIC, described
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
-from ddetr.untrusted import MAX_JSON_BYTES, MAX_PICKLE_BYTES, MAX_RECORDS, MAX_WEIGHT_BYTES
+from ddetr.untrusted import (
+    MAX_PICKLE_BYTES,
+    MAX_RECORDS,
+    MAX_RUN_BYTES,
+    MAX_WEIGHT_BYTES,
+    one_line,
+    open_file,
+    parse_json,
+    read_text,
+)
 
 _DTYPES = {
     "F64": torch.float64,
@@ -70,7 +79,7 @@ class Records:
         Raises:
             InputError: the file does not hold what the tensor says, or is damaged.
         """
-        name = name if name.isprintable() else ascii(name)
+        name = one_line(name)
         if wrong := self._why_impossible(view):
             raise InputError(f"{self.path}: {name}: {wrong}. The file is damaged, or was made to do harm")
         numbers = self._bytes(name, view.storage.key)
@@ -109,7 +118,7 @@ class Records:
             place = self.places[key]
             try:
                 data = bytearray(place.size)
-                with place.path.open("rb") as file:
+                with open_file(place.path) as file:
                     file.seek(place.start)
                     num_read = file.readinto(data)
             except MemoryError as error:
@@ -128,19 +137,23 @@ def read_file(path: Path) -> FileContent:
     Raises:
         InputError: no such file; another kind of file, or a damaged one; one that asks for something to be run.
     """
-    if not path.exists():
-        raise InputError(f"{path}: expected a file of weights, but there is none")
-    if path.is_dir():
-        raise InputError(f"{path}: expected a file of weights, got a folder")
-    if not path.is_file():
-        raise InputError(f"{path}: expected a file of weights, got a pipe or a device")
     try:
-        with path.open("rb") as file:
+        raw = open_file(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{path}: expected a file of weights, but there is none") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: expected a file of weights, got a folder") from error
+    except (OSError, ValueError) as error:  # a pipe, a device; a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: expected a file of weights, but {reason}") from error
+    try:
+        with raw as file:
             return _read(path, file)
     except HostileFile as error:
         raise InputError(
-            f"{path}: expected tensors and plain values only, but the file wants to run {str(error)!r}, which was not "
-            "done. Save the weights alone, torch.save(model.state_dict(), FILE), or take them from a source that did"
+            f"{path}: expected tensors and plain values only, but the file wants to run {one_line(error)!r}, which was "
+            "not done. Save the weights alone, torch.save(model.state_dict(), FILE), or take them from a source that "
+            "did"
         ) from error
     except InputError:
         raise
@@ -155,12 +168,10 @@ def read_file(path: Path) -> FileContent:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON file that holds a dict; None where there is no such file."""
+    """A JSON file that holds a dict; None where there is none that can be read."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-            return None
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(read_text(path, MAX_RUN_BYTES), path.name)
+    except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -184,12 +195,12 @@ def write_file(path: Path, content: Any, keep_as: Path | None = None) -> None:
 def _read(path: Path, file: BinaryIO) -> FileContent:
     """By what the file is, whatever it is called; one that is called the wrong thing says so."""
     head = file.read(HEAD_BYTES)
-    size = path.stat().st_size
+    size = os.fstat(file.fileno()).st_size
     file.seek(0)
     if size < 10:
         raise InputError(f"{_cut_short(path)}. Copy or download it again")
     is_zip, is_legacy = head.startswith(b"PK\x03\x04"), TORCH_MAGIC in head[:40]
-    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < MAX_JSON_BYTES and not is_legacy
+    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < MAX_RUN_BYTES and not is_legacy
     what, hint = described(head, file), ""
     if path.suffix == ".safetensors" and (is_zip or is_legacy):
         hint = f". Rename it to {path.stem}.pth if it holds weights"
@@ -210,7 +221,7 @@ def _read_safetensors(path: Path, file: BinaryIO) -> FileContent:
     with safe_open(path, framework="pt") as checked:  # raises for a header that lies about itself
         metadata = checked.metadata() or {}
     header_size = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(header_size))
+    header = parse_json(file.read(header_size).decode("utf-8"), str(path))
     content, places = {}, {}
     for name, entry in header.items():
         if name == "__metadata__":

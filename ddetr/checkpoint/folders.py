@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ddetr.checkpoint.files import Records, read_file, read_json
 from ddetr.checkpoint.pickled import StorageId, TensorView
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_SHARDS
+from ddetr.untrusted import MAX_SHARDS, one_line
 from ddetr.wording import first_few
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -73,7 +73,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Any], dict[str, str], Records]:
     if strange or len(names) > MAX_SHARDS:
         raise InputError(
             f"{index}: expected at most {MAX_SHARDS} names of files in the same folder, got "
-            f"{ascii(strange[0][:80]) if strange else len(names)}"
+            f"{repr(one_line(strange[0])) if strange else len(names)}"
         )
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
@@ -94,6 +94,6 @@ def _read_shards(index: Path) -> tuple[dict[str, Any], dict[str, str], Records]:
     absent = [tensor for tensor in place_of if tensor not in content]
     if absent:
         raise InputError(
-            f"{index}: {len(absent)} of its tensors are in none of its files, first {ascii(absent[0][:80])}"
+            f"{index}: {len(absent)} of its tensors are in none of its files, first {one_line(absent[0])!r}"
         )
     return content, {}, records

@@ -18,6 +18,7 @@ from ddetr.checkpoint.pickled import StandIn, TensorView, mapping_of
 from ddetr.checkpoint.published import LIGHTNING, Checkpoint, is_checkpoint, parse_checkpoint
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.untrusted import MAX_NETWORK, one_line
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ def _official(path: Path, detector: Detector, records: Records) -> dict[str, Ten
             views[name] = value
         elif value.name.startswith("torch."):  # other objects in a state dict are no weights
             raise InputError(
-                f"{path}: expected plain tensors, but {detector.in_file[name]!a} is of another kind ({value.name!a}), "
-                "such as sparse or quantised ones: write it again as a plain tensor"
+                f"{path}: expected plain tensors, but {one_line(detector.in_file[name])!r} is of another kind "
+                f"({one_line(value.name)!r}), such as sparse or quantised ones: write it again as a plain tensor"
             )
     records.check_total(views.values())
     official = official_names(detector.kind, views)
@@ -113,11 +114,11 @@ def _official(path: Path, detector: Detector, records: Records) -> dict[str, Ten
 def _why_none(path: Path, content: Any) -> str:
     if (name := whole_model(content)) is not None:
         return (
-            f"{path}: expected weights, got a whole network of the class {name[:80]!a}, which only its own program can "
-            "open: write there torch.save(model.state_dict(), FILE)"
+            f"{path}: expected weights, got a whole network of the class {one_line(name)!r}, which only its own "
+            "program can open: write there torch.save(model.state_dict(), FILE)"
         )
     names = tensor_names(content)
-    some = ", ".join(ascii(name[:80]) for name in names[:3]) or "no tensors"
+    some = ", ".join(repr(one_line(name)) for name in names[:3]) or "no tensors"
     parts = ("cls_branches.", "class_embed.", "sampling_offsets.")
     hint = "; it has no level_embed, so it is incomplete or of another detector"
     is_alike = any(part in name for name in names for part in parts)
@@ -199,8 +200,8 @@ def _config_of(kind: str, content: Mapping[Any, Any], transformers_config: Mappi
 
 def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     """What is used of a configuration, where it is what it should be: anybody can write a file."""
-    numbers = {name: config.get(name) for name in ("nheads", "enc_n_points", "dec_n_points")}
-    numbers = {name: value for name, value in numbers.items() if isinstance(value, int) and 1 <= value <= 1024}
+    found = {name: config.get(name) for name in ("nheads", "enc_n_points", "dec_n_points")}
+    numbers = {n: value for n, value in found.items() if isinstance(value, int) and 1 <= value <= MAX_NETWORK[n]}
     return {**numbers, "with_box_refine": config.get("with_box_refine") is True}
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddetr.untrusted import MAX_AXES, MAX_BITS, MAX_OPERATIONS
+from ddetr.untrusted import MAX_AXES, MAX_BITS, MAX_OPERATIONS, MAX_STEP
 
 # Nothing would be run, but a file that asks for these is an attack and no file of weights: its user should know.
 _HOSTILE_MODULES = re.compile(
@@ -353,7 +353,7 @@ def _view(storage: StorageId, offset: Any, shape: Any, stride: Any, dtype: torch
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and 0 <= value < 2**62
+    return isinstance(value, int) and 0 <= value <= MAX_STEP
 
 
 _MAKERS: dict[Global, Callable[..., Any]] = {

@@ -24,7 +24,7 @@ from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
 from ddetr.models.deformable_detr import DeformableDETR, check_fits
-from ddetr.untrusted import MAX_VALUES
+from ddetr.untrusted import MAX_VALUES, one_line, parse_json
 
 FORMAT = "ddetr"
 FORMAT_VERSION = 1
@@ -273,15 +273,15 @@ def _check_plain(path: Path, name: str, value: Any) -> None:
             due.extend(value.values() if isinstance(value, dict) else value)
         elif not isinstance(value, (str, int, float, type(None))):
             what = f"{type(value).__name__} or more than {MAX_VALUES:,} values"
-            what = ascii(value.name[:80]) if isinstance(value, (StandIn, Global)) else what
+            what = repr(one_line(value.name)) if isinstance(value, (StandIn, Global)) else what
             raise InputError(f"{path}: expected plain values in the {name} of a ddetr checkpoint, got {what}")
 
 
 def _from_json(text: str) -> Any:
     """None for what is no JSON."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text, "metadata")
+    except InputError:
         return None
 
 
@@ -297,4 +297,4 @@ def _what_else(content: Any) -> str:
         )
     if tensor_names(content):
         return "bare weights: start from them with --weights, or ddetr.checkpoint.load_weights(model, path)"
-    return f"a dict of {', '.join(ascii(str(key)[:80]) for key in list(content)[:4]) or 'nothing'}"
+    return f"a dict of {', '.join(repr(one_line(key)) for key in list(content)[:4]) or 'nothing'}"

@@ -4,6 +4,7 @@ import re
 import zipfile
 from typing import BinaryIO
 
+from ddetr.untrusted import one_line
 from ddetr.wording import first_few
 
 HEAD_BYTES = 1024
@@ -69,7 +70,7 @@ def _archive(file: BinaryIO) -> str:
         return TORCH_ARCHIVE
     if names and all(name.endswith(".npy") for name in names):
         return "NumPy arrays (.npz)"
-    return f"a zip archive of {first_few((ascii(name[:80]) for name in names), 3)}, {_PACKED}"
+    return f"a zip archive of {first_few((repr(one_line(name)) for name in names), 3)}, {_PACKED}"
 
 
 def _text(head: bytes) -> str:

@@ -166,11 +166,22 @@ def report_command(parser: Parser) -> Callable[[Any], None]:
     """Show a run: one HTML file, made anew from its folder."""
     parser.usage = "ddetr report [options] RUN"
     parser.add_argument("run", type=str, help="run folder, also of an unfinished run or of an older version")
+    parser.add_argument(
+        "--images",
+        type=str | None,
+        default=None,
+        metavar="FOLDER",
+        help="also show the validation's images that lie in this folder. Your own runs need no FOLDER; a run folder "
+        "from someone else, another machine or an older version could name any picture on this machine",
+    )
 
     def run(settings: Any) -> None:
         from ddetr.report import RunFiles, write_report
 
-        files = RunFiles.read(Path(settings.run))
+        images = None if settings.images is None else Path(settings.images)
+        if images is not None and not images.is_dir():
+            raise InputError(f"--images: expected a folder of images, but {images} is none")
+        files = RunFiles.read(Path(settings.run), images)
         try:
             path = write_report(files)
         except OSError as error:

@@ -17,11 +17,9 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_DRAWN, MAX_TAGS, shortened
+from ddetr.untrusted import MAX_DRAWN, MAX_TAG, MAX_TAGS, shortened
 
 __all__ = ["class_color", "draw_boxes", "side_by_side"]
-
-_TAG_LENGTH = 60  # characters: more hide the picture
 
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom; the last two outside
@@ -144,7 +142,7 @@ def _font_size(height: int, width: int) -> int:
 
 
 def _tag(name: str, label: int, score: float | None) -> str:
-    name = _printable(shortened(name, _TAG_LENGTH)) or f"class {label}"
+    name = _printable(shortened(name, MAX_TAG)) or f"class {label}"
     return name if score is None else f"{name} {score:.2f}"
 
 

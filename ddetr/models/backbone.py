@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddetr.errors import InputError
+from ddetr.untrusted import load_tensors, one_line
 from ddetr.wording import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -95,11 +96,12 @@ class Backbone(nn.Module):
         if not path.is_file():
             raise InputError(f"pretrained_backbone: expected True, False or the path of a file, got {str(path)!r}")
         try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = load_tensors(path)
         except Exception as error:  # a damaged pickle raises anything
+            reason = str(error) if type(error) is ValueError else getattr(error, "strerror", None)
             raise InputError(
                 f"{path}: expected the weights of this backbone, as torch.save writes a state dict, but it cannot be "
-                f"read ({type(error).__name__}): another kind of file, or a damaged one"
+                f"read ({one_line(reason or type(error).__name__)}): another kind of file, or a damaged one"
             ) from error
         own = self.body.state_dict()
         weights = {name: t for name, t in weights.items() if torch.is_tensor(t)} if isinstance(weights, dict) else {}

@@ -21,7 +21,7 @@ from ddetr.models.heads import BoxHead, class_head
 from ddetr.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from ddetr.models.postprocess import PostProcess
 from ddetr.padding import pad_images
-from ddetr.untrusted import MAX_CLASSES, one_line
+from ddetr.untrusted import MAX_NETWORK, one_line
 from ddetr.wording import did_you_mean
 
 
@@ -216,20 +216,6 @@ def _projection(in_channels: int, hidden_dim: int, **conv: int) -> nn.Sequential
 
 _AT_LEAST_ONE = ("num_classes", "hidden_dim", "num_queries", "num_feature_levels", "dec_layers", "nheads")
 _AT_LEAST_ONE += ("dim_feedforward", "enc_n_points", "dec_n_points")
-# Far above any network that has been trained; a configuration may come from a file of somebody else's.
-_MOST = {
-    "num_classes": MAX_CLASSES,
-    "hidden_dim": 8192,
-    "num_queries": 20_000,
-    "num_feature_levels": 8,
-    "enc_layers": 100,
-    "dec_layers": 100,
-    "dim_feedforward": 65_536,
-    "enc_n_points": 64,
-    "dec_n_points": 64,
-}
-
-
 _CHOICES = {"position_embedding": ("sine", "learned"), "freeze_backbone": (None, *get_args(FreezeBackbone))}
 
 
@@ -246,7 +232,7 @@ def _check(config: Mapping[str, Any]) -> None:
             raise InputError(f"{name} must be at least 1, got {config[name]}")
     if config["enc_layers"] < 0:
         raise InputError(f"enc_layers must be at least 0, got {config['enc_layers']}")
-    for name, most in _MOST.items():
+    for name, most in MAX_NETWORK.items():
         if config[name] > most:
             raise InputError(f"{name} must be at most {most}, got {one_line(config[name])}")
     if config["hidden_dim"] % 4 or config["hidden_dim"] % config["nheads"]:

@@ -85,14 +85,18 @@ def _sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def _file() -> Path:
-    """The memory.
+def cache_folder() -> Path:
+    """Where ddetr remembers something for the user on this machine; may not be there yet.
 
     Raises:
         RuntimeError: the user has no home folder.
     """
     folder = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
-    return Path(folder or Path.home() / ".cache", "ddetr", "ops-self-test.json")
+    return Path(folder or Path.home() / ".cache", "ddetr")
+
+
+def _file() -> Path:
+    return cache_folder() / "ops-self-test.json"
 
 
 def _passed() -> list[str]:

@@ -1,6 +1,7 @@
 """What a run shows for itself, made from what lies in its folder: the model is never run for it.
 
 validation.py   what a validation leaves: truth and detections, in one file
+signature.py    whether a validation is this user's own, so that its pictures may be shown
 analysis.py     detections against truth: confusion matrix, kinds of errors, a score per image
 run_files.py    everything else in a run folder, however old, unfinished or damaged
 charts.py       inline SVG

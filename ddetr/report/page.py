@@ -230,8 +230,11 @@ def _image(run: RunFiles, validation: Validation, analysis: Analysis, index: int
         "prediction": None,
         "reason": "",
     }
-    if not run.may_show(validation.paths[index]):
-        return image | {"reason": f"{validation.paths[index]} lies outside of the data set that config.yaml names."}
+    if not validation.may_show(index, [run.path] if run.images is None else [run.path, run.images]):
+        return image | {
+            "reason": f"{one_line(validation.paths[index])} is not shown: the run was made by someone else, on another "
+            "machine or by an older version. Where its images may be shown: ddetr report --images FOLDER RUN."
+        }
     try:
         truth, prediction = truth_and_prediction(validation, index, long_side=PAGE_SIDE)
     except InputError as error:

@@ -74,6 +74,9 @@ def draw_pictures(run: Path, validation: Validation, count: int) -> list[Path]:
     folder.mkdir(exist_ok=True)
     paths: list[Path] = []
     for index in np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist():
+        if not validation.may_show(index, [run]):
+            logger.warning("no picture of %s: the validation was made by someone else", validation.paths[index])
+            continue
         try:
             picture = F.to_pil_image(side_by_side(*truth_and_prediction(validation, index, min_side=PICTURE_SIDE)))
         except InputError as error:

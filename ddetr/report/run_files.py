@@ -5,17 +5,13 @@ from __future__ import annotations
 import csv
 import datetime
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddetr.datasets.yolo import yolo_splits
 from ddetr.errors import InputError
 from ddetr.report.validation import BEST_FILE, LAST_FILE, Validation
 from ddetr.runtime.environment import is_running
@@ -89,10 +85,15 @@ class RunFiles:
     validation: Table = field(default_factory=dict)
     detections: Validation | None = None
     missing: list[tuple[str, str]] = field(default_factory=list)  # (file, why)
+    images: Path | None = None  # folder whose pictures may be shown, whoever made the run
 
     @classmethod
-    def read(cls, path: Path) -> RunFiles:
+    def read(cls, path: Path, images: Path | None = None) -> RunFiles:
         """
+        Args:
+            images: a folder whose pictures may get into a report. Those in the run folder always may, and all of a
+                validation that this user made (`report/signature.py`).
+
         Raises:
             InputError: no such folder, or one without any file of a run.
         """
@@ -103,7 +104,7 @@ class RunFiles:
                 f"{path} is no run folder: it has none of {', '.join(_READ)}. A run folder is what --output of "
                 "`ddetr train` named"
             )
-        run = cls(path)
+        run = cls(path, images=images)
         run.config = run._mapping("config.yaml")
         sessions = run._mapping("environment.json").get("sessions")
         run.sessions = [one for one in sessions if isinstance(one, dict)] if isinstance(sessions, list) else []
@@ -139,29 +140,6 @@ class RunFiles:
         """Of all sessions together, as far as each has given a sign of life; NaN where nothing is known."""
         total = [s["seen"] - s["began"] for s in self.sessions if _are_numbers(s.get("seen"), s.get("began"))]
         return float(sum(total)) if total else math.nan
-
-    def may_show(self, image: Path) -> bool:
-        """Whether an image belongs to the run: it lies in the data set that config.yaml names, or in the run folder.
-        The files of a run may come from anybody, and a page is passed on: no other picture of this machine gets in."""
-        if image.resolve().is_relative_to(self.path.resolve()):
-            return True
-        return any(Path(os.path.abspath(image)).is_relative_to(folder) for folder in self._image_folders)
-
-    @cached_property
-    def _image_folders(self) -> list[Path]:
-        data = self.config.get("data")
-        if not isinstance(data, Mapping):
-            return []
-        started_in = (self.sessions[-1].get("environment") or {}) if self.sessions else {}
-        base = started_in.get("folder") if isinstance(started_in, Mapping) else None
-        bases = [Path.cwd(), *([Path(base)] if isinstance(base, str) else [])]
-        names = [data.get(key) for key in ("path", "val_images", "val_annotations")]
-        folders: set[Path] = set()
-        for place in (base / name for name in names if isinstance(name, str) and name for base in bases):
-            with suppress(OSError, ValueError):  # names that no file can have
-                folders |= _folders_of(place)
-        folders |= {folder.resolve() for folder in folders}
-        return [folder for folder in folders if folder.parent != folder]  # "/" would be all there is
 
     def _mapping(self, name: str) -> dict[str, Any]:
         parse, most_bytes = (parse_yaml, MAX_YAML_BYTES) if name.endswith(".yaml") else (parse_json, MAX_RUN_BYTES)
@@ -219,18 +197,6 @@ class RunFiles:
                 reasons.append((name, str(error)))
         self.missing += reasons or [(BEST_FILE, f"not there: {FILES[BEST_FILE].without}")]
         return None
-
-
-def _folders_of(place: Path) -> set[Path]:
-    """The folders of images that a data set's folder or file stands for."""
-    place = Path(os.path.abspath(place))
-    folders = {place if place.is_dir() else place.parent}
-    if not place.is_dir() and place.parent.name == "annotations":
-        folders.add(place.parent.parent)
-    with suppress(InputError, OSError):
-        for sources in yolo_splits(place).values():
-            folders |= {source if source.is_dir() else source.parent for source in sources}
-    return folders
 
 
 def shown_time(seconds: Any) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.evaluation.metrics import Metrics
 from ddetr.evaluation.overlaps import Found, Objects
 from ddetr.files import write_atomically
+from ddetr.report.signature import is_signed, signed
 from ddetr.untrusted import MAX_CLASSES, MAX_PAIRS, one_line, parse_json, read_arrays
 
 BEST_FILE, LAST_FILE = "validation_best.npz", "validation_last.npz"
@@ -44,6 +46,7 @@ class Validation:
     objects: Objects
     found: Found
     curves: np.ndarray  # (2, 101, K) precision at IoU 0.5 and 0.75 over recall, -1 where undefined
+    is_own: bool = True  # computed by this user's ddetr; of a file: signed so
 
     @classmethod
     def of(cls, evaluator: CocoEvaluator, metrics: Metrics, *, step: int, epoch: int) -> Validation:
@@ -73,11 +76,13 @@ class Validation:
             "threshold": self.threshold,
             "categories": [[category.category_id, category.name] for category in self.categories],
         }
+        paths = b"\0".join(os.fsencode(path) for path in self.paths)  # a name is bytes, not always text, without zeros
+        if self.is_own:
+            about["signature"] = signed(paths)
         columns: dict[str, Any] = {
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
             "image_ids": self.image_ids,
-            # A file's name is bytes, not always text; it has no zero byte.
-            "paths": np.frombuffer(b"\0".join(os.fsencode(path) for path in self.paths), np.uint8),
+            "paths": np.frombuffer(paths, np.uint8),
             "sizes_hw": self.sizes_hw.astype(np.int32),
             "curves": self.curves.astype(np.float32),
         }
@@ -114,6 +119,7 @@ class Validation:
                 objects=objects,
                 found=found,
                 curves=columns["curves"],
+                is_own=is_signed(columns["paths"].tobytes(), about.get("signature")),
             )
             validation._check()
         except FileNotFoundError as error:
@@ -146,6 +152,17 @@ class Validation:
                 wrong.append("objects and detections of one image")
         if wrong:
             raise ValueError(f"its {wrong[0]} do not fit")
+
+    def may_show(self, index: int, folders: Iterable[Path]) -> bool:
+        """Whether the picture of an image may get into a page or a file that is passed on: the validation is this
+        user's own, or the image lies in one of the folders, with links followed."""
+        if self.is_own:
+            return True
+        try:
+            place = self.paths[index].resolve()
+            return any(place.is_relative_to(folder.resolve()) for folder in folders)
+        except (OSError, ValueError, RuntimeError):  # a name that no file can have, a circle of links
+            return False
 
     def name(self, label: int) -> str:
         """Of a class, as people are shown it: never empty, on one line."""

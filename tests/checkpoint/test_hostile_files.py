@@ -32,6 +32,7 @@ from ddetr.checkpoint import (
     to_official_state_dict,
 )
 from ddetr.checkpoint.files import read_file
+from ddetr.checkpoint.foreign import _numbers
 from ddetr.checkpoint.pickled import StandIn, read_pickle
 from ddetr.checkpoint.published import parse_checkpoint
 from ddetr.errors import InputError
@@ -428,3 +429,47 @@ def test_what_a_checkpoint_says_of_its_input_is_checked(tmp_path: Path, change: 
 def test_a_word_that_is_no_choice_is_said(change: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected one of .*, got x"):
         make_model(**change)
+
+
+def test_names_of_tensors_do_nothing_to_a_screen(tmp_path: Path) -> None:
+    """They are shown as other names are: other scripts readable, what moves the cursor or hides spelled out."""
+    names = ("\u72ac\u202e", "a\x1b[2J", "b" * 5_000)
+    torch.save(dict.fromkeys(names, torch.zeros(2)), tmp_path / "names.pth")
+    with pytest.raises(InputError) as caught:
+        load_weights(make_model(), tmp_path / "names.pth")
+    said = str(caught.value).removeprefix(str(tmp_path))
+    assert "\u72ac" in said
+    assert "u202e" in said
+    assert said.isprintable()
+    assert len(said) < 1000
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    """Readers differ in which one they take: in the header of a safetensors file and in its metadata."""
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, make_checkpoint(make_model()))
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header, rest = content[8 : 8 + size].rstrip(), content[8 + size :]
+
+    def write(changed: bytes) -> None:
+        changed += b" " * (-len(changed) % 8)
+        path.write_bytes(len(changed).to_bytes(8, "little") + changed + rest)
+
+    load_checkpoint(path)
+    entry = next((n, e) for n, e in json.loads(header).items() if n != "__metadata__")
+    other = json.dumps({entry[0]: {**entry[1], "shape": [1, *entry[1]["shape"]]}}).encode()[1:-1]
+    write(header[:-1] + b"," + other + b"}")
+    with pytest.raises(InputError, match=r"a\.safetensors"):
+        load_checkpoint(path)
+    told = json.loads(header)
+    told["__metadata__"]["threshold"] = "0.5"
+    told["__metadata__"]["metrics"] = '{"AP": 1, "AP": 2}'
+    write(json.dumps(told).encode())
+    with pytest.raises(InputError, match="its metrics is not whole"):
+        load_checkpoint(path)
+
+
+def test_numbers_beside_weights_are_no_larger_than_those_of_a_network() -> None:
+    found = {"nheads": 8, "enc_n_points": 4, "dec_n_points": 65}
+    assert _numbers(found) == {"nheads": 8, "enc_n_points": 4, "with_box_refine": False}

@@ -97,7 +97,7 @@ def test_each_file_says_what_it_is(tmp_path: Path) -> None:
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.pth")
-    with pytest.raises(InputError, match="got a pipe or a device"):
+    with pytest.raises(InputError, match="it is a named pipe, not a file"):
         load_weights(make_model(), tmp_path / "a.pth")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,19 @@ def test_pretrained_backbone_from_a_file_of_another_kind(
     path = tmp_path / "resnet18.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(InputError, match=rf"resnet18\.pth: expected the weights of this backbone.*{message}"):
+        DeformableDETR(**small, pretrained_backbone=str(path))
+
+
+def test_pretrained_backbone_from_a_file_that_is_made_to_take_memory(small: dict[str, Any], tmp_path: Path) -> None:
+    path, stored = tmp_path / "resnet18.pth", tmp_path / "stored.pth"
+    torch.save({"conv1.weight": torch.zeros(1).expand(2**40)}, path)
+    with pytest.raises(InputError, match=r"resnet18\.pth: .*conv1\.weight shows 1,099,511,627,776 elements"):
+        DeformableDETR(**small, pretrained_backbone=str(path))
+    torch.save({"conv1.weight": torch.zeros(2**16)}, stored)
+    with zipfile.ZipFile(stored) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in archive.namelist():
+            packed.writestr(entry, archive.read(entry))
+    with pytest.raises(InputError, match=r"resnet18\.pth: .*its records are compressed"):
         DeformableDETR(**small, pretrained_backbone=str(path))
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from ddetr.cli import main as cli
 from ddetr.datasets.annotations import Category
 from ddetr.errors import InputError
-from ddetr.report import REPORT_FILE, RunFiles, Validation, write_report
+from ddetr.report import REPORT_FILE, RunFiles, Validation, draw_pictures, signature, write_report
 from ddetr.report.validation import BEST_FILE
 
 
@@ -41,30 +41,79 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_only_pictures_of_the_data_set_come_into_the_page(run: Path, tmp_path: Path) -> None:
-    validation_of(tmp_path / "data/val/a.jpg").save(run / BEST_FILE)
-    assert page_of(run).count("<img") == 2
+def from_elsewhere(path: Path) -> Validation:
+    """As `validation_of`; saved, it is not signed by this user."""
+    return dataclasses.replace(validation_of(path), is_own=False)
+
+
+@pytest.mark.parametrize("named", ["data", "", "/", "/home", "yaml"])
+def test_a_run_from_elsewhere_gets_no_picture_of_this_machine(run: Path, tmp_path: Path, named: str) -> None:
+    """Whatever data set its config.yaml names: that comes from the same hands."""
+    (tmp_path / "data/linked.jpg").symlink_to(tmp_path / "private/b.jpg")
     (run / "link.jpg").symlink_to(tmp_path / "private/b.jpg")
-    for place in ("private/b.jpg", "data/../private/b.jpg", "run/link.jpg"):
-        validation_of(tmp_path / place).save(run / BEST_FILE)
+    (tmp_path / "data.yaml").write_text(f"train: {tmp_path}/private\nval: {tmp_path}/private\nnames: [cat]\n")
+    place = tmp_path / ("data.yaml" if named == "yaml" else named)
+    (run / "config.yaml").write_text(json.dumps({"data": {"path": str(place)}}))
+    for image in ("data/val/a.jpg", "private/b.jpg", "data/../private/b.jpg", "data/linked.jpg", "run/link.jpg"):
+        from_elsewhere(tmp_path / image).save(run / BEST_FILE)
         page = page_of(run)
         assert "<img" not in page
-        assert "lies outside of the data set that config.yaml names" in page
-    (run / "config.yaml").write_text("data: {path: /}\n")
-    assert "<img" not in page_of(run)
-    (tmp_path / "data/linked.jpg").symlink_to(tmp_path / "private/b.jpg")  # a data set's own links are followed
-    (run / "config.yaml").write_text(json.dumps({"data": {"path": str(tmp_path / "data")}}))
-    validation_of(tmp_path / "data/linked.jpg").save(run / BEST_FILE)
-    assert page_of(run).count("<img") == 2
+        assert "is not shown: the run was made by someone else" in page
+        assert draw_pictures(run, Validation.load(run / BEST_FILE), 1) == []
 
 
-def test_images_of_a_yolo_file_are_where_it_says(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "yaml").mkdir()
-    file = tmp_path / "yaml/data.yaml"
-    file.write_text(f"train: {tmp_path}/data/val\nval: {tmp_path}/data/val\nnames: [cat]\n")
-    (run / "config.yaml").write_text(json.dumps({"data": {"path": str(file)}}))
-    validation_of(tmp_path / "data/val/a.jpg").save(run / BEST_FILE)
+def test_a_run_from_elsewhere_shows_what_lies_in_it_or_in_a_folder_that_the_user_names(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(tmp_path / "data/val/a.jpg", run / "own.jpg")
+    from_elsewhere(run / "own.jpg").save(run / BEST_FILE)
     assert page_of(run).count("<img") == 2
+    (tmp_path / "data/linked.jpg").symlink_to(tmp_path / "private/b.jpg")
+    for image, shown in (("data/val/a.jpg", 2), ("data/linked.jpg", 0), ("private/b.jpg", 0)):
+        from_elsewhere(tmp_path / image).save(run / BEST_FILE)
+        assert cli.main(["report", "--images", str(tmp_path / "data"), str(run)]) == 0
+        assert (run / REPORT_FILE).read_text(encoding="utf-8").count("<img") == shown
+    assert cli.main(["report", "--images", str(tmp_path / "nowhere"), str(run)]) == 2
+    assert "--images: expected a folder of images" in capsys.readouterr().err
+
+
+def test_an_own_run_shows_its_pictures_wherever_they_lie(run: Path, tmp_path: Path) -> None:
+    """A data set's own links are followed, and a YOLO file names folders elsewhere."""
+    (tmp_path / "data/linked.jpg").symlink_to(tmp_path / "private/b.jpg")
+    for image in ("data/val/a.jpg", "data/linked.jpg", "private/b.jpg"):
+        validation_of(tmp_path / image).save(run / BEST_FILE)
+        assert page_of(run).count("<img") == 2
+
+
+def test_a_signature_is_of_one_list_of_images_and_one_key(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, private = run / BEST_FILE, os.fsencode(tmp_path / "private/b.jpg")
+    validation_of(tmp_path / "data/val/a.jpg").save(path)
+    assert Validation.load(path).is_own
+    rewritten(path, lambda columns: columns.update(paths=np.frombuffer(private, np.uint8)))
+    assert not Validation.load(path).is_own
+    for wrong in ("", "0" * 64, 7, None, "\ud800", ["a"]):
+        validation_of(tmp_path / "private/b.jpg").save(path)
+        rewritten(path, about(signature=wrong))
+        assert not Validation.load(path).is_own
+    Validation.load(path).save(path)  # what is read and written again gets no signature by that
+    assert not Validation.load(path).is_own
+    validation_of(tmp_path / "data/val/a.jpg").save(path)
+    try:
+        for folder, is_kept in (("cache", True), ("data/val/a.jpg", False)):  # the second is no folder
+            monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
+            signature._key.cache_clear()
+            assert not Validation.load(path).is_own
+            made_here = signature.signed(b"x")
+            assert signature.is_signed(b"x", made_here)
+            signature._key.cache_clear()
+            assert signature.is_signed(b"x", made_here) == is_kept
+        key = tmp_path / "cache/ddetr" / signature.KEY_FILE
+        assert key.stat().st_mode & 0o077 == 0
+        assert [other.name for other in key.parent.iterdir()] == [key.name]
+    finally:
+        signature._key.cache_clear()
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "text"])
