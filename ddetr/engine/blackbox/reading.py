@@ -1,9 +1,7 @@
 """A bundle read back. It may come from anybody, so nothing in it is believed: types, ranges and sizes are checked
 before anything is computed with them."""
 
-import io
 import sys
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,8 @@ from ddetr.untrusted import (
     MAX_RUN_BYTES,
     MAX_SIDE,
     MAX_THREADS,
-    check_tensors,
+    load_tensors,
     one_line,
-    open_file,
     parse_json,
     read_text,
 )
@@ -67,10 +64,7 @@ def _read_header(file: Path) -> dict[str, Any]:
 
 def _read_state(file: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        with open_file(file) as raw:
-            size = _stored_bytes(raw)
-            state = torch.load(raw, map_location="cpu", weights_only=True)
-        check_tensors(state, size)
+        state = load_tensors(file)
     except FileNotFoundError:
         raise InputError(
             f"replay: {file.parent} holds no state.pt, batch and weights of the step: {header['what']}"
@@ -82,16 +76,6 @@ def _read_state(file: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise InputError(f"replay: {file} is damaged: its {wrong[0]} is not whole")
     return state
-
-
-def _stored_bytes(raw: io.BufferedIOBase) -> int:
-    """Size of an archive of PyTorch's. It does not compress: what is compressed may grow a thousandfold."""
-    with zipfile.ZipFile(raw) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is compressed, which PyTorch's files never are")
-    size = raw.seek(0, io.SEEK_END)
-    raw.seek(0)
-    return size
 
 
 def _is_whole(value: Any, low: float = -(2**63), high: float = 2**64) -> bool:
