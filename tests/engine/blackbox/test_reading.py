@@ -158,7 +158,7 @@ def test_a_compressed_archive_is_refused(bundle: Path) -> None:
     with zipfile.ZipFile(bundle / "state.pt", "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in content.items():
             archive.writestr(name, data)
-    with pytest.raises(InputError, match=r"state\.pt is damaged \(it is compressed"):
+    with pytest.raises(InputError, match=r"state\.pt is damaged \(its records are compressed"):
         replay(str(bundle), device="cpu")
 
 
