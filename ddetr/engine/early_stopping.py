@@ -44,8 +44,9 @@ class EarlyStopping(Callback):
         self._decide(trainer)
 
     def _decide(self, trainer: pl.Trainer) -> None:
-        # One process that stopped alone would leave the others waiting for it.
-        if not trainer.strategy.reduce_boolean_decision(self.num_worse >= self.patience, all=False):
+        # One process that stopped alone would leave the others waiting for it: the first decides for all.
+        is_over = trainer.is_global_zero and self.num_worse >= self.patience
+        if not trainer.strategy.reduce_boolean_decision(is_over, all=False):
             return
         trainer.should_stop = True
         if trainer.is_global_zero:
