@@ -29,7 +29,7 @@ def write_atomically(path: Path, write: Callable[[Path], object], keep_as: Path 
             os.replace(path, keep_as)
         os.replace(temporary, path)
     except OSError as error:
-        if error.filename is None:  # a full disk does not say for which file
+        if error.filename is None and error.errno is not None:  # a full disk does not say for which file
             error.filename = str(path)
         raise
     finally:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -240,11 +241,9 @@ def test_what_ends_the_thread_of_tensorboard_is_no_traceback(tmp_path: Path, cap
     loggers.on_train_start(type("Trainer", (), {"global_step": 0}), None)
     writer = loggers._open["tensorboard"].experiment._get_file_writer().event_writer._async_writer
     shutil.rmtree(tmp_path / "tensorboard")
-    while writer._worker.is_alive():
-        loggers.send("train", 1, {"loss": 1.0})
-        loggers._open["tensorboard"].experiment.flush() if loggers._open else None
-        if not loggers._open:
-            break
+    loggers.send("train", 1, {"loss": 1.0})
+    with suppress(OSError):  # the writer's, where it has come to the row by now
+        writer.flush()
     writer._worker.join()
     loggers.send("train", 2, {"loss": 1.0})
     assert "tensorboard failed and is switched off, the run goes on without it (FileNotFoundError: " in caplog.text
