@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,12 @@ def test_two_processes_killed_at_twenty_random_moments_resume_exactly(two_proces
             if process.poll() is not None:
                 pass
             elif number % 2:
-                children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-                for child in children[: draw.choice((1, 2))]:
-                    os.kill(int(child), KILL)
-            else:
-                os.killpg(process.pid, KILL)
+                for child in children_of(process.pid)[: draw.choice((1, 2))]:
+                    kill(child)
+            else:  # torchrun first; its processes have sessions of their own and would go on
+                children = children_of(process.pid)
+                for one in (process.pid, *children):
+                    kill(one)
             assert process.wait(120) != 0 or state_step(run) == state_step(whole)
     assert two_processes(run, "--resume").wait(600) == 0
     first, second = (torch.load(path / "last.ckpt", weights_only=True) for path in (whole, run))
@@ -79,6 +81,15 @@ def test_two_processes_killed_at_twenty_random_moments_resume_exactly(two_proces
     for kind in ("state_dict", "average"):
         assert [name for name, value in first[kind].items() if not torch.equal(value, second[kind][name])] == []
     assert (whole / "val.csv").read_text() == (run / "val.csv").read_text()
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, KILL)
 
 
 def state_step(run: Path) -> int:
