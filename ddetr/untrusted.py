@@ -5,6 +5,7 @@ anybody has had, far below what takes a machine down. The functions are the one 
 they import nothing heavy.
 """
 
+import csv
 import errno
 import json
 import math
@@ -219,6 +220,19 @@ def _check_yaml(events: Iterable[Any], what: str) -> None:
             open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + size)
         if size > MAX_YAML_NODES or (open_nodes and open_nodes[-1][1] > MAX_YAML_NODES):
             raise InputError(f"{what} holds more than {MAX_YAML_NODES:,} values (aliases count as often as they stand)")
+
+
+def parse_csv(text: str) -> list[list[str]]:
+    """The rows of a CSV text that a run has written line by line, without a last line that has no end: it may have lost
+    digits. Zeros, as a crash of the machine leaves them, are no characters.
+
+    Raises:
+        ValueError: broken.
+    """
+    try:
+        return list(csv.reader(text[: text.rfind("\n") + 1].replace("\0", "").splitlines()))
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import datetime
 import math
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from ddetr.untrusted import (
     MAX_TABLE_BYTES,
     MAX_YAML_BYTES,
     one_line,
+    parse_csv,
     parse_json,
     parse_yaml,
     read_text,
@@ -157,18 +157,12 @@ class RunFiles:
     def _table(self, name: str) -> Table:
         """A row that was half written when the run was killed is left out, and so is what is no number."""
         try:
-            text = read_text(self.path / name, MAX_TABLE_BYTES, encoding="utf-8", errors="replace")
+            header, *rows = parse_csv(read_text(self.path / name, MAX_TABLE_BYTES, "utf-8", "replace")) or [[]]
         except FileNotFoundError:
             self.missing.append((name, f"not there: {FILES[name].without}"))
             return {}
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.missing.append((name, f"can't be read ({_first_line(error)}): {FILES[name].without}"))
-            return {}
-        whole = text[: text.rfind("\n") + 1]  # a last line without its end may have lost digits
-        try:
-            header, *rows = list(csv.reader(whole.replace("\0", "").splitlines())) or [[]]
-        except csv.Error as error:
-            self.missing.append((name, f"can't be read ({error}): {FILES[name].without}"))
             return {}
         if len(header) > MAX_COLUMNS:
             self.missing.append((name, f"has {len(header):,} columns and is left out: ours have some dozens"))

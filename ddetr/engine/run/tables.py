@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.files import write_text
-from ddetr.untrusted import MAX_TABLE_BYTES, read_bytes
+from ddetr.untrusted import MAX_TABLE_BYTES, parse_csv, read_text
 
 logger = logging.getLogger(__name__)
 
 KEY = "step"  # the column that each row has: a whole number
+_LONGEST_LINE = 100_000  # bytes; a row is far shorter
 
 
 class Table:
@@ -43,20 +44,15 @@ class Table:
     def rows(self) -> list[dict[str, str]]:
         """Those that are whole: a killed process may leave half a row, and versions before this one half a row with
         another one behind it."""
-        columns = self._columns()
-        if columns is None:
-            return []
-        text = read_bytes(self.path, MAX_TABLE_BYTES).decode("utf-8", "replace")
-        lines = csv.reader(text[: text.rfind("\n") + 1].splitlines())
-        rows = [dict(zip(columns, line)) for line in lines if len(line) == len(columns)]
-        return [row for row in rows if row[KEY].isdecimal()]
+        return self._read()[1]
 
     def drop_after(self, step: int) -> None:
         """Takes back what a killed run wrote after the state that it resumes from, and what is no whole row. A full
         disk has room for it: where only an end is taken away, the file is cut."""
         if not self.path.is_file():
             return
-        columns, rows = self._columns(), [row for row in self.rows() if int(row[KEY]) <= step]
+        columns, rows = self._read()
+        rows = [row for row in rows if int(row[KEY]) <= step]
         if columns is None and self.path.stat().st_size:
             aside = self.path.with_name(f"{self.path.name}.damaged")
             os.replace(self.path, aside)
@@ -70,14 +66,25 @@ class Table:
             else:
                 self._write(rows, columns)
 
+    def _read(self) -> tuple[list[str] | None, list[dict[str, str]]]:
+        """The header, None where there is no whole one or the file is broken, and the whole rows."""
+        columns = self._columns()
+        if columns is None:
+            return None, []
+        try:
+            _, *lines = parse_csv(read_text(self.path, MAX_TABLE_BYTES, "utf-8", "replace"))
+        except ValueError:
+            return None, []
+        rows = [dict(zip(columns, line)) for line in lines if len(line) == len(columns)]
+        return columns, [row for row in rows if row[KEY].isdecimal()]
+
     def _columns(self) -> list[str] | None:
         """Of the file's header; None where there is no file yet, or none with a whole header."""
         if not self.path.is_file():
             return None
         with self.path.open("rb") as file:
-            line = file.readline(100_000)
-        columns = next(csv.reader([line.decode("utf-8", "replace")]), [])
-        return columns if line.endswith(b"\n") and KEY in columns else None
+            header = parse_csv(file.readline(_LONGEST_LINE).decode("utf-8", "replace"))
+        return header[0] if header and KEY in header[0] else None
 
     def _write(self, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
         """Anew, with the rows that wait."""
@@ -112,7 +119,9 @@ def _append(path: Path, text: str) -> None:
 def _end_of_lines(file: io.FileIO) -> int:
     """Where the last line that is whole ends."""
     size = file.seek(0, os.SEEK_END)
-    start = max(0, size - 100_000)  # a row is far shorter
-    file.seek(start)
-    tail = file.read(size - start) or b""
-    return start + tail.rfind(b"\n") + 1
+    for length in (1, _LONGEST_LINE):  # nearly always its last byte says it
+        start = max(0, size - length)
+        file.seek(start)
+        if (end := (file.read(size - start) or b"").rfind(b"\n")) >= 0:
+            return start + end + 1
+    return start

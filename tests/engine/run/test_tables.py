@@ -88,6 +88,21 @@ def test_a_header_that_never_came(table: Table) -> None:
     assert [row["step"] for row in table.rows()] == ["7"]
 
 
+def test_zeros_and_endless_cells_are_no_rows(table: Table) -> None:
+    """What a crash of the machine leaves in the place of pages that it had not written."""
+    fill(table, 1, 2)
+    with table.path.open("ab") as file:
+        file.write(bytes(5000))
+    assert [row["step"] for row in table.rows()] == ["1", "2"]
+    fill(table, 3)
+    assert table.path.read_text() == "step,loss\n1,0.5\n2,1.0\n3,1.5\n"
+    with table.path.open("a") as file:
+        file.write("4," + "9" * 200_000 + "\n")
+    assert table.rows() == []
+    table.drop_after(3)
+    assert table.path.with_name("train.csv.damaged").read_text().startswith("step,loss\n1,0.5\n")
+
+
 def test_a_row_that_others_are_glued_to_is_left_out(table: Table) -> None:
     table.path.write_text("step,loss\n1,0.5\n2,0.3,0.25\nx,1\n4,2.0\n5,2.5\n")
     table.drop_after(4)
