@@ -58,9 +58,7 @@ def read_weights(path: Path) -> SourceWeights:
         kind, tensors, config = "ddetr", checkpoint.model, checkpoint.config
         classes = _row_classes(checkpoint)
     else:
-        detector = find_detector(with_average(content))
-        if detector is None:
-            raise InputError(_why_none(path, content))
+        detector = _detector(path, content)
         content = mapping_of(content) or {}
         kind, where, others = detector.kind, detector.where, detector.others
         tensors = _each_head_once(path, _official(path, detector, records))
@@ -74,6 +72,21 @@ def read_weights(path: Path) -> SourceWeights:
         got = "nothing" if level_embed is None else f"the shape {tuple(level_embed.shape)}"
         raise InputError(f"{path}: expected level_embed to be a tensor of a vector per level, got {got}")
     return SourceWeights(kind, tensors, classes, _numbers(config), where, others)
+
+
+def check_is_weights(path: Path) -> None:
+    """Raises `InputError` as `read_weights` does where there is no file, or one of another kind. The numbers themselves
+    are not read."""
+    content, metadata, *_ = read_files(path)
+    if not is_checkpoint(content, metadata):
+        _detector(path, content)
+
+
+def _detector(path: Path, content: Any) -> Detector:
+    detector = find_detector(with_average(content))
+    if detector is None:
+        raise InputError(_why_none(path, content))
+    return detector
 
 
 def _row_classes(checkpoint: Checkpoint) -> tuple[RowClass, ...]:

@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from ddetr import console
 from ddetr.checkpoint import Checkpoint, load_weights
-from ddetr.checkpoint.foreign import read_weights
+from ddetr.checkpoint.foreign import check_is_weights
 from ddetr.datasets import Annotations, AuditReport, audit
 from ddetr.datasets.splits import load_splits
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
@@ -211,7 +211,7 @@ def _check_options(config: TrainConfig, num_processes: int, *, is_resumed: bool)
     if isinstance(config.batch_size, int) and config.batch_size % num_processes:
         raise InputError(f"batch_size {config.batch_size} must be divisible by the {num_processes} processes")
     if config.weights is not None and not is_resumed and is_first_process():
-        read_weights(Path(config.weights))
+        check_is_weights(Path(config.weights))
 
 
 def build(prepared: Prepared) -> Built:
