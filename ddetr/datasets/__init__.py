@@ -6,11 +6,7 @@ image_header.py   an image file's size and orientation, undecoded
 images.py         the decode policy: read_image, image_size_hw
 image_input.py    what people pass as an image (files, Pillow, arrays, tensors), by the same policy
 image_files.py    finding image files and settling the frame that their boxes live in
-coco_layout.py    where COCO data sets keep things
-coco_json.py      a COCO file's JSON
-coco_reader.py    reader: COCO
-voc.py            reader: Pascal VOC
-yolo.py           reader: YOLO
+readers/          one file for each format: COCO, Pascal VOC, YOLO
 load.py           load_annotations: which format, which split, which reader
 splits.py         settings -> annotations of a split
 shapes.py         the embedded data set, drawn

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import Annotations
-from ddetr.datasets.coco_json import read_categories
 from ddetr.datasets.dataset import DetectionDataset
 from ddetr.datasets.load import default_splits, load_annotations
+from ddetr.datasets.readers.coco_json import read_categories
 from ddetr.datasets.transforms import official_eval, official_train
 from ddetr.errors import InputError
 

@@ -7,15 +7,15 @@ from os import PathLike
 from pathlib import Path
 
 from ddetr.datasets.annotations import Annotations, Category, split_error
-from ddetr.datasets.coco_layout import coco_splits
-from ddetr.datasets.coco_reader import read_coco
-from ddetr.datasets.voc import read_voc, voc_splits
-from ddetr.datasets.yolo import read_yolo, yolo_splits
+from ddetr.datasets.readers.coco import read_coco
+from ddetr.datasets.readers.coco_layout import coco_splits
+from ddetr.datasets.readers.reader import Reader, Wanted
+from ddetr.datasets.readers.voc import read_voc, voc_splits
+from ddetr.datasets.readers.yolo import read_yolo, yolo_splits
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.wording import did_you_mean, first_few
 
-FORMATS = ("coco", "voc", "yolo")  # in the order in which they are tried: a COCO file says most
 _TRAIN_NAMES = ("train", "train2017", "training", "trainval", "all")
 _VAL_NAMES = ("val", "val2017", "valid", "validation", "test", "testing")
 
@@ -44,38 +44,50 @@ def load_annotations(
         check_images: False trusts the width and height of a COCO file and saves reading a header per image.
     """
     path = existing(path)
+    images = _inside(path, image_dir, "image_dir") if image_dir is not None else None
     if annotation_file is not None:
         if format not in ("auto", "coco"):
             raise InputError(f"annotation_file is for the COCO format; {format} has none")
         file = _inside(path, annotation_file, "annotation_file")
-        root = path if path.is_dir() else _coco_root(file)
-        return _read_coco(root, split, file, image_dir, categories, check_images)
+        root = path if path.is_dir() else _home(file)
+        return read_coco(root, split, file, image_dir=images, categories=categories, check_images=check_images)
     format = detect_format(path) if format == "auto" else _known(format)
-    if format == "coco":
-        splits = coco_splits(path)
-        if split not in splits:
-            raise split_error(path, split, list(splits))
-        root = path if path.is_dir() else _coco_root(path)
-        return _read_coco(root, split, splits[split], image_dir, categories, check_images)
-    images = _inside(path, image_dir, "image_dir") if image_dir is not None else None
-    if format == "voc":
-        train_split = default_splits(path, "voc")[0]
-        return read_voc(path, split, train_split=train_split, image_dir=images, categories=categories)
-    if images is not None:
-        raise InputError("image_dir is for COCO and VOC; a YOLO data set names its images in data.yaml")
-    return read_yolo(path, split, categories=categories)
+    train_split = _train_split(list(FORMATS[format].splits(path)))
+    return FORMATS[format].read(Wanted(path, split, train_split, images, categories, check_images))
+
+
+def _read_coco(wanted: Wanted) -> Annotations:
+    path, splits = wanted.path, coco_splits(wanted.path)
+    if wanted.split not in splits:
+        raise split_error(path, wanted.split, list(splits))
+    return read_coco(
+        path if path.is_dir() else _home(path),
+        wanted.split,
+        splits[wanted.split],
+        image_dir=wanted.image_dir,
+        categories=wanted.categories,
+        check_images=wanted.check_images,
+    )
+
+
+# In the order in which they are tried: a COCO file says most.
+FORMATS: dict[str, Reader] = {
+    "coco": Reader("COCO", "annotations/*.json or */_annotations.coco.json", coco_splits, _read_coco),
+    "voc": Reader("Pascal VOC", "Annotations/*.xml", voc_splits, read_voc),
+    "yolo": Reader("YOLO", "data.yaml, or images/ and labels/", yolo_splits, read_yolo),
+}
 
 
 def detect_format(path: str | PathLike) -> str:
     """ "coco", "voc" or "yolo"; `InputError` says what was looked for where none is there."""
     path = existing(path)
-    for format in FORMATS:
-        if _splits(path, format):
+    for format, reader in FORMATS.items():
+        if reader.splits(path):
             return format
     found = "a file of another kind" if path.is_file() else first_few(sorted(entry.name for entry in path.iterdir()), 8)
+    known = [f"{reader.title} ({reader.layout})" for reader in FORMATS.values()]
     raise InputError(
-        f"{path} is no data set that is known: expected COCO (annotations/*.json or */_annotations.coco.json), "
-        f"Pascal VOC (Annotations/*.xml) or YOLO (data.yaml, or images/ and labels/); found {found}; "
+        f"{path} is no data set that is known: expected {', '.join(known[:-1])} or {known[-1]}; found {found}; "
         "files of other names can be given as annotation_file and image_dir"
     )
 
@@ -83,7 +95,7 @@ def detect_format(path: str | PathLike) -> str:
 def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:
     """The names that `load_annotations` takes as `split`."""
     path = existing(path)
-    return _splits(path, detect_format(path) if format == "auto" else _known(format))
+    return list(FORMATS[detect_format(path) if format == "auto" else _known(format)].splits(path))
 
 
 def default_splits(path: str | PathLike, format: str = "auto") -> tuple[str, str | None]:
@@ -91,11 +103,15 @@ def default_splits(path: str | PathLike, format: str = "auto") -> tuple[str, str
     splits = available_splits(path, format)
     if not splits:
         raise InputError(f"{path} holds no {format} data set")
-    train = _first(splits, _TRAIN_NAMES, "train") or (splits[0] if len(splits) == 1 else None)
+    train = _train_split(splits)
     if train is None:
         raise InputError(f"{path} has the splits {', '.join(splits)}: none is called train; name the one to train on")
     others = [split for split in splits if split not in (train, "trainval")]
     return train, _first(others, _VAL_NAMES, "val")
+
+
+def _train_split(splits: Sequence[str]) -> str | None:
+    return _first(splits, _TRAIN_NAMES, "train") or (splits[0] if len(splits) == 1 else None)
 
 
 def _first(splits: Sequence[str], names: Sequence[str], stem: str) -> str | None:
@@ -107,33 +123,16 @@ def _first(splits: Sequence[str], names: Sequence[str], stem: str) -> str | None
     return next(iter([*specific, *(split for split in alike if split.lower() != "trainval"), *exact]), None)
 
 
-def _splits(path: Path, format: str) -> list[str]:
-    if format == "coco":
-        return list(coco_splits(path))
-    if format == "voc":
-        return list(voc_splits(path)) if path.is_dir() else []
-    return list(yolo_splits(path))
-
-
-def _read_coco(
-    root: Path,
-    split: str,
-    file: Path,
-    image_dir: str | PathLike | None,
-    categories: Sequence[Category] | None,
-    check_images: bool,
-) -> Annotations:
-    images = _inside(root, image_dir, "image_dir") if image_dir is not None else None
-    return read_coco(root, split, file, image_dir=images, categories=categories, check_images=check_images)
-
-
-def _coco_root(file: Path) -> Path:
-    parent = file.resolve().parent
+def _home(path: Path) -> Path:
+    """The folder of a data set, or that of its annotation file."""
+    if path.is_dir():
+        return path
+    parent = path.resolve().parent
     return parent.parent if parent.name == "annotations" else parent
 
 
-def _inside(root: Path, name: str | PathLike, option: str) -> Path:
-    base = root if root.is_dir() else root.parent
+def _inside(path: Path, name: str | PathLike, option: str) -> Path:
+    base = _home(path)
     for place in (base / name, Path(name).expanduser()):
         if place.exists():
             return place

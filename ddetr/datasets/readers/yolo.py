@@ -19,16 +19,13 @@ from ddetr.datasets.annotations import (
     Annotations,
     Category,
     FindingLog,
-    ImageRecord,
-    ImageTable,
-    check_boxes,
     match_categories,
-    report_boxes,
     report_crowd,
     split_error,
     whole,
 )
-from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines, read_headers, settle_size
+from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, table_of
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_CLASSES,
@@ -178,8 +175,11 @@ def label_file(image: Path) -> Path:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_yolo(path: Path, split: str, *, categories: Sequence[Category] | None = None) -> Annotations:
-    """One split; `load_annotations` says what the arguments mean."""
+def read_yolo(wanted: Wanted) -> Annotations:
+    """One split; `load_annotations` says what is wanted."""
+    if wanted.image_dir is not None:
+        raise InputError("image_dir is for COCO and VOC; a YOLO data set names its images in data.yaml")
+    path, split = wanted.path, wanted.split
     splits = yolo_splits(path)
     if split not in splits:
         raise split_error(path, split, list(splits))
@@ -208,43 +208,22 @@ def read_yolo(path: Path, split: str, *, categories: Sequence[Category] | None =
             )
             log.add("too-many-classes", "refused", str(root), message)
         own = [Category(i, f"class_{i}") for i in range(min(most + 1, MAX_CLASSES))]
-    wanted = tuple(own if categories is None else categories)
-    label_of = match_categories(own, wanted, log, str(root), by_id=False)
+    categories = tuple(own if wanted.categories is None else wanted.categories)
+    label_of = match_categories(own, categories, log, str(root), by_id=False)
     label_of_id = {category.category_id: label_of[i] for i, category in enumerate(own)}
     name_of_id = {category.category_id: category.name for category in own}
 
-    records = []
-    for image, text, header in zip(images, lines, read_headers(images), strict=True):
+    def said_of(class_id: int) -> str:
+        if class_id not in name_of_id:
+            return f"Class id {class_id} has no name"
+        return f"{shortened(name_of_id[class_id], SHOWN_NAME)!r} is no class of the training set"
+
+    found = []
+    for image, text in zip(images, lines, strict=True):
         where = _shown(label_file(image), root)
-        if isinstance(header, InputError):
-            log.add("unreadable-image", "dropped", _shown(image, root), f"{header} It was left out.")
-            continue
-        ids, boxes, places = _parse(text or [], where, log)
-        size_hw = settle_size(image, header, None, boxes, log, where)
-        labels = np.array([label_of_id.get(i, -1) for i in ids], dtype=np.int64)
-        for i in np.flatnonzero(labels < 0):
-            said = f"Class id {ids[i]} has no name"
-            if ids[i] in name_of_id:
-                said = f"{shortened(name_of_id[ids[i]], SHOWN_NAME)!r} is no class of the training set"
-            log.add("category-unknown", "dropped", places[i], f"{said}; the object was left out.")
-        boxes = boxes * np.array([size_hw[1], size_hw[0]] * 2)
-        check = check_boxes(boxes, size_hw)
-        report_boxes(log, check, boxes, places.__getitem__)
-        keep = check.usable & (labels >= 0)
-        kept = check.boxes_xyxy[keep]
-        records.append(
-            ImageRecord(
-                image_id=len(records) + 1,
-                path=image,
-                size_hw=size_hw,
-                boxes_xyxy=kept,
-                labels=labels[keep],
-                area=(kept[:, 2:] - kept[:, :2]).prod(axis=1),
-                ignore=np.zeros(len(kept), dtype=bool),
-            )
-        )
-    name = f"{root.name}/{split}"
-    return whole(name, "yolo", wanted, ImageTable.from_records(records), log)
+        ids, boxes, numbers = _parse(text or [], where, log)
+        found.append(LabelledImage(image, where, ids, boxes, numbers, in_fractions=True, unit="line"))
+    return whole(f"{root.name}/{split}", "yolo", categories, table_of(found, label_of_id, log, said_of), log)
 
 
 def _names(root: Path, file: Path | None, log: FindingLog) -> list[Category]:
@@ -292,9 +271,9 @@ def _read_lines(file: Path, log: FindingLog) -> list[str] | None:
         return []
 
 
-def _parse(lines: Sequence[str], where: str, log: FindingLog) -> tuple[list[int], np.ndarray, list[str]]:
-    """Class ids, corners (n, 4) in fractions of the image, and the place of each object."""
-    ids, boxes, places = [], [], []
+def _parse(lines: Sequence[str], where: str, log: FindingLog) -> tuple[list[int], np.ndarray, list[int]]:
+    """Class ids, corners (n, 4) in fractions of the image, and the line of each object."""
+    ids, boxes, numbers = [], [], []
     if len(lines) > MAX_OBJECTS:
         report_crowd(log, where, len(lines))
     for number, line in enumerate(lines[:MAX_OBJECTS], 1):
@@ -322,8 +301,8 @@ def _parse(lines: Sequence[str], where: str, log: FindingLog) -> tuple[list[int]
             box = np.concatenate([centre - half, centre + half])
         ids.append(class_id)
         boxes.append(box)
-        places.append(place)
-    return ids, np.array(boxes, dtype=np.float64).reshape(-1, 4), places
+        numbers.append(number)
+    return ids, np.array(boxes, dtype=np.float64).reshape(-1, 4), numbers
 
 
 def _shown(file: Path, root: Path) -> str:

@@ -23,9 +23,9 @@ from ddetr.datasets.annotations import (
     report_boxes,
     whole,
 )
-from ddetr.datasets.coco_json import categories_of, entries_of, load_json, without_collector
-from ddetr.datasets.coco_layout import choose_image_dir, image_dirs, last_part
 from ddetr.datasets.image_files import ImageFolders, read_headers, settle_size
+from ddetr.datasets.readers.coco_json import categories_of, entries_of, load_json, without_collector
+from ddetr.datasets.readers.coco_layout import choose_image_dir, image_dirs, last_part
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_PATH, SHOWN_NAME, one_line, shortened
 

@@ -9,7 +9,6 @@ dropped. Folders of images with their XML files beside them (Roboflow's export) 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from xml.etree import ElementTree
@@ -17,21 +16,11 @@ from xml.parsers import expat
 
 import numpy as np
 
-from ddetr.datasets.annotations import (
-    Annotations,
-    Category,
-    FindingLog,
-    ImageRecord,
-    ImageTable,
-    check_boxes,
-    report_boxes,
-    report_crowd,
-    split_error,
-    whole,
-)
-from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines, read_headers, settle_size
+from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
+from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, read_bytes, shortened
+from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, read_bytes
 
 WHOLE = "all"  # the one split of a data set that has none
 
@@ -52,6 +41,8 @@ def voc_root(path: Path) -> Path | None:
 
 def voc_splits(path: Path) -> dict[str, Path]:
     """Split name -> its list of images, or its folder of XML files; {} where there is no VOC data set."""
+    if path.is_file():
+        return {}
     root = voc_root(path)
     if root is None:
         return {f.name: f for f in sorted(path.iterdir()) if f.is_dir() and next(f.glob("*.xml"), None)}
@@ -62,32 +53,18 @@ def voc_splits(path: Path) -> dict[str, Path]:
     return splits or {WHOLE: root / "Annotations"}
 
 
-def read_voc(
-    path: Path,
-    split: str,
-    *,
-    train_split: str,
-    image_dir: Path | None = None,
-    categories: Sequence[Category] | None = None,
-) -> Annotations:
-    """One split; `train_split` is the one whose class names make the labels where `categories` doesn't give them."""
-    splits = voc_splits(path)
-    if split not in splits:
-        raise split_error(path, split, list(splits))
+def read_voc(wanted: Wanted) -> Annotations:
+    """One split; `load_annotations` says what is wanted."""
+    path = wanted.path
     root = voc_root(path) or path
-    log = FindingLog()
-    files = _xml_files(root, splits[split], log)
-    trees = {file: tree for file in files if (tree := _parse(file, root, log)) is not None}
-    if categories is None:
-        others = trees.values()
-        if split != train_split and train_split in splits:
-            silent = FindingLog()
-            training_files = _xml_files(root, splits[train_split], silent)
-            others = [tree for file in training_files if (tree := _parse(file, root, silent)) is not None]
-        names = sorted({name for tree in others for obj in tree.iterfind("object") if (name := _text(obj, "name"))})
-        categories = [Category(label + 1, name) for label, name in enumerate(names)]
-    records = _records(root, trees, image_dir, tuple(categories), log)
-    return whole(f"{path.name}/{split}", "voc", categories, ImageTable.from_records(records), log)
+    found_images = ImageFolders()
+
+    def read(listing: Path, log: FindingLog) -> list[LabelledImage]:
+        files = _xml_files(root, listing, log)
+        trees = {file: tree for file in files if (tree := _parse(file, root, log)) is not None}
+        return _images(root, trees, wanted.image_dir, found_images, log)
+
+    return read_labelled(wanted, "voc", voc_splits(path), read)
 
 
 def _xml_files(root: Path, listing: Path, log: FindingLog) -> list[Path]:
@@ -143,58 +120,29 @@ def _check_entities(content: bytes) -> None:
         parser.Parse(content, True)
 
 
-def _records(
+def _images(
     root: Path,
     trees: dict[Path, ElementTree.Element],
     image_dir: Path | None,
-    categories: tuple[Category, ...],
+    folders: ImageFolders,
     log: FindingLog,
-) -> list[ImageRecord]:
-    folders = ImageFolders()
-    found: list[tuple[Path, Path]] = []
+) -> list[LabelledImage]:
+    images = []
     for file, tree in trees.items():
-        image = _find_image(root, file, tree, image_dir, folders)
-        if image is None:
+        where = str(file.relative_to(root))
+        path = _find_image(root, file, tree, image_dir, folders)
+        if path is None:
             message = "Its image was not found in JPEGImages or beside it; it was left out."
-            log.add("missing-image", "dropped", str(file.relative_to(root)), message)
-        else:
-            found.append((file, image))
-    if trees and not found:
+            log.add("missing-image", "dropped", where, message)
+            continue
+        names, difficult, boxes, numbers = _objects(tree, where, log)
+        size_hw = _declared_hw(tree, where, log)
+        images.append(LabelledImage(path, where, names, boxes, numbers, declared_hw=size_hw, ignore=difficult))
+    if trees and not images:
         looked = image_dir or root / "JPEGImages"
         message = f"None of the {len(trees)} images was found in {looked}; give image_dir."
         log.add("every-image-missing", "refused", str(root), message, count=len(trees))
-    records = []
-    label_of = {category.name: label for label, category in enumerate(categories)}
-    headers = read_headers([image for _, image in found])
-    for (file, image), header in zip(found, headers, strict=True):
-        where = str(file.relative_to(root))
-        if isinstance(header, InputError):
-            log.add("unreadable-image", "dropped", where, f"{header} It was left out.")
-            continue
-        names, difficult, boxes, places = _objects(trees[file], where, log)
-        size_hw = settle_size(image, header, _declared_hw(trees[file], where, log), boxes, log, where)
-        if size_hw is None:
-            continue
-        labels = np.array([label_of.get(name, -1) for name in names], dtype=np.int64)
-        for i in np.flatnonzero(labels < 0):
-            message = f"{shortened(names[i], SHOWN_NAME)!r} is no class of the training set; the object was left out."
-            log.add("category-unknown", "dropped", places[i], message)
-        check = check_boxes(boxes, size_hw)
-        report_boxes(log, check, boxes, places.__getitem__)
-        keep = check.usable & (labels >= 0)
-        kept = check.boxes_xyxy[keep]
-        records.append(
-            ImageRecord(
-                image_id=len(records) + 1,
-                path=image,
-                size_hw=size_hw,
-                boxes_xyxy=kept,
-                labels=labels[keep],
-                area=(kept[:, 2:] - kept[:, :2]).prod(axis=1),
-                ignore=difficult[keep],
-            )
-        )
-    return records
+    return images
 
 
 def _find_image(
@@ -213,9 +161,9 @@ def _find_image(
 
 def _objects(
     tree: ElementTree.Element, where: str, log: FindingLog
-) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
-    """Names, difficult (n,) bool, corners as written (n, 4), and the place of each object that has a box."""
-    names, difficult, boxes, places = [], [], [], []
+) -> tuple[list[str], np.ndarray, np.ndarray, list[int]]:
+    """Names, difficult (n,) bool, corners as written (n, 4), and the number of each object that has a box."""
+    names, difficult, boxes, numbers = [], [], [], []
     objects = tree.findall("object")
     if len(objects) > MAX_OBJECTS:
         report_crowd(log, where, len(objects))
@@ -230,8 +178,8 @@ def _objects(
         names.append(name)
         difficult.append(_text(obj, "difficult") in ("1", "true", "True"))
         boxes.append([_number(_text(box, key)) for key in ("xmin", "ymin", "xmax", "ymax")])
-        places.append(place)
-    return names, np.array(difficult, dtype=bool), np.array(boxes, dtype=np.float64).reshape(-1, 4), places
+        numbers.append(number)
+    return names, np.array(difficult, dtype=bool), np.array(boxes, dtype=np.float64).reshape(-1, 4), numbers
 
 
 def _declared_hw(tree: ElementTree.Element, where: str, log: FindingLog) -> tuple[int, int] | None:

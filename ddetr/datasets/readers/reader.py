@@ -1,0 +1,139 @@
+"""What a reader is, and what readers of one label file per image, or of a table, have in common: they find images with
+objects by name; sizes, boxes and labels are settled here, by the same rules for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddetr.datasets.annotations import (
+    Annotations,
+    Category,
+    FindingLog,
+    ImageRecord,
+    ImageTable,
+    check_boxes,
+    report_boxes,
+    split_error,
+    whole,
+)
+from ddetr.datasets.image_files import read_headers, settle_size
+from ddetr.errors import InputError
+from ddetr.untrusted import SHOWN_NAME, shortened
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `load_annotations` was asked for; it says what each field means."""
+
+    path: Path
+    split: str
+    train_split: str | None = None  # whose class names make the labels where `categories` doesn't give them
+    image_dir: Path | None = None
+    categories: Sequence[Category] | None = None
+    check_images: bool = True
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A format: how it is recognised, and how a split of it is read."""
+
+    title: str  # "Pascal VOC"
+    layout: str  # what is looked for, for people: "Annotations/*.xml"
+    splits: Callable[[Path], Mapping[str, Any]]  # split name -> where it lies; {} where there is no such data set
+    read: Callable[[Wanted], Annotations]
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """An image as its labels describe it, before its file is opened; n objects."""
+
+    path: Path
+    where: str  # its label file, for people
+    classes: Sequence[Any]  # (n,) name of each object's class, or another key of `label_of`
+    boxes_xyxy: np.ndarray  # (n, 4) as written
+    numbers: Sequence[int]  # (n,) of the objects in the label file
+    in_fractions: bool = False  # the boxes are fractions of the image, not pixels
+    declared_hw: tuple[int, int] | None = None  # size of the image that the labels state
+    ignore: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (n,), or (0,) for none
+    unit: str = "object"  # what the numbers count: "object", "line", "row"
+
+    def place(self, i: int) -> str:
+        return f"{self.where}, {self.unit} {self.numbers[i]}"
+
+
+def read_labelled(
+    wanted: Wanted,
+    format: str,
+    splits: Mapping[str, Any],
+    read: Callable[[Any, FindingLog], list[LabelledImage]],
+) -> Annotations:
+    """A split of a format that names the class of each object: labels are the training split's names, sorted.
+
+    read: the images of what `splits` holds of a split; what is wrong with them goes to the log.
+    """
+    if wanted.split not in splits:
+        raise split_error(wanted.path, wanted.split, list(splits))
+    log = FindingLog()
+    images = read(splits[wanted.split], log)
+    categories = wanted.categories
+    if categories is None:
+        others = images
+        if wanted.split != wanted.train_split and wanted.train_split in splits:
+            others = read(splits[wanted.train_split], FindingLog())
+        names = sorted({name for image in others for name in image.classes})
+        categories = [Category(label + 1, name) for label, name in enumerate(names)]
+    label_of = {category.name: label for label, category in enumerate(categories)}
+    table = table_of(images, label_of, log)
+    return whole(f"{wanted.path.name}/{wanted.split}", format, categories, table, log)
+
+
+def _no_class_of_training(name: Any) -> str:
+    return f"{shortened(str(name), SHOWN_NAME)!r} is no class of the training set"
+
+
+def table_of(
+    images: Sequence[LabelledImage],
+    label_of: Mapping[Any, int],
+    log: FindingLog,
+    said_of: Callable[[Any], str] = _no_class_of_training,
+) -> ImageTable:
+    """The images that can be read, with the objects that can be used; what is left out, and why, goes to the log.
+
+    label_of: label of each class, -1 or nothing for one that is left out; said_of: why.
+    """
+    records = []
+    for image, header in zip(images, read_headers([image.path for image in images]), strict=True):
+        if isinstance(header, InputError):
+            log.add("unreadable-image", "dropped", image.where, f"{header} It was left out.")
+            continue
+        size_hw = settle_size(image.path, header, image.declared_hw, image.boxes_xyxy, log, image.where)
+        if size_hw is None:
+            continue
+        labels = np.array([label_of.get(key, -1) for key in image.classes], dtype=np.int64)
+        for i in np.flatnonzero(labels < 0).tolist():
+            message = f"{said_of(image.classes[i])}; the object was left out."
+            log.add("category-unknown", "dropped", image.place(i), message)
+        boxes = image.boxes_xyxy
+        if image.in_fractions:
+            boxes = boxes * np.array([size_hw[1], size_hw[0]] * 2)
+        check = check_boxes(boxes, size_hw)
+        report_boxes(log, check, boxes, image.place)
+        keep = check.usable & (labels >= 0)
+        kept = check.boxes_xyxy[keep]
+        records.append(
+            ImageRecord(
+                image_id=len(records) + 1,
+                path=image.path,
+                size_hw=size_hw,
+                boxes_xyxy=kept,
+                labels=labels[keep],
+                area=(kept[:, 2:] - kept[:, :2]).prod(axis=1),
+                ignore=image.ignore[keep] if len(image.ignore) else np.zeros(len(kept), dtype=bool),
+            )
+        )
+    return ImageTable.from_records(records)
