@@ -1,7 +1,8 @@
 """The command line's parser: jsonargparse with messages for people.
 
-`--batch-size` is `--batch_size`, `--data PATH` is `--data.path PATH`, `--resume` alone is `--resume last`, `--optimize`
-alone is `--optimize float32`, a switch alone is `true`, and a list may be written `a,b`.
+`--batch-size` is `--batch_size`, `--data PATH` is `--data.path PATH`, `--data.strict` is `--strict` where a command is
+on data alone, `--resume` alone is `--resume last`, `--optimize` alone is `--optimize float32`, a switch alone is
+`true`, and a list may be written `a,b`.
 """
 
 import difflib
@@ -79,6 +80,8 @@ class Parser(ArgumentParser):
             name = "--" + name[2:].replace("-", "_")
             if name not in self._option_string_actions:
                 name = RENAMED.get(name, name)
+            if name not in self._option_string_actions and name.startswith("--data."):
+                name = f"--{name.removeprefix('--data.')}"  # as `train` has it, for commands on data alone
             if SHORT.get(name) in self._option_string_actions:
                 name = SHORT.get(name, name)
             value = _as_list(value) if name in lists else value

@@ -147,6 +147,12 @@ class AuditReport:
         if self.refused:
             strictly = " (--strict counts repairs and drops)" if self.strict else ""
             return f"Refused: {_plural(sum(f.count for f in self.refused), 'thing')} must be put right first{strictly}."
+        if self.val is None:
+            return (
+                "Training may start with a validation split: --data.val_fraction 0.1 holds a tenth of the images back."
+            )
+        if doubtful := [finding.message for finding in self.findings if finding.kind == "validation-is-training"]:
+            return f"Training may start. {doubtful[0]}"
         return "Training may start."
 
 
@@ -334,13 +340,21 @@ def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> None:
     for path, size in zip(train.paths, train.file_sizes, strict=True):
         if size in shared:
             of_training[size, _hash(path, whole=False)].append(path)
+    same_images = 0
     for path, size in zip(val.paths, val.file_sizes, strict=True):
         alike = of_training.get((size, _hash(path, whole=False)), []) if size in shared else []
         content = _hash(path, whole=True) if alike else b""
         same = next((other for other in alike if other == path or _hash(other, whole=True) == content), None)
         if same is not None:
+            same_images += 1
             message = f"It is the same image as {same} of training: validation would flatter the model."
             log.add("duplicate-across-splits", "note", str(path), message)
+    if 2 * same_images > len(val.paths):
+        message = (
+            f"{same_images:,} of the {len(val.paths):,} validation images are training images: the AP will say nothing "
+            "about new images. Validate on others, or hold some back with --data.val_fraction 0.1."
+        )
+        log.add("validation-is-training", "note", str(val.paths[0].parent), message, count=same_images)
 
 
 def _hash(path: Path, whole: bool) -> bytes:

@@ -21,6 +21,17 @@ class DataSource:
     """COCO annotation file of the validation split."""
     val_images: str | None = None
     """Folder of the validation images."""
+    val_fraction: float | None = option(None, at_least=0.001, at_most=0.9)
+    """Hold back this share of the training images for validation, for a data set without a validation split: 0.1 is
+    every tenth image. Which ones depends on their names and split_seed alone."""
+    group_pattern: str | None = None
+    """With val_fraction: a regular expression for image paths. Images that agree in what it matches, or in its groups,
+    stay on one side: "(.*)_[0-9]+" keeps the frames of a video together."""
+    split_seed: int = 0
+    """With val_fraction: another number holds back other images."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True)
@@ -61,7 +72,7 @@ class DataConfig(TrainingSource):
     "raise" stops. Validation always stops."""
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        super().__post_init__()
         if self.padded_shapes is not None:
             from ddetr.datasets.transforms import padded_shapes  # slow to import
 

@@ -1,13 +1,26 @@
-"""The settings of a data set -> its splits, read."""
+"""The settings of a data set -> its splits, read; where it has no validation split, one is held back from training."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import hashlib
+import logging
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
-from ddetr.datasets import Annotations, Category, ImageTable, load_annotations
+import numpy as np
+
+from ddetr.datasets import Annotations, Category, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
 from ddetr.datasets.load import default_splits
 from ddetr.errors import InputError
+from ddetr.files import existing
+from ddetr.wording import first_few
+
+logger = logging.getLogger(__name__)
+
+_FRAMES = re.compile(r"^(.*[^0-9].*?)[0-9]+\.\w+$", re.DOTALL)  # "videos/cam1_00017.jpg": "videos/cam1_"
+_FRAMES_A_VIDEO = 5
 
 
 def load_split(
@@ -20,44 +33,197 @@ def load_split(
 
     `categories` are the training set's, on to which the labels are mapped.
     """
-    split = split or getattr(data, f"{which}_split")
-    annotation_file, image_dir = getattr(data, f"{which}_annotations"), getattr(data, f"{which}_images")
+    if split is None and data.val_fraction is not None:
+        train, val = hold_back(_load(data, "train", None, categories), data)
+        return train if which == "train" else val
+    return _load(data, which, split, categories)
+
+
+def load_splits(
+    data: TrainingSource, *, keep_empty: bool = True, held_back: Collection[str] | None = None
+) -> tuple[Annotations, Annotations | None]:
+    """Training and validation annotations; the labels of both are the training set's. The second is None where there
+    is no validation split and no `val_fraction`.
+
+    Args:
+        keep_empty: whether training images without an object stay.
+        held_back: with `val_fraction`, the images that were held back before (see `image_names`).
+    """
+    train = _load(data, "train", None, None)
+    if data.val_fraction is not None:
+        train, val = hold_back(train, data, held_back)
+    elif _name_of_split(data, "val") is None:
+        val = None
+    else:
+        val = _load(data, "val", None, train.categories)
+    return (train if keep_empty else without_empty_images(train)), val
+
+
+def no_validation(data: DataSource) -> InputError:
+    """What to do about a data set without a validation split."""
+    splits = available_splits(data.path, data.format)
+    has = f"it has {first_few(splits, 8)}" if splits else "it has none"
+    return InputError(
+        f"{data.path} has no validation split of a usual name (val, valid, test, ...; {has}): --data.val_fraction 0.1 "
+        "holds back a tenth of the training images, --data.val_split names another split, --data.val_annotations "
+        "another COCO file"
+    )
+
+
+def _load(
+    data: DataSource, which: Literal["train", "val"], split: str | None, categories: Sequence[Category] | None
+) -> Annotations:
+    split = split or _name_of_split(data, which)
     if split is None:
-        split = which if annotation_file else dict(zip(("train", "val"), default_splits(data.path, data.format)))[which]
-    if split is None:
-        raise InputError(
-            f"{data.path} has no validation split of a usual name (val, valid, test, ...): name one by "
-            "val_split, or give "
-            "its annotation file by val_annotations"
-        )
+        raise no_validation(data)
     return load_annotations(
         data.path,
         split,
         format=data.format,
-        annotation_file=annotation_file,
-        image_dir=image_dir,
+        annotation_file=getattr(data, f"{which}_annotations", None),
+        image_dir=getattr(data, f"{which}_images", None),
         categories=categories,
     )
 
 
-def load_splits(data: TrainingSource, *, keep_empty: bool = True) -> tuple[Annotations, Annotations]:
-    """Training and validation annotations; the labels of both are the training set's.
-
-    keep_empty: whether training images without an object stay.
-    """
-    train = load_split(data, "train")
-    if not keep_empty:
-        train = without_empty_images(train)
-    return train, load_split(data, "val", categories=train.categories)
+def _name_of_split(data: DataSource, which: Literal["train", "val"]) -> str | None:
+    named = getattr(data, f"{which}_split", None)
+    if named is not None:
+        return named
+    if getattr(data, f"{which}_annotations", None):
+        return which
+    return dict(zip(("train", "val"), default_splits(data.path, data.format)))[which]
 
 
 def without_empty_images(annotations: Annotations) -> Annotations:
     """The images that have an object to learn from: one that is no ignore region.
 
     Raises:
-        InputError: there is none.
+        InputError: no image has any.
     """
     images = ImageTable.from_records(record for record in annotations.images if not record.ignore.all())
     if not len(images):
         raise InputError(f"{annotations.name}: none of the {len(annotations.images)} images has an object to train on")
     return replace(annotations, images=images)
+
+
+# ---- a validation split where there is none --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Images that stay together."""
+
+    indices: Sequence[int]
+    labels: np.ndarray  # (K,) bool: the classes of their objects
+
+
+def image_names(annotations: Annotations, root: Path) -> list[str]:
+    """The path of each image, from the data set's folder on where it lies in it; with /. `root` is that folder, or its
+    annotation file."""
+    home = root if root.is_dir() else root.parent
+    bases = (home, home.resolve())  # some readers resolve links, some keep them
+    images = annotations.images
+    table = images if isinstance(images, ImageTable) else ImageTable.from_records(images)
+    paths = [table.path(index) for index in range(len(table))]
+    return [
+        next((path.relative_to(base) for base in bases if path.is_relative_to(base)), path).as_posix() for path in paths
+    ]
+
+
+def hold_back(
+    train: Annotations, data: DataSource, held_back: Collection[str] | None = None
+) -> tuple[Annotations, Annotations]:
+    """Training and validation out of a training split: `data.val_fraction` of its images, decided by their names and
+    `data.split_seed`. Training keeps an image of every class.
+
+    held_back: the names of the images to hold back instead: an image that was added since then is trained on.
+
+    Raises:
+        InputError: a pattern that is none or matches nothing; no image to hold back, or none left to train on.
+    """
+    for option in ("val_split", "val_annotations", "val_images"):
+        if getattr(data, option) is not None:
+            raise InputError(f"val_fraction holds back images of the training split, {option} names others: give one")
+    names = image_names(train, existing(data.path))
+    if held_back is None:
+        chosen = _chosen(_groups(train, names, data), len(names), data)
+    else:
+        chosen = [i for i, name in enumerate(names) if name in held_back]
+    if not chosen or len(chosen) == len(names):
+        what = "no image" if not chosen else "all images"
+        raise InputError(
+            f"{train.name} has {len(names):,} images, and val_fraction {data.val_fraction:g} would hold back {what} "
+            "for validation (no class may lose its last image of training): give another fraction, another "
+            "group_pattern, or a validation split"
+        )
+    is_val = np.zeros(len(names), dtype=bool)
+    is_val[chosen] = True
+    if data.group_pattern is None:
+        _say_where_frames_are_parted(names, is_val)
+    in_val = ImageTable.from_records(train.images[i] for i in np.flatnonzero(is_val).tolist())
+    in_train = ImageTable.from_records(train.images[i] for i in np.flatnonzero(~is_val).tolist())
+    held = f"{train.name} ({data.val_fraction:g} of it)"
+    return replace(train, images=in_train), replace(train, name=held, images=in_val, findings=())
+
+
+def _groups(train: Annotations, names: Sequence[str], data: DataSource) -> list[_Group]:
+    """In an order that depends on their names and the seed alone."""
+    keys = list(names)
+    if data.group_pattern is not None:
+        try:
+            pattern = re.compile(data.group_pattern)
+        except re.error as error:
+            raise InputError(f"group_pattern: {data.group_pattern!r} is no regular expression ({error})") from None
+        matches = [pattern.search(name) for name in names]
+        if not any(matches):
+            raise InputError(f"group_pattern: {data.group_pattern!r} matches no image, such as {names[0]}")
+        keys = [
+            name if match is None else "\0".join(["", *(match.groups("") or [match[0]])])
+            for name, match in zip(names, matches, strict=True)
+        ]
+    members: dict[str, list[int]] = {}
+    for i, key in enumerate(keys):
+        members.setdefault(key, []).append(i)
+
+    def place(key: str) -> bytes:
+        return hashlib.blake2b(f"{data.split_seed}\n{key}".encode("utf-8", "surrogateescape")).digest()
+
+    groups = []
+    for key in sorted(members, key=place):
+        labels = np.zeros(len(train.categories), dtype=bool)
+        for i in members[key]:
+            labels[train.images[i].labels] = True
+        groups.append(_Group(members[key], labels))
+    return groups
+
+
+def _chosen(groups: Sequence[_Group], num_images: int, data: DataSource) -> list[int]:
+    """The indices of images: of the first groups that fit, but none that would take the last image of a class from
+    training; where none fits, of the smallest."""
+    wanted = max(1, round(num_images * data.val_fraction))
+    left = np.sum([group.labels for group in groups], axis=0, dtype=np.int64)  # groups of training with each class
+    chosen: list[int] = []
+    for group in groups:
+        if len(chosen) + len(group.indices) <= wanted and (left[group.labels] > 1).all():
+            chosen += group.indices
+            left -= group.labels
+    if not chosen:
+        spare = [group for group in groups if (left[group.labels] > 1).all()]
+        chosen = list(min(spare, key=lambda group: len(group.indices)).indices) if spare else []
+    return chosen
+
+
+def _say_where_frames_are_parted(names: Sequence[str], is_val: np.ndarray) -> None:
+    """Frames of one video on both sides make validation flatter the model; names of such sets end in numbers."""
+    videos: dict[str, list[bool]] = {}
+    for name, held in zip(names, is_val.tolist(), strict=True):
+        if match := _FRAMES.match(name):
+            videos.setdefault(match[1], []).append(held)
+    parted = [video for video, held in videos.items() if any(held) and not all(held)]
+    if len(videos) > 1 and sum(map(len, videos.values())) >= max(len(names) / 2, _FRAMES_A_VIDEO * len(videos)):
+        logger.warning(
+            "the image names look like frames of %d videos (%s), and %d of them have frames in training and in "
+            'validation, which flatters the model: --data.group_pattern "(.*[^0-9])[0-9]+[.]" keeps each on one side',
+            len(videos), first_few(sorted(videos), 3), len(parted),
+        )  # fmt: skip

@@ -68,10 +68,10 @@ class CompiledForward:
             return self._compiled(images, mask)
         except _compiler_errors() as error:
             logger.debug("torch.compile failed", exc_info=error)
-            first_line = str(error).strip().partition("\n")[0]
+            said = " ".join(str(error).split("\n\n")[0].split())  # the reason, before pages of advice
             raise InputError(
                 f"--compile: PyTorch {torch.__version__} could not compile the model for batches of "
-                f"{' x '.join(map(str, size))} ({type(error).__name__}: {first_line}); train without --compile"
+                f"{' x '.join(map(str, size))} ({type(error).__name__}: {said[:500]}); train without --compile"
             ) from error
 
 
@@ -89,9 +89,8 @@ def check_compiler(device_type: str) -> None:
             cpp_builder.get_cpp_compiler()
         except Exception as error:  # of a private class, another in each version
             raise InputError(
-                "--compile on the CPU needs a C++ compiler, and none was found (install g++, or set CXX); "
-                "train without "
-                "--compile"
+                "--compile on the CPU needs a C++ compiler, and none was found (install g++, or set CXX); train "
+                "without --compile"
             ) from error
     if sys.platform != "win32" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
         raise InputError("--compile needs a C compiler, and none was found (install gcc); train without --compile")

@@ -19,7 +19,7 @@ from ddetr import console
 from ddetr.checkpoint import Checkpoint, load_weights
 from ddetr.checkpoint.foreign import check_is_weights
 from ddetr.datasets import Annotations, AuditReport, audit
-from ddetr.datasets.splits import load_splits
+from ddetr.datasets.splits import image_names, load_splits, no_validation
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.batch_size import MemoryPlan
 from ddetr.engine.blackbox.guard import StepGuard
@@ -37,7 +37,7 @@ from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
 from ddetr.engine.preflight.run import run_preflight
 from ddetr.engine.run.data import DATA_FILE, DataTraits, check_same_data
-from ddetr.engine.run.folder import PREFLIGHT_FILE, RunFolder
+from ddetr.engine.run.folder import HELD_BACK_FILE, PREFLIGHT_FILE, RunFolder
 from ddetr.engine.run.states import RESUME_FILE
 from ddetr.engine.run_report import Report, finish, last_word
 from ddetr.engine.saving import SaveState, StateFiles
@@ -177,7 +177,10 @@ def prepare(config: TrainConfig) -> Prepared:
                 pass  # whoever cannot have it is told so before the data are read
     _check_options(config, where["devices"] * where["num_nodes"], is_resumed=resume_file is not None)
     with console.waiting(f"reading {config.data.path}"):
-        train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty)
+        held_back = run.held_back() if resume_file is not None else None
+        train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty, held_back=held_back)
+        if val_set is None:
+            raise no_validation(config.data)
         report = audit(
             train_set,
             val_set,
@@ -187,6 +190,9 @@ def prepare(config: TrainConfig) -> Prepared:
         )
     if is_first_process():
         console.show(report.render())
+        for finding in report.findings:
+            if finding.kind == "validation-is-training":  # above the progress too, not only in a long table
+                logger.warning("%s", finding.message)
     if report.refused:
         first, others = report.refused[0], len(report.refused) - 1
         more = f", and {others} more findings in the table above" if others else ""
@@ -326,6 +332,10 @@ def _write_data(prepared: Prepared) -> None:
         prepared.run.write_json("audit.json", prepared.audit.to_dict())
     with prepared.run.going_on_without(DATA_FILE):
         prepared.traits.save(prepared.run.path)
+    data = prepared.config.data
+    if data.val_fraction is not None:
+        with prepared.run.going_on_without(HELD_BACK_FILE):
+            prepared.run.write_json(HELD_BACK_FILE, image_names(prepared.val_set, existing(data.path)))
 
 
 def _said_of_schedule(config: TrainConfig) -> str:

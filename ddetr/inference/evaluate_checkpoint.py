@@ -96,7 +96,7 @@ def _read(data: DataSource, split: str | None, categories: Any, *, accept_refuse
     from ddetr.datasets.audit import render_findings
     from ddetr.datasets.splits import load_split
 
-    if split is None and data.val_split is None and data.val_annotations is None:
+    if split is None and data.val_split is None and data.val_annotations is None and data.val_fraction is None:
         splits = available_splits(data.path, data.format)
         split = splits[0] if len(splits) == 1 else None
     with console.waiting(f"reading {data.path}"):

@@ -59,6 +59,7 @@ FILES = {
     ),
     "audit.json": Entry("what was found in the data", "what was found in the data"),
     "data.npz": Entry("the files and a hash of the annotations that the run began with"),
+    "held_back.json": Entry("the images held back for validation, where --data.val_fraction chose them"),
     "run.lock": Entry("which process the folder belongs to, while it runs"),
     "preflight.json": Entry("what was tried before the first step"),
     BEST_FILE: Entry(

@@ -17,14 +17,17 @@ import pytest
 import torch
 
 from ddetr.checkpoint import load_checkpoint
+from ddetr.datasets.config import DataConfig, DataSource
+from ddetr.datasets.splits import image_names, load_splits
 from ddetr.engine import callbacks
 from ddetr.engine import train as training
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.loggers import Loggers
 from ddetr.engine.run.folder import RunFolder
 from ddetr.engine.saving import SaveState
-from ddetr.engine.train import train
+from ddetr.engine.train import prepare, train
 from ddetr.errors import InputError
+from ddetr.inference.evaluate_checkpoint import evaluate_checkpoint
 
 EPOCHS, STEPS = 2, 2  # of `short_run`: epochs, and steps per epoch
 
@@ -134,6 +137,36 @@ def test_changed_data_are_refused_or_accepted(
     file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=r"the classes are not those .* learns: class 'circle' is now 'disc'\. Put"):
         train(TrainConfig(**settings, accept_changed_data=True))
+
+
+def test_images_that_a_run_holds_back_stay_held_back(shapes: Path, short_run: dict[str, Any], tmp_path: Path) -> None:
+    """Also where images were added, which by themselves would be chosen in their place: nothing that was validated on
+    is trained on."""
+    data = shutil.copytree(shapes, tmp_path / "shapes")
+    (data / "annotations" / "instances_val.json").unlink()
+    source = DataConfig(str(data), image_size=64, num_workers=0, val_fraction=0.25)
+    settings = short_run | {"data": source, "batch_size": 2, "epochs": 1, "output": str(tmp_path / "run")}
+    train(TrainConfig(**settings))
+    held_back = json.loads((tmp_path / "run" / "held_back.json").read_text())
+    assert len(held_back) == 2
+    rows = (tmp_path / "run" / "val.csv").read_text().splitlines()
+    assert len(rows) == 2, "it validates on them"
+
+    file = data / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    for number in range(12):
+        shutil.copy(data / "train" / "000000.jpg", data / "train" / f"new{number}.jpg")
+        content["images"].append(content["images"][0] | {"id": 1000 + number, "file_name": f"new{number}.jpg"})
+    file.write_text(json.dumps(content))
+    _, by_itself = load_splits(source)
+    assert set(image_names(by_itself, data)) != set(held_back)
+    more = settings | {"resume": "last", "epochs": 2, "accept_changed_data": True}
+    prepared = prepare(TrainConfig(**more))
+    assert image_names(prepared.val_set, data) == held_back
+    assert len(prepared.train_set.images) == 8 + 12 - 2
+
+    metrics = evaluate_checkpoint(str(tmp_path / "run" / "best.pth"), DataSource(str(shapes), val_fraction=0.25))
+    assert metrics.num_images == 2
 
 
 # --- full disks

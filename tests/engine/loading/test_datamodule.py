@@ -199,16 +199,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(shapes: Path) -> None:
         loaders(shapes, world_size=3).train_dataloader()
 
 
-def test_a_missing_validation_split_is_named_with_its_cure(shapes: Path, tmp_path: Path) -> None:
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "annotations" / "instances_train.json").write_bytes(
-        (shapes / "annotations" / "instances_train.json").read_bytes()
-    )
-    (tmp_path / "train").symlink_to(shapes / "train")
-    with pytest.raises(InputError, match="no validation split.*val_split.*val_annotations"):
-        load_splits(DataConfig(str(tmp_path)))
-
-
 def test_splits_and_files_can_be_named(shapes: Path) -> None:
     train, val = load_splits(DataConfig(str(shapes), train_split="val", val_split="train"))
     assert (len(train.images), len(val.images)) == (4, 8)
@@ -397,7 +387,9 @@ def test_a_dead_loader_is_told_with_its_cures(shapes: Path) -> None:
                 os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
                 time.sleep(0.2)
 
-    with pytest.raises(InputError, match=r"images died \(Killed\).*shared memory.*--data.num_workers \(0 loads"):
+    with pytest.raises(
+        InputError, match=r"images died \((Killed|without a word)\).*shared memory.*--data.num_workers \(0 loads"
+    ):
         load()
 
 

@@ -1,0 +1,154 @@
+"""A validation split is held back where a data set has none; which images, their names decide."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dataset_parts import coco_object
+
+from ddetr.datasets import audit
+from ddetr.datasets.config import TrainingSource
+from ddetr.datasets.splits import image_names, load_split, load_splits, no_validation
+from ddetr.errors import InputError
+
+
+def names(annotations, root: Path) -> list[str]:
+    return [Path(name).name for name in image_names(annotations, root)]
+
+
+@pytest.fixture
+def flat(make_coco):
+    """Forty images with an object each; class 7 is in the first two alone."""
+    objects = [coco_object(image_id=i, category_id=7 if i < 3 else 3) for i in range(1, 41)]
+    return make_coco(objects, num_images=40)
+
+
+def test_without_a_validation_split_training_is_read_and_the_cure_is_named(flat):
+    train, val = load_splits(TrainingSource(str(flat)))
+    assert len(train.images) == 40
+    assert val is None
+    report = audit(train, val)
+    assert not report.refused
+    assert "--data.val_fraction 0.1" in str(report.render().caption)
+    with pytest.raises(InputError, match=r"no validation split.*it has train.*--data\.val_fraction 0\.1"):
+        load_split(TrainingSource(str(flat)), "val")
+    assert "--data.val_split" in str(no_validation(TrainingSource(str(flat))))
+
+
+def test_a_fraction_is_held_back_the_same_each_time(flat):
+    source = TrainingSource(str(flat), val_fraction=0.1)
+    train, val = load_splits(source)
+    assert (len(train.images), len(val.images)) == (36, 4)
+    assert not set(names(train, flat)) & set(names(val, flat))
+    assert val.categories == train.categories
+    again = load_split(source, "val", categories=train.categories)
+    assert names(again, flat) == names(val, flat)
+    others = load_split(TrainingSource(str(flat), val_fraction=0.1, split_seed=1), "val")
+    assert names(others, flat) != names(val, flat)
+
+
+def test_training_keeps_an_image_of_each_class(flat):
+    for seed in range(20):
+        train, val = load_splits(TrainingSource(str(flat), val_fraction=0.5, split_seed=seed))
+        assert len(val.images) == 20
+        of_dog = train.categories.index(next(c for c in train.categories if c.name == "dog"))
+        assert any(of_dog in record.labels for record in train.images)
+
+
+def test_images_that_were_held_back_stay_so_and_new_ones_are_trained_on(flat, write_image):
+    source = TrainingSource(str(flat), val_fraction=0.1)
+    _, val = load_splits(source)
+    held_back = image_names(val, flat)
+    less = TrainingSource(str(flat), val_fraction=0.1, split_seed=5)
+    train, again = load_splits(less, held_back=held_back)
+    assert image_names(again, flat) == held_back
+    assert len(train.images) == 36
+
+
+def test_frames_of_a_video_stay_on_one_side(make_coco, write_image, caplog):
+    frames = [f"cam{video}_{frame:03d}.jpg" for video in range(6) for frame in range(10)]
+
+    def rename(content):
+        for entry, name in zip(content["images"], frames, strict=True):
+            entry["file_name"] = name
+
+    objects = [coco_object(image_id=i) for i in range(1, 61)]
+    root = make_coco(objects, num_images=60, categories=[{"id": 3, "name": "cat"}], edit=rename)
+    for name in frames:
+        write_image(root / "train" / name)
+    with caplog.at_level(logging.WARNING, "ddetr"):
+        load_splits(TrainingSource(str(root), val_fraction=0.2))
+    assert "frames of 6 videos" in caplog.text
+    caplog.clear()
+    for pattern in (r"(.*[^0-9])[0-9]+[.]", r"cam\d", r"(cam)(\d)"):
+        train, val = load_splits(TrainingSource(str(root), val_fraction=0.2, group_pattern=pattern))
+        videos = [{name[:4] for name in names(split, root)} for split in (train, val)]
+        assert len(val.images) == 10 * len(videos[1])
+        assert not videos[0] & videos[1]
+        assert len(videos[1]) == 1 if pattern == r"cam\d" else videos[1]
+    assert not caplog.text
+
+
+def test_a_video_that_is_larger_than_the_fraction_is_held_back_whole(make_coco, write_image):
+    def rename(content):
+        for i, entry in enumerate(content["images"]):
+            entry["file_name"] = f"{'ab'[i > 5]}{i:02d}.jpg"
+
+    objects = [coco_object(image_id=i) for i in range(1, 11)]
+    root = make_coco(objects, num_images=10, categories=[{"id": 3, "name": "cat"}], edit=rename)
+    for i in range(10):
+        write_image(root / "train" / f"{'ab'[i > 5]}{i:02d}.jpg")
+    _, val = load_splits(TrainingSource(str(root), val_fraction=0.1, group_pattern="/([ab])"))
+    assert {name[0] for name in names(val, root)} == {"b"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"group_pattern": "("}, r"'\(' is no regular expression"),
+        ({"group_pattern": "frame"}, "'frame' matches no image, such as train/1.jpg"),
+        ({"group_pattern": "jpg"}, "would hold back no image"),
+        ({"val_split": "train"}, "val_split names others"),
+        ({"val_annotations": "x.json"}, "val_annotations names others"),
+    ],
+)
+def test_what_cannot_be_held_back(flat, options, said):
+    with pytest.raises(InputError, match=said):
+        load_splits(TrainingSource(str(flat), val_fraction=0.1, **options))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -1, float("nan")])
+def test_a_fraction_is_a_part(flat, fraction):
+    with pytest.raises(InputError, match=r"val_fraction must lie in 0\.001 to 0\.9"):
+        TrainingSource(str(flat), val_fraction=fraction)
+
+
+def test_one_class_in_one_image_is_left_to_training(make_coco):
+    root = make_coco([coco_object()], num_images=1, categories=[{"id": 3, "name": "cat"}])
+    with pytest.raises(InputError, match="has 1 images, and val_fraction 0.5 would hold back no image"):
+        load_splits(TrainingSource(str(root), val_fraction=0.5))
+
+
+def test_validation_that_is_the_training_set_is_said_loudly(flat):
+    train, val = load_splits(TrainingSource(str(flat), val_split="train"))
+    report = audit(train, val)
+    assert "validation-is-training" in {finding.kind for finding in report.findings}
+    assert "40 of the 40 validation images are training images" in str(report.render().caption)
+    assert not report.refused
+
+
+def test_boxes_and_labels_follow_their_images(flat):
+    whole, _ = load_splits(TrainingSource(str(flat)))
+    boxes = {record.path: record.boxes_xyxy for record in whole.images}
+    for split in load_splits(TrainingSource(str(flat), val_fraction=0.3)):
+        for record in split.images:
+            np.testing.assert_array_equal(record.boxes_xyxy, boxes[record.path])
+
+
+def test_names_do_not_depend_on_where_one_stands(flat, monkeypatch):
+    source = TrainingSource(str(flat), val_fraction=0.2)
+    _, val = load_splits(source)
+    monkeypatch.chdir(flat.parent)
+    _, same = load_splits(TrainingSource(flat.name, val_fraction=0.2))
+    assert image_names(same, Path(flat.name)) == image_names(val, flat)
