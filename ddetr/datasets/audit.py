@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PLACES_SHOWN = 3
-CLASSES_SHOWN = 12
+CLASSES_SHOWN, RAREST_SHOWN = 20, 8  # of more classes: the 12 most frequent and the 8 rarest
 _ENDS_BYTES = 8192  # read of each end of a file before whole files are compared
 _DECODE_BATCH = 64
 
@@ -128,9 +128,16 @@ class AuditReport:
             yield "without objects", f"{split.num_without_objects:,}", "images kept as background"
 
     def _class_rows(self) -> Iterator[tuple[str, str, str]]:
-        order = np.argsort([-count for count in self.train.class_counts], kind="stable")
+        """All classes, or the most and the least frequent ones: what is rare is what somebody should see."""
+        order = np.argsort([-count for count in self.train.class_counts], kind="stable").tolist()
+        hidden = range(CLASSES_SHOWN - RAREST_SHOWN, len(order) - RAREST_SHOWN if len(order) > CLASSES_SHOWN else 0)
         total = max(1, self.train.num_objects)
-        for label in order[:CLASSES_SHOWN].tolist():
+        for place, label in enumerate(order):
+            if place in hidden:
+                if place == hidden[0]:
+                    count = sum(self.train.class_counts[order[i]] for i in hidden)
+                    yield f"{len(hidden)} more classes", f"{count:,}", f"{count / total:.1%} of the training objects"
+                continue
             count = self.train.class_counts[label]
             in_val = f", {self.val.class_counts[label]:,} in validation" if self.val else ""
             yield (
@@ -138,10 +145,6 @@ class AuditReport:
                 f"{count:,}",
                 f"{count / total:.1%} of the training objects{in_val}",
             )
-        if len(order) > CLASSES_SHOWN:
-            rest = order[CLASSES_SHOWN:]
-            count = sum(self.train.class_counts[label] for label in rest.tolist())
-            yield f"{len(rest)} more classes", f"{count:,}", f"{count / total:.1%} of the training objects"
 
     def _verdict(self) -> str:
         if self.refused:

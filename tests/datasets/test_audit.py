@@ -197,7 +197,18 @@ def test_a_coco_set_without_fault_has_no_findings(any_coco):
     assert report.findings == ()
     counts = [(part.num_objects, part.num_ignored) for part in (report.train, report.val)]
     assert counts == ([(699, 6), (804, 11)] if any_coco.name == "coco_tiny" else [(93, 4), (111, 4)])
-    assert "68 more classes" in printed(report)
+    assert "60 more classes" in printed(report)
+
+
+def test_rare_classes_are_shown(make_coco):
+    """Twenty classes are shown all; of more, the most frequent and the rarest."""
+    for num_classes in (20, 24):
+        categories = [{"id": i, "name": f"kind{i:02d}"} for i in range(num_classes)]
+        objects = [coco_object(category_id=i) for i in range(num_classes) for _ in range(num_classes - i)]
+        report = printed(audited(make_coco(objects, categories=categories)))
+        shown = [f"kind{i:02d}" in report for i in range(num_classes)]
+        assert shown == [num_classes == 20 or i < 12 or i >= 16 for i in range(num_classes)]
+        assert ("4 more classes" in report) == (num_classes == 24)
 
 
 def test_the_table_fits_a_narrow_terminal(make_coco):
