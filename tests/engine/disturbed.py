@@ -111,6 +111,8 @@ def run(arguments: list[str], disturbance: list | None) -> int:
     if pid == 0:
         code = 1
         warnings.simplefilter("error")
+        if "--compile" in arguments:  # PyTorch's compiler looks at every name that is loaded, deprecated ones too
+            warnings.simplefilter("ignore", DeprecationWarning)
         try:
             if disturbance and disturbance[0] != "seconds":
                 globals()[disturbance[0]](*disturbance[1:])
