@@ -9,6 +9,9 @@ from pathlib import Path
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.readers.coco import read_coco
 from ddetr.datasets.readers.coco_layout import coco_splits
+from ddetr.datasets.readers.cvat import cvat_splits, read_cvat
+from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
+from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import Reader, Wanted
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo import read_yolo, yolo_splits
@@ -36,7 +39,7 @@ def load_annotations(
     Args:
         path: folder of the data set, or its COCO or YOLO file (`*.json`, `data.yaml`).
         split: one of `available_splits(path)`; any name where `annotation_file` is given.
-        format: "coco", "voc", "yolo", or "auto": recognised by what lies there.
+        format: a name of `FORMATS`, or "auto": recognised by what lies there.
         annotation_file: a COCO file of any name, relative to `path` or to the working directory.
         image_dir: where the images are, likewise; found by itself in the usual layouts.
         categories: the training set's: labels are mapped on to them, by id and name (COCO) or by name (VOC, YOLO), and
@@ -73,13 +76,16 @@ def _read_coco(wanted: Wanted) -> Annotations:
 # In the order in which they are tried: a COCO file says most.
 FORMATS: dict[str, Reader] = {
     "coco": Reader("COCO", "annotations/*.json or */_annotations.coco.json", coco_splits, _read_coco),
-    "voc": Reader("Pascal VOC", "Annotations/*.xml", voc_splits, read_voc),
+    "voc": Reader("Pascal VOC", "XML files in Annotations/, or beside the images", voc_splits, read_voc),
+    "kitti": Reader("KITTI", "training/image_2 and label_2", kitti_splits, read_kitti),
+    "cvat": Reader("CVAT", "annotations.xml", cvat_splits, read_cvat),
+    "labelme": Reader("LabelMe", "a JSON file for each image", labelme_splits, read_labelme),
     "yolo": Reader("YOLO", "data.yaml, or images/ and labels/", yolo_splits, read_yolo),
 }
 
 
 def detect_format(path: str | PathLike) -> str:
-    """ "coco", "voc" or "yolo"; `InputError` says what was looked for where none is there."""
+    """A name of `FORMATS`; `InputError` says what was looked for where none is there."""
     path = existing(path)
     for format, reader in FORMATS.items():
         if reader.splits(path):
