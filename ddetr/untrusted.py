@@ -275,12 +275,13 @@ def parse_xml(text: str) -> "Element":
     def refuse(name: str, *_: object) -> None:
         raise ValueError(f"it declares the entity {name[:40]!r}; write the text itself")
 
+    text = text.lstrip()  # what stands before the declaration would end the check of entities, and nothing else
     if "DOCTYPE" in text:
         parser = expat.ParserCreate()
         parser.EntityDeclHandler = refuse
         with suppress(expat.ExpatError):  # said below
             parser.Parse(text, True)
-    return ElementTree.fromstring(text.lstrip())
+    return ElementTree.fromstring(text)
 
 
 def xml_root_name(path: str | os.PathLike) -> str | None:

@@ -213,10 +213,15 @@ ENTITIES = '<!DOCTYPE a [<!ENTITY a "' + "x" * 1000 + '"><!ENTITY b "' + "&a;" *
 
 @pytest.mark.parametrize(
     "declared",
-    [ENTITIES, '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/hostname">]>', '<!DOCTYPE a [<!ENTITY % b "x"> %b;]>'],
-    ids=["bomb", "external", "parameter"],
+    [
+        ENTITIES,
+        '\n<?xml version="1.0"?>' + ENTITIES,
+        '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/hostname">]>',
+        '<!DOCTYPE a [<!ENTITY % b "x"> %b;]>',
+    ],
+    ids=["bomb", "bomb-below-a-line", "external", "parameter"],
 )
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
 def test_xml_entities_are_refused(make_voc: Callable[..., Path], declared: str, encoding: str) -> None:
     root = make_voc({"a": voc_xml([voc_object()]), "b": voc_xml([voc_object()])})
     file = root / "Annotations/b.xml"

@@ -18,9 +18,7 @@ from ddetr.untrusted import one_line
 from ddetr.wording import first_few
 
 WHOLE = "all"  # the one split of a data set that has none
-_SPLIT_NAME = re.compile(
-    r"(train|trainval|training|val|valid|validate|validation|test|testing)([\W_\d]|$)", re.IGNORECASE
-)
+_SPLIT_NAME = re.compile(r"(train(val|ing)?|val(id|idate|idation)?|test(ing)?)([\W_\d]|$)", re.IGNORECASE)
 _IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img", "image_2")
 _ABOVE = 4  # folders above a label file's own in which a folder of images is looked for
 
@@ -45,13 +43,10 @@ def subfolders(folder: Path) -> list[Path]:
     """Those that are not hidden, sorted."""
     try:
         with os.scandir(folder) as entries:
-            return [
-                folder / e.name
-                for e in sorted(entries, key=lambda e: e.name)
-                if not e.name.startswith(".") and e.is_dir()
-            ]
+            names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
     except OSError:
         return []
+    return [folder / name for name in names]
 
 
 def _visible(folder: Path) -> list[str]:
@@ -130,7 +125,7 @@ def report_images(
     beside: ImagesBeside,
     labels: Sequence[Path],
     found: Iterable[LabelledImage],
-    known: Iterable[str],
+    known: set[str],
 ) -> None:
     """Adds what a split's images show as a whole: that none was found, or that some have no label file.
 
@@ -142,7 +137,6 @@ def report_images(
         places = first_few([str(place) for place in beside.places(labels[0].parent)], 3)
         message = f"None of the {len(labels)} images was found (looked in {places}); give image_dir."
         log.add("every-image-missing", "refused", str(wanted.path), message, count=len(labels))
-    known = set(known)
     for folder in sorted({path.parent for path in paths}):
         if wanted.split not in (wanted.train_split, folder.name, folder.parent.name):
             continue  # several splits have their images there: the training split says it
@@ -190,7 +184,7 @@ def box_around_turned(cx: float, cy: float, width: float, height: float, radians
 
 
 def number(value: object) -> float:
-    """A number as written; a decimal comma is read as one, `1,234` is not: it may be a thousand. NaN for what is none."""
+    """A number as written, with a decimal comma too, but not `1,234`: it may be a thousand. NaN for what is none."""
     if isinstance(value, str) and "," in value and not re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", value):
         value = value.replace(",", ".")
     try:

@@ -106,9 +106,8 @@ def _images(
         where = str(file.relative_to(root))
         stated = str(content["imagePath"] or "")
         by_name = beside.find(file, f"{file.stem}.jpg")
-        by_statement = beside.find_stated(file, stated) or beside.find(
-            file, stated.replace("\\", "/").rpartition("/")[2]
-        )
+        name = stated.replace("\\", "/").rpartition("/")[2]
+        by_statement = beside.find_stated(file, stated) or beside.find(file, name)
         if by_statement is not None and by_statement.stem == file.stem:
             by_name = by_statement  # of a.jpg and a.png the one that it names
         path = by_statement or by_name
@@ -120,8 +119,8 @@ def _images(
             continue
         if by_name not in (None, path):
             message = (
-                f"It states the image {one_line(stated)}, and {by_name.name} is there too: whose shapes these are can't "
-                "be known; correct imagePath, or rename the file."
+                f"It states the image {one_line(stated)}, and {by_name.name} is there too: whose shapes these are "
+                "can't be known; correct imagePath, or rename the file."
             )
             log.add("image-path-differs", "refused", where, message)
             continue
