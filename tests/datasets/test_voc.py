@@ -192,8 +192,8 @@ def named(root, split="train", **options):
 
 def test_names_with_spaces_dots_and_flags(make_voc):
     """A word after a name may be part of it, or a flag: which, the XML files tell."""
-    names = ["my image 01", "train (1)", "a.b", "name 1", "c", "d"]
-    lines = "my image 01\ntrain (1)\na.b\nname 1\nc  1\nd -1\n\n"
+    names = ["my image 01", "train (1)", "a.b", "name 1", "c", "d", "cafe\u0301"]
+    lines = "my image 01\ntrain (1)\na.b\nname 1\nc  1\nd -1\ncaf\u00e9\n\n"
     root = make_voc({name: voc_xml([voc_object()]) for name in names}, {"train": lines, "val": "c\r\nnobody 2\r\n"})
     assert named(root) == [f"{name}.jpg" for name in names]
     assert load_annotations(root, "train").findings == ()
@@ -324,6 +324,12 @@ def test_other_xml_is_no_data_set(tmp_path, write_image, content):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "main.xml").write_text(content)
     assert available_splits(tmp_path, "voc") == []
+
+
+def test_a_name_with_the_image_suffix(tmp_path, write_image):
+    write_flat(tmp_path, write_image, "annots", "images")
+    (tmp_path / "annots/a.xml").rename(tmp_path / "annots/a.jpg.xml")
+    assert named(tmp_path, "all") == ["a.jpg", "b.jpg"]
 
 
 def test_orphans(tmp_path, write_image):

@@ -82,35 +82,50 @@ def read_cvat(wanted: Wanted) -> Annotations:
         images = [image for file, subset in sources for image in _images(file, subset, wanted, log)]
         return without_shared(images, log)
 
-    return read_labelled(wanted, "cvat", cvat_splits(wanted.path), read)
+    annotations = read_labelled(wanted, "cvat", cvat_splits(wanted.path), read)
+    _parse.cache_clear()  # a run of days needs no tree of a million elements
+    return annotations
 
 
 def _images(file: Path, subset: str | None, wanted: Wanted, log: FindingLog) -> Iterator[LabelledImage]:
-    elements = [image for image in _load(file) if subset is None or (image.get("subset") or _NO_SUBSET) == subset]
-    names = [PurePosixPath((image.get("name") or "").replace("\\", "/")) for image in elements]
-    times = Counter(name.name for name in names)
-    home, folders, num_found = file.parent, ImageFolders(), 0
-    for image, name in zip(elements, names, strict=True):
+    all_names = Counter(_name(image) for image in _load(file))
+    times = Counter(name.name for name in all_names.elements())
+    elements = [image for image in _load(file) if subset in (None, image.get("subset") or _NO_SUBSET)]
+    home, folders, used = file.parent, ImageFolders(), set()
+    for image in elements:
+        name = _name(image)
         where = f"{file.name}, image {one_line(name)}"
-        own = image.get("subset") or _NO_SUBSET
-        places = [home / "images" / own, home / "images", home / own, home]
-        parts = [part for part in name.parts if part not in ("/", "..")]
-        tries = [place.joinpath(*parts) for place in ([wanted.image_dir] if wanted.image_dir else places) if parts]
-        tries += [place.parent / name.name for place in tries if times[name.name] == 1 and len(parts) > 1]
-        tries += [place / name.name for place in places if times[name.name] == 1 and not wanted.image_dir]
+        own, shared = image.get("subset") or _NO_SUBSET, [home / "images", home]
+        places = [home / "images" / own, home / own] + (shared if all_names[name] == 1 else [])
+        if wanted.image_dir:
+            places = [wanted.image_dir]
+        tries = [place / name for place in places] + [place / name.name for place in places if times[name.name] == 1]
         path = next((found for one in tries if (found := folders.find(one)) and is_image_name(found.name)), None)
         if path is None:
             log.add("missing-image", "dropped", where, "Its image was not found in images/; it was left out.")
             continue
-        num_found += 1
+        used.add(path)
         classes, boxes, numbers = _objects(image, where, log)
         declared_hw = size_hw(image.get("height"), image.get("width"))
         yield LabelledImage(path, where, classes, boxes, numbers, declared_hw=declared_hw, unit="shape")
-    if elements and not num_found:
+    if elements and not used:
         message = (
             f"None of the {len(elements)} images was found in {home / 'images'}; export them too, or give image_dir."
         )
         log.add("every-image-missing", "refused", str(file), message, count=len(elements))
+    for parent in sorted({path.parent for path in used}):
+        unlisted = [name for name in folders.images(parent) if parent / name not in used and name not in times]
+        if unlisted:
+            message = (
+                f"{len(unlisted)} images in {parent} are not in the file and not used, as {one_line(unlisted[0])}."
+            )
+            log.add("unlisted-images", "note", str(parent), message, count=len(unlisted))
+
+
+def _name(image: ElementTree.Element) -> PurePosixPath:
+    """An image's path as CVAT shows it, below a folder of images."""
+    parts = PurePosixPath((image.get("name") or "").replace("\\", "/")).parts
+    return PurePosixPath(*(part for part in parts if part not in ("/", "..") and "\0" not in part))
 
 
 def _objects(image: ElementTree.Element, where: str, log: FindingLog) -> tuple[list[str], np.ndarray, list[int]]:

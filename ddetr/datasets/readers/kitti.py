@@ -114,7 +114,7 @@ def _images(root: Path, files: Sequence[Path], beside: ImagesBeside, log: Findin
     num_regions = 0
     for file in files:
         where = str(file.relative_to(root))
-        path = beside.find(file, f"{file.stem}.png")
+        path = beside.find_own(file)
         if path is None:
             log.add("missing-image", "dropped", where, "Its image was not found in image_2 or images; it was left out.")
             continue

@@ -69,7 +69,9 @@ def is_split_name(name: str) -> bool:
 def named_splits(sources: Sequence[tuple[str, T]]) -> dict[str, list[T]]:
     """(name of a folder, what lies there) -> splits: each by its name; all together too where no name is that of a
     split, as folders of one class each are."""
-    named = {name: [source] for name, source in sources}
+    named: dict[str, list[T]] = {}
+    for name, source in sources:
+        named.setdefault(name, []).append(source)
     if any(is_split_name(name) for name in named):
         return named
     whole = {WHOLE: [source for _, source in sources]} if sources else {}
@@ -93,6 +95,12 @@ class ImagesBeside:
             if image is not None and is_image_name(image.name):
                 return image
         return None
+
+    def find_own(self, label_file: Path) -> Path | None:
+        """The image that is called as the label file is (`a.xml`, `a.jpg.xml`)."""
+        stem = label_file.stem
+        found = self.find(label_file, stem) if is_image_name(stem) else None
+        return found or self.find(label_file, f"{stem}.jpg")
 
     def find_stated(self, label_file: Path, path: str) -> Path | None:
         """The image at a path that the label file gives from its own folder; whoever wrote it may have used Windows."""

@@ -105,7 +105,7 @@ def _images(
     for file, content in contents.items():
         where = str(file.relative_to(root))
         stated = str(content["imagePath"] or "")
-        by_name = beside.find(file, f"{file.stem}.jpg")
+        by_name = beside.find_own(file)
         name = stated.replace("\\", "/").rpartition("/")[2]
         by_statement = beside.find_stated(file, stated) or beside.find(file, name)
         if by_statement is not None and by_statement.stem == file.stem:

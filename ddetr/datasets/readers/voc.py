@@ -11,7 +11,9 @@ Read as well: lists elsewhere (`ImageSets/*.txt`, `train.txt`), XML files in fol
 
 from __future__ import annotations
 
+import codecs
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -131,9 +133,11 @@ def _listed(root: Path, folder: Path) -> dict[str, list[Source]]:
 def _lists_images(file: Path, index: dict[str, Path | None]) -> bool:
     try:
         with open_file(file) as stream:
-            lines = stream.read(1 << 14).decode("utf-8-sig", "replace").splitlines()
+            start = stream.read(1 << 14)
     except OSError:
         return False
+    encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    lines = start.decode(encoding, "replace").splitlines()
     return any(_named(line, index) is not None for line in [line for line in lines if line.strip()][:_SAMPLED])
 
 
@@ -153,15 +157,20 @@ def _by_name(folder: Path) -> dict[str, Path | None]:
     """XML file by its name without suffix, and by its path below the folder; None for a name that two have."""
     index: dict[str, Path | None] = {}
     for file in _xml_files(folder):
-        index[file.stem] = None if index.get(file.stem, file) != file else file
-        index[file.relative_to(folder).with_suffix("").as_posix()] = file
+        for key in {_composed(file.stem), _composed(file.relative_to(folder).as_posix()[: -len(file.suffix)])}:
+            index[key] = None if key in index else file
     return index
+
+
+def _composed(name: str) -> str:
+    """A Mac writes an accent as a letter of its own."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def _named(line: str, index: dict[str, Path | None]) -> Path | None:
     """The XML file of an image that a line of a list names: by all of the line, or by the words before a flag ("name
     -1" in lists of one class) or another path ("images/name.jpg labels/name.xml")."""
-    name = line.strip().replace("\\", "/")
+    name = _composed(line.strip().replace("\\", "/"))
     for _ in range(_MOST_WORDS):
         for key in (name.removeprefix("./"), PurePosixPath(name).name):
             stem, _, suffix = key.rpartition(".")
@@ -266,7 +275,7 @@ def _find_image(
     by_statement = beside.find(file, stated)
     if by_statement is not None and by_statement.stem == file.stem:  # of a.jpg and a.png the one that it names
         return by_statement
-    by_name = beside.find(file, f"{file.stem}.jpg")
+    by_name = beside.find_own(file)
     if by_name is None or by_statement in (None, by_name):
         return by_name or by_statement
     message = f"It states the file name {one_line(stated)}, which is there too; {by_name.name} has its own name."
