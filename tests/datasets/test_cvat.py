@@ -103,6 +103,11 @@ def test_where_images_lie(write_cvat, name, place):
         assert load_annotations(path, "all").images[0].path == root / place
 
 
+def test_a_folder_of_its_own_for_the_file(write_cvat):
+    root = write_cvat(image(), file="annotations/annotations.xml")
+    assert load_annotations(root, "all").images[0].path == root / "images/a.jpg"
+
+
 def test_an_export_for_each_split(write_cvat):
     for split in ("train", "val"):
         root = write_cvat(image(), images=(f"{split}/images/a.jpg",), file=f"{split}/annotations.xml")

@@ -271,6 +271,25 @@ def test_of_a_crowd_no_more_is_read(make_yolo: Callable[..., Path], make_voc: Ca
     assert "too-many-objects" in {finding.kind for finding in load_annotations(root, "train").findings}
 
 
+def test_of_a_crowd_in_other_formats_no_more_is_read(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """KITTI, LabelMe and CVAT; their objects have wrong lines, shapes and elements among them."""
+    n = MAX_OBJECTS // 2 + 1
+    shape = {"label": "cat", "points": [[1, 2], [30, 40]], "shape_type": "rectangle"}
+    contents = {
+        "kitti/label_2/a.txt": "Car 0 0 0 1 2 30 40\nx\n" * n,
+        "labelme/a.json": json.dumps({"imagePath": "a.jpg", "shapes": [shape, None] * n}),
+        "cvat/annotations.xml": f'<annotations><image name="a.jpg">{"<box/><x/>" * n}</image></annotations>',
+    }
+    for name, content in contents.items():
+        format = name.partition("/")[0]
+        write_image(tmp_path / format / ("image_2" if format == "kitti" else "") / "a.jpg")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+        annotations = load_annotations(tmp_path / format, "all")
+        assert annotations.format == format
+        assert "too-many-objects" in {finding.kind for finding in annotations.findings}
+
+
 def test_the_audit_of_many_classes_is_not_quadratic(tmp_path: Path) -> None:
     """200,000 classes took half an hour; a test without a clock: far more steps than this never end here."""
     Image.new("RGB", (64, 48)).save(tmp_path / "a.jpg")

@@ -297,6 +297,19 @@ def test_a_folder_for_each_split(tmp_path, write_image, xml_folder, image_folder
         ]
 
 
+def test_images_of_each_split_and_labels_of_all(tmp_path, write_image):
+    root = write_flat(tmp_path, write_image, "annotations", "images/train")
+    write_flat(root, write_image, "annotations", "images/val", names=("c", "d"))
+    write_image(root / "images/val/e.jpg")
+    assert default_splits(root) == ("train", "val")
+    assert named(root) == ["a.jpg", "b.jpg"]
+    assert named(root, "val") == ["c.jpg", "d.jpg"]
+    val = load_annotations(root, "val")
+    assert [f.message for f in val.findings if f.kind == "image-without-labels"][0].endswith("are not used (e.jpg).")
+    write_image(root / "images/train/c.jpg")  # whose boxes are in c.xml?
+    assert named(root, "val") == ["d.jpg"]
+
+
 def test_a_folder_for_each_class_is_no_split(tmp_path, write_image):
     for name in ("cat", "dog"):
         write_flat(tmp_path, write_image, name, name, names=(name,))

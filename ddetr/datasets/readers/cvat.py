@@ -96,6 +96,8 @@ def _images(file: Path, subset: str | None, wanted: Wanted, log: FindingLog) -> 
         name = _name(image)
         where = f"{file.name}, image {one_line(name)}"
         own, shared = image.get("subset") or _NO_SUBSET, [home / "images", home]
+        if wanted.path not in (home, file):  # annotations/annotations.xml
+            shared += [home.parent / "images", home.parent]
         places = [home / "images" / own, home / own] + (shared if all_names[name] == 1 else [])
         if wanted.image_dir:
             places = [wanted.image_dir]

@@ -48,7 +48,7 @@ def kitti_splits(path: Path) -> dict[str, list[Source]]:
     if len(found) != 1:
         return named_splits(found)
     (name, whole), known = found[0], {file.stem for file in label_files(found[0][1].folder, ".txt")}
-    lists = [file for sets in folder_named(path, ("imagesets",)) for file in label_files(sets, ".txt")]
+    lists = [file for sets in folder_named(path, ("ImageSets",)) for file in label_files(sets, ".txt")]
     listed = {file.stem: [Source(whole.folder, file)] for file in lists if known & {*_names(file)}}
     return listed or {name if is_split_name(name) else WHOLE: [whole]}
 
@@ -59,7 +59,7 @@ def _names(listing: Path) -> list[str]:
 
 def _holds_kitti(folder: Path) -> bool:
     """By the first line of a label file: YOLO's begins with a number."""
-    for file in label_files(folder, ".txt")[:_SAMPLED]:
+    for file in label_files(folder, ".txt", _SAMPLED):
         try:
             with open_file(file) as stream:
                 lines = stream.read(1 << 12).decode("utf-8-sig", "replace").split("\n")

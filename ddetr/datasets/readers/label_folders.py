@@ -3,6 +3,7 @@ left over; and the box around a shape that is none."""
 
 from __future__ import annotations
 
+import heapq
 import math
 import os
 import re
@@ -19,7 +20,8 @@ from ddetr.wording import first_few
 
 WHOLE = "all"  # the one split of a data set that has none
 _SPLIT_NAME = re.compile(r"(train(val|ing)?|val(id|idate|idation)?|test(ing)?)([\W_\d]|$)", re.IGNORECASE)
-_IMAGE_FOLDERS = ("jpegimages", "images", "image", "imgs", "img", "image_2")
+IMAGE_FOLDERS = ("JPEGImages", "images", "image", "imgs", "img", "image_2")
+_IMAGE_NAMES = frozenset(name.lower() for name in IMAGE_FOLDERS)
 _ABOVE = 4  # folders above a label file's own in which a folder of images is looked for
 
 T = TypeVar("T")
@@ -30,36 +32,40 @@ class Source:
     """Where images of a split come from."""
 
     folder: Path  # of label files, or of folders of them
-    listing: Path | None = None  # a text file that lists some of them
+    listing: Path | None = None  # a text file that lists some of them, or a folder with the images of some
 
 
-def label_files(folder: Path, suffix: str) -> list[Path]:
-    """The files of a folder whose names end in `suffix`, in capitals too, sorted. Hidden ones are none: a Mac writes
-    `._x.xml` beside each `x.xml`."""
-    return [folder / name for name in _visible(folder) if name.lower().endswith(suffix)]
+def label_files(folder: Path, suffix: str, most: int | None = None) -> list[Path]:
+    """The files of a folder whose names end in `suffix`, in capitals too, sorted; the first `most` of them. Hidden ones
+    are none: a Mac writes `._x.xml` beside each `x.xml`."""
+    try:
+        ends = (suffix, suffix.upper(), suffix.title())
+        names = [name for name in os.listdir(folder) if name.endswith(ends) and not name.startswith(".")]
+    except OSError:
+        return []
+    return [folder / name for name in (sorted(names) if most is None else heapq.nsmallest(most, names))]
 
 
 def subfolders(folder: Path) -> list[Path]:
     """Those that are not hidden, sorted."""
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     except OSError:
         return []
     return [folder / name for name in names]
 
 
-def _visible(folder: Path) -> list[str]:
-    try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    except OSError:
-        return []
-
-
 def folder_named(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The subfolders called by one of `names` (in lower case), whatever their capitals, in the order of `names`."""
-    found = [sub for sub in subfolders(folder) if sub.name.lower() in names]
-    return sorted(found, key=lambda sub: names.index(sub.name.lower()))
+    """The subfolders called by one of `names`, in their order, with the usual capitals. The folder, of which there may
+    be many with 100,000 images, is not listed."""
+    found: list[Path] = []
+    for name in names:
+        for spelled in dict.fromkeys((name, name.lower(), name.capitalize(), name.upper())):
+            place = folder / spelled
+            if os.path.isdir(place) and not any(place.samefile(other) for other in found):
+                found.append(place)
+    return found
 
 
 def is_split_name(name: str) -> bool:
@@ -85,6 +91,7 @@ class ImagesBeside:
         self.folders = ImageFolders()
         self._root, self._image_dir = root, image_dir
         self._places: dict[Path, list[Path]] = {}
+        self._below: dict[Path, list[Path]] = {}
 
     def find(self, label_file: Path, name: str) -> Path | None:
         """The image called `name`, or as it is but for capitals and its image suffix."""
@@ -94,7 +101,8 @@ class ImagesBeside:
             image = self.folders.find(place / name)
             if image is not None and is_image_name(image.name):
                 return image
-        return None
+        inner = {image for place in self._inner(label_file.parent) if (image := self.folders.find(place / name))}
+        return inner.pop() if len(inner) == 1 else None  # of images/rgb and images/depth, which?
 
     def find_own(self, label_file: Path) -> Path | None:
         """The image that is called as the label file is (`a.xml`, `a.jpg.xml`)."""
@@ -114,12 +122,19 @@ class ImagesBeside:
             self._places[folder] = [self._image_dir] if self._image_dir else self._look(folder)
         return self._places[folder]
 
+    def _inner(self, folder: Path) -> list[Path]:
+        """The folders in those of images: images/train of labels that lie all in one folder."""
+        if folder not in self._below:
+            usual = [] if self._image_dir else [p for p in self.places(folder) if p.name.lower() in _IMAGE_NAMES]
+            self._below[folder] = [sub for place in usual for sub in subfolders(place)]
+        return self._below[folder]
+
     def _look(self, folder: Path) -> list[Path]:
         above = [up for up in (folder, *folder.parents[:_ABOVE]) if up.is_relative_to(self._root)]
         usual = [folder]
         for up in above:
             rest = folder.relative_to(up).parts[1:]  # annotations/train -> images/train
-            usual += [place for sub in folder_named(up, _IMAGE_FOLDERS) for place in (sub.joinpath(*rest), sub)]
+            usual += [place for sub in folder_named(up, IMAGE_FOLDERS) for place in (sub.joinpath(*rest), sub)]
         usual = list(dict.fromkeys([*usual, *above]))
         if any(self.folders.images(place) for place in usual):
             return usual

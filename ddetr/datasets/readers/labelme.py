@@ -51,7 +51,7 @@ def labelme_splits(path: Path) -> dict[str, list[Path]]:
 
 
 def _holds_labelme(folder: Path) -> bool:
-    return any(_is_labelme(file) for file in label_files(folder, ".json")[:_SAMPLED])
+    return any(_is_labelme(file) for file in label_files(folder, ".json", _SAMPLED))
 
 
 def _is_labelme(file: Path) -> bool:

@@ -21,8 +21,9 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import is_image_name, listed_lines
+from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines
 from ddetr.datasets.readers.label_folders import (
+    IMAGE_FOLDERS,
     WHOLE,
     ImagesBeside,
     Source,
@@ -107,15 +108,15 @@ def _xml_folder(root: Path) -> Path | None:
 def _holds_voc(folder: Path) -> bool:
     """Whether the XML files there are VOC's: the first element of the first says so. One that can't be told is taken
     for one, so that reading it can say what is wrong."""
-    files = label_files(folder, ".xml")[:_SAMPLED]
+    files = label_files(folder, ".xml", _SAMPLED)
     names = [name for file in files if (name := xml_root_name(file)) is not None]
     return bool(files) and (not names or names[0].lower() == "annotation")
 
 
 def _listed(root: Path, folder: Path) -> dict[str, list[Source]]:
     """The splits by the first place with lists of images."""
-    sets = folder_named(root, ("imagesets",))
-    main = [inner for place in sets for inner in folder_named(place, ("main",))]
+    sets = folder_named(root, ("ImageSets",))
+    main = [inner for place in sets for inner in folder_named(place, ("Main",))]
     index = None
     for place in (*main, *sets, root, folder):
         lists = label_files(place, ".txt")
@@ -143,7 +144,11 @@ def _lists_images(file: Path, index: dict[str, Path | None]) -> bool:
 
 def _unlisted(folder: Path) -> dict[str, list[Source]]:
     inner = [] if _holds_voc(folder) else [sub for sub in subfolders(folder) if _holds_voc(sub)]
-    return named_splits([(sub.name, Source(sub)) for sub in inner]) or {WHOLE: [Source(folder)]}
+    if not inner:  # all XML files in one folder, the images in one for each split
+        places = [sub for place in folder_named(folder.parent, IMAGE_FOLDERS) for sub in subfolders(place)]
+        splits = {sub.name: [Source(folder, sub)] for sub in places if is_split_name(sub.name)}
+        return splits or {WHOLE: [Source(folder)]}
+    return named_splits([(sub.name, Source(sub)) for sub in inner])
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -186,8 +191,11 @@ def _named(line: str, index: dict[str, Path | None]) -> Path | None:
 
 
 def _listed_files(source: Source, log: FindingLog) -> list[Path]:
-    """The XML files of the images in a list."""
+    """The XML files of the images in a list, or in a folder."""
     index = _by_name(source.folder)
+    if source.listing.is_dir():
+        found = (_named(name, index) for name in ImageFolders().images(source.listing))
+        return list(dict.fromkeys(file for file in found if file is not None))
     files: dict[Path, None] = {}
     for line_number, line in enumerate(listed_lines(source.listing), 1):
         if not line.strip():
@@ -288,7 +296,7 @@ def _objects(
 ) -> tuple[list[str], np.ndarray, np.ndarray, list[int]]:
     """Names, difficult (n,) bool, corners as written (n, 4), and the number of each object that has a box."""
     names, difficult, boxes, numbers = [], [], [], []
-    objects = tree.findall("object")
+    objects = list(tree.iter("object"))
     if len(objects) > MAX_OBJECTS:
         report_crowd(log, where, len(objects))
     for i, obj in enumerate(objects[:MAX_OBJECTS], 1):
