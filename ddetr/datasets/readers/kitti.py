@@ -29,7 +29,7 @@ from ddetr.datasets.readers.label_folders import (
     without_shared,
 )
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
-from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, one_line, open_file, read_text
+from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, open_file, read_text, shortened
 
 _LABELS = ("label_2", "labels", "label")
 _NUMBERS = (7, 14, 15)  # after the type: without its place in space, with it, with a score
@@ -58,15 +58,15 @@ def _names(listing: Path) -> list[str]:
 
 
 def _holds_kitti(folder: Path) -> bool:
-    """By the first line of a label file: YOLO's begins with a number."""
+    """By the first lines of label files: YOLO's begin with a number."""
     for file in label_files(folder, ".txt", _SAMPLED):
         try:
             with open_file(file) as stream:
                 lines = stream.read(1 << 12).decode("utf-8-sig", "replace").split("\n")
         except OSError:
             continue
-        if any(line.strip() for line in lines):
-            return _row(next(line for line in lines if line.strip())) is not None
+        if _row(next((line for line in lines if line.strip()), "")) is not None:
+            return True
     return False
 
 
@@ -105,7 +105,7 @@ def _label_files(source: Source, log: FindingLog) -> list[Path]:
         return list(by_name.values())
     for name in (names := dict.fromkeys(_names(source.listing))):
         if name not in by_name:
-            message = f"The image {one_line(name)!r} has no label file; it was left out."
+            message = f"The image {shortened(name, SHOWN_NAME)!r} has no label file; it was left out."
             log.add("missing-annotation", "dropped", source.listing.name, message)
     return [by_name[name] for name in names if name in by_name]
 
@@ -130,7 +130,7 @@ def _images(root: Path, files: Sequence[Path], beside: ImagesBeside, log: Findin
             row = _row(line)
             if row is None:
                 if line.strip():
-                    message = f"Expected a type and 14 numbers, found {one_line(line.strip(), 60)!r}; left out."
+                    message = f"Expected a type and 14 numbers, found {line.strip()[:60]!r}; left out."
                     log.add("malformed-label", "dropped", f"{where}, line {i}", message)
             elif row[0].lower() == "dontcare":
                 num_regions += 1

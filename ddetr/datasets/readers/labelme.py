@@ -29,7 +29,16 @@ from ddetr.datasets.readers.label_folders import (
 )
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, one_line, open_file, parse_json, read_text
+from ddetr.untrusted import (
+    MAX_LABEL_BYTES,
+    MAX_OBJECTS,
+    SHOWN_NAME,
+    one_line,
+    open_file,
+    parse_json,
+    read_text,
+    shortened,
+)
 
 _SAMPLED = 8  # files of a folder whose words say what it holds
 _NO_BOX = ("line", "linestrip", "point", "points")
@@ -112,9 +121,10 @@ def _images(
             by_name = by_statement  # of a.jpg and a.png the one that it names
         path = by_statement or by_name
         if path is None:
-            embedded = "; it is inside the file (imageData), from which `labelme_export_json` (older versions: "
-            embedded += "`labelme_json_to_dataset`) writes it"
-            message = f"There is no image {one_line(stated)!r}{embedded if content['has_image'] else ''}; left out."
+            message = f"There is no image {shortened(stated, SHOWN_NAME)!r}; it was left out."
+            if content["has_image"]:
+                message += " It is inside the file (imageData): `labelme_export_json`, in older versions "
+                message += "`labelme_json_to_dataset`, writes it."
             log.add("missing-image", "dropped", where, message)
             continue
         if by_name not in (None, path):
@@ -139,7 +149,7 @@ def _objects(shapes: list[Any], where: str, log: FindingLog) -> tuple[list[str],
         shape = shape if isinstance(shape, dict) else {}
         label, kind, place = str(shape.get("label") or "").strip(), shape.get("shape_type"), f"{where}, shape {i}"
         if not label or label in _NO_CLASS:
-            message = f"The shape's label is {one_line(label)!r}, which is no class; it was left out."
+            message = f"The shape's label is {shortened(label, SHOWN_NAME)!r}, which is no class; it was left out."
             log.add("missing-name", "dropped" if not label else "note", place, message)
             continue
         box = None if kind in _NO_BOX else _box(shape.get("points"), kind)

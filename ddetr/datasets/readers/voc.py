@@ -44,11 +44,13 @@ from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_LABEL_BYTES,
     MAX_OBJECTS,
+    SHOWN_NAME,
     decode_xml,
     one_line,
     open_file,
     parse_xml,
     read_bytes,
+    shortened,
     xml_root_name,
 )
 
@@ -204,7 +206,7 @@ def _listed_files(source: Source, log: FindingLog) -> list[Path]:
         file = _named(line, index)
         if file is None:
             name = re.sub(r"\s+(-1|0|1)$", "", line.strip())
-            message = f"The image {one_line(name)!r} has no annotation file; it was left out."
+            message = f"The image {shortened(name, SHOWN_NAME)!r} has no annotation file; it was left out."
             log.add("missing-annotation", "dropped", where, message)
         elif file in files:
             log.add("duplicate-image", "repaired", where, f"{one_line(file.stem)} is listed twice; used once.")
