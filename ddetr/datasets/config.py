@@ -18,9 +18,9 @@ class DataSource:
         "coco",
         "voc",
         "kitti",
+        "yolo",
         "cvat",
         "labelme",
-        "yolo",
     ] = "auto"
     """What the folder holds; "auto" recognises it."""
     val_split: str | None = None

@@ -108,6 +108,18 @@ def test_where_images_lie(write_labelme, tmp_path, write_image, folder, image, i
     assert {f.kind for f in annotations.findings} == {"other-json"}
 
 
+def test_beside_yolo(write_labelme, tmp_path):
+    """`images/` and `labels/` are YOLO's names too; a set that was made of LabelMe's files keeps them."""
+    for split in ("train", "val"):
+        root = write_labelme("a", [shape()], f"images/{split}/a.jpg", f"../../images/{split}/a.jpg", f"labels/{split}")
+    assert detect_format(root) == "labelme"
+    assert default_splits(root) == ("train", "val")
+    for split in ("train", "val"):
+        (root / f"labels/{split}/a.txt").write_text("0 .5 .5 .2 .2\n")
+    assert detect_format(root) == "yolo"
+    assert len(load_annotations(root, "val", format="labelme").images) == 1
+
+
 def test_a_folder_for_each_split(write_labelme):
     for split in ("train", "val"):
         write_labelme("a", [shape()], folder=split)

@@ -345,6 +345,17 @@ def test_a_name_with_the_image_suffix(tmp_path, write_image):
     assert named(tmp_path, "all") == ["a.jpg", "b.jpg"]
 
 
+def test_beside_a_yolo_file(tmp_path, write_image, make_yolo):
+    """XML files without splits, and what was made of them."""
+    write_flat(tmp_path, write_image, "annotations", "images")
+    labels = {"images/a.jpg": "0 .5 .5 .2 .2", "more/images/b.jpg": "0 .5 .5 .2 .2"}
+    root = make_yolo(labels, root=tmp_path)
+    assert detect_format(root) == "voc"
+    (root / "data.yaml").write_text("train: images\nval: more/images\nnames: [cat]\n")
+    assert load_annotations(root, "val").format == "yolo"
+    assert load_annotations(root, "all", format="voc").format == "voc"
+
+
 def test_orphans(tmp_path, write_image):
     root = write_flat(tmp_path, write_image, "annots", "images")
     for name in ("c", "d"):

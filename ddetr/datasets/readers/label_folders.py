@@ -68,6 +68,12 @@ def folder_named(folder: Path, names: Sequence[str]) -> list[Path]:
     return found
 
 
+def holds_json_labels(folder: Path) -> bool:
+    """Whether there, or in its folders, are JSON files and no text files: a folder called labels that isn't YOLO's."""
+    places = [folder, *subfolders(folder)]
+    return any(label_files(p, ".json", 1) for p in places) and not any(label_files(p, ".txt", 1) for p in places)
+
+
 def is_split_name(name: str) -> bool:
     return _SPLIT_NAME.match(name) is not None
 
