@@ -5,6 +5,7 @@ anybody has had, far below what takes a machine down. The functions are the one 
 they import nothing heavy.
 """
 
+import codecs
 import csv
 import errno
 import json
@@ -15,11 +16,14 @@ import stat
 import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ddetr.errors import InputError
 
 if TYPE_CHECKING:
+    from xml.etree.ElementTree import Element
+
     import numpy as np
     from torch import Tensor
 
@@ -220,6 +224,76 @@ def _check_yaml(events: Iterable[Any], what: str) -> None:
             open_nodes[-1] = (open_nodes[-1][0], open_nodes[-1][1] + size)
         if size > MAX_YAML_NODES or (open_nodes and open_nodes[-1][1] > MAX_YAML_NODES):
             raise InputError(f"{what} holds more than {MAX_YAML_NODES:,} values (aliases count as often as they stand)")
+
+
+_XML_ENCODING = re.compile(rb"""^\s*<\?xml[^>]{0,200}?\sencoding\s*=\s*["'](?:x-)?([A-Za-z][\w.-]{0,40})["']""")
+# Families of names that text is written in, and no others: Python knows some that take quadratic time (punycode).
+_TEXT_ENCODINGS = re.compile(
+    r"utf-?8|cp\d|ascii|us-|iso|latin|windows|koi8|mac|ms|gb|hz|big5|shift|s_?jis|euc|ks|johab|tis"
+)
+_WIDER = {"gb2312": "gb18030", "gbk": "gb18030", "gb_2312-80": "gb18030", "cp936": "gb18030", "ms936": "gb18030"} | {
+    **dict.fromkeys(("shift_jis", "shift-jis", "sjis", "s_jis", "ms_kanji"), "cp932"),
+    **dict.fromkeys(("euc-kr", "euc_kr", "ks_c_5601-1987"), "cp949"),
+}  # what tools write under these names is more than the standards of these names have
+_BYTE_ORDER_MARKS = (
+    *((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32")),
+    *((codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"), (b"<\0", "utf-16-le"), (b"\0<", "utf-16-be")),
+)
+
+
+def decode_xml(content: bytes) -> tuple[str, str | None]:
+    """The text of an XML file, and the encoding that it is read in where that isn't the one it states, else None.
+
+    Raises:
+        UnicodeDecodeError: it begins as UTF-16 or UTF-32 and goes on as something else.
+    """
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if content.startswith(mark):
+            return content.decode(encoding), None
+    found = _XML_ENCODING.match(content)
+    stated = found[1].decode().lower() if found else "utf-8"
+    if not _TEXT_ENCODINGS.match(stated):
+        stated = "utf-8"  # utf-16 among them: its bytes would have looked otherwise
+    for encoding in (_WIDER.get(stated, stated), "utf-8", "cp1252"):
+        try:
+            return content.decode(encoding), None if encoding in (stated, _WIDER.get(stated)) else encoding
+        except (UnicodeDecodeError, LookupError):
+            continue
+    return content.decode("latin-1"), "latin-1"
+
+
+def parse_xml(text: str) -> "Element":
+    """The root element of an XML text; what it says of its encoding doesn't count.
+
+    Raises:
+        xml.etree.ElementTree.ParseError: broken. ValueError: it declares entities: a few lines of them can stand for
+            gigabytes, or for another file. No labelling tool writes any.
+    """
+    from xml.etree import ElementTree
+    from xml.parsers import expat
+
+    def refuse(name: str, *_: object) -> None:
+        raise ValueError(f"it declares the entity {name[:40]!r}; write the text itself")
+
+    text = text.lstrip()  # what stands before the declaration would end the check of entities, and nothing else
+    if "DOCTYPE" in text:
+        parser = expat.ParserCreate()
+        parser.EntityDeclHandler = refuse
+        with suppress(expat.ExpatError):  # said below
+            parser.Parse(text, True)
+    return ElementTree.fromstring(text)
+
+
+def xml_root_name(path: str | os.PathLike) -> str | None:
+    """The name of an XML file's first element, by its first kilobytes; None where none is there."""
+    try:
+        with open_file(path) as file:
+            start = file.read(1 << 16)
+    except OSError:
+        return None
+    text = re.sub("<!--.*?(-->|$)", "", start.replace(b"\0", b"").decode("latin-1"), flags=re.DOTALL)
+    found = re.search(r"<([A-Za-z_][\w.:-]{0,100})", text)
+    return found[1] if found else None
 
 
 def parse_csv(text: str) -> list[list[str]]:

@@ -67,6 +67,7 @@ _IMAGE_KINDS = frozenset(
     [
         *("image-entry", "missing-image", "every-image-missing", "unreadable-image", "size-mismatch"),
         *("missing-annotation", "malformed-xml"),
+        *("malformed-json", "malformed-labels", "image-path-differs", "duplicate-image-id"),
     ]
 )
 
@@ -76,7 +77,7 @@ class Annotations:
     """A split of a data set, read whole."""
 
     name: str  # for people: "coco_tiny/train2017"
-    format: str  # "coco" | "voc" | "yolo"
+    format: str  # a name of ddetr.datasets.load.FORMATS
     categories: tuple[Category, ...]
     images: Sequence[ImageRecord]
     findings: tuple[Finding, ...] = ()

@@ -12,8 +12,16 @@ class DataSource:
     """Where a data set is, and what of it is evaluated."""
 
     path: str
-    """Folder of the data set: COCO, Pascal VOC or YOLO, read as it lies there."""
-    format: Literal["auto", "coco", "voc", "yolo"] = "auto"
+    """Folder of the data set: COCO, Pascal VOC, YOLO, KITTI, CVAT or LabelMe, read as it lies there."""
+    format: Literal[
+        "auto",
+        "coco",
+        "voc",
+        "kitti",
+        "yolo",
+        "cvat",
+        "labelme",
+    ] = "auto"
     """What the folder holds; "auto" recognises it."""
     val_split: str | None = None
     """Name of the validation split; by default the first of val, val2017, valid, test, ... that is there."""

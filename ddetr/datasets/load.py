@@ -9,9 +9,13 @@ from pathlib import Path
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.readers.coco import read_coco
 from ddetr.datasets.readers.coco_layout import coco_splits
+from ddetr.datasets.readers.cvat import cvat_splits, read_cvat
+from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
+from ddetr.datasets.readers.label_folders import WHOLE
+from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import Reader, Wanted
 from ddetr.datasets.readers.voc import read_voc, voc_splits
-from ddetr.datasets.readers.yolo import read_yolo, yolo_splits
+from ddetr.datasets.readers.yolo import read_yolo, yolo_splits, yolo_yaml
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.wording import did_you_mean, first_few
@@ -36,7 +40,7 @@ def load_annotations(
     Args:
         path: folder of the data set, or its COCO or YOLO file (`*.json`, `data.yaml`).
         split: one of `available_splits(path)`; any name where `annotation_file` is given.
-        format: "coco", "voc", "yolo", or "auto": recognised by what lies there.
+        format: a name of `FORMATS`, or "auto": recognised by what lies there.
         annotation_file: a COCO file of any name, relative to `path` or to the working directory.
         image_dir: where the images are, likewise; found by itself in the usual layouts.
         categories: the training set's: labels are mapped on to them, by id and name (COCO) or by name (VOC, YOLO), and
@@ -70,20 +74,25 @@ def _read_coco(wanted: Wanted) -> Annotations:
     )
 
 
-# In the order in which they are tried: a COCO file says most.
+# In the order in which they are tried: a COCO file says most; KITTI's folders are called as YOLO's; LabelMe's files
+# stay where they were when others have been made of them.
 FORMATS: dict[str, Reader] = {
     "coco": Reader("COCO", "annotations/*.json or */_annotations.coco.json", coco_splits, _read_coco),
-    "voc": Reader("Pascal VOC", "Annotations/*.xml", voc_splits, read_voc),
+    "voc": Reader("Pascal VOC", "XML files in Annotations/, or beside the images", voc_splits, read_voc),
+    "kitti": Reader("KITTI", "training/image_2 and label_2", kitti_splits, read_kitti),
     "yolo": Reader("YOLO", "data.yaml, or images/ and labels/", yolo_splits, read_yolo),
+    "cvat": Reader("CVAT", "annotations.xml", cvat_splits, read_cvat),
+    "labelme": Reader("LabelMe", "a JSON file for each image", labelme_splits, read_labelme),
 }
 
 
 def detect_format(path: str | PathLike) -> str:
-    """ "coco", "voc" or "yolo"; `InputError` says what was looked for where none is there."""
+    """A name of `FORMATS`; `InputError` says what was looked for where none is there."""
     path = existing(path)
     for format, reader in FORMATS.items():
-        if reader.splits(path):
-            return format
+        splits = reader.splits(path)
+        if splits and not (list(splits) == [WHOLE] and format != "yolo" and yolo_yaml(path)):
+            return format  # but XML files without splits beside a data.yaml that has some: what it was made of
     found = "a file of another kind" if path.is_file() else first_few(sorted(entry.name for entry in path.iterdir()), 8)
     known = [f"{reader.title} ({reader.layout})" for reader in FORMATS.values()]
     raise InputError(

@@ -213,10 +213,15 @@ ENTITIES = '<!DOCTYPE a [<!ENTITY a "' + "x" * 1000 + '"><!ENTITY b "' + "&a;" *
 
 @pytest.mark.parametrize(
     "declared",
-    [ENTITIES, '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/hostname">]>', '<!DOCTYPE a [<!ENTITY % b "x"> %b;]>'],
-    ids=["bomb", "external", "parameter"],
+    [
+        ENTITIES,
+        '\n<?xml version="1.0"?>' + ENTITIES,
+        '<!DOCTYPE a [<!ENTITY b SYSTEM "file:///etc/hostname">]>',
+        '<!DOCTYPE a [<!ENTITY % b "x"> %b;]>',
+    ],
+    ids=["bomb", "bomb-below-a-line", "external", "parameter"],
 )
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
 def test_xml_entities_are_refused(make_voc: Callable[..., Path], declared: str, encoding: str) -> None:
     root = make_voc({"a": voc_xml([voc_object()]), "b": voc_xml([voc_object()])})
     file = root / "Annotations/b.xml"
@@ -264,6 +269,25 @@ def test_of_a_crowd_no_more_is_read(make_yolo: Callable[..., Path], make_voc: Ca
     assert "The image has 300,000 objects" in {f.kind: f.message for f in annotations.findings}["too-many-objects"]
     root = make_voc({"a": voc_xml([voc_object(line or "cat"), "<object/>" * MAX_OBJECTS])})
     assert "too-many-objects" in {finding.kind for finding in load_annotations(root, "train").findings}
+
+
+def test_of_a_crowd_in_other_formats_no_more_is_read(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """KITTI, LabelMe and CVAT; their objects have wrong lines, shapes and elements among them."""
+    n = MAX_OBJECTS // 2 + 1
+    shape = {"label": "cat", "points": [[1, 2], [30, 40]], "shape_type": "rectangle"}
+    contents = {
+        "kitti/label_2/a.txt": "Car 0 0 0 1 2 30 40\nx\n" * n,
+        "labelme/a.json": json.dumps({"imagePath": "a.jpg", "shapes": [shape, None] * n}),
+        "cvat/annotations.xml": f'<annotations><image name="a.jpg">{"<box/><x/>" * n}</image></annotations>',
+    }
+    for name, content in contents.items():
+        format = name.partition("/")[0]
+        write_image(tmp_path / format / ("image_2" if format == "kitti" else "") / "a.jpg")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+        annotations = load_annotations(tmp_path / format, "all")
+        assert annotations.format == format
+        assert "too-many-objects" in {finding.kind for finding in annotations.findings}
 
 
 def test_the_audit_of_many_classes_is_not_quadratic(tmp_path: Path) -> None:

@@ -180,3 +180,242 @@ def test_bccd(shared_data):
         ("degenerate-box", "dropped", "Annotations/BloodImage_00338.xml, object 13"),
     ]
     assert all(record.size_hw == (480, 640) for record in train.images)
+
+
+# ---- as it is found --------------------------------------------------------------------------------------------------
+
+
+def named(root, split="train", **options):
+    """Names of the images that are used."""
+    return [record.path.name for record in load_annotations(root, split, **options).images]
+
+
+def test_names_with_spaces_dots_and_flags(make_voc):
+    """A word after a name may be part of it, or a flag: which, the XML files tell."""
+    names = ["my image 01", "train (1)", "a.b", "name 1", "c", "d", "cafe\u0301"]
+    lines = "my image 01\ntrain (1)\na.b\nname 1\nc  1\nd -1\ncaf\u00e9\n\n"
+    root = make_voc({name: voc_xml([voc_object()]) for name in names}, {"train": lines, "val": "c\r\nnobody 2\r\n"})
+    assert named(root) == [f"{name}.jpg" for name in names]
+    assert load_annotations(root, "train").findings == ()
+    (finding,) = load_annotations(root, "val").findings
+    assert (finding.kind, finding.where) == ("missing-annotation", "val.txt, line 2")
+    assert "'nobody 2'" in finding.message
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["a.jpg", "a.xml", "JPEGImages/a.jpg", r".\JPEGImages\a.jpg", "JPEGImages/a.jpg Annotations/a.xml", "/data/a.jpg"],
+)
+def test_lists_with_paths(make_voc, line):
+    assert named(make_voc({"a": voc_xml([voc_object()])}, {"train": line})) == ["a.jpg"]
+
+
+@pytest.mark.parametrize("place", ["ImageSets", "imagesets/main", "", "Annotations"])
+def test_lists_elsewhere(make_voc, place):
+    root = make_voc({"a": voc_xml([voc_object()]), "b": voc_xml([voc_object()])}, lists={})
+    (root / place).mkdir(parents=True, exist_ok=True)
+    for name, text in {"train": "a", "val": "b", "classes": "cat\ndog\n", "README": "What this is"}.items():
+        if name in ("train", "val") or "main" not in place:
+            (root / place / f"{name}.txt").write_text(text)
+    assert available_splits(root) == ["train", "val"]
+    assert named(root, "val") == ["b.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "declared"),
+    [
+        *(("gb2312", "gb2312"), ("gbk", "gbk"), ("gb18030", "GB2312"), ("utf-16", "utf-16"), ("utf-8", "utf-16")),
+        *(("utf-8-sig", "UTF-8"), ("utf-8", ""), ("utf-8", "punycode"), ("utf-16-le", "")),
+        *(("shift_jis", "Shift_JIS"), ("big5", "Big5"), ("euc_kr", "EUC-KR"), ("cp1252", "windows-1252")),
+    ],
+)
+def test_other_encodings(make_voc, encoding, declared):
+    """The parser knows four; more are read by what a file states, or begins with."""
+    name = {"cp1252": "Häuser", "euc_kr": "고양이", "shift_jis": "ネコ"}.get(encoding, "中文")
+    root = make_voc({"a": ""})
+    head = f'<?xml version="1.0" encoding="{declared}"?>' if declared else ""
+    (root / "Annotations/a.xml").write_bytes((head + voc_xml([voc_object(name)])).encode(encoding))
+    train = load_annotations(root, "train")
+    assert [category.name for category in train.categories] == [name]
+    assert train.findings == ()
+
+
+def test_an_encoding_that_is_not_the_stated_one(make_voc):
+    root = make_voc({"a": "", "b": ""})
+    for name, text in {"a": "Größe", "b": "\x81ñ"}.items():  # \x81 is no character of cp1252
+        content = '<?xml version="1.0" encoding="utf-8"?>' + voc_xml([voc_object(text)])
+        (root / f"Annotations/{name}.xml").write_bytes(content.encode("latin-1"))
+    train = load_annotations(root, "train")
+    assert [category.name for category in train.categories] == ["Größe", "\x81ñ"]
+    assert [(f.kind, f.action) for f in train.findings] == [("xml-encoding", "repaired")] * 2
+    assert "read as cp1252" in train.findings[0].message
+
+
+def write_flat(root, write_image, xml_folder, image_folder, names=("a", "b"), suffix=".xml"):
+    for i, name in enumerate(names):
+        write_image(root / image_folder / f"{name}.jpg", seed=i)
+        (root / xml_folder).mkdir(parents=True, exist_ok=True)
+        (root / xml_folder / f"{name}{suffix}").write_text(voc_xml([voc_object(name)]))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("xml_folder", "image_folder"),
+    [
+        *(("annotations", "images"), ("annots", "images"), ("labels", "images"), ("xmls", "JPEGImages"), ("", "")),
+        *(("data", "data"), ("annotations/xmls", "images"), ("Annotations", "photos"), ("labels", ""), ("", "images")),
+        *(("Annotations/more", "Images/more"), ("archive/annotations", "archive/images"), ("archive", "archive")),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".xml", ".XML"])
+def test_flat_sets(tmp_path, write_image, xml_folder, image_folder, suffix):
+    """Folders as raccoon, kangaroo, the Oxford pets and others have them, without a split."""
+    root = write_flat(tmp_path, write_image, xml_folder, image_folder, suffix=suffix)
+    (root / "data").mkdir(exist_ok=True)
+    (root / "data" / "raccoon_labels.csv").write_text("filename,width,height,class,xmin,ymin,xmax,ymax\n")
+    hidden = root / xml_folder / "._a.xml"
+    hidden.write_bytes(b"\0\5\x16\7\0\2")
+    assert detect_format(root) == "voc"
+    assert default_splits(root) == ("all", None)
+    annotations = load_annotations(root, "all")
+    assert [record.path.name for record in annotations.images] == ["a.jpg", "b.jpg"]
+    assert annotations.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("xml_folder", "image_folder"),
+    [("{}/annotations", "{}/images"), ("annotations/{}", "images/{}"), ("{}", "{}"), ("{}/xml", "{}")],
+)
+def test_a_folder_for_each_split(tmp_path, write_image, xml_folder, image_folder):
+    for split in ("train", "val"):  # the same names in both: each has its own image
+        write_flat(tmp_path, write_image, xml_folder.format(split), image_folder.format(split))
+    assert default_splits(tmp_path) == ("train", "val")
+    for split in ("train", "val"):
+        images = load_annotations(tmp_path, split).images
+        assert [record.path.relative_to(tmp_path).as_posix() for record in images] == [
+            f"{image_folder.format(split)}/{name}.jpg" for name in "ab"
+        ]
+
+
+def test_images_of_each_split_and_labels_of_all(tmp_path, write_image):
+    root = write_flat(tmp_path, write_image, "annotations", "images/train")
+    write_flat(root, write_image, "annotations", "images/val", names=("c", "d"))
+    write_image(root / "images/val/e.jpg")
+    assert default_splits(root) == ("train", "val")
+    assert named(root) == ["a.jpg", "b.jpg"]
+    assert named(root, "val") == ["c.jpg", "d.jpg"]
+    val = load_annotations(root, "val")
+    assert [f.message for f in val.findings if f.kind == "image-without-labels"][0].endswith("are not used (e.jpg).")
+    write_image(root / "images/train/c.jpg")  # whose boxes are in c.xml?
+    assert named(root, "val") == ["d.jpg"]
+
+
+def test_a_folder_for_each_class_is_no_split(tmp_path, write_image):
+    for name in ("cat", "dog"):
+        write_flat(tmp_path, write_image, name, name, names=(name,))
+    assert available_splits(tmp_path) == ["cat", "dog", "all"]
+    assert named(tmp_path, "all") == ["cat.jpg", "dog.jpg"]
+
+
+def test_labels_beside_lists(tmp_path, write_image):
+    """Cosmicad's: `labels/` of XML files beside `ImageSets/Main`."""
+    write_flat(tmp_path, write_image, "labels", "images")
+    for split, name in {"train": "a", "val": "b"}.items():
+        (tmp_path / "ImageSets/Main").mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"ImageSets/Main/{split}.txt").write_text(name)
+    assert default_splits(tmp_path) == ("train", "val")
+    assert named(tmp_path, "val") == ["b.jpg"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['<?xml version="1.0"?><!-- <annotation> --><manifest package="x"/>', "<annotations><image/></annotations>"],
+)
+def test_other_xml_is_no_data_set(tmp_path, write_image, content):
+    write_image(tmp_path / "app/a.jpg")
+    for folder in ("app", "annotations"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "main.xml").write_text(content)
+    assert available_splits(tmp_path, "voc") == []
+
+
+def test_a_name_with_the_image_suffix(tmp_path, write_image):
+    write_flat(tmp_path, write_image, "annots", "images")
+    (tmp_path / "annots/a.xml").rename(tmp_path / "annots/a.jpg.xml")
+    assert named(tmp_path, "all") == ["a.jpg", "b.jpg"]
+
+
+def test_beside_a_yolo_file(tmp_path, write_image, make_yolo):
+    """XML files without splits, and what was made of them."""
+    write_flat(tmp_path, write_image, "annotations", "images")
+    labels = {"images/a.jpg": "0 .5 .5 .2 .2", "more/images/b.jpg": "0 .5 .5 .2 .2"}
+    root = make_yolo(labels, root=tmp_path)
+    assert detect_format(root) == "voc"
+    (root / "data.yaml").write_text("train: images\nval: more/images\nnames: [cat]\n")
+    assert load_annotations(root, "val").format == "yolo"
+    assert load_annotations(root, "all", format="voc").format == "voc"
+
+
+def test_orphans(tmp_path, write_image):
+    root = write_flat(tmp_path, write_image, "annots", "images")
+    for name in ("c", "d"):
+        write_image(root / f"images/{name}.jpg")
+    write_image(root / "images/._e.jpg")
+    (root / "annots/ghost.xml").write_text(voc_xml([]))
+    annotations = load_annotations(root, "all")
+    found = {finding.kind: finding for finding in annotations.findings}
+    assert set(found) == {"missing-image", "image-without-labels"}
+    assert (found["image-without-labels"].action, found["image-without-labels"].count) == ("note", 2)
+    assert "(c.jpg, d.jpg)" in found["image-without-labels"].message
+    assert annotations.num_images_left_out == 1
+
+
+def test_which_image_is_whose(tmp_path, write_image, make_voc):
+    """Photos and masks in folders of unknown names, `<filename>` against the file's own name, one image for two."""
+    write_flat(tmp_path / "masked", write_image, "annots", "photos")
+    write_image(tmp_path / "masked/masks/a.png")
+    assert [f.kind for f in load_annotations(tmp_path / "masked", "all").findings][-1] == "every-image-missing"
+    root = make_voc({"a": voc_xml([]).replace("x.jpg", r"C:\set\a.png"), "b": voc_xml([]).replace("x.jpg", "a.jpg")})
+    write_image(root / "JPEGImages/a.png")
+    annotations = load_annotations(root, "train")
+    assert [record.path.name for record in annotations.images] == ["a.png", "b.jpg"]
+    assert [(f.kind, f.action) for f in annotations.findings] == [("file-name-differs", "note")]
+    (root / "JPEGImages/b.jpg").unlink()
+    for name in "ab":  # renamed: both state one image
+        (root / f"Annotations/{name}.xml").rename(root / f"Annotations/new_{name}.xml")
+        (root / f"Annotations/new_{name}.xml").write_text(voc_xml([]).replace("x.jpg", "a"))
+    (root / "JPEGImages/a.png").unlink()
+    (root / "ImageSets/Main/train.txt").unlink()
+    annotations = load_annotations(root, "all")
+    assert len(annotations.images) == 1
+    (finding,) = annotations.findings
+    assert (finding.kind, finding.action) == ("duplicate-image-id", "refused")
+
+
+def test_numbers_and_shapes(make_voc):
+    turned = "<cx>32</cx><cy>24</cy><w>20</w><h>10</h><angle>1.5707963267948966</angle>"
+    objects = [
+        voc_object(box=("5,5", "6.25", "25", "16,0")),
+        voc_object(box=("1,234", 6, 25, 16)),  # one and a bit, or a thousand
+        f"<object><type>robndbox</type><name>cat</name><robndbox>{turned}</robndbox></object>",
+        "<object><name>cat</name><polygon><x1>3</x1><y1>4</y1><x2>9</x2><y2>4</y2><x3>6</x3><y3>8</y3></polygon></object>",
+        "<object><name>cat</name><deleted>1</deleted><polygon/></object>",
+        "<object><name>cat</name><polygon><pt><x>1</x><y>2</y></pt><pt><x>5</x><y>9</y></pt></polygon></object>",
+        "<object><name>cat</name><points><x1>3</x1></points></object>",
+    ]
+    annotations = load_annotations(make_voc({"a": voc_xml(objects)}), "train")
+    assert annotations.images[0].boxes_xyxy.tolist() == [
+        [5.5, 6.25, 25, 16],
+        [27, 14, 37, 34],
+        [3, 4, 9, 8],
+        [1, 2, 5, 9],
+    ]
+    assert [(f.kind, f.action, f.where[-1]) for f in annotations.findings] == [
+        ("box-from-shape", "note", "3"),
+        ("box-from-shape", "note", "4"),
+        ("deleted-object", "note", "5"),
+        ("box-from-shape", "note", "6"),
+        ("missing-box", "dropped", "7"),
+        ("nan-box", "refused", "2"),
+    ]
+    assert "but <name>, <points>" in annotations.findings[4].message

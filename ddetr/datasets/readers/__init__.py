@@ -4,6 +4,10 @@ reader.py         what a reader is; what those of one label file per image have 
 coco_layout.py    where COCO data sets keep things
 coco_json.py      a COCO file's JSON
 coco.py           reader: COCO
+label_folders.py  what readers of folders of label files share: splits by folders, images beside, boxes around shapes
 voc.py            reader: Pascal VOC
+kitti.py          reader: KITTI
+cvat.py           reader: CVAT for images
+labelme.py        reader: LabelMe
 yolo.py           reader: YOLO
 """

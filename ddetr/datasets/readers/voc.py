@@ -3,160 +3,294 @@
 Classes are the names in the training split, sorted; `category_id` is label + 1 (VOC has no ids of its own). Coordinates
 are used as written: VOC's devkit counts pixels from 1 with both corners included, most tools that write its format
 count from 0, and nothing in a file tells which; the difference is one pixel. `difficult` objects are ignored, not
-dropped. Folders of images with their XML files beside them (Roboflow's export) are read too: each folder is a split.
+dropped; turned boxes and polygons become the box around them.
+
+Read as well: lists elsewhere (`ImageSets/*.txt`, `train.txt`), XML files in folders of other names (`annots`, `xmls`,
+`labels`, ...) or beside their images, and a folder for each split (Roboflow's export).
 """
 
 from __future__ import annotations
 
-import math
-from contextlib import suppress
-from pathlib import Path
+import codecs
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
-from xml.parsers import expat
 
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
 from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines
+from ddetr.datasets.readers.label_folders import (
+    IMAGE_FOLDERS,
+    WHOLE,
+    ImagesBeside,
+    Source,
+    box_around,
+    box_around_turned,
+    folder_named,
+    is_split_name,
+    label_files,
+    named_splits,
+    number,
+    report_images,
+    size_hw,
+    subfolders,
+    without_shared,
+)
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, read_bytes
+from ddetr.untrusted import (
+    MAX_LABEL_BYTES,
+    MAX_OBJECTS,
+    SHOWN_NAME,
+    decode_xml,
+    one_line,
+    open_file,
+    parse_xml,
+    read_bytes,
+    shortened,
+    xml_root_name,
+)
 
-WHOLE = "all"  # the one split of a data set that has none
+_XML_FOLDERS = ("annotations", "annotation", "annots", "annot", "xmls", "xml", "labels", "label")
+_SAMPLED = 8  # files of a folder whose beginning says what it holds
+_MOST_WORDS = 32  # of a line of a list that are tried as the name of an image
 
 
-def voc_root(path: Path) -> Path | None:
-    """The folder with `Annotations` in it: `path`, or the only one below it (VOCdevkit/VOC2007); None without one."""
-    for depth in ("", "*/", "*/*/"):
-        roots = sorted(
-            {folder.parent for folder in path.glob(f"{depth}Annotations") if next(folder.glob("*.xml"), None)}
-        )
-        if len(roots) > 1:
-            names = ", ".join(root.name for root in roots)
+# ---- where things lie ------------------------------------------------------------------------------------------------
+
+
+def voc_splits(path: Path) -> dict[str, list[Source]]:
+    """Split name -> where its images come from; {} where there is no VOC data set."""
+    return {} if path.is_file() else _layout(path)[1]
+
+
+def _layout(path: Path) -> tuple[Path, dict[str, list[Source]]]:
+    """The data set's folder, and its splits: `path`, or the only one up to two levels below (VOCdevkit/VOC2007)."""
+    level = [path]
+    for _ in range(3):
+        alone = len(level) == 1
+        found = {folder: splits for folder in level if (splits := _splits_of(folder, alone))}
+        if len(found) > 1:
+            names = ", ".join(one_line(folder.name) for folder in found)
             raise InputError(f"{path} holds several Pascal VOC data sets ({names}); name one of them")
-        if roots:
-            return roots[0]
+        if found:
+            return next(iter(found.items()))
+        level = [sub for folder in level for sub in subfolders(folder)]
+    return path, {}
+
+
+def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
+    """beside_images: whether folders count that hold XML files under no name that says so."""
+    folder = _xml_folder(root)
+    if folder is not None:
+        return _listed(root, folder) or _unlisted(folder)
+    if not beside_images:
+        return {}
+    sources = []
+    for sub in subfolders(root):
+        inner = _xml_folder(sub) if is_split_name(sub.name) else None
+        if inner is not None or _holds_voc(sub):
+            sources.append((sub.name, Source(inner or sub)))
+    if sources:
+        return named_splits(sources)
+    return (_listed(root, root) or {WHOLE: [Source(root)]}) if _holds_voc(root) else {}
+
+
+def _xml_folder(root: Path) -> Path | None:
+    """The folder below `root` whose XML files, or whose folders of them, describe images."""
+    for folder in folder_named(root, _XML_FOLDERS):
+        if _holds_voc(folder) or any(_holds_voc(sub) for sub in subfolders(folder)):
+            return folder
     return None
 
 
-def voc_splits(path: Path) -> dict[str, Path]:
-    """Split name -> its list of images, or its folder of XML files; {} where there is no VOC data set."""
-    if path.is_file():
-        return {}
-    root = voc_root(path)
-    if root is None:
-        return {f.name: f for f in sorted(path.iterdir()) if f.is_dir() and next(f.glob("*.xml"), None)}
-    lists = sorted((root / "ImageSets" / "Main").glob("*.txt"))
-    names = {file.stem for file in lists}
-    # "aeroplane_train" is train once more with a flag for aeroplanes: no split of its own
-    splits = {file.stem: file for file in lists if file.stem.rpartition("_")[2] not in names or "_" not in file.stem}
-    return splits or {WHOLE: root / "Annotations"}
+def _holds_voc(folder: Path) -> bool:
+    """Whether the XML files there are VOC's: the first element of the first says so. One that can't be told is taken
+    for one, so that reading it can say what is wrong."""
+    files = label_files(folder, ".xml", _SAMPLED)
+    names = [name for file in files if (name := xml_root_name(file)) is not None]
+    return bool(files) and (not names or names[0].lower() == "annotation")
+
+
+def _listed(root: Path, folder: Path) -> dict[str, list[Source]]:
+    """The splits by the first place with lists of images."""
+    sets = folder_named(root, ("ImageSets",))
+    main = [inner for place in sets for inner in folder_named(place, ("Main",))]
+    index = None
+    for place in (*main, *sets, root, folder):
+        lists = label_files(place, ".txt")
+        if place not in main and lists:  # other text files may lie there: classes.txt, README.txt
+            index = index or _by_name(folder)
+            lists = [file for file in lists if _lists_images(file, index)]
+        names = {file.stem for file in lists}
+        # "aeroplane_train" is train once more with a flag for aeroplanes: no split of its own
+        own = [f for f in lists if f.stem.rpartition("_")[2] not in names or "_" not in f.stem]
+        if own:
+            return {file.stem: [Source(folder, file)] for file in own}
+    return {}
+
+
+def _lists_images(file: Path, index: dict[str, Path | None]) -> bool:
+    try:
+        with open_file(file) as stream:
+            start = stream.read(1 << 14)
+    except OSError:
+        return False
+    encoding = "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    lines = start.decode(encoding, "replace").splitlines()
+    return any(_named(line, index) is not None for line in [line for line in lines if line.strip()][:_SAMPLED])
+
+
+def _unlisted(folder: Path) -> dict[str, list[Source]]:
+    inner = [] if _holds_voc(folder) else [sub for sub in subfolders(folder) if _holds_voc(sub)]
+    if not inner:  # all XML files in one folder, the images in one for each split
+        places = [sub for place in folder_named(folder.parent, IMAGE_FOLDERS) for sub in subfolders(place)]
+        splits = {sub.name: [Source(folder, sub)] for sub in places if is_split_name(sub.name)}
+        return splits or {WHOLE: [Source(folder)]}
+    return named_splits([(sub.name, Source(sub)) for sub in inner])
+
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+def _xml_files(folder: Path) -> list[Path]:
+    return label_files(folder, ".xml") or [file for sub in subfolders(folder) for file in label_files(sub, ".xml")]
+
+
+def _by_name(folder: Path) -> dict[str, Path | None]:
+    """XML file by its name without suffix, and by its path below the folder; None for a name that two have."""
+    index: dict[str, Path | None] = {}
+    for file in _xml_files(folder):
+        for key in {_composed(file.stem), _composed(file.relative_to(folder).as_posix()[: -len(file.suffix)])}:
+            index[key] = None if key in index else file
+    return index
+
+
+def _composed(name: str) -> str:
+    """A Mac writes an accent as a letter of its own."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def _named(line: str, index: dict[str, Path | None]) -> Path | None:
+    """The XML file of an image that a line of a list names: by all of the line, or by the words before a flag ("name
+    -1" in lists of one class) or another path ("images/name.jpg labels/name.xml")."""
+    name = _composed(line.strip().replace("\\", "/"))
+    for _ in range(_MOST_WORDS):
+        for key in (name.removeprefix("./"), PurePosixPath(name).name):
+            stem, _, suffix = key.rpartition(".")
+            bare = stem if is_image_name(key) or suffix.lower() == "xml" else key
+            for known in (key, bare):
+                if index.get(known) is not None:
+                    return index[known]
+        words = name.rsplit(maxsplit=1)
+        if len(words) < 2:
+            break
+        name = words[0]
+    return None
+
+
+def _listed_files(source: Source, log: FindingLog) -> list[Path]:
+    """The XML files of the images in a list, or in a folder."""
+    index = _by_name(source.folder)
+    if source.listing.is_dir():
+        found = (_named(name, index) for name in ImageFolders().images(source.listing))
+        return list(dict.fromkeys(file for file in found if file is not None))
+    files: dict[Path, None] = {}
+    for line_number, line in enumerate(listed_lines(source.listing), 1):
+        if not line.strip():
+            continue
+        where = f"{source.listing.name}, line {line_number}"
+        file = _named(line, index)
+        if file is None:
+            name = re.sub(r"\s+(-1|0|1)$", "", line.strip())
+            message = f"The image {shortened(name, SHOWN_NAME)!r} has no annotation file; it was left out."
+            log.add("missing-annotation", "dropped", where, message)
+        elif file in files:
+            log.add("duplicate-image", "repaired", where, f"{one_line(file.stem)} is listed twice; used once.")
+        else:
+            files[file] = None
+    return list(files)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 
 def read_voc(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
-    path = wanted.path
-    root = voc_root(path) or path
-    found_images = ImageFolders()
+    root, splits = _layout(wanted.path)
+    beside = ImagesBeside(root, wanted.image_dir)
+    folders = {source.folder for sources in splits.values() for source in sources}
+    known = {file.stem for folder in folders for file in _xml_files(folder)}
 
-    def read(listing: Path, log: FindingLog) -> list[LabelledImage]:
-        files = _xml_files(root, listing, log)
+    def read(sources: Sequence[Source], log: FindingLog) -> list[LabelledImage]:
+        files = [f for s in sources for f in (_xml_files(s.folder) if s.listing is None else _listed_files(s, log))]
         trees = {file: tree for file in files if (tree := _parse(file, root, log)) is not None}
-        return _images(root, trees, wanted.image_dir, found_images, log)
+        images = without_shared(_images(root, trees, beside, log), log)
+        report_images(log, wanted, beside, list(trees), images, known)
+        return images
 
-    return read_labelled(wanted, "voc", voc_splits(path), read)
-
-
-def _xml_files(root: Path, listing: Path, log: FindingLog) -> list[Path]:
-    """The XML file of each image of a split, listed or not yet known to exist."""
-    if listing.is_dir():
-        return sorted(listing.glob("*.xml"))
-    files: dict[Path, None] = {}
-    for number, line in enumerate(listed_lines(listing), 1):
-        words = line.split()
-        if not words:
-            continue
-        name = Path(words[0]).name
-        stem = name.rpartition(".")[0] if is_image_name(name) or name.endswith(".xml") else name
-        file = root / "Annotations" / f"{stem}.xml"
-        if file in files:
-            log.add(
-                "duplicate-image", "repaired", f"{listing.name}, line {number}", f"{stem} is listed twice; used once."
-            )
-        files[file] = None
-    return list(files)
+    return read_labelled(wanted, "voc", splits, read)
 
 
 def _parse(file: Path, root: Path, log: FindingLog) -> ElementTree.Element | None:
     where = str(file.relative_to(root))
     try:
-        content = read_bytes(file, MAX_LABEL_BYTES)
-        _check_entities(content)
-        return ElementTree.fromstring(content)
+        text, other_encoding = decode_xml(read_bytes(file, MAX_LABEL_BYTES))
+        tree = parse_xml(text)
     except ElementTree.ParseError as error:
         line, column = error.position
         reason = str(error).partition(":")[0]
         message = f"The XML is broken ({reason} at line {line}, column {column}); the image was left out."
         log.add("malformed-xml", "dropped", f"{where}, line {line}", message)
-    except FileNotFoundError:
-        log.add("missing-annotation", "dropped", where, "The image has no annotation file; it was left out.")
+        return None
     except (OSError, ValueError, LookupError) as error:
         log.add("malformed-xml", "dropped", where, f"The file can't be read ({error}); the image was left out.")
-    return None
-
-
-def _check_entities(content: bytes) -> None:
-    """ValueError where an XML file declares entities: a few lines of them can stand for gigabytes, or for another
-    file. No labelling tool writes any."""
-    if b"DOCTYPE" not in content.replace(b"\0", b""):  # UTF-16 has a zero byte in each letter
-        return
-
-    def refuse(name: str, *_: object) -> None:
-        raise ValueError(f"it declares the entity {name[:40]!r}; write the text itself")
-
-    parser = expat.ParserCreate()
-    parser.EntityDeclHandler = refuse
-    with suppress(expat.ExpatError):  # said by whoever reads the content
-        parser.Parse(content, True)
+        return None
+    if other_encoding is not None:
+        message = f"The text is not in the encoding that the file states; it was read as {other_encoding}."
+        log.add("xml-encoding", "repaired", where, message)
+    return tree
 
 
 def _images(
-    root: Path,
-    trees: dict[Path, ElementTree.Element],
-    image_dir: Path | None,
-    folders: ImageFolders,
-    log: FindingLog,
-) -> list[LabelledImage]:
-    images = []
+    root: Path, trees: dict[Path, ElementTree.Element], beside: ImagesBeside, log: FindingLog
+) -> Iterator[LabelledImage]:
     for file, tree in trees.items():
         where = str(file.relative_to(root))
-        path = _find_image(root, file, tree, image_dir, folders)
+        if tree.tag.lower() != "annotation":
+            message = f"Expected <annotation>, found <{one_line(tree.tag)}>: it is no annotation of an image."
+            log.add("other-xml", "note", where, message)
+            continue
+        path = _find_image(file, tree, beside, where, log)
         if path is None:
-            message = "Its image was not found in JPEGImages or beside it; it was left out."
+            message = "Its image was not found in JPEGImages, images or beside it; it was left out."
             log.add("missing-image", "dropped", where, message)
             continue
         names, difficult, boxes, numbers = _objects(tree, where, log)
-        size_hw = _declared_hw(tree, where, log)
-        images.append(LabelledImage(path, where, names, boxes, numbers, declared_hw=size_hw, ignore=difficult))
-    if trees and not images:
-        looked = image_dir or root / "JPEGImages"
-        message = f"None of the {len(trees)} images was found in {looked}; give image_dir."
-        log.add("every-image-missing", "refused", str(root), message, count=len(trees))
-    return images
+        size = tree.find("size")
+        declared_hw = None if size is None else size_hw(_text(size, "height"), _text(size, "width"))
+        if declared_hw is None:
+            log.add("missing-size", "repaired", where, "It states no image size; it was read from the image.")
+        yield LabelledImage(path, where, names, boxes, numbers, declared_hw=declared_hw, ignore=difficult)
 
 
 def _find_image(
-    root: Path, file: Path, tree: ElementTree.Element, image_dir: Path | None, folders: ImageFolders
+    file: Path, tree: ElementTree.Element, beside: ImagesBeside, where: str, log: FindingLog
 ) -> Path | None:
-    # by the XML's own name first: <filename> is often wrong after a data set has been renamed
-    names = [f"{file.stem}.jpg", Path(_text(tree, "filename").replace("\\", "/")).name]
-    places = [image_dir] if image_dir else [root / "JPEGImages", file.parent, root / "images", root]
-    for name in filter(None, names):
-        for place in places:
-            image = folders.find(place / name)
-            if image is not None and is_image_name(image.name):
-                return image
-    return None
+    """By the XML's own name first: <filename> is often wrong after a data set has been renamed."""
+    stated = _text(tree, "filename").replace("\\", "/").rpartition("/")[2]
+    by_statement = beside.find(file, stated)
+    if by_statement is not None and by_statement.stem == file.stem:  # of a.jpg and a.png the one that it names
+        return by_statement
+    by_name = beside.find_own(file)
+    if by_name is None or by_statement in (None, by_name):
+        return by_name or by_statement
+    message = f"It states the file name {one_line(stated)}, which is there too; {by_name.name} has its own name."
+    log.add("file-name-differs", "note", where, message)
+    return by_name
 
 
 def _objects(
@@ -164,39 +298,48 @@ def _objects(
 ) -> tuple[list[str], np.ndarray, np.ndarray, list[int]]:
     """Names, difficult (n,) bool, corners as written (n, 4), and the number of each object that has a box."""
     names, difficult, boxes, numbers = [], [], [], []
-    objects = tree.findall("object")
+    objects = list(tree.iter("object"))
     if len(objects) > MAX_OBJECTS:
         report_crowd(log, where, len(objects))
-    for number, obj in enumerate(objects[:MAX_OBJECTS], 1):
-        place = f"{where}, object {number}"
-        box = obj.find("bndbox")
+    for i, obj in enumerate(objects[:MAX_OBJECTS], 1):
+        place = f"{where}, object {i}"
         name = _text(obj, "name")
-        if box is None or not name:
-            message = f"The object has no {'bndbox' if box is None else 'name'}; it was left out."
-            log.add("missing-box" if box is None else "missing-name", "dropped", place, message)
+        if _text(obj, "deleted") == "1":
+            log.add("deleted-object", "note", place, "The object is marked as deleted; it was left out.")
+            continue
+        box = _box(obj, place, log)
+        if box is None:
+            found = ", ".join(f"<{one_line(child.tag, 40)}>" for child in obj[:12]) or "nothing"
+            message = f"The object has no bndbox, robndbox or polygon, but {found}; it was left out."
+            log.add("missing-box", "dropped", place, message)
+            continue
+        if not name:
+            log.add("missing-name", "dropped", place, "The object has no name; it was left out.")
             continue
         names.append(name)
         difficult.append(_text(obj, "difficult") in ("1", "true", "True"))
-        boxes.append([_number(_text(box, key)) for key in ("xmin", "ymin", "xmax", "ymax")])
-        numbers.append(number)
+        boxes.append(box)
+        numbers.append(i)
     return names, np.array(difficult, dtype=bool), np.array(boxes, dtype=np.float64).reshape(-1, 4), numbers
 
 
-def _declared_hw(tree: ElementTree.Element, where: str, log: FindingLog) -> tuple[int, int] | None:
-    size = tree.find("size")
-    height, width = (_number(_text(size, key)) if size is not None else 0.0 for key in ("height", "width"))
-    if not (0 < height < math.inf and 0 < width < math.inf):
-        log.add("missing-size", "repaired", where, "It states no image size; it was read from the image.")
+def _box(obj: ElementTree.Element, place: str, log: FindingLog) -> list[float] | None:
+    """An object's corners: its <bndbox>, or what is around its turned box (radians) or its polygon."""
+    box, turned, polygon = (obj.find(key) for key in ("bndbox", "robndbox", "polygon"))
+    if box is not None:
+        return [number(_text(box, key)) for key in ("xmin", "ymin", "xmax", "ymax")]
+    if turned is not None:
+        around = box_around_turned(*(number(_text(turned, key)) for key in ("cx", "cy", "w", "h", "angle")))
+    elif polygon is not None:  # <x1>, <y1>, <x2>, ...; or <pt> of <x> and <y>
+        xs, ys = (
+            [number(point.text) for point in polygon.iter() if re.fullmatch(rf"{axis}\d*", point.tag)] for axis in "xy"
+        )
+        around = box_around(list(zip(xs, ys, strict=True)) if len(xs) == len(ys) else [])
+    else:
         return None
-    return round(height), round(width)
+    log.add("box-from-shape", "note", place, "It has a turned box or a polygon, no bndbox; the box around it was used.")
+    return around
 
 
 def _text(element: ElementTree.Element, key: str) -> str:
     return (element.findtext(key) or "").strip()
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")

@@ -25,6 +25,7 @@ from ddetr.datasets.annotations import (
     whole,
 )
 from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines
+from ddetr.datasets.readers.label_folders import holds_json_labels
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, table_of
 from ddetr.errors import InputError
 from ddetr.untrusted import (
@@ -94,7 +95,7 @@ def yolo_splits(path: Path) -> dict[str, list[Path]]:
         return {split: sources for split, sources in resolved.items() if sources}
     if path.is_file():
         return {}
-    if (path / "images").is_dir() and (path / "labels").is_dir():
+    if (path / "images").is_dir() and (path / "labels").is_dir() and not holds_json_labels(path / "labels"):
         inner = sorted(
             f.name for f in (path / "images").iterdir() if f.is_dir() and (path / "labels" / f.name).is_dir()
         )
@@ -102,7 +103,7 @@ def yolo_splits(path: Path) -> dict[str, list[Path]]:
     return {
         folder.name: [folder / "images"]
         for folder in sorted(path.iterdir())
-        if (folder / "images").is_dir() and (folder / "labels").is_dir()
+        if (folder / "images").is_dir() and (folder / "labels").is_dir() and not holds_json_labels(folder / "labels")
     }
 
 
