@@ -21,7 +21,9 @@ MOST_CLASSES = 16  # of a whole confusion matrix; beyond, the most confused ones
 MOST_PAIRS = 12
 PLACES_SHOWN = 3
 CLASS_COLUMNS = ("AP", "AP50", "AP75", "AR100", "APs", "APm", "APl")
-_SIZES = (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, math.inf))  # COCO's, in pixels^2
+_SPLIT_COLUMNS = ("name", "format", "num_images", "num_objects", "num_ignored", "num_without_objects")
+_SPLIT_COLUMNS += ("objects_p50", "objects_max")
+SIZES = (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, math.inf))  # COCO's, in pixels^2
 
 
 def ap_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -152,6 +154,33 @@ def findings(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def data(audit: Mapping[str, Any]) -> dict[str, Any]:
+    """The splits, the classes and the findings of an audit, as `AuditReport.to_dict` has them."""
+    splits = [(role, audit[key]) for role, key in (("training", "train"), ("validation", "val")) if audit.get(key)]
+    counts = [split["class_counts"] for _, split in splits]
+    categories = audit.get("categories", ())
+    most = max(1, *(max(column, default=0) for column in counts)) if counts else 1
+    order = sorted(range(len(categories)), key=lambda label: [-column[label] for column in counts])
+    if len(order) > MAX_ROWS:  # of a long tail the middle is left out: the rarest are what one has to see
+        order = order[: MAX_ROWS // 2] + order[-(MAX_ROWS // 2) :]
+    return {
+        "splits": [(role, {name: split[name] for name in _SPLIT_COLUMNS}) for role, split in splits],
+        "classes": [
+            {
+                "label": label,
+                "name": categories[label]["name"] or f"class {label}",
+                "category_id": categories[label]["category_id"],
+                "counts": [column[label] for column in counts],
+                "bars": [column[label] / most for column in counts],
+            }
+            for label in order
+        ],
+        "findings": findings(audit),
+        "there": bool(audit),
+        "more": num_left_out(categories),
+    }
+
+
 def settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """(group, its settings as YAML spells them), those of the run itself first."""
     groups: dict[str, list[tuple[str, str]]] = {"run": []}
@@ -203,7 +232,7 @@ def _objects_by_size(validation: Validation) -> dict[tuple[int, str], list[int]]
     counted = ~validation.objects.ignore
     labels, area = validation.objects.labels[counted], validation.objects.area[counted]
     num_classes = len(validation.categories)
-    columns = [np.bincount(labels[(area >= low) & (area < high)], minlength=num_classes) for _, low, high in _SIZES]
+    columns = [np.bincount(labels[(area >= low) & (area < high)], minlength=num_classes) for _, low, high in SIZES]
     rows = np.column_stack(columns).tolist()
     return {(category.category_id, category.name): row for category, row in zip(validation.categories, rows)}
 
