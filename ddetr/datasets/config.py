@@ -66,3 +66,18 @@ class DataConfig(TrainingSource):
             from ddetr.datasets.transforms import padded_shapes  # slow to import
 
             padded_shapes(self.image_size, self.padded_shapes)  # refuses a number that is out of range
+
+
+@dataclass(frozen=True)
+class PageConfig:
+    """What the page of `ddetr data show` has."""
+
+    num_images: int = option(24, at_least=0, at_most=100)
+    """Annotated images on the page, 40 kB each: of the rarest classes, with the smallest objects, at random."""
+    split: Literal["train", "val", "both"] = "both"
+    """Where they come from."""
+    seed: int = option(42, at_least=0, at_most=2**32 - 1)
+    """Of what is chosen at random, and of the augmentation, which is that of `ddetr train` with the same seed."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

@@ -204,14 +204,15 @@ def _image(run: RunFiles, validation: Validation, analysis: Analysis, index: int
     except InputError as error:
         return image | {"reason": str(error)}
     objects, found = validation.objects, validation.found
+    of_truth = objects.labels[objects.image == index]
     of_image = (found.image == index) & (found.scores >= validation.threshold)
     return image | {
         "truth": data_uri(truth),
         "prediction": data_uri(prediction),
         "height": truth.shape[1],
         "width": truth.shape[2],
-        "truth_alt": f"Truth in {image['name']}: {_listed(validation, objects.labels[objects.image == index])}",
-        "prediction_alt": f"Prediction for {image['name']}: {_listed(validation, found.labels[of_image])}",
+        "truth_alt": f"Truth in {image['name']}: {tables.listed(of_truth, validation.name)}",
+        "prediction_alt": f"Prediction for {image['name']}: {tables.listed(found.labels[of_image], validation.name)}",
     }
 
 
@@ -257,13 +258,6 @@ def _of_both(audit: Mapping[str, Any], name: str) -> str:
         f"{audit[key][name]:,} {role}" for key, role in (("train", "training"), ("val", "validation")) if audit.get(key)
     ]
     return ", ".join(numbers) or "unknown"
-
-
-def _listed(validation: Validation, labels: np.ndarray) -> str:
-    """ "3 cat, 1 dog" """
-    found, counts = np.unique(labels, return_counts=True)
-    words = [f"{count} {validation.name(label)}" for label, count in zip(found.tolist(), counts.tolist())]
-    return ", ".join(words) or "nothing"
 
 
 def _counted(values: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,10 +16,12 @@ from ddetr.report.analysis import ERROR_KINDS, Analysis
 from ddetr.report.run_files import FILES
 from ddetr.report.validation import Validation
 from ddetr.untrusted import MAX_ROWS
+from ddetr.wording import first_few
 
 MOST_CLASSES = 16  # of a whole confusion matrix; beyond, the most confused ones
 MOST_PAIRS = 12
 PLACES_SHOWN = 3
+LISTED = 8  # classes of one picture, in its words
 CLASS_COLUMNS = ("AP", "AP50", "AP75", "AR100", "APs", "APm", "APl")
 _SPLIT_COLUMNS = ("name", "format", "num_images", "num_objects", "num_ignored", "num_without_objects")
 _SPLIT_COLUMNS += ("objects_p50", "objects_max")
@@ -159,7 +161,8 @@ def data(audit: Mapping[str, Any]) -> dict[str, Any]:
     splits = [(role, audit[key]) for role, key in (("training", "train"), ("validation", "val")) if audit.get(key)]
     counts = [split["class_counts"] for _, split in splits]
     categories = audit.get("categories", ())
-    most = max(1, *(max(column, default=0) for column in counts)) if counts else 1
+    totals = [max(1, sum(column)) for column in counts]
+    most = max((max(column, default=0) / total for column, total in zip(counts, totals)), default=0) or 1
     order = sorted(range(len(categories)), key=lambda label: [-column[label] for column in counts])
     if len(order) > MAX_ROWS:  # of a long tail the middle is left out: the rarest are what one has to see
         order = order[: MAX_ROWS // 2] + order[-(MAX_ROWS // 2) :]
@@ -171,7 +174,7 @@ def data(audit: Mapping[str, Any]) -> dict[str, Any]:
                 "name": categories[label]["name"] or f"class {label}",
                 "category_id": categories[label]["category_id"],
                 "counts": [column[label] for column in counts],
-                "bars": [column[label] / most for column in counts],
+                "bars": [column[label] / total / most for column, total in zip(counts, totals)],
             }
             for label in order
         ],
@@ -226,6 +229,13 @@ def shown_bytes(size: float) -> str:
             break
         size /= 1000
     return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+
+
+def listed(labels: np.ndarray, name_of: Callable[[int], str]) -> str:
+    """ "3 cat, 1 dog", the most frequent first where there are many."""
+    found, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable") if len(found) > LISTED else np.arange(len(found))
+    return first_few((f"{counts[i]} {name_of(int(found[i]))}" for i in order), LISTED)
 
 
 def _objects_by_size(validation: Validation) -> dict[tuple[int, str], list[int]]:
