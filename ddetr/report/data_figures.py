@@ -93,6 +93,8 @@ def _chart(
             counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
             bars.append(Bars(role, counts / len(values), color))
             medians.append(f"{role} {shown(float(np.median(values)))}")
+    if len({float(value) for _, values in rows if len(values) for value in (values.min(), values.max())}) == 1:
+        return None  # one bar, which says no more than the median and the table
     return histogram(bars, edges, title=title, x_label=x_label, log=log, note=f"median: {', '.join(medians)}")
 
 

@@ -26,20 +26,20 @@ from ddetr.inference.drawing import draw_boxes, draw_dashed
 from ddetr.report import data_figures, tables, templates
 from ddetr.report.charts import shown
 from ddetr.report.data_pool import GROUPS, Choice, Pool, choose
-from ddetr.report.pictures import data_uri, resized
+from ddetr.report.pictures import PAGE_SIDE, data_uri, resized
 from ddetr.untrusted import one_line, open_file
 from ddetr.wording import first_few
 
 Progress = Callable[[int, int], None]  # (done, total) pictures
 
 DATA_PAGE = "data.html"
-PICTURE_SIDE, PREVIEW_SIDE = 480, 320  # pixels of the long side
+PREVIEW_SIDE, NEAR_SIDE = 320, 280  # pixels of the long side
 ZOOMED = 6  # times the side of an object, that its enlarged surroundings have
 LEAST_WINDOW = 24  # pixels that they have at least
 PREVIEW_IMAGES, PREVIEW_EPOCHS = 4, 4
 NAMED_CLASSES = 12
 SECTIONS = {
-    "data": "What was read",
+    "data": "Data audit",
     "classes": "Classes",
     "sizes": "Sizes",
     "images": "Annotated images",
@@ -114,7 +114,7 @@ def write_data_page(
     text = templates.render(
         "data_page.html",
         kind=_KIND,
-        name=train.name,
+        name=Path(data.path).resolve().name,
         sections=SECTIONS,
         data_path=data.path,
         heading=f"{train.format}: " + ", ".join(f"{len(split.images):,} {role} images" for role, split in named),
@@ -151,6 +151,8 @@ def _annotated(pool: Pool, choice: Choice, names: Sequence[str]) -> dict[str, An
         said[-1] += f": {tables.listed(record.labels[counted], names.__getitem__)}"
     if not counted.all():
         said.append(f"{(~counted).sum():,} ignored")
+    if choice.label is not None:
+        said.append(f"shown for {names[choice.label]}")
     if choice.object is not None:
         side, trained = pool.sides[choice.object], pool.trained_sides[choice.object]
         said.append(f"the smallest, {names[pool.objects.labels[choice.object]]}, has {side:.1f} pixels a side, "
@@ -160,13 +162,15 @@ def _annotated(pool: Pool, choice: Choice, names: Sequence[str]) -> dict[str, An
         image = read_image(record.path, record.size_hw)
     except InputError as error:
         return figure | {"reason": str(error), "pictures": []}
-    pictures = [_picture(_drawn(image, record.boxes_xyxy, record.labels, record.ignore, names, PICTURE_SIDE), figure)]
+    pictures = [_picture(_drawn(image, record.boxes_xyxy, record.labels, record.ignore, names, PAGE_SIDE), figure)]
     if choice.object is not None:
         box, label = pool.objects.boxes_xyxy[choice.object], pool.objects.labels[choice.object]
         window = _window(box, record.size_hw)
         left, top, right, bottom = window
         offset = np.array([left, top, left, top], np.float32)
-        near = _drawn(image[:, top:bottom, left:right], box[None] - offset, label[None], np.zeros(1, bool), names, 280)
+        near = _drawn(
+            image[:, top:bottom, left:right], box[None] - offset, label[None], np.zeros(1, bool), names, NEAR_SIDE
+        )
         said = f"enlarged: {right - left} x {bottom - top} pixels at ({left}, {top})"
         pictures.append(_picture(near, figure) | {"said": said})
     return figure | {"pictures": pictures}

@@ -78,7 +78,8 @@ class Choice(NamedTuple):
 
     image: int  # its position in the pool
     group: str  # one of GROUPS
-    object: int | None = None  # of the pool: the one that is enlarged
+    label: int | None = None  # the rare class
+    object: int | None = None  # of the pool: the small one
 
 
 def trained_scales(sizes_hw: np.ndarray, image_size: int) -> np.ndarray:
@@ -99,12 +100,12 @@ def choose(pool: Pool, num_images: int, seed: int) -> list[Choice]:
     counted = ~objects.ignore
     chosen: dict[int, Choice] = {}
 
-    def take(images: np.ndarray, group: str, object: int | None = None) -> bool:
+    def take(images: np.ndarray, group: str, label: int | None = None, object: int | None = None) -> bool:
         free = [image for image in images.tolist() if image not in chosen]
         if not free or len(chosen) >= num_images:
             return False
         image = free[int(generator.integers(len(free)))]
-        chosen[image] = Choice(image, group, object)
+        chosen[image] = Choice(image, group, label, object)
         return True
 
     left = -(-num_images // 3)
@@ -113,7 +114,7 @@ def choose(pool: Pool, num_images: int, seed: int) -> list[Choice]:
     for label in np.lexsort((np.arange(len(counts)), counts)).tolist():
         if not left or not counts[label] or shown[label]:
             continue
-        if take(np.unique(objects.image[counted & (objects.labels == label)]), RARE):
+        if take(np.unique(objects.image[counted & (objects.labels == label)]), RARE, label):
             left -= 1
             shown[objects.labels[counted & (objects.image == next(reversed(chosen)))]] = True
     left = -(-num_images // 6)
@@ -121,7 +122,7 @@ def choose(pool: Pool, num_images: int, seed: int) -> list[Choice]:
     for object in smallest_first.tolist():
         if not left or len(chosen) >= num_images:
             break
-        left -= take(objects.image[object : object + 1], SMALL, object)
+        left -= take(objects.image[object : object + 1], SMALL, object=object)
     if per_image.any():
         take(np.argsort(-per_image, kind="stable")[:1], CROWDED)
     for _ in range(min(2, -(-num_images // 12))):
