@@ -231,12 +231,11 @@ def show_command(parser: Parser) -> Callable[[Any], None]:
     """Look at a data set: one HTML file of its numbers, annotated images, and what augmentation makes of them."""
     from dataclasses import fields
 
-    from ddetr.datasets.config import DataConfig, PageConfig
+    from ddetr.datasets.config import SEEN_NOWHERE, DataConfig, PageConfig
 
     parser.usage = "ddetr data show [options] PATH"
     parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
-    of_loading = {"keep_empty", "buckets", "padded_shapes", "num_workers", "on_bad_image"}  # nothing of it is seen
-    parser.add_class_arguments(DataConfig, skip={"path", *of_loading}, instantiate=False)
+    parser.add_class_arguments(DataConfig, skip={"path", *SEEN_NOWHERE}, instantiate=False)
     parser.add_class_arguments(PageConfig, instantiate=False)
     parser.add_argument("--output", type=str, default="data.html", metavar="FILE", help="the page")
 

@@ -92,6 +92,12 @@ class DataConfig(TrainingSource):
             padded_shapes(self.image_size, self.padded_shapes)  # refuses a number that is out of range
 
 
+# Fields of DataConfig that change no image, or only in the last epochs.
+SEEN_NOWHERE = frozenset(
+    ["keep_empty", "buckets", "padded_shapes", "num_workers", "on_bad_image", "augmentation_off_epochs"]
+)
+
+
 @dataclass(frozen=True)
 class PageConfig:
     """What the page of `ddetr data show` has."""

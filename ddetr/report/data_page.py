@@ -3,9 +3,9 @@ ones."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,9 @@ from torch import Tensor
 from ddetr.boxes import box_cxcywh_to_xyxy
 from ddetr.datasets.annotations import Annotations
 from ddetr.datasets.audit import audit
-from ddetr.datasets.config import DataConfig, PageConfig
-from ddetr.datasets.dataset import DetectionDataset, sample_seed
+from ddetr.datasets.config import SEEN_NOWHERE, DataConfig, PageConfig, TrainingSource
+from ddetr.datasets.dataset import DetectionDataset, sample_seed, training_set
 from ddetr.datasets.images import read_image
-from ddetr.datasets.transforms import build_transform
 from ddetr.errors import InputError
 from ddetr.files import write_text
 from ddetr.inference.drawing import draw_boxes, draw_dashed
@@ -109,7 +108,7 @@ def write_data_page(
         return figure
 
     images = [(choice.group, made(_annotated(pool, choice, names))) for choice in choices]
-    augmented = DetectionDataset(train, _transform(data), normalize=False)
+    augmented = training_set(train, data)
     numbers = tables.data(report.to_dict())
     text = templates.render(
         "data_page.html",
@@ -130,7 +129,7 @@ def write_data_page(
         groups=[(group, [figure for of, figure in images if of == group]) for group in GROUPS],
         num_images=len(pool.sizes_hw),
         has_ignored=bool(pool.objects.ignore.any()),
-        augmentation=_options(data),
+        augmentation=_augmentation(data),
         seed=page.seed,
         previews=[made(_preview(augmented, index, page.seed, names)) for index in previewed],
     )
@@ -162,17 +161,15 @@ def _annotated(pool: Pool, choice: Choice, names: Sequence[str]) -> dict[str, An
         image = read_image(record.path, record.size_hw)
     except InputError as error:
         return figure | {"reason": str(error), "pictures": []}
-    pictures = [_picture(_drawn(image, record.boxes_xyxy, record.labels, record.ignore, names, PAGE_SIDE), figure)]
+    pictures = [_picture(_drawn(image, record.boxes_xyxy, record.labels, record.ignore, names, PAGE_SIDE))]
     if choice.object is not None:
         box, label = pool.objects.boxes_xyxy[choice.object], pool.objects.labels[choice.object]
-        window = _window(box, record.size_hw)
-        left, top, right, bottom = window
+        left, top, right, bottom = _window(box, record.size_hw)
         offset = np.array([left, top, left, top], np.float32)
-        near = _drawn(
-            image[:, top:bottom, left:right], box[None] - offset, label[None], np.zeros(1, bool), names, NEAR_SIDE
-        )
+        near = image[:, top:bottom, left:right]
+        near = _drawn(near, box[None] - offset, label[None], np.zeros(1, bool), names, NEAR_SIDE)
         said = f"enlarged: {right - left} x {bottom - top} pixels at ({left}, {top})"
-        pictures.append(_picture(near, figure) | {"said": said})
+        pictures.append(_picture(near) | {"said": said})
     return figure | {"pictures": pictures}
 
 
@@ -191,7 +188,7 @@ def _preview(dataset: DetectionDataset, index: int, seed: int, names: Sequence[s
         drawn = _drawn(image, boxes, target["labels"].numpy(), ignore, names, PREVIEW_SIDE)
         num_objects = f"{len(boxes)} object{'' if len(boxes) == 1 else 's'}"
         said = f"epoch {epoch + 1}: {width} x {height}, {num_objects}"
-        figure["pictures"].append(_picture(drawn, figure) | {"said": said})
+        figure["pictures"].append(_picture(drawn) | {"said": said})
     return figure
 
 
@@ -208,7 +205,7 @@ def _drawn(
     return draw_boxes(picture, boxes[counted], labels, [names[label] for label in labels])
 
 
-def _picture(picture: Tensor, figure: dict[str, Any]) -> dict[str, Any]:
+def _picture(picture: Tensor) -> dict[str, Any]:
     """The source of an <img> and its size."""
     return {"source": data_uri(picture), "width": picture.shape[2], "height": picture.shape[1], "said": ""}
 
@@ -231,15 +228,16 @@ def _previewed(pool: Pool, seed: int) -> list[int]:
     return candidates[order[:PREVIEW_IMAGES]].tolist()
 
 
-def _transform(data: DataConfig) -> Callable:
-    """What training does to an image."""
-    return build_transform(data.augmentation, train=True, **_options(data, but="augmentation"))
-
-
-def _options(data: DataConfig, but: str = "") -> dict[str, Any]:
-    """The settings that decide on the augmentation: the recipe, and what `build_transform` takes besides."""
-    names = ["augmentation", *inspect.signature(build_transform).parameters]
-    return {name: getattr(data, name) for name in names if hasattr(data, name) and name != but}
+def _augmentation(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide on the augmentation: the recipe, and what is not as it is by default."""
+    recipe = {"augmentation": data.augmentation, "image_size": data.image_size}
+    own = [
+        field
+        for field in fields(DataConfig)
+        if field.name not in SEEN_NOWHERE | TrainingSource.__dataclass_fields__.keys()
+    ]
+    given = {field.name: getattr(data, field.name) for field in own if getattr(data, field.name) != field.default}
+    return recipe | given
 
 
 def _class_remarks(counts: Sequence[int], names: Sequence[str]) -> list[str]:
