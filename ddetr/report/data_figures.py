@@ -22,7 +22,7 @@ def charts(pools: Named) -> list[Markup]:
     sides = [(role, pool.trained_sides[~pool.objects.ignore]) for role, pool in pools]
     shapes = [(role, _shapes(pool)) for role, pool in pools]
     per_image = [(role, pool.per_image) for role, pool in pools]
-    short = [(role, pool.sizes_hw.min(axis=1, initial=2**31 - 1)) for role, pool in pools]
+    short = [(role, pool.sizes_hw.min(axis=1)) for role, pool in pools]
     images = [(role, pool.sizes_hw[:, 1] / np.maximum(pool.sizes_hw[:, 0], 1)) for role, pool in pools]
     found = [
         _chart("Side of the objects as trained", "root of the area in pixels", sides, _doubling(sides)),

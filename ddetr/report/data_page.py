@@ -231,13 +231,9 @@ def _previewed(pool: Pool, seed: int) -> list[int]:
 def _augmentation(data: DataConfig) -> dict[str, Any]:
     """The settings that decide on the augmentation: the recipe, and what is not as it is by default."""
     recipe = {"augmentation": data.augmentation, "image_size": data.image_size}
-    own = [
-        field
-        for field in fields(DataConfig)
-        if field.name not in SEEN_NOWHERE | TrainingSource.__dataclass_fields__.keys()
-    ]
-    given = {field.name: getattr(data, field.name) for field in own if getattr(data, field.name) != field.default}
-    return recipe | given
+    of_others = {field.name for field in fields(TrainingSource)} | SEEN_NOWHERE
+    own = {field.name: field.default for field in fields(DataConfig) if field.name not in of_others}
+    return recipe | {name: getattr(data, name) for name, usual in own.items() if getattr(data, name) != usual}
 
 
 def _class_remarks(counts: Sequence[int], names: Sequence[str]) -> list[str]:

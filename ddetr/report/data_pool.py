@@ -68,10 +68,6 @@ class Pool:
         """(I,) objects of each image; ignored ones are none."""
         return np.bincount(self.objects.image[~self.objects.ignore], minlength=len(self.sizes_hw))
 
-    def class_counts(self, num_classes: int) -> np.ndarray:
-        """(num_classes,) objects of each label; ignored ones are none."""
-        return np.bincount(self.objects.labels[~self.objects.ignore], minlength=num_classes)
-
 
 class Choice(NamedTuple):
     """An image to be shown, and why."""
