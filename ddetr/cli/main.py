@@ -228,7 +228,7 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
 
 
 def show_command(parser: Parser) -> Callable[[Any], None]:
-    """Look at a data set: one HTML file of its numbers, annotated images, and what augmentation makes of them."""
+    """Look at a data set before training: one HTML file, augmentation included."""
     from dataclasses import fields
 
     from ddetr.datasets.config import SEEN_NOWHERE, DataConfig, PageConfig

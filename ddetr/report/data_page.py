@@ -32,7 +32,7 @@ from ddetr.wording import first_few
 Progress = Callable[[int, int], None]  # (done, total) pictures
 
 DATA_PAGE = "data.html"
-PREVIEW_SIDE, NEAR_SIDE = 320, 280  # pixels of the long side
+PREVIEW_SIDE, NEAR_SIDE = 400, 280  # pixels of the long side
 ZOOMED = 6  # times the side of an object, that its enlarged surroundings have
 LEAST_WINDOW = 24  # pixels that they have at least
 PREVIEW_IMAGES, PREVIEW_EPOCHS = 4, 4
