@@ -32,7 +32,7 @@ from ddetr.datasets.transforms import IMAGENET_MEAN, PAPER_SIZE, Crop, Sample, V
 
 FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)  # where no image is: 0 when normalised, as padding is
 
-MOSAIC_CENTRE = (0.25, 0.75)  # of height and width; YOLOX's, as a share of the result
+MOSAIC_CENTRE = (0.3, 0.7)  # shares of height and width
 MIXUP_RATIO = (0.45, 0.55)  # share of the image itself; DEIM's
 BRIGHTNESS, CONTRAST, SATURATION = (0.875, 1.125), (0.5, 1.5), (0.5, 1.5)  # factors, of SSD's distortion, as is the hue
 HUE = (-0.05, 0.05)  # turns of the colour circle
@@ -178,8 +178,8 @@ def make(plan: Plan, view: View, own: Sample, others: Sequence[Sample]) -> Sampl
     """
     size_hw = view.out_hw
     if plan.mosaic is not None:
-        flips = (view.flip, *(partner.flip for partner in plan.partners))
-        images = (own, *others)[:4]
+        flips = [view.flip, *(partner.flip for partner in plan.partners)][:4]
+        images = [own, *others][:4]
         places = mosaic_places([_size_hw(image) for image, _ in images], flips, plan.mosaic, size_hw)
         image, target = _laid_out(images, places, size_hw)
     elif plan.scale is not None:
@@ -195,9 +195,7 @@ def make(plan: Plan, view: View, own: Sample, others: Sequence[Sample]) -> Sampl
     return recolored(image, plan.colors, plan.sigma), target
 
 
-def fitted_hw(size_hw: tuple[int, int], room_hw: tuple[float, float], factor: float = 1.0) -> tuple[int, int]:
-    """(h, w) of an image that is made as large as the room allows, times a factor."""
-    scale = factor * min(room_hw[0] / size_hw[0], room_hw[1] / size_hw[1])
+def scaled_hw(size_hw: tuple[int, int], scale: float) -> tuple[int, int]:
     return max(1, round(size_hw[0] * scale)), max(1, round(size_hw[1] * scale))
 
 
@@ -219,15 +217,18 @@ def seen_through(
 def mosaic_places(
     sizes_hw: Sequence[tuple[int, int]], flips: Sequence[bool], centre: tuple[float, float], out_hw: tuple[int, int]
 ) -> list[Place | None]:
-    """Four images with a corner each at the centre, each as large as a quarter of the result allows: top left, top
-    right, bottom left, bottom right."""
+    """Four images with a corner each at the centre: top left, top right, bottom left, bottom right. Each is as large as
+    its part of the result, in pixels of area: one of another shape is cut at one side and leaves a margin at the
+    other, half as much as if it had to fill the part or to fit in whole."""
     (height, width), y, x = out_hw, round(centre[0] * out_hw[0]), round(centre[1] * out_hw[1])
+    windows = [(0, 0, y, x), (0, x, y, width), (y, 0, height, x), (y, x, height, width)]
     places = []
-    for number, (size_hw, flip) in enumerate(zip(sizes_hw, flips, strict=True)):
-        of_hw = fitted_hw(size_hw, (height / 2, width / 2))
-        top, top_of_window, bottom = (y - of_hw[0], 0, y) if number < 2 else (y, y, height)
-        left, left_of_window, right = (x - of_hw[1], 0, x) if number % 2 == 0 else (x, x, width)
-        places.append(seen_through(of_hw, flip, (top, left), (top_of_window, left_of_window, bottom, right)))
+    for number, (size_hw, flip, window) in enumerate(zip(sizes_hw, flips, windows, strict=True)):
+        top, left, bottom, right = window
+        scale = math.sqrt((bottom - top) * (right - left) / (size_hw[0] * size_hw[1]))
+        of_hw = scaled_hw(size_hw, scale)
+        corner = (bottom - of_hw[0] if number < 2 else top, right - of_hw[1] if number % 2 == 0 else left)
+        places.append(seen_through(of_hw, flip, corner, window))
     return places
 
 
@@ -239,7 +240,7 @@ def free_place(
     scale: factor; y and x of the place, as shares of the room.
     """
     factor, y, x = scale
-    of_hw = fitted_hw(size_hw, out_hw, factor)
+    of_hw = scaled_hw(size_hw, factor * min(out_hw[0] / size_hw[0], out_hw[1] / size_hw[1]))
     top_left = round(y * (out_hw[0] - of_hw[0])), round(x * (out_hw[1] - of_hw[1]))
     return seen_through(of_hw, flip, top_left, (0, 0, *out_hw))
 

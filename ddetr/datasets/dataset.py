@@ -98,10 +98,9 @@ class DetectionDataset(Dataset):
 
     @property
     def most_objects(self) -> int:
-        """The largest number of objects that a sample may have."""
-        counts = sorted(len(record.labels) for record in self.annotations.images)
+        """More objects than this no sample has; several images of it may be the same one."""
         num_images = 1 if self.augmentation is None else self.augmentation.most_images
-        return sum(counts[-num_images:])
+        return num_images * max((len(record.labels) for record in self.annotations.images), default=1)
 
     def __getitem__(self, index: int | tuple[int, int] | Turn) -> tuple[Tensor, dict[str, Tensor]]:
         """index: an int, or (int, seed), or a `Turn`: then all randomness of the transforms comes from the seed alone,
