@@ -42,6 +42,7 @@ def draw_boxes(
     scores: Tensor | Sequence[float] | None = None,
     *,
     min_side: int = 0,
+    tags: bool = True,
 ) -> Tensor:
     """The image with k boxes, each with its class's colour, name and, where given, score; the best ones on top.
 
@@ -52,6 +53,7 @@ def draw_boxes(
         names: k names, one a box.
         scores: k scores in [0, 1].
         min_side: a smaller image is first enlarged by a whole factor, so that the tags do not hide its objects.
+        tags: whether the names are written; the boxes have the colours of their classes either way.
     """
     boxes_xyxy = torch.as_tensor(boxes_xyxy).detach().cpu().float().reshape(-1, 4)
     labels = [int(label) for label in labels]
@@ -72,9 +74,11 @@ def draw_boxes(
     colors = [class_color(labels[i]) for i in order]
     corners = _corners(boxes_xyxy[order], image)
     drawn = draw_bounding_boxes(image, corners, colors=colors, width=_line(image))
+    if not tags:
+        return drawn
     tagged = slice(-MAX_TAGS, None)
-    tags = [_tag(names[i], labels[i], None if scores is None else scores[i]) for i in order[tagged]]
-    return _draw_tags(drawn, corners.int().tolist()[tagged], tags, colors[tagged])
+    written = [_tag(names[i], labels[i], None if scores is None else scores[i]) for i in order[tagged]]
+    return _draw_tags(drawn, corners.int().tolist()[tagged], written, colors[tagged])
 
 
 def draw_dashed(image: Tensor, boxes_xyxy: Tensor) -> Tensor:

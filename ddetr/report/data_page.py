@@ -37,6 +37,7 @@ ZOOMED = 6  # times the side of an object, that its enlarged surroundings have
 LEAST_WINDOW = 24  # pixels that they have at least
 PREVIEW_IMAGES, PREVIEW_EPOCHS = 4, 4
 NAMED_CLASSES = 12
+MOST_TAGS = 40  # of a picture: more hide what they name
 SECTIONS = {
     "data": "Data audit",
     "classes": "Classes",
@@ -128,6 +129,7 @@ def write_data_page(
         image_size=data.image_size,
         groups=[(group, [figure for of, figure in images if of == group]) for group in GROUPS],
         num_images=len(pool.sizes_hw),
+        most_tags=MOST_TAGS,
         has_ignored=bool(pool.objects.ignore.any()),
         augmentation=_augmentation(data),
         seed=page.seed,
@@ -202,7 +204,8 @@ def _drawn(
     if ignore.any():
         picture = draw_dashed(picture, boxes[~counted])
     labels = labels[~ignore].tolist()
-    return draw_boxes(picture, boxes[counted], labels, [names[label] for label in labels])
+    of_boxes = [names[label] for label in labels]
+    return draw_boxes(picture, boxes[counted], labels, of_boxes, tags=len(labels) <= MOST_TAGS)
 
 
 def _picture(picture: Tensor) -> dict[str, Any]:

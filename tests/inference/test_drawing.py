@@ -23,6 +23,9 @@ def test_boxes_and_tags_have_the_color_of_their_class():
     assert colored[40:91, 20].all()
     assert not colored[45:85, 25:95].any()  # nothing covers what is in the box
     assert colored[28:40, 20:60].float().mean() > 0.5  # the tag stands above it
+    bare = has_color(draw_boxes(GREY, torch.tensor([[20.0, 40, 100, 90]]), [3], ["cat"], tags=False), class_color(3))
+    assert bare[40, 20:101].all()
+    assert not bare[:40].any()
     assert (GREY == 128).all()
 
 
