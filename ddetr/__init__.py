@@ -9,7 +9,7 @@ checkpoint/   weights on disk, ours and others'
 evaluation/   COCO's metrics over a predict function
 doctor/       whether this machine, its GPUs and its PyTorch truly work
 inference/    images -> named objects in pixels
-report/       what a run shows for itself: one HTML file, curves, pictures
+report/       what a run shows for itself, and a data set before: one HTML file each, curves, pictures
 engine/       training, on Lightning
 demo.py       the whole way on drawn shapes
 bench/        what is timed, and against what

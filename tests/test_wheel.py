@@ -193,7 +193,8 @@ def test_the_wheel_holds_a_library_that_runs(tree, tmp_path):
         (library,) = [name for name in archive.namelist() if "/native/lib/" in name]
         assert library == f"ddetr/ops/native/lib/msda-{target.name}{target.suffix}"
         binary = archive.read(library)
-        assert {"ddetr/report/page.html", "ddetr/report/style.css"} <= set(archive.namelist())
+        sources = {f"ddetr/report/{name}" for name in ("frame.html", "parts.html", "page.html", "data_page.html")}
+        assert sources | {"ddetr/report/style.css"} <= set(archive.namelist())
     for place in (
         tree,
         tmp_path,

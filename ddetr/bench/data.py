@@ -311,8 +311,8 @@ def _drawn_groups(
     num_images = 0
     while num_images < _SHAPE_IMAGES:
         sizes_hw = []
-        for index, seed in order:
-            sizes_hw.append(size_of(index, seed))
+        for turn in order:
+            sizes_hw.append(size_of(turn.index, turn.seed))
             if num_images + len(sizes_hw) >= _SHAPE_IMAGES and len(sizes_hw) % order.batch_size == 0:
                 break
         for begin in range(0, len(sizes_hw), order.batch_size):

@@ -227,6 +227,44 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
     return run
 
 
+def show_command(parser: Parser) -> Callable[[Any], None]:
+    """Look at a data set before training: one HTML file, augmentation included."""
+    from dataclasses import fields
+
+    from ddetr.datasets.config import SEEN_NOWHERE, DataConfig, PageConfig
+
+    parser.usage = "ddetr data show [options] PATH"
+    parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
+    parser.add_class_arguments(DataConfig, skip={"path", *SEEN_NOWHERE}, instantiate=False)
+    parser.add_class_arguments(PageConfig, instantiate=False)
+    parser.add_argument("--output", type=str, default="data.html", metavar="FILE", help="the page")
+
+    def run(settings: Any) -> None:
+        given = dict(vars(settings))
+        output = given.pop("output")
+        page = PageConfig(**{field.name: given.pop(field.name) for field in fields(PageConfig)})
+        data = DataConfig(**given)
+        place, root = Path(output).expanduser(), existing(data.path)
+        root = root if root.is_dir() else root.parent
+        if output == parser.get_default("output") and Path.cwd().resolve().is_relative_to(root.resolve()):
+            raise InputError(f"{output} would lie among the data, in {root.resolve()}: say where to by --output FILE")
+        from ddetr.datasets.splits import load_splits
+        from ddetr.files import make_folder
+        from ddetr.report.data_page import check_place, write_data_page
+
+        check_place(place)
+        with console.waiting(f"reading {data.path}"):
+            train, val = load_splits(data)
+        place = make_folder(place.parent, "--output") / place.name
+        with console.progress("draw") as update:
+            failures = write_data_page(place, train, val, data, page, update)
+        console.show(f"page         {place.absolute()}")
+        for name, reason in failures:
+            console.show(f"not read     {name}: {reason}")
+
+    return run
+
+
 def demo_command(parser: Parser) -> Callable[[Any], None]:
     """Train a small detector on drawn shapes, in minutes on a CPU."""
     from ddetr.demo import demo
@@ -375,6 +413,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
     "report": report_command,
     "doctor": doctor_command,
     "data audit": audit_command,
+    "data show": show_command,
     "bench op": bench_op_command,
     "bench gpu": bench_gpu_command,
     "bench data": bench_data_command,

@@ -12,6 +12,7 @@ splits.py         settings -> annotations of a split
 shapes.py         the embedded data set, drawn
 audit.py          what is wrong with a data set, and whether training may start
 transforms.py     augmentation recipes, normalisation
+augment.py        mosaic, mixup, large-scale jitter, colours, blur: what the options add to a recipe
 dataset.py        DetectionDataset: annotations to samples
 collate.py        samples to a batch
 coco.py           build_coco_dataset: the official call
@@ -46,6 +47,7 @@ _PUBLIC = {
     "read_image": "ddetr.datasets.images",
     "rgb_from_pillow": "ddetr.datasets.images",
     "sample_seed": "ddetr.datasets.dataset",
+    "training_set": "ddetr.datasets.dataset",
     "worst_padded_hw": "ddetr.datasets.transforms",
 }
 __all__ = ["audit", "collate"]

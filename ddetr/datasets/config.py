@@ -4,6 +4,7 @@ less."""
 from dataclasses import dataclass
 from typing import Literal
 
+from ddetr.errors import InputError
 from ddetr.settings import check_ranges, option
 
 
@@ -64,6 +65,24 @@ class DataConfig(TrainingSource):
     """Training recipe: the paper's flips, scales and crops; a flip alone; or nothing."""
     image_size: int = option(800, at_least=32, at_most=8192)
     """Short side in pixels; the paper's scales, crops and longest side (1333) follow in proportion."""
+    mosaic: float = option(0.0, at_least=0, at_most=1)
+    """Probability of a mosaic: the image and three others around a point, cut where they meet. 0.5 is usual."""
+    mixup: float = option(0.0, at_least=0, at_most=1)
+    """Probability that another image shines through, at 45 to 55 %, with its objects. 0.5 is usual."""
+    scale_jitter: float = option(0.0, at_least=0, at_most=1)
+    """Probability of large-scale jitter: the image is resized by a factor of scale_jitter_low to scale_jitter_high and
+    cut, or given a margin, to its size; where there is no mosaic."""
+    scale_jitter_low: float = option(0.1, at_least=0.01, at_most=8)
+    """Least factor of scale_jitter."""
+    scale_jitter_high: float = option(2.0, at_least=0.01, at_most=8)
+    """Largest factor of scale_jitter."""
+    color_jitter: float = option(0.0, at_least=0, at_most=1)
+    """Probability of another brightness, contrast, saturation and hue. 0.5 is usual."""
+    blur: float = option(0.0, at_least=0, at_most=1)
+    """Probability of a Gaussian blur, with a sigma of up to 2 pixels at image_size 800."""
+    augmentation_off_epochs: int = option(0, at_least=0)
+    """Last epochs without mosaic, mixup, scale_jitter, color_jitter and blur: the recipe of `augmentation` alone. 1 in
+    10 is usual."""
     keep_empty: bool = True
     """Train on images without an object too, as the official code does."""
     buckets: bool = False
@@ -81,7 +100,33 @@ class DataConfig(TrainingSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.scale_jitter_low > self.scale_jitter_high:
+            raise InputError(
+                f"scale_jitter_low must be at most scale_jitter_high, got {self.scale_jitter_low} and "
+                f"{self.scale_jitter_high}"
+            )
         if self.padded_shapes is not None:
             from ddetr.datasets.transforms import padded_shapes  # slow to import
 
             padded_shapes(self.image_size, self.padded_shapes)  # refuses a number that is out of range
+
+
+# Fields of DataConfig that change no image, or only in the last epochs.
+SEEN_NOWHERE = frozenset(
+    ["keep_empty", "buckets", "padded_shapes", "num_workers", "on_bad_image", "augmentation_off_epochs"]
+)
+
+
+@dataclass(frozen=True)
+class PageConfig:
+    """What the page of `ddetr data show` has."""
+
+    num_images: int = option(24, at_least=0, at_most=100)
+    """Annotated images on the page, 40 kB each: of the rarest classes, with the smallest objects, at random."""
+    split: Literal["train", "val", "both"] = "both"
+    """Where they come from."""
+    seed: int = option(42, at_least=0, at_most=2**32 - 1)
+    """Of what is chosen at random, and of the augmentation, which is that of `ddetr train` with the same seed."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

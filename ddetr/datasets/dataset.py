@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from torchvision import tv_tensors
 
 from ddetr.boxes import relative_boxes
 from ddetr.datasets.annotations import Annotations, Category, ImageRecord
+from ddetr.datasets.augment import Augmentation, make
+from ddetr.datasets.config import DataConfig
 from ddetr.datasets.images import read_image
-from ddetr.datasets.transforms import normalize_images
+from ddetr.datasets.transforms import Recipe, build_transform, normalize_images
 from ddetr.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,16 @@ MOST_STAND_INS = 10  # more that can't be read in a row are no bad luck: the dis
 
 OnError = Callable[[str, str], None]  # path, reason
 Transform = Callable[[tv_tensors.Image, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
+
+
+class Turn(NamedTuple):
+    """One image's turn in an epoch."""
+
+    index: int
+    seed: int
+    """Of all randomness of its sample."""
+    strong: bool = True
+    """Whether it gets mosaic, mixup and what else an `Augmentation` adds to the recipe."""
 
 
 class DetectionDataset(Dataset):
@@ -50,6 +62,8 @@ class DetectionDataset(Dataset):
         on_error: "raise" stops at a file that can't be read (InputError naming it); "skip" logs it and lets another
             image stand in, chosen by the sample's seed, which is for training only. A function is called with the path
             and the reason instead of the log; with worker processes in the worker.
+        augmentation: what is added to a recipe, which `transform` must be. `image_id` and `orig_size` of a sample that
+            is made of several images are those of the first.
     """
 
     def __init__(
@@ -60,16 +74,20 @@ class DetectionDataset(Dataset):
         normalize: bool = True,
         train: bool = True,
         on_error: str | OnError = "raise",
+        augmentation: Augmentation | None = None,
     ) -> None:
         if on_error not in ("raise", "skip") and not callable(on_error):
             raise InputError(f'on_error is "raise", "skip" or a function, not {on_error!r}')
         if on_error != "raise" and not train:
             raise InputError('on_error="skip" swaps images, which would falsify an evaluation; use "raise" there')
+        if augmentation is not None and not isinstance(transform, Recipe):
+            raise InputError("an augmentation needs a recipe of build_transform as its transform")
         self.annotations = annotations
         self.transform = transform
         self.normalize = normalize
         self.train = train
         self.on_error = on_error
+        self.augmentation = augmentation
 
     @property
     def categories(self) -> tuple[Category, ...]:
@@ -78,16 +96,33 @@ class DetectionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.annotations.images)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, dict[str, Tensor]]:
-        """index: an int, or (int, seed): then all randomness of the transforms comes from the seed alone, wherever
-        the sample is loaded, and the caller's random state is left as it was."""
-        if isinstance(index, tuple):
-            index, seed = index
-            with seeded(seed):
-                return self._sample(index, seed)
-        return self._sample(index, 0)
+    @property
+    def most_objects(self) -> int:
+        """More objects than this no sample has; several images of it may be the same one."""
+        num_images = 1 if self.augmentation is None else self.augmentation.most_images
+        return num_images * max((len(record.labels) for record in self.annotations.images), default=1)
 
-    def _sample(self, index: int, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, index: int | tuple[int, int] | Turn) -> tuple[Tensor, dict[str, Tensor]]:
+        """index: an int, or (int, seed), or a `Turn`: then all randomness of the transforms comes from the seed alone,
+        wherever the sample is loaded, and the caller's random state is left as it was."""
+        if isinstance(index, tuple):
+            turn = Turn(*index)
+            with seeded(turn.seed):
+                return self._sample(turn)
+        return self._sample(Turn(index, 0))
+
+    def _sample(self, turn: Turn) -> tuple[Tensor, dict[str, Tensor]]:
+        record, pixels = self._read(turn.index, turn.seed)
+        if self.augmentation is None or not turn.strong:
+            return self.augmented(record, pixels)
+        recipe = self.transform
+        view = recipe.draw((pixels.shape[1], pixels.shape[2]))
+        plan = self.augmentation.draw(turn.index % len(self), len(self), recipe.flip)
+        others = [_whole(*self._read(partner.index, turn.seed)) for partner in plan.partners]
+        return self._finish(record, *make(plan, view, _whole(record, pixels), others))
+
+    def _read(self, index: int, seed: int) -> tuple[ImageRecord, Tensor]:
+        """Record and pixels of an image, or of the one that stands in for it."""
         if self.on_error == "raise":
             return self._load(self.annotations.images[index])
         record = self.annotations.images[index]
@@ -107,27 +142,20 @@ class DetectionDataset(Dataset):
             "damaged"
         )
 
-    def _load(self, record: ImageRecord) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.augmented(record, read_image(record.path, record.size_hw))
+    def _load(self, record: ImageRecord) -> tuple[ImageRecord, Tensor]:
+        return record, read_image(record.path, record.size_hw)
 
     def augmented(self, record: ImageRecord, pixels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The sample of an image that was read already; pixels (3, h, w) uint8 of the record's `size_hw`."""
-        keep = ~record.ignore
-        image = tv_tensors.Image(pixels)
-        canvas_size = (image.shape[1], image.shape[2])
-        boxes = torch.from_numpy(record.boxes_xyxy[keep])  # indexing with a mask copies: the record stays untouched
-        target: dict[str, Any] = {
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas_size),
-            "labels": torch.from_numpy(record.labels[keep]),
-            "area": torch.from_numpy(record.area[keep]),
-            "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
-        }
+        """The sample that the transform makes of an image that was read already; pixels (3, h, w) uint8 of the record's
+        `size_hw`."""
+        image, target = _whole(record, pixels)
         if self.transform is not None:
             image, target = self.transform(image, target)
-        target = {**target, "image_id": torch.tensor(record.image_id), "orig_size": torch.tensor(record.size_hw)}
-        return self._finish(torch.as_tensor(image).as_subclass(Tensor), target)
+        return self._finish(record, image, target)
 
-    def _finish(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _finish(self, record: ImageRecord, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        target = {**target, "image_id": torch.tensor(record.image_id), "orig_size": torch.tensor(record.size_hw)}
+        image = torch.as_tensor(image).as_subclass(Tensor)
         height, width = image.shape[1:]
         lengths = {name: len(target[name]) for name in ("boxes", "labels", "area", "iscrowd")}
         if len(set(lengths.values())) > 1:
@@ -141,6 +169,33 @@ class DetectionDataset(Dataset):
         if self.normalize:
             image = normalize_images(image)
         return image, target
+
+
+def _whole(record: ImageRecord, pixels: Tensor) -> tuple[tv_tensors.Image, dict[str, Any]]:
+    """An image with its objects, without those that are ignored, as transforms take it."""
+    keep = ~record.ignore
+    image = tv_tensors.Image(pixels)
+    canvas_size = (image.shape[1], image.shape[2])
+    boxes = torch.from_numpy(record.boxes_xyxy[keep])  # indexing with a mask copies: the record stays untouched
+    return image, {
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=canvas_size),
+        "labels": torch.from_numpy(record.labels[keep]),
+        "area": torch.from_numpy(record.area[keep]),
+        "iscrowd": torch.zeros(int(keep.sum()), dtype=torch.int64),
+    }
+
+
+def training_set(annotations: Annotations, data: DataConfig, on_error: str | OnError = "raise") -> DetectionDataset:
+    """The samples that training with these settings sees, as uint8 images: `training_set(...)[(index, seed)]` is the
+    augmented one of a seed, with boxes cxcywh in [0, 1]; `[Turn(index, seed, strong=False)]` is that of the last
+    epochs."""
+    return DetectionDataset(
+        annotations,
+        build_transform(data.augmentation, train=True, image_size=data.image_size),
+        normalize=False,
+        on_error=on_error,
+        augmentation=Augmentation.of(data),
+    )
 
 
 @contextmanager

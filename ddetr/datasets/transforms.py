@@ -100,16 +100,19 @@ class Recipe:
         return View(flip < self.flip, crop, resized_hw(size_hw, _one_of(self.short_sides, side), self.max_size))
 
     def __call__(self, image: Tensor, target: dict[str, Any]) -> Sample:
-        size_hw = (image.shape[-2], image.shape[-1])
-        view = self.draw(size_hw)
-        boxes, area = (target[name].as_subclass(Tensor).numpy() for name in ("boxes", "area"))
-        boxes, area, keep = view_of_objects(boxes, area, view, size_hw)
-        target = dict(target)
-        if keep is not None:
-            kept = torch.from_numpy(keep)
-            target.update({name: target[name][kept] for name in ("labels", "iscrowd") if name in target})
-        target["boxes"] = tv_tensors.BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=view.out_hw)
-        return view_of_image(image, view), {**target, "area": torch.from_numpy(area)}
+        return apply_view(image, target, self.draw((image.shape[-2], image.shape[-1])))
+
+
+def apply_view(image: Tensor, target: dict[str, Any], view: View) -> Sample:
+    """A sample as a view shows it."""
+    boxes, area = (target[name].as_subclass(Tensor).numpy() for name in ("boxes", "area"))
+    boxes, area, keep = view_of_objects(boxes, area, view, (image.shape[-2], image.shape[-1]))
+    target = dict(target)
+    if keep is not None:
+        kept = torch.from_numpy(keep)
+        target.update({name: target[name][kept] for name in ("labels", "iscrowd") if name in target})
+    target["boxes"] = tv_tensors.BoundingBoxes(torch.from_numpy(boxes), format="XYXY", canvas_size=view.out_hw)
+    return view_of_image(image, view), {**target, "area": torch.from_numpy(area)}
 
 
 def view_of_image(image: Tensor, view: View) -> Tensor:

@@ -19,6 +19,7 @@ from ddetr import console
 from ddetr.checkpoint import Checkpoint, load_weights
 from ddetr.checkpoint.foreign import check_is_weights
 from ddetr.datasets import Annotations, AuditReport, audit
+from ddetr.datasets.augment import describe
 from ddetr.datasets.splits import image_names, load_splits, no_validation
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.batch_size import MemoryPlan
@@ -231,6 +232,7 @@ def build(prepared: Prepared) -> Built:
         batch_size=config.batch_size,
         device_batch_size=1 if config.device_batch_size == "auto" else config.device_batch_size,
         seed=config.seed,
+        epochs=config.epochs,
         region=data_wait.region,
     )
     pl.seed_everything(config.seed, verbose=False)
@@ -318,6 +320,7 @@ def _begin(prepared: Prepared, built: Built) -> None:
         "%d images, %d steps of %d images per epoch, %d epochs, into %s",
         num_images, built.data.steps_per_epoch, config.batch_size, config.epochs, run.path,
     )  # fmt: skip
+    logger.info(describe(config.data, config.epochs))
     if not module.backbone_pretrained and num_images < ENOUGH_IMAGES:
         logger.info(
             "random initial weights: photographs need %s images or more to learn from nothing, here are %s; otherwise "
@@ -383,7 +386,7 @@ def callbacks(prepared: Prepared, built: Built) -> list[Callback]:
 
     memory_plan = MemoryPlan(
         built.data.largest_hw,
-        num_objects=max((len(record.labels) for record in prepared.train_set.images), default=1),
+        num_objects=built.data.train_set.most_objects,
         precision=config.precision,
         optimizer_states=1 if optim.sgd else 2,
         copies=1 if optim.ema_decay else 0,

@@ -19,7 +19,7 @@ from torchvision.utils import draw_bounding_boxes
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_DRAWN, MAX_TAG, MAX_TAGS, shortened
 
-__all__ = ["class_color", "draw_boxes", "side_by_side"]
+__all__ = ["class_color", "draw_boxes", "draw_dashed", "side_by_side"]
 
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom; the last two outside
@@ -42,6 +42,7 @@ def draw_boxes(
     scores: Tensor | Sequence[float] | None = None,
     *,
     min_side: int = 0,
+    tags: bool = True,
 ) -> Tensor:
     """The image with k boxes, each with its class's colour, name and, where given, score; the best ones on top.
 
@@ -52,6 +53,7 @@ def draw_boxes(
         names: k names, one a box.
         scores: k scores in [0, 1].
         min_side: a smaller image is first enlarged by a whole factor, so that the tags do not hide its objects.
+        tags: whether the names are written; the boxes have the colours of their classes either way.
     """
     boxes_xyxy = torch.as_tensor(boxes_xyxy).detach().cpu().float().reshape(-1, 4)
     labels = [int(label) for label in labels]
@@ -69,15 +71,38 @@ def draw_boxes(
     order = order[-MAX_DRAWN:]
     if not order:
         return image.clone()
-    height, width = image.shape[1:]
     colors = [class_color(labels[i]) for i in order]
-    limits = torch.tensor([width - 1, height - 1, width - 1, height - 1])
-    corners = boxes_xyxy[order].round().clamp(min=0).minimum(limits)  # a box on the edge of the image stays visible
-    line = max(1, round(min(height, width) / 250))
-    drawn = draw_bounding_boxes(image, corners, colors=colors, width=line)
+    corners = _corners(boxes_xyxy[order], image)
+    drawn = draw_bounding_boxes(image, corners, colors=colors, width=_line(image))
+    if not tags:
+        return drawn
     tagged = slice(-MAX_TAGS, None)
-    tags = [_tag(names[i], labels[i], None if scores is None else scores[i]) for i in order[tagged]]
-    return _draw_tags(drawn, corners.int().tolist()[tagged], tags, colors[tagged])
+    written = [_tag(names[i], labels[i], None if scores is None else scores[i]) for i in order[tagged]]
+    return _draw_tags(drawn, corners.int().tolist()[tagged], written, colors[tagged])
+
+
+def draw_dashed(image: Tensor, boxes_xyxy: Tensor) -> Tensor:
+    """The image with k boxes of dashed white on black, without a name: regions that count for nothing.
+
+    Args:
+        image: uint8 (3, H, W).
+        boxes_xyxy: (k, 4) in pixels of the image.
+    """
+    boxes_xyxy = torch.as_tensor(boxes_xyxy).detach().cpu().float().reshape(-1, 4)
+    visible = torch.isfinite(boxes_xyxy).all(dim=1) & (boxes_xyxy[:, 2:] >= boxes_xyxy[:, :2]).all(dim=1)
+    line = _line(image)
+    dash = 4 * line
+    canvas = F.to_pil_image(image.detach().cpu())
+    draw = ImageDraw.Draw(canvas)
+    for left, top, right, bottom in _corners(boxes_xyxy[visible][-MAX_DRAWN:], image).int().tolist():
+        draw.rectangle((left, top, right, bottom), outline="black", width=line)
+        for x in range(left, right + 1, 2 * dash):
+            for y in (top, bottom - line + 1):
+                draw.rectangle((x, y, min(x + dash, right), y + line - 1), fill="white")
+        for y in range(top, bottom + 1, 2 * dash):
+            for x in (left, right - line + 1):
+                draw.rectangle((x, y, x + line - 1, min(y + dash, bottom)), fill="white")
+    return _to_tensor(canvas)
 
 
 def side_by_side(left: Tensor, right: Tensor, titles: tuple[str, str] = ("truth", "prediction")) -> Tensor:
@@ -91,6 +116,18 @@ def side_by_side(left: Tensor, right: Tensor, titles: tuple[str, str] = ("truth"
         canvas.paste(F.to_pil_image(picture), (x, bar))
         draw.text((x + picture.shape[2] / 2, bar / 2), _printable(title), fill="black", font=font, anchor="mm")
     return _to_tensor(canvas)
+
+
+def _corners(boxes_xyxy: Tensor, image: Tensor) -> Tensor:
+    """Whole pixels of the image: a box on its edge stays visible."""
+    height, width = image.shape[1:]
+    limits = torch.tensor([width - 1, height - 1, width - 1, height - 1])
+    return boxes_xyxy.round().clamp(min=0).minimum(limits)
+
+
+def _line(image: Tensor) -> int:
+    """Width of a line in pixels."""
+    return max(1, round(min(image.shape[1:]) / 250))
 
 
 def _draw_tags(image: Tensor, corners: list[list[int]], tags: list[str], colors: list[Color]) -> Tensor:

@@ -1,4 +1,5 @@
-"""What a run shows for itself, made from what lies in its folder: the model is never run for it.
+"""What a run shows for itself, made from what lies in its folder: the model is never run for it. And what a data set
+shows before a run.
 
 validation.py   what a validation leaves: truth and detections, in one file
 signature.py    whether a validation is this user's own, so that its pictures may be shown
@@ -10,7 +11,11 @@ figures.py      which curves there are
 tables.py       which tables
 pictures.py     truth beside prediction
 curves.py       curves.png
-page.py         report.html, with page.html and style.css
+templates.py    HTML from templates, with frame.html, parts.html and style.css
+page.py         report.html, with page.html
+data_pool.py    images of a data set, and which of them are shown
+data_figures.py its numbers, as charts and rows
+data_page.py    the page of `ddetr data show`, with data_page.html
 """
 
 from ddetr.report.curves import draw_curves

@@ -1,4 +1,5 @@
-"""Line charts as inline SVG: colours come from the page's style sheet, so that they follow light and dark.
+"""Line charts and histograms as inline SVG: colours come from the page's style sheet, so that they follow light and
+dark.
 
 A long run has more rows than pixels: beyond `MOST_POINTS` the line is the mean of neighbouring rows, on a band from
 their least to their greatest value, so that a spike stays visible.
@@ -25,6 +26,14 @@ class Line(NamedTuple):
     name: str
     x: np.ndarray
     y: np.ndarray
+    color: int = 0
+
+
+class Bars(NamedTuple):
+    """One row of a histogram: how much of it falls between each two of the edges."""
+
+    name: str
+    shares: np.ndarray  # (n,) in [0, 1]
     color: int = 0
 
 
@@ -75,15 +84,67 @@ def chart(
     lasts = [shown(_last(line)) if legend_values else "" for line in lines]
     named = ", ".join(f"{line.name} {last}".strip() for line, last in zip(lines, lasts))
     label = f"{title} over {x_label}: {named}" + (" at the end" if legend_values else "")
+    legend = [(line.name, last, line.color) for line, last in zip(lines, lasts)]
+    return _figure(f"{title} (logarithmic)" if log else title, label, parts, legend)
+
+
+def histogram(
+    rows: Sequence[Bars], edges: np.ndarray, *, title: str, x_label: str, log: bool = False, note: str = ""
+) -> Markup | None:
+    """A figure: what share of each row lies between each two edges, the rows beside each other; None where no row has
+    a share.
+
+    Args:
+        rows: with n shares each.
+        edges: (n + 1,) rising, above zero where `log`.
+        log: a logarithmic horizontal axis.
+        note: what the numbers say, in words: for those who do not see the picture.
+    """
+    rows = [row for row in rows if row.shares.any()]
+    if not rows:
+        return None
+    low, high = float(edges[0]), float(edges[-1])
+    if log:
+        x_axis = log_axis(low, high)
+        x_axis = x_axis._replace(low=low, high=high, ticks=[tick for tick in x_axis.ticks if low <= tick <= high])
+    else:
+        x_axis = linear_axis(low, high, most=6, tight=True)
+    y_axis = linear_axis(0.0, 100 * max(float(row.shares.max()) for row in rows), most=5)
+    sides = _x(x_axis, np.asarray(edges, dtype=np.float64))
+    foot = _y(y_axis, np.array(0.0)).item()
+    bar = '<rect class="fill s{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
+    parts = [_grid(x_axis, y_axis, x_label)]
+    for place, row in enumerate(rows):
+        tops = _y(y_axis, 100 * row.shares)
+        for i in np.flatnonzero(row.shares):
+            width = (sides[i + 1] - sides[i]) * 0.9 / len(rows)
+            left = sides[i] + (sides[i + 1] - sides[i]) * 0.05 + place * width
+            said = f"{row.name}: {shown(100 * row.shares[i])} % from {shown(edges[i])} to {shown(edges[i + 1])}"
+            parts.append(Markup(bar).format(row.color % NUM_COLORS, left, tops[i], width, foot - tops[i], said))
+    label = ": ".join(filter(None, (f"{title}, in percent, by {x_label}", note)))
+    legend = [(row.name, "", row.color) for row in rows]
+    return _figure(f"{title} (%)", label, parts, legend, note)
+
+
+def _figure(
+    title: str, label: str, parts: Sequence[Markup], legend: Sequence[tuple[str, str, int]], note: str = ""
+) -> Markup:
+    """legend: (name, value, colour) of each row."""
     key = '<li><svg class="key s{}" viewBox="0 0 16 8" aria-hidden="true"><path d="M0 4H16"/></svg>{} <b>{}</b></li>'
-    legend = Markup("").join(
-        Markup(key).format(line.color % NUM_COLORS, line.name, last) for line, last in zip(lines, lasts)
-    )
+    keys = Markup("").join(Markup(key).format(color % NUM_COLORS, name, value) for name, value, color in legend)
     return Markup(
-        '<figure class="chart"><figcaption>{}{}</figcaption>'
+        '<figure class="chart"><figcaption>{}</figcaption>'
         '<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
-        '<ul class="legend">{}</ul></figure>'
-    ).format(title, " (logarithmic)" if log else "", _WIDTH, _HEIGHT, label, Markup("").join(parts), legend)
+        '<ul class="legend">{}</ul>{}</figure>'
+    ).format(
+        title,
+        _WIDTH,
+        _HEIGHT,
+        label,
+        Markup("").join(parts),
+        keys,
+        Markup("<small>{}</small>").format(note) if note else "",
+    )
 
 
 def linear_axis(low: float, high: float, *, most: int, tight: bool = False) -> Axis:

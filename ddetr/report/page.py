@@ -1,41 +1,30 @@
-"""`report.html`: one file without script, network or anything outside itself.
-
-Jinja2 escapes every value; a Content-Security-Policy in the page forbids scripts and requests should a value ever get
-through. What a section cannot show it says in words.
-"""
+"""`report.html`: a run, from what lies in its folder. What a section cannot show it says in words."""
 
 from __future__ import annotations
 
-import datetime
-import functools
 import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-import ddetr
 from ddetr.errors import InputError
 from ddetr.evaluation.metrics import METRIC_NAMES
 from ddetr.files import write_text
-from ddetr.report import figures, tables
+from ddetr.report import figures, tables, templates
 from ddetr.report.analysis import ERROR_KINDS, Analysis, analyse
 from ddetr.report.charts import shown
 from ddetr.report.pictures import PAGE_SIDE, data_uri, truth_and_prediction
 from ddetr.report.run_files import RunFiles, shown_time
+from ddetr.report.templates import score
 from ddetr.report.validation import Validation
-from ddetr.untrusted import MAX_PLACE, MAX_ROWS, one_line, printable
-
-if TYPE_CHECKING:
-    import jinja2
+from ddetr.untrusted import MAX_ROWS, one_line
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
-_SPLIT_COLUMNS = ("name", "format", "num_images", "num_objects", "num_ignored", "num_without_objects")
-_SPLIT_COLUMNS += ("objects_p50", "objects_max")
 NUM_BEST, NUM_WORST = 4, 8  # images shown: they are most of the file, and of the time that it takes
 
 SECTIONS = {
@@ -60,29 +49,6 @@ def write_report(run: RunFiles) -> Path:
     return path
 
 
-@functools.cache
-def _template() -> jinja2.Template:
-    """Compiled once: a run writes its report after every validation."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalized,
-    )
-    environment.filters |= {
-        "number": _number,
-        "score": _score,
-        "percent": _percent,
-        "thousands": _thousands,
-        "share": _share,
-    }
-    return environment.get_template("page.html")
-
-
 def render(run: RunFiles) -> str:
     """The page."""
     builders: dict[str, Callable[[RunFiles], dict[str, Any]]] = {
@@ -90,17 +56,16 @@ def render(run: RunFiles) -> str:
         "curves": _curves,
         "ap": _ap,
         "detections": _detections,
-        "data": _data,
+        "data": lambda run: tables.data(run.audit),
         "configuration": lambda run: {"groups": tables.settings(run.config)},
         "environment": _environment,
         "files": lambda run: {"files": tables.files(run.path)},
     }
-    page = _template().render(
+    return templates.render(
+        "page.html",
+        kind="run report",
         name=run.path.resolve().name,
         sections=SECTIONS,
-        style=(Path(__file__).parent / "style.css").read_text(encoding="utf-8"),
-        made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        version=ddetr.__version__,
         state=run.state,
         missing=run.missing,
         error_kinds=list(ERROR_KINDS),
@@ -108,7 +73,6 @@ def render(run: RunFiles) -> str:
         class_columns=tables.CLASS_COLUMNS,
         **{section: _built(section, build, run) for section, build in builders.items()},
     )
-    return printable(page)  # charts and pictures too: what turns the writing direction is never ours
 
 
 def _built(section: str, build: Callable[[RunFiles], dict[str, Any]], run: RunFiles) -> dict[str, Any]:
@@ -132,13 +96,13 @@ def _summary(run: RunFiles) -> dict[str, Any]:
     split = (run.audit.get("val") or {}).get("name")
     cards: list[tuple[str, str, str]] = []
     if best:
-        cards.append(("Best AP", _score(best.get("AP")), f"epoch {_counted(best)}, step {best.get('step', 0):,}"))
-        cards.append(("AP50", _score(best.get("AP50")), "of that validation"))
-        cards.append(("AP75", _score(best.get("AP75")), "of that validation"))
+        cards.append(("Best AP", score(best.get("AP")), f"epoch {_counted(best)}, step {best.get('step', 0):,}"))
+        cards.append(("AP50", score(best.get("AP50")), "of that validation"))
+        cards.append(("AP75", score(best.get("AP75")), "of that validation"))
         if best.get("threshold") is not None:
-            cards.append(("Best F1", _score(best.get("f1")), f"at score threshold {best['threshold']:.2f}"))
+            cards.append(("Best F1", score(best.get("f1")), f"at score threshold {best['threshold']:.2f}"))
     if last and last.get("step") != best.get("step"):
-        cards.append(("Last AP", _score(last.get("AP")), f"epoch {_counted(last)}, step {last.get('step', 0):,}"))
+        cards.append(("Last AP", score(last.get("AP")), f"epoch {_counted(last)}, step {last.get('step', 0):,}"))
     if "loss" in run.training:
         cards.append(("Loss", shown(float(run.training["loss"][-1])), f"at step {int(run.training['step'][-1]):,}"))
     if not math.isnan(run.seconds):
@@ -240,38 +204,15 @@ def _image(run: RunFiles, validation: Validation, analysis: Analysis, index: int
     except InputError as error:
         return image | {"reason": str(error)}
     objects, found = validation.objects, validation.found
+    of_truth = objects.labels[objects.image == index]
     of_image = (found.image == index) & (found.scores >= validation.threshold)
     return image | {
         "truth": data_uri(truth),
         "prediction": data_uri(prediction),
         "height": truth.shape[1],
         "width": truth.shape[2],
-        "truth_alt": f"Truth in {image['name']}: {_listed(validation, objects.labels[objects.image == index])}",
-        "prediction_alt": f"Prediction for {image['name']}: {_listed(validation, found.labels[of_image])}",
-    }
-
-
-def _data(run: RunFiles) -> dict[str, Any]:
-    audit = run.audit
-    splits = [(role, audit[key]) for role, key in (("training", "train"), ("validation", "val")) if audit.get(key)]
-    counts = [split["class_counts"] for _, split in splits]
-    splits = [(role, {name: split[name] for name in _SPLIT_COLUMNS}) for role, split in splits]
-    most = max(1, *(max(column, default=0) for column in counts)) if counts else 1
-    classes = [
-        {
-            "name": category["name"] or f"class {label}",
-            "category_id": category["category_id"],
-            "counts": [column[label] for column in counts],
-            "bar": counts[0][label] / most,
-        }
-        for label, category in enumerate(audit.get("categories", ())[:MAX_ROWS])
-    ]
-    return {
-        "splits": splits,
-        "classes": classes,
-        "findings": tables.findings(audit),
-        "there": bool(audit),
-        "more": tables.num_left_out(audit.get("categories", ())),
+        "truth_alt": f"Truth in {image['name']}: {tables.listed(of_truth, validation.name)}",
+        "prediction_alt": f"Prediction for {image['name']}: {tables.listed(found.labels[of_image], validation.name)}",
     }
 
 
@@ -319,13 +260,6 @@ def _of_both(audit: Mapping[str, Any], name: str) -> str:
     return ", ".join(numbers) or "unknown"
 
 
-def _listed(validation: Validation, labels: np.ndarray) -> str:
-    """ "3 cat, 1 dog" """
-    found, counts = np.unique(labels, return_counts=True)
-    words = [f"{count} {validation.name(label)}" for label, count in zip(found.tolist(), counts.tolist())]
-    return ", ".join(words) or "nothing"
-
-
 def _counted(values: Mapping[str, Any]) -> str:
     """Epochs count from one for people."""
     return f"{values['epoch'] + 1:,}" if isinstance(values.get("epoch"), int) else "unknown"
@@ -340,34 +274,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-
-
-def _finalized(value: Any) -> Any:
-    """Of a value that comes into the page as text: what names from outside can be a page can't hold."""
-    return one_line(value, MAX_PLACE) if isinstance(value, str) and not hasattr(value, "__html__") else value
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and abs(value) < 1e300  # not NaN; an int may be larger than any float
-
-
-def _number(value: Any) -> str:
-    return shown(float(value)) if _is_number(value) else "-"
-
-
-def _thousands(value: Any) -> str:
-    return f"{value:,}" if _is_number(value) else "-"
-
-
-def _share(value: Any) -> float:
-    return max(0.0, min(1.0, float(value))) if _is_number(value) else 0.0
-
-
-def _score(value: Any) -> str:
-    return f"{value:.3f}" if _is_number(value) else "-"
-
-
-def _percent(value: Any) -> str:
-    if not _is_number(value):
-        return "-"
-    return f"{100 * value:.{0 if value == 0 or value >= 0.1 else 1}f} %"

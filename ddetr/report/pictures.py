@@ -42,9 +42,7 @@ def truth_and_prediction(
     image = read_image(validation.paths[index], (height, width))
     scale = 1.0
     if long_side is not None:
-        scale = min(long_side / max(height, width), 4.0)
-        size_hw = [max(1, round(height * scale)), max(1, round(width * scale))]
-        image = F.resize(image, size_hw, antialias=True)
+        image, scale = resized(image, long_side)
     objects = validation.objects
     of_image = objects.image == index
     labels = objects.labels[of_image]
@@ -56,6 +54,13 @@ def truth_and_prediction(
     boxes_xyxy = torch.from_numpy(found.boxes_xyxy * scale)
     prediction = draw_boxes(image, boxes_xyxy, found.labels, names, found.scores, min_side=min_side)
     return truth, prediction
+
+
+def resized(image: Tensor, long_side: int) -> tuple[Tensor, float]:
+    """(the image, shrunk to this long side in pixels or enlarged to about it, at most four times; the factor)."""
+    height, width = image.shape[1:]
+    scale = min(long_side / max(height, width), 4.0)
+    return F.resize(image, [max(1, round(height * scale)), max(1, round(width * scale))], antialias=True), scale
 
 
 def data_uri(picture: Tensor) -> Markup:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,12 +16,16 @@ from ddetr.report.analysis import ERROR_KINDS, Analysis
 from ddetr.report.run_files import FILES
 from ddetr.report.validation import Validation
 from ddetr.untrusted import MAX_ROWS
+from ddetr.wording import first_few
 
 MOST_CLASSES = 16  # of a whole confusion matrix; beyond, the most confused ones
 MOST_PAIRS = 12
 PLACES_SHOWN = 3
+LISTED = 8  # classes of one picture, in its words
 CLASS_COLUMNS = ("AP", "AP50", "AP75", "AR100", "APs", "APm", "APl")
-_SIZES = (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, math.inf))  # COCO's, in pixels^2
+_SPLIT_COLUMNS = ("name", "format", "num_images", "num_objects", "num_ignored", "num_without_objects")
+_SPLIT_COLUMNS += ("objects_p50", "objects_max")
+SIZES = (("small", 0, 32**2), ("medium", 32**2, 96**2), ("large", 96**2, math.inf))  # COCO's, in pixels^2
 
 
 def ap_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -152,6 +156,34 @@ def findings(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def data(audit: Mapping[str, Any]) -> dict[str, Any]:
+    """The splits, the classes and the findings of an audit, as `AuditReport.to_dict` has them."""
+    splits = [(role, audit[key]) for role, key in (("training", "train"), ("validation", "val")) if audit.get(key)]
+    counts = [split["class_counts"] for _, split in splits]
+    categories = audit.get("categories", ())
+    totals = [max(1, sum(column)) for column in counts]
+    most = max((max(column, default=0) / total for column, total in zip(counts, totals)), default=0) or 1
+    order = sorted(range(len(categories)), key=lambda label: [-column[label] for column in counts])
+    if len(order) > MAX_ROWS:  # of a long tail the middle is left out: the rarest are what one has to see
+        order = order[: MAX_ROWS // 2] + order[-(MAX_ROWS // 2) :]
+    return {
+        "splits": [(role, {name: split[name] for name in _SPLIT_COLUMNS}) for role, split in splits],
+        "classes": [
+            {
+                "label": label,
+                "name": categories[label]["name"] or f"class {label}",
+                "category_id": categories[label]["category_id"],
+                "counts": [column[label] for column in counts],
+                "bars": [column[label] / total / most for column, total in zip(counts, totals)],
+            }
+            for label in order
+        ],
+        "findings": findings(audit),
+        "there": bool(audit),
+        "more": num_left_out(categories),
+    }
+
+
 def settings(config: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """(group, its settings as YAML spells them), those of the run itself first."""
     groups: dict[str, list[tuple[str, str]]] = {"run": []}
@@ -199,11 +231,18 @@ def shown_bytes(size: float) -> str:
     return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
 
 
+def listed(labels: np.ndarray, name_of: Callable[[int], str]) -> str:
+    """ "3 cat, 1 dog", the most frequent first where there are many."""
+    found, counts = np.unique(labels, return_counts=True)
+    order = np.argsort(-counts, kind="stable") if len(found) > LISTED else np.arange(len(found))
+    return first_few((f"{counts[i]} {name_of(int(found[i]))}" for i in order), LISTED)
+
+
 def _objects_by_size(validation: Validation) -> dict[tuple[int, str], list[int]]:
     counted = ~validation.objects.ignore
     labels, area = validation.objects.labels[counted], validation.objects.area[counted]
     num_classes = len(validation.categories)
-    columns = [np.bincount(labels[(area >= low) & (area < high)], minlength=num_classes) for _, low, high in _SIZES]
+    columns = [np.bincount(labels[(area >= low) & (area < high)], minlength=num_classes) for _, low, high in SIZES]
     rows = np.column_stack(columns).tolist()
     return {(category.category_id, category.name): row for category, row in zip(validation.categories, rows)}
 

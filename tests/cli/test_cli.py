@@ -131,7 +131,7 @@ BENCHES = ", ".join(name.split()[1] for name in cli.COMMANDS if name.startswith(
     ("arguments", "message"),
     [
         (["tran"], f"no command 'tran' (did you mean train?): expected one of {ALL}"),
-        (["data"], "ddetr data: expected a command, one of: audit"),
+        (["data"], "ddetr data: expected a command, one of: audit, show"),
         (["bench"], f"ddetr bench: expected a command, one of: {BENCHES}"),
         (["bench", "operator"], f"ddetr bench: expected a command, one of: {BENCHES}"),
         (["--epochs"], f"no command '--epochs': expected one of {ALL}"),

@@ -27,7 +27,7 @@ def write_data(shapes: Path, folder: Path) -> DataConfig:
     """Eight images, of which the second process has, in the first step, two without an object; seven to validate on,
     which two processes cannot share evenly."""
     content = json.loads((shapes / "annotations" / "instances_train.json").read_text())
-    order = [index for index, _ in EpochOrder(8, BATCH, seed=SEED, rank=1, world_size=2)]
+    order = [turn.index for turn in EpochOrder(8, BATCH, seed=SEED, rank=1, world_size=2)]
     empty = {content["images"][index]["id"] for index in order[: BATCH // 2]}
     (folder / "annotations").mkdir(parents=True)
     for split in ("train", "val"):

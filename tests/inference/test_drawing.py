@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ddetr.errors import InputError
-from ddetr.inference.drawing import class_color, draw_boxes, side_by_side
+from ddetr.inference.drawing import class_color, draw_boxes, draw_dashed, side_by_side
 
 GREY = torch.full((3, 120, 160), 128, dtype=torch.uint8)
 
@@ -23,7 +23,20 @@ def test_boxes_and_tags_have_the_color_of_their_class():
     assert colored[40:91, 20].all()
     assert not colored[45:85, 25:95].any()  # nothing covers what is in the box
     assert colored[28:40, 20:60].float().mean() > 0.5  # the tag stands above it
+    bare = has_color(draw_boxes(GREY, torch.tensor([[20.0, 40, 100, 90]]), [3], ["cat"], tags=False), class_color(3))
+    assert bare[40, 20:101].all()
+    assert not bare[:40].any()
     assert (GREY == 128).all()
+
+
+def test_what_counts_for_nothing_is_dashed():
+    drawn = draw_dashed(GREY, torch.tensor([[20.0, 40, 100, 90]]))
+    black, white = has_color(drawn, (0, 0, 0)), has_color(drawn, (255, 255, 255))
+    for edge in ((40, slice(20, 101)), (90, slice(20, 101)), (slice(40, 91), 20), (slice(40, 91), 100)):
+        assert (black | white)[edge].all()
+        assert 0.3 < white[edge].float().mean() < 0.8
+    assert (drawn[:, 45:85, 25:95] == 128).all()
+    assert torch.equal(draw_dashed(GREY, torch.zeros(0, 4)), GREY)
 
 
 def test_colors_are_stable_and_differ():
@@ -52,6 +65,7 @@ def test_no_boxes_leave_the_image_as_it_is():
 )
 def test_odd_boxes_break_nothing(box):
     assert draw_boxes(GREY, torch.tensor([box]), [0], ["a"]).shape == GREY.shape
+    assert draw_dashed(GREY, torch.tensor([box])).shape == GREY.shape
 
 
 @pytest.mark.parametrize("name", ["", "人", "Ägypten", "a" * 200, "two\nlines"])

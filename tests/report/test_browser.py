@@ -1,4 +1,4 @@
-"""The report in a real browser: every section is seen, in light and dark and on a phone, and nothing complains."""
+"""The pages in a real browser: every section is seen, in light and dark and on a phone, and nothing complains."""
 
 import json
 import re
@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddetr.report import RunFiles, write_report
+from ddetr.datasets.config import DataConfig, PageConfig
+from ddetr.datasets.splits import load_splits
+from ddetr.report import RunFiles, data_page, write_report
+from ddetr.report.data_page import write_data_page
 from ddetr.report.page import SECTIONS
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -49,10 +52,21 @@ def browse(page: Path, profile: Path, *options: str) -> subprocess.CompletedProc
 
 @pytest.mark.parametrize("width", [1200, 500])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_every_section_is_seen_and_the_console_is_quiet(
-    run_folder: Path, tmp_path: Path, width: int, dark: bool
-) -> None:
-    page = write_report(RunFiles.read(run_folder))
+def test_every_section_of_a_report_is_seen(run_folder: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    look_at(write_report(RunFiles.read(run_folder)), SECTIONS, tmp_path, width, dark)
+
+
+@pytest.mark.parametrize("width", [1200, 500])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_section_of_a_data_page_is_seen(drawn_coco: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    data = DataConfig(str(drawn_coco), image_size=64)
+    page = tmp_path / "data.html"
+    assert write_data_page(page, *load_splits(data), data, PageConfig()) == []
+    look_at(page, data_page.SECTIONS, tmp_path, width, dark)
+
+
+def look_at(page: Path, sections: dict[str, str], tmp_path: Path, width: int, dark: bool) -> None:
+    """Every section is seen, and the console is quiet."""
     size = f"--window-size={width},3000"
     scheme = [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
     picture = tmp_path / "page.png"
@@ -67,14 +81,14 @@ def test_every_section_is_seen_and_the_console_is_quiet(
     text = page.read_text(encoding="utf-8")
     policy = "default-src 'none'; style-src"
     assert text.count(policy) == 1
-    copy = run_folder / "measured.html"
+    copy = page.with_name("measured.html")
     copy.write_text(
         text.replace(policy, "default-src 'none'; script-src 'unsafe-inline'; style-src") + MEASURE, encoding="utf-8"
     )
     done = browse(copy, tmp_path / "profile2", size, "--dump-dom", "--virtual-time-budget=5000", *scheme)
     assert not re.findall(r"CONSOLE.*", done.stderr)
     measured = _measured(done.stdout)
-    assert list(measured["seen"]) == list(SECTIONS)
+    assert list(measured["seen"]) == list(sections)
     for section, (shown_width, height, length) in measured["seen"].items():
         assert shown_width > 0.9 * min(width, 1100), section
         assert height > 60, section

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from ddetr.report.charts import MOST_POINTS, Line, chart, linear_axis, log_axis, shown
+from ddetr.report.charts import MOST_POINTS, Bars, Line, chart, histogram, linear_axis, log_axis, shown
 from ddetr.report.figures import training_charts
 
 
@@ -96,3 +96,20 @@ def test_every_column_has_a_chart_whoever_wrote_it() -> None:
         assert name in others
     assert "epoch" not in drawn + others
     assert training_charts({}, {}) == ([], [])
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_bars_stand_where_their_shares_are(log: bool) -> None:
+    rows = [Bars("a", np.array([0.5, 0.0, 0.25]), 0), Bars("b", np.array([0.0, 1.0, 0.0]), 1), Bars("c", np.zeros(3))]
+    edges = np.array([1.0, 10, 100, 1000]) if log else np.array([0.0, 10, 20, 30])
+    svg = histogram(rows, edges, title="t", x_label="pixels", log=log, note="<b>")
+    bar = r'<rect class="fill s(\d)" x="([\d.]+)" y="[\d.]+" width="([\d.]+)" height="([\d.]+)"><title>([^<]*)<'
+    first, second, third = [(int(s), float(x), float(w), float(h), said) for s, x, w, h, said in re.findall(bar, svg)]
+    assert [one[0] for one in (first, second, third)] == [0, 0, 1]
+    assert first[3] == pytest.approx(2 * second[3], abs=0.2)
+    assert third[3] == pytest.approx(2 * first[3], abs=0.2)
+    assert third[1] - first[1] == pytest.approx(second[1] - third[1] + 2 * third[2], abs=0.3)  # in the second half
+    assert second[4] == f"a: 25 % from {shown(edges[2])} to {shown(edges[3])}"
+    assert "&lt;b&gt;" in svg
+    assert ">c " not in svg  # a row of nothing
+    assert histogram(rows[2:], edges, title="t", x_label="pixels") is None

@@ -3,9 +3,7 @@
 import html
 import json
 import os
-import re
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -13,6 +11,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from made_validation import make_found, make_objects, make_validation
+from page_reader import Page, read_whole_page
 from PIL import Image
 
 from ddetr.cli import main as cli
@@ -21,72 +20,13 @@ from ddetr.report.page import SECTIONS
 from ddetr.report.validation import BEST_FILE
 
 EVIL = "<script>alert(1)</script>"
-VOID = {"meta", "link", "img", "input", "br"}
-
-
-class Page(HTMLParser):
-    """Reads a page, and fails where tags are not closed in their order."""
-
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.texts: list[str] = []
-        self.feed(text)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open[-1] == tag, f"</{tag}> closes <{self.open[-1]}> in line {self.getpos()[0]}"
-        self.open.pop()
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style",):
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.texts).split())
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def read_page(run: Path) -> Page:
     """Makes the report and checks what must hold for every one."""
     path = write_report(RunFiles.read(run))
     assert path == run / REPORT_FILE
-    text = path.read_text(encoding="utf-8")
-    page = Page(text)
-    assert "could not be made" not in page.text
-    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
-    assert len(set(ids)) == len(ids)
-    assert set(SECTIONS) <= set(ids)
-    assert [s["id"] for s in page.all("section")] == list(SECTIONS)
-    assert {link["href"] for link in page.all("a")} >= {f"#{section}" for section in SECTIONS}
-    # nothing is fetched from anywhere
-    assert not page.all("script")
-    assert not page.all("iframe")
-    for tag, attributes in page.tags:
-        for name, value in attributes.items():
-            assert not name.startswith("on"), f"<{tag} {name}>"
-            if name in ("src", "href", "srcset", "data", "action", "poster"):
-                is_link = tag == "a" and (value.startswith(("#", "./")))
-                assert is_link or value.startswith("data:"), f"<{tag} {name}={value[:60]}>"
-    assert not re.search(r"url\(|@import|@font-face", text)
-    assert all(image["alt"] for image in page.all("img"))
-    assert all(svg.get("aria-label") or svg.get("aria-hidden") for svg in page.all("svg"))
-    return page
+    return read_whole_page(path, SECTIONS)
 
 
 def test_the_report_of_training_is_there_and_whole(tiny_run: Any) -> None:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, get_worker_info
 
-from ddetr.datasets import Annotations, DetectionDataset, build_transform, collate, padded_shapes, worst_padded_hw
+from ddetr.datasets import (
+    Annotations,
+    DetectionDataset,
+    build_transform,
+    collate,
+    padded_shapes,
+    training_set,
+    worst_padded_hw,
+)
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.loading.sampler import EpochOrder
 from ddetr.engine.loading.workers import PREFETCH, default_num_workers, explained, start_worker, workers_that_fit
@@ -153,20 +161,17 @@ class DetectionData(_TimedTransfer):
         batch_size: int,
         device_batch_size: int,
         seed: int,
+        epochs: int | None = None,
         region: Region = no_region,
     ):
         """batch_size: images per optimisation step, over all processes; device_batch_size: images per forward pass;
+        epochs: of the whole run, for what is off in the last ones; without it, it stays on;
         region: is entered where training waits for a batch, and where one goes to the device."""
         super().__init__()
         self.start = (0, 0)
         self.unreadable: dict[str, str] = {}
         self._found = Unreadable()
-        self.train_set = DetectionDataset(
-            train,
-            build_transform(data.augmentation, train=True, image_size=data.image_size),
-            normalize=False,
-            on_error="raise" if data.on_bad_image == "raise" else self._found,
-        )
+        self.train_set = training_set(train, data, "raise" if data.on_bad_image == "raise" else self._found)
         self.val_set = DetectionDataset(
             val,
             build_transform(data.augmentation, train=False, image_size=data.image_size),
@@ -177,6 +182,7 @@ class DetectionData(_TimedTransfer):
         self.shapes = () if data.padded_shapes is None else padded_shapes(data.image_size, data.padded_shapes)
         self.largest_hw = self.shapes[0] if self.shapes else worst_padded_hw(data.image_size)
         self.buckets, self.num_workers = data.buckets, data.num_workers
+        self.strong_epochs = None if epochs is None else max(0, epochs - data.augmentation_off_epochs)
         if len(self.train_set) < batch_size:
             raise InputError(
                 f"{train.name} has {len(self.train_set)} images, fewer than one batch of {batch_size}: "
@@ -205,6 +211,7 @@ class DetectionData(_TimedTransfer):
             start=self.start,
             device_batch_size=self.device_batch_size,
             size_of=self.size_of if self.buckets else None,
+            strong_epochs=self.strong_epochs,
         )
         return Loader(
             self.train_set,
@@ -251,7 +258,7 @@ class DetectionData(_TimedTransfer):
         return partial(collate_micro, size=self.device_batch_size, shapes=self.shapes)
 
     def size_of(self, index: int, seed: int) -> tuple[int, int]:
-        """(h, w) that the recipe will give an image; nothing is loaded."""
+        """(h, w) that the recipe will give an image, whatever augmentation adds to it; nothing is loaded."""
         size_hw = self.train_set.annotations.images[index].size_hw
         return self.train_set.transform.draw(size_hw, torch.Generator().manual_seed(seed)).out_hw
 

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from ddetr.datasets.dataset import sample_seed
+from ddetr.datasets.dataset import Turn, sample_seed
 
 SizeOf = Callable[[int, int], tuple[int, int]]  # index and seed of a sample -> its (h, w) after augmentation
 
 
-class EpochOrder(Sampler[tuple[int, int]]):
-    """(index, seed) pairs of this process for one epoch: its share of every global batch of a seeded permutation.
+class EpochOrder(Sampler[Turn]):
+    """The turns (index, seed, strong) of this process for one epoch: its share of every global batch of a seeded
+    permutation.
 
     What is left of the last, incomplete global batch is dropped, as in the official recipe.
 
@@ -24,6 +25,8 @@ class EpochOrder(Sampler[tuple[int, int]]):
         device_batch_size: images of a micro-batch, for `size_of`.
         size_of: the images of a global batch are sorted into micro-batches of similar shape (`similar_together`). Which
             images a global batch has does not change.
+        strong_epochs: the first so many epochs have strong augmentation; None for all. Loader processes, which live
+            longer than an epoch, learn it from each turn.
     """
 
     def __init__(
@@ -38,10 +41,12 @@ class EpochOrder(Sampler[tuple[int, int]]):
         start: tuple[int, int] = (0, 0),
         device_batch_size: int = 1,
         size_of: SizeOf | None = None,
+        strong_epochs: int | None = None,
     ):
         self.num_images, self.batch_size, self.seed, self.epoch = num_images, batch_size, seed, epoch
         self.rank, self.world_size, self.start = rank, world_size, start
         self.device_batch_size, self.size_of = device_batch_size, size_of
+        self.strong_epochs = strong_epochs
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -50,12 +55,13 @@ class EpochOrder(Sampler[tuple[int, int]]):
         """Of the whole epoch, wherever it starts: the progress of a resumed run counts on it."""
         return self.num_images // self.batch_size * self.batch_size // self.world_size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Turn]:
         generator = torch.Generator().manual_seed(sample_seed(self.seed, self.epoch, self.num_images))
         order = torch.randperm(self.num_images, generator=generator)
         share = self.batch_size // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
         first_epoch, first_batch = self.start
+        strong = self.strong_epochs is None or self.epoch < self.strong_epochs
         for batch in range(first_batch if self.epoch == first_epoch else 0, self.num_images // self.batch_size):
             indices = order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
             if self.size_of is not None:
@@ -63,7 +69,7 @@ class EpochOrder(Sampler[tuple[int, int]]):
                 places = similar_together(sizes_hw, self.device_batch_size, self.world_size)
                 indices = [indices[place] for place in places]
             for index in indices[mine]:
-                yield index, sample_seed(self.seed, self.epoch, index)
+                yield Turn(index, sample_seed(self.seed, self.epoch, index), strong)
 
 
 def similar_together(sizes_hw: Sequence[tuple[int, int]], device_batch_size: int, world_size: int = 1) -> list[int]:

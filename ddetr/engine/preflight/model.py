@@ -280,7 +280,7 @@ def fixed_batch(data: DetectionData) -> MicroBatch | None:
     """One or two training images with objects, without augmentation; more would only take longer."""
     train = data.train_set
     still: DetectionDataset = copy.copy(train)
-    still.transform = data.val_set.transform
+    still.transform, still.augmentation = data.val_set.transform, None
     places = images_with_objects(train.annotations)[: min(2, data.device_batch_size)]
     return collate_micro([still[index] for index in places], len(places))[0] if places else None
 

@@ -19,6 +19,7 @@ import torch
 
 from ddetr.datasets import load_annotations, padded_shapes
 from ddetr.datasets.config import DataConfig
+from ddetr.datasets.dataset import Turn
 from ddetr.datasets.splits import load_split, load_splits, without_empty_images
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.loading.datamodule import DetectionData, Loaded, collate_micro
@@ -29,26 +30,24 @@ from ddetr.errors import InputError
 from ddetr.ops import ms_deform_attn
 
 
-def batches_of(
-    rank: int, world_size: int, *, num_images: int = 22, epoch: int = 0, seed: int = 1
-) -> list[list[tuple[int, int]]]:
+def batches_of(rank: int, world_size: int, *, num_images: int = 22, epoch: int = 0, seed: int = 1) -> list[list[Turn]]:
     """This process's share of each global batch of 8."""
     order = EpochOrder(num_images, 8, seed=seed, epoch=epoch, rank=rank, world_size=world_size)
-    pairs, share = list(order), 8 // world_size
-    assert len(order) == len(pairs)
-    return [pairs[i : i + share] for i in range(0, len(pairs), share)]
+    turns, share = list(order), 8 // world_size
+    assert len(order) == len(turns)
+    return [turns[i : i + share] for i in range(0, len(turns), share)]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_global_batches_do_not_depend_on_the_number_of_processes(world_size: int) -> None:
     alone = batches_of(0, 1)
     shares = [batches_of(rank, world_size) for rank in range(world_size)]
-    together = [[pair for share in step for pair in share] for step in zip(*shares)]
+    together = [[turn for share in step for turn in share] for step in zip(*shares)]
     assert together == alone
 
 
 def test_an_epoch_is_a_permutation_without_the_incomplete_batch() -> None:
-    indices = [index for batch in batches_of(0, 1) for index, _ in batch]
+    indices = [turn.index for batch in batches_of(0, 1) for turn in batch]
     assert len(indices) == len(set(indices)) == 16
     assert set(indices) < set(range(22))
 
@@ -57,15 +56,15 @@ def test_each_epoch_and_seed_has_an_order_of_its_own() -> None:
     first = batches_of(0, 1)
     assert batches_of(0, 1) == first
     for other in (batches_of(0, 1, epoch=1), batches_of(0, 1, seed=2)):
-        assert [index for batch in other for index, _ in batch] != [index for batch in first for index, _ in batch]
+        assert [turn.index for batch in other for turn in batch] != [turn.index for batch in first for turn in batch]
         # the same image is augmented in another way
-        assert not {seed for batch in first for _, seed in batch} & {seed for batch in other for _, seed in batch}
+        assert not {turn.seed for batch in first for turn in batch} & {turn.seed for batch in other for turn in batch}
 
 
 def test_set_epoch_is_the_epoch_of_the_constructor() -> None:
     order = EpochOrder(22, 8, seed=1)
     order.set_epoch(3)
-    assert list(order) == [pair for batch in batches_of(0, 1, epoch=3) for pair in batch]
+    assert list(order) == [turn for batch in batches_of(0, 1, epoch=3) for turn in batch]
 
 
 def loaders(
@@ -134,9 +133,9 @@ def test_batches_loaded_before_the_start_are_not_loaded(shapes: Path, monkeypatc
 
 def test_buckets_know_the_shapes_before_anything_is_loaded(shapes: Path) -> None:
     data = loaders(shapes, buckets=True)
-    for index, seed in EpochOrder(8, 4, seed=3):
-        image, _ = data.train_set[index, seed]
-        assert data.size_of(index, seed) == tuple(image.shape[1:])
+    for turn in EpochOrder(8, 4, seed=3):
+        image, _ = data.train_set[turn]
+        assert data.size_of(turn.index, turn.seed) == tuple(image.shape[1:])
 
 
 @pytest.mark.parametrize("count", [1, 3, 12])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ddetr.datasets import build_transform, sample_seed
+from ddetr.datasets.dataset import Turn
 from ddetr.engine.loading.sampler import EpochOrder, similar_together
 from ddetr.padding import padded_hw
 
@@ -21,9 +22,9 @@ def order_of(rank: int = 0, world_size: int = 1, **options) -> EpochOrder:
     return EpochOrder(options.pop("num_images"), options.pop("batch_size"), **options)
 
 
-def batches_of(order: EpochOrder) -> list[list[tuple[int, int]]]:
-    pairs, share = list(order), order.batch_size // order.world_size
-    return [pairs[i : i + share] for i in range(0, len(pairs), share)]
+def batches_of(order: EpochOrder) -> list[list[Turn]]:
+    turns, share = list(order), order.batch_size // order.world_size
+    return [turns[i : i + share] for i in range(0, len(turns), share)]
 
 
 def padded_share(sizes_hw: list[tuple[int, int]], places: list[int], device_batch_size: int) -> float:
@@ -42,7 +43,7 @@ def test_grouping_keeps_the_global_batches(world_size: int, micro: int) -> None:
     grouped = [
         batches_of(order_of(rank, world_size, device_batch_size=micro, size_of=size_of)) for rank in range(world_size)
     ]
-    together = [sorted(pair for share in step for pair in share) for step in zip(*grouped)]
+    together = [sorted(turn for share in step for turn in share) for step in zip(*grouped)]
     assert together == plain
     assert all(len(share) == 16 // world_size for step in grouped for share in step)
 
