@@ -86,7 +86,8 @@ loss: {cls_loss_coef: 2.0, bbox_loss_coef: 5.0, giou_loss_coef: 2.0, focal_alpha
   set_cost_class: 2.0, set_cost_bbox: 5.0, set_cost_giou: 2.0}
 optim: {lr: 0.0002, lr_backbone: 0.00002, lr_linear_proj_mult: 0.1, layer_decay: 1.0, freeze: [], weight_decay: 0.0001,
   decay_norms: true, clip_max_norm: 0.1, schedule: step, lr_drop: 40, warmup_steps: 0, sgd: false, ema_decay: null}
-data: {augmentation: official, image_size: 800, keep_empty: true}
+data: {augmentation: official, image_size: 800, keep_empty: true, mosaic: 0.0, mixup: 0.0, scale_jitter: 0.0,
+  color_jitter: 0.0, blur: 0.0}
 run: {epochs: 50, batch_size: 32, precision: "32", seed: 42, max_detections: 100, val_every: 1, patience: null, weights:
 null} """)
 # (feature levels, DC5, refinement, two-stage) of each row, and its exact number of trained parameters

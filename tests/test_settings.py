@@ -59,6 +59,9 @@ def test_every_option_of_a_run_says_what_becomes_of_it() -> None:
         "loggers",
     }
     assert names_with(config, "grows") == {"epochs"}
+    augmentation = {"mosaic", "mixup", "scale_jitter", "scale_jitter_low", "scale_jitter_high", "color_jitter", "blur"}
+    augmentation |= {"augmentation", "augmentation_off_epochs"}
+    assert {f"data.{name}" for name in augmentation} <= names_with(config, "same")
     session = {field.name for field in dataclasses.fields(config)} - kept(config).keys()
     assert session == {
         *("output", "resume", "device", "devices", "checkpoint_every", "log_every", "num_pictures", "preflight"),

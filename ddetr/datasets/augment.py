@@ -112,7 +112,8 @@ class Augmentation:
         return (4 if self.mosaic else 1) + (1 if self.mixup else 0)
 
     def draw(self, index: int, num_images: int, flip: float, generator: torch.Generator | None = None) -> Plan:
-        """What is done to image `index` of `num_images`; flip: probability that another image is flipped."""
+        """What is done to image `index` of `num_images`; flip: probability that another image is flipped. From
+        PyTorch's own generator if none is given."""
         chances = iter(torch.rand(26, generator=generator).tolist())  # in [0, 1)
 
         def happens(probability: float) -> bool:
@@ -158,11 +159,12 @@ def describe(data: DataConfig, epochs: int | None = None) -> str:
     if not parts:
         return said
     said = f"{said}; {', '.join(parts)}"
-    if not data.augmentation_off_epochs:
+    off = data.augmentation_off_epochs
+    if not off:
         return f"{said}; in all epochs"
-    if epochs is not None and data.augmentation_off_epochs >= epochs:
-        return f"{said}; these are never on: the run has {epochs} epochs, and --data.augmentation_off_epochs is no less"
-    return f"{said}; these are off in the last {data.augmentation_off_epochs} epochs"
+    if epochs is not None and off >= epochs:
+        return f"{said}; never on: --data.augmentation_off_epochs is {off}, and the run's epochs are {epochs}"
+    return f"{said}; these are off in the last {f'{off} epochs' if off > 1 else 'epoch'}"
 
 
 def make(plan: Plan, view: View, own: Sample, others: Sequence[Sample]) -> Sample:

@@ -19,7 +19,7 @@ from ddetr import console
 from ddetr.checkpoint import Checkpoint, load_weights
 from ddetr.checkpoint.foreign import check_is_weights
 from ddetr.datasets import Annotations, AuditReport, audit
-from ddetr.datasets.augment import describe
+from ddetr.datasets.augment import Augmentation, describe
 from ddetr.datasets.splits import image_names, load_splits, no_validation
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.batch_size import MemoryPlan
@@ -312,7 +312,7 @@ def _begin(prepared: Prepared, built: Built) -> None:
     run.start(config, prepared.resume_file)
     _write_data(prepared)
     if prepared.resume_file is not None and before != config.epochs:
-        logger.info("the run is extended from %s to %d epochs%s", before, config.epochs, _said_of_schedule(config))
+        logger.info("the run is extended from %s to %d epochs%s", before, config.epochs, _said_of_extension(config))
     groups = parameter_groups(module.model, config.optim, backbone_pretrained=module.backbone_pretrained)
     for line in describe_groups(groups, module.model):
         logger.info(line)
@@ -339,6 +339,17 @@ def _write_data(prepared: Prepared) -> None:
     if data.val_fraction is not None:
         with prepared.run.going_on_without(HELD_BACK_FILE):
             prepared.run.write_json(HELD_BACK_FILE, image_names(prepared.val_set, existing(data.path)))
+
+
+def _said_of_extension(config: TrainConfig) -> str:
+    """How it differs from a run that was planned so."""
+    said = _said_of_schedule(config)
+    if Augmentation.of(config.data) is not None and config.data.augmentation_off_epochs:
+        said += (
+            "; strong augmentation, which was off in the epochs that were to be the last, is on again until "
+            f"{config.data.augmentation_off_epochs} epochs before the new end"
+        )
+    return said
 
 
 def _said_of_schedule(config: TrainConfig) -> str:

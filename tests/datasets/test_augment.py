@@ -321,8 +321,11 @@ def test_what_is_on_is_said_in_words() -> None:
         "augmentation: the paper's flips, scales and crops; mosaics of four images (50%), scales of 0.1 to 2 (100%), "
         "blur (25%); these are off in the last 2 epochs"
     )
+    assert describe(settings(blur=0.5, augmentation_off_epochs=1), 12).endswith("; these are off in the last epoch")
     assert "in all epochs" in describe(settings(mixup=0.5), 12)
-    assert "never on: the run has 2 epochs" in describe(settings(mixup=0.5, augmentation_off_epochs=2), 2)
+    assert "never on: --data.augmentation_off_epochs is 2, and the run's epochs are 2" in describe(
+        settings(mixup=0.5, augmentation_off_epochs=2), 2
+    )
 
 
 def test_samples_of_many_seeds_have_the_chances_of_their_options() -> None:

@@ -80,7 +80,17 @@ def configuration(shapes: Path, tiny_run: Any, tmp_path_factory: pytest.TempPath
     """A run with everything that draws random numbers or has a memory: augmentation, dropout, batch norms, momenta,
     a schedule that changes each step."""
     settings = {
-        "data": {"path": str(shapes), "image_size": 64, "num_workers": 0},
+        "data": {
+            "path": str(shapes),
+            "image_size": 64,
+            "num_workers": 0,
+            "mosaic": 0.5,
+            "mixup": 0.5,
+            "scale_jitter": 0.5,
+            "color_jitter": 0.5,
+            "blur": 0.5,
+            "augmentation_off_epochs": 1,
+        },
         "model": yaml.safe_load((tiny_run.path / "config.yaml").read_text())["model"] | {"dropout": 0.1},
         "optim": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 3},
         "epochs": EPOCHS,

@@ -109,6 +109,12 @@ def test_a_cosine_that_is_extended_is_said_to_be_another(
     assert after[len(before)] == pytest.approx(1e-3 * (0.01 + 0.99 * 0.5)), "halfway through the longer cosine"
 
 
+def test_an_extension_says_where_augmentation_is_off() -> None:
+    for options, said in (({"blur": 0.5, "augmentation_off_epochs": 2}, True), ({"blur": 0.5}, False), ({}, False)):
+        config = TrainConfig(DataConfig("x", **options), epochs=5)
+        assert ("is on again until 2 epochs before the new end" in training._said_of_extension(config)) == said
+
+
 # --- other data
 
 

@@ -67,11 +67,23 @@ def test_set_epoch_is_the_epoch_of_the_constructor() -> None:
     assert list(order) == [turn for batch in batches_of(0, 1, epoch=3) for turn in batch]
 
 
+STRONG = {"mosaic": 0.5, "mixup": 0.5, "scale_jitter": 0.5, "color_jitter": 0.5, "blur": 0.5}
+
+
 def loaders(
-    shapes: Path, *, num_workers: int = 0, batch_size: int = 4, rank: int = 0, world_size: int = 1, **settings
+    shapes: Path,
+    *,
+    num_workers: int = 0,
+    batch_size: int = 4,
+    rank: int = 0,
+    world_size: int = 1,
+    epochs: int | None = None,
+    **settings,
 ) -> DetectionData:
     config = DataConfig(str(shapes), image_size=64, num_workers=num_workers, **settings)
-    data = DetectionData(*load_splits(config), config, batch_size=batch_size, device_batch_size=2, seed=3)
+    data = DetectionData(
+        *load_splits(config), config, batch_size=batch_size, device_batch_size=2, seed=3, epochs=epochs
+    )
     data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
     return data
 
@@ -122,6 +134,36 @@ def test_an_epoch_resumed_in_the_middle_gives_the_rest_of_its_batches(
         assert len(list(loader)) == 4
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_strong_augmentation_is_off_in_the_last_epochs_wherever_images_are_loaded(
+    shapes: Path, world_size: int
+) -> None:
+    """Of three epochs, the last; the processes that load images live through all of them."""
+    options = {"batch_size": 4, "world_size": world_size, "epochs": 3}
+    for rank in range(world_size):
+        strong = options | STRONG | {"augmentation_off_epochs": 1, "rank": rank}
+        plain, here, there = (
+            loaders(shapes, **settings).train_dataloader()
+            for settings in (options | {"rank": rank}, strong, strong | {"num_workers": 1})
+        )
+        for epoch in range(3):
+            for loader in (plain, here, there):
+                loader.batch_sampler.sampler.set_epoch(epoch)
+            steps = list(zip(plain, here, there, strict=True))
+            for _, one, other in steps:
+                assert_same(one, other)
+            if epoch == 2:
+                for without, one, _ in steps:
+                    assert_same(without, one)
+            else:
+                assert not all(
+                    torch.equal(micro[0], other[0]) for without, one, _ in steps for micro, other in zip(without, one)
+                )
+        resumed = loaders(shapes, **strong)
+        resumed.start = (2, 1)
+        assert_same(next(iter(resumed.train_dataloader())), steps[1][1])
+
+
 def test_batches_loaded_before_the_start_are_not_loaded(shapes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, read = loaders(shapes, batch_size=2), []
     load = data.train_set._load
@@ -131,8 +173,9 @@ def test_batches_loaded_before_the_start_are_not_loaded(shapes: Path, monkeypatc
     assert len(read) == 2
 
 
-def test_buckets_know_the_shapes_before_anything_is_loaded(shapes: Path) -> None:
-    data = loaders(shapes, buckets=True)
+@pytest.mark.parametrize("strong", [{}, STRONG], ids=["recipe", "strong"])
+def test_buckets_know_the_shapes_before_anything_is_loaded(shapes: Path, strong: dict[str, float]) -> None:
+    data = loaders(shapes, buckets=True, **strong)
     for turn in EpochOrder(8, 4, seed=3):
         image, _ = data.train_set[turn]
         assert data.size_of(turn.index, turn.seed) == tuple(image.shape[1:])

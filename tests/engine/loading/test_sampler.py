@@ -94,6 +94,19 @@ def test_an_epoch_that_begins_in_the_middle_is_the_rest_of_it(world_size: int, s
             assert len(order) == 64 // world_size  # of the whole epoch
 
 
+def test_the_first_epochs_are_strong() -> None:
+    for strong_epochs, expected in ((None, [True] * 4), (3, [True, True, True, False]), (0, [False] * 4)):
+        order = order_of(strong_epochs=strong_epochs)
+        found = []
+        for epoch in range(4):
+            order.set_epoch(epoch)
+            turns = list(order)
+            assert len({turn.strong for turn in turns}) == 1
+            found.append(turns[0].strong)
+            assert [turn[:2] for turn in turns] == [turn[:2] for turn in order_of(epoch=epoch)]
+        assert found == expected
+
+
 def test_only_its_own_epoch_begins_in_the_middle() -> None:
     order = order_of(start=(1, 3))
     for epoch in (0, 2):

@@ -20,6 +20,7 @@ from ddetr.datasets.splits import load_splits
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.preflight.data import Check
+from ddetr.engine.preflight.model import fixed_batch
 from ddetr.engine.preflight.run import PreflightReport, run_preflight
 from ddetr.engine.train import train
 from ddetr.errors import InputError
@@ -45,6 +46,17 @@ def test_data_as_one_meets_it_pass(request: pytest.FixtureRequest, set_up: Calla
     module, _ = set_up(num_classes=len(train_set.categories), num_queries=60)
     module.evaluator = CocoEvaluator(val_set)
     assert statuses(looked_at((module, data))) == {}
+
+
+def test_the_batch_that_is_learned_is_not_augmented(oblong: Path) -> None:
+    batches = []
+    for options in ({}, {"mosaic": 1.0, "mixup": 1.0, "color_jitter": 1.0}):
+        config = DataConfig(str(oblong), image_size=64, num_workers=0, **options)
+        data = DetectionData(*load_splits(config), config, batch_size=4, device_batch_size=2, seed=1)
+        batches.append(fixed_batch(data))
+    (images, _, targets), (other_images, _, other_targets) = batches
+    assert torch.equal(images, other_images)
+    assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(targets, other_targets, strict=True))
 
 
 def test_the_run_is_as_it_was_bit_for_bit(set_up: Callable[..., SetUp]) -> None:
