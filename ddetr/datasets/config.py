@@ -13,7 +13,7 @@ class DataSource:
 
     path: str
     """Folder of the data set: COCO, Pascal VOC or YOLO, read as it lies there."""
-    format: Literal["auto", "coco", "voc", "yolo"] = "auto"
+    format: Literal["auto", "coco", "voc", "yolo", "csv", "label_studio", "createml", "huggingface"] = "auto"
     """What the folder holds; "auto" recognises it."""
     val_split: str | None = None
     """Name of the validation split; by default the first of val, val2017, valid, test, ... that is there."""

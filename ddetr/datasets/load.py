@@ -9,6 +9,11 @@ from pathlib import Path
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.readers.coco import read_coco
 from ddetr.datasets.readers.coco_layout import coco_splits
+from ddetr.datasets.readers.createml import createml_splits, read_createml
+from ddetr.datasets.readers.csv_boxes import csv_splits, read_csv_boxes
+from ddetr.datasets.readers.foreign import what_it_is
+from ddetr.datasets.readers.huggingface import huggingface_splits, read_huggingface
+from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.reader import Reader, Wanted
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo import read_yolo, yolo_splits
@@ -34,9 +39,9 @@ def load_annotations(
     read (a path that is not there, broken JSON) raises `InputError`.
 
     Args:
-        path: folder of the data set, or its COCO or YOLO file (`*.json`, `data.yaml`).
+        path: folder of the data set, or its file (`*.json`, `data.yaml`, `*.csv`).
         split: one of `available_splits(path)`; any name where `annotation_file` is given.
-        format: "coco", "voc", "yolo", or "auto": recognised by what lies there.
+        format: a key of `FORMATS` ("coco", "voc", "yolo", ...), or "auto": recognised by what lies there.
         annotation_file: a COCO file of any name, relative to `path` or to the working directory.
         image_dir: where the images are, likewise; found by itself in the usual layouts.
         categories: the training set's: labels are mapped on to them, by id and name (COCO) or by name (VOC, YOLO), and
@@ -75,15 +80,21 @@ FORMATS: dict[str, Reader] = {
     "coco": Reader("COCO", "annotations/*.json or */_annotations.coco.json", coco_splits, _read_coco),
     "voc": Reader("Pascal VOC", "Annotations/*.xml", voc_splits, read_voc),
     "yolo": Reader("YOLO", "data.yaml, or images/ and labels/", yolo_splits, read_yolo),
+    "csv": Reader("CSV", "a table with a row for each box", csv_splits, read_csv_boxes),
+    "label_studio": Reader("Label Studio", "its JSON", label_studio_splits, read_label_studio),
+    "createml": Reader("Create ML", "its JSON", createml_splits, read_createml),
+    "huggingface": Reader("Hugging Face", "metadata.jsonl with objects", huggingface_splits, read_huggingface),
 }
 
 
 def detect_format(path: str | PathLike) -> str:
-    """ "coco", "voc" or "yolo"; `InputError` says what was looked for where none is there."""
+    """A key of `FORMATS`; where none is there, `InputError` says what is, and what can be done about it."""
     path = existing(path)
     for format, reader in FORMATS.items():
         if reader.splits(path):
             return format
+    if said := what_it_is(path, lambda place: any(reader.splits(place) for reader in FORMATS.values())):
+        raise InputError(said)
     found = "a file of another kind" if path.is_file() else first_few(sorted(entry.name for entry in path.iterdir()), 8)
     known = [f"{reader.title} ({reader.layout})" for reader in FORMATS.values()]
     raise InputError(
