@@ -35,7 +35,8 @@ class ImageFinder:
     def __init__(self, root: Path, annotation_file: Path, split: str, image_dir: Path | None) -> None:
         self._root = image_dir or root
         beside = annotation_file.parent
-        usual = [*image_dirs(root, annotation_file, split), beside.parent / "images" / split, beside.parent / split]
+        also = [place for place in (beside.parent / "images" / split, beside.parent / split) if place.is_dir()]
+        usual = [*image_dirs(root, annotation_file, split), *also]
         self.places = [image_dir] if image_dir else list(dict.fromkeys(usual))
         self.folders = ImageFolders()
         self._last = (self.places[0], 0) if self.places else None  # where the last one was: the next is there too
