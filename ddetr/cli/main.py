@@ -198,7 +198,7 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
     from ddetr.datasets.config import TrainingSource
 
     parser.usage = "ddetr data audit [options] PATH"
-    parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
+    parser.add_argument("path", type=str, help="folder of the data set, in any format that is read")
     parser.add_class_arguments(TrainingSource, skip={"path"}, instantiate=False)
     parser.add_argument("--num_queries", type=int, default=300, help="queries of the model to be trained")
     parser.add_argument("--max_detections", type=int, default=100, help="detections per image that evaluation counts")

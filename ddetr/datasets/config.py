@@ -12,7 +12,7 @@ class DataSource:
     """Where a data set is, and what of it is evaluated."""
 
     path: str
-    """Folder of the data set: COCO, Pascal VOC or YOLO, read as it lies there."""
+    """Folder of the data set: COCO, Pascal VOC, YOLO or another of the formats below, read as it lies there."""
     format: Literal["auto", "coco", "voc", "yolo", "csv", "label_studio", "createml", "huggingface"] = "auto"
     """What the folder holds; "auto" recognises it."""
     val_split: str | None = None

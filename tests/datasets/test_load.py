@@ -1,13 +1,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.annotations import MAX_PLACES, FindingLog, ImageRecord, ImageTable
-from ddetr.datasets.load import _TRAIN_NAMES, _VAL_NAMES, _first
+from ddetr.datasets.config import DataSource
+from ddetr.datasets.load import _TRAIN_NAMES, _VAL_NAMES, FORMATS, _first
 from ddetr.errors import InputError
 
 
@@ -40,6 +42,10 @@ def test_unknown_format_and_split(make_coco):
         default_splits(root, "voc")
     with pytest.raises(InputError, match="annotation_file is for the COCO format"):
         load_annotations(root, "train", format="voc", annotation_file="x.json")
+
+
+def test_every_format_can_be_named():
+    assert get_args(DataSource.__annotations__["format"]) == ("auto", *FORMATS)
 
 
 def test_an_explicit_format_overrides_what_is_recognised(make_coco, make_yolo):
