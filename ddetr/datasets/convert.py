@@ -176,7 +176,11 @@ def convert(
     return Conversion(
         path=path,
         num_images={split: len(of_split) for split, of_split in planned.items()},
-        num_objects=sum(len(image.record.labels) for of_split in planned.values() for image in of_split),
+        num_objects=sum(
+            len(image.record.labels) if to != "yolo" else int((~image.record.ignore).sum())
+            for of_split in planned.values()
+            for image in of_split
+        ),
         notes=tuple(note if not count else f"{note}: {count:,}" for note, count in notes.items()),
     )
 
@@ -398,16 +402,17 @@ def _write_voc(
 ) -> None:
     (folder / "Annotations").mkdir()
     (folder / "ImageSets" / "Main").mkdir(parents=True)
-    used: set[int] = set()
     for split, images in planned.items():
         stems = [Path(image.name).stem for image in images]
         (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{s}\n" for s in stems), encoding="utf-8")
         for image, stem in zip(images, stems, strict=True):
-            used.update(image.record.labels.tolist())
             _voc_tree(image, classes, notes).write(folder / "Annotations" / f"{stem}.xml", encoding="utf-8")
+    used = {label for image in next(iter(planned.values())) for label in image.record.labels.tolist()}
     unused = [name for label, name in enumerate(classes) if label not in used]
     if unused:
-        notes[f"classes without an object are not kept: {first_few(map(one_line, unused), 5)}"] = 0
+        notes[
+            f"classes without an object in {next(iter(planned))} are not kept: {first_few(map(one_line, unused), 5)}"
+        ] = 0
     _note_lost(planned, "voc", annotations.format == "coco", notes)
 
 

@@ -62,7 +62,8 @@ def test_tables_of_boxes(tmp_path: Path, write_image: Callable[..., Path], text:
     for path in (tmp_path, tmp_path / "annotations.csv"):
         annotations = load_annotations(path, "all")
         assert objects(annotations)["a.jpg"] == [("cat", BOX)]
-        assert set(kinds(annotations)) <= {"unlisted-images"}
+        assert set(kinds(annotations)) <= {"unlisted-images", "file-name-path"}
+        assert ("file-name-path" in kinds(annotations)) == ("imgs" in text)
     assert ("b.jpg" in objects(annotations)) == ("b.jpg" in text)
 
 
@@ -132,7 +133,7 @@ def test_what_is_wrong_with_a_table(tmp_path: Path, write_image: Callable[..., P
     annotations = load_annotations(tmp_path, "train")
     found = {(finding.kind, finding.action, finding.where) for finding in annotations.findings}
     assert found == {
-        ("missing-name", "dropped", "train.csv, row 3"),
+        ("missing-name", "dropped", "train.csv, a.jpg, row 3"),
         ("nan-box", "refused", "train.csv, a.jpg, row 4"),
         ("missing-image", "dropped", "train.csv, gone.jpg"),
         ("nan-box", "refused", "train.csv, a.jpg, row 6"),
@@ -153,7 +154,7 @@ def test_images_of_one_name_are_never_guessed(tmp_path: Path, write_image: Calla
         ("two", [1]),
     ]
     table.write_text(f"{TENSORFLOW}1.jpg,64,48,cat,4,6,24,18\n")  # two that it could be
-    assert kinds(load_annotations(tmp_path, "all")) == {"missing-image": "dropped", "every-image-missing": "refused"}
+    assert kinds(load_annotations(tmp_path, "all")) == {"every-image-missing": "refused"}
     write_image(tmp_path / "1.jpg")
     table.write_text(f"{TENSORFLOW}x/1.jpg,64,48,cat,4,6,24,18\ny/1.jpg,64,48,dog,4,6,24,18\n")  # two for one file
     assert kinds(load_annotations(tmp_path, "all"))["duplicate-image-id"] == "refused"
@@ -221,7 +222,7 @@ def test_label_studio(tmp_path: Path, write_image: Callable[..., Path], address:
     assert detect_format(tmp_path) == detect_format(export) == "label_studio"
     annotations = load_annotations(tmp_path, "all")
     assert objects(annotations) == {file: [("cat", BOX)]}
-    assert kinds(annotations) == {"unlisted-images": "note"}
+    assert set(kinds(annotations).values()) == {"note"}
     flat = {k: v for k, v in region().items() if k.startswith("original")} | region()["value"]
     export.write_text(json.dumps([{"image": address, "id": 7, "label": [flat], "annotator": 1, "lead_time": 3.2}]))
     assert objects(load_annotations(tmp_path, "all")) == {file: [("cat", BOX)]}  # JSON-MIN
@@ -286,7 +287,7 @@ def test_create_ml(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     assert objects(load_annotations(tmp_path, "valid")) == {"a.jpg": [("cat", BOX)]}
     odd = [{"annotations": []}, {"image": "a.jpg", "annotations": [3, {"label": None, "coordinates": 4}]}, *entries]
     (tmp_path / "train" / "_annotations.createml.json").write_text(json.dumps(odd))
-    assert kinds(load_annotations(tmp_path, "train")) == {"image-entry": "dropped", "nan-box": "refused"}
+    assert kinds(load_annotations(tmp_path, "train")) == {"image-entry": "dropped", "missing-name": "dropped"}
 
 
 # ---- Hugging Face ----------------------------------------------------------------------------------------------------
@@ -364,6 +365,7 @@ def test_hugging_face_table(tmp_path: Path, write_image: Callable[..., Path]) ->
 @pytest.mark.parametrize(
     ("line", "kind"),
     [
+        ('{"file_name": "./a.jpg", "objects": [{"bbox": [1, 2, 3, 4]}]}', "missing-name"),
         ('{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]], "categories": []}}', "boxes-without-classes"),
         ('{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3]], "categories": ["cat"]}}', "nan-box"),
         ('{"file_name": "a.jpg", "objects": {"bbox": 3, "categories": null}}', None),

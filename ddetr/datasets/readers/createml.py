@@ -35,7 +35,7 @@ def read_createml(wanted: Wanted) -> Annotations:
         split = next(name for name in splits if splits[name] == file)
         shown = str(file.relative_to(root))
         finder = ImageFinder(root, file, split, wanted.image_dir)
-        images = ImageCollector(finder, shown, log, in_fractions=False, unit="object")
+        images = ImageCollector(finder, shown, log)
         for position, entry in enumerate(load_list(file)):
             name, objects = _first(entry, "image", "imagefilename"), _first(entry, "annotations", "annotation")
             if not isinstance(name, str) or not isinstance(objects, list):
@@ -46,7 +46,7 @@ def read_createml(wanted: Wanted) -> Annotations:
             for obj in objects if image is not None else ():
                 box, label = (obj.get("coordinates"), obj.get("label")) if isinstance(obj, dict) else (None, None)
                 x, y, w, h = (number(box.get(k)) if isinstance(box, dict) else number(None) for k in _KEYS)
-                image.add(str(label or "").strip() or "no label", (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+                image.add(str(label or "").strip(), (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
         return images.images()
 
     return read_labelled(wanted, "createml", splits, read)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_files import is_image_name
-from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, number, size_hw
+from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, number, size_hw, visible
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, read_csv
@@ -64,7 +64,7 @@ def csv_splits(path: Path) -> dict[str, Path]:
         is_table = path.suffix.lower() in (".csv", ".tsv") and _layout(path) is not None
         return {_split_name(path, path.parent): path} if is_table else {}
     for pattern in _PLACES:
-        files = [f for f in sorted(path.glob(pattern)) if not f.name.startswith(".") and _layout(f) is not None]
+        files = [file for file in visible(path, pattern) if _layout(file) is not None]
         if files:
             names = [_split_name(file, path) for file in files]
             return {n if names.count(n) == 1 else f.stem: f for n, f in zip(names, files, strict=True)}
@@ -135,16 +135,13 @@ def _read(
             continue
         image.declared_hw = image.declared_hw or size_hw(get(row, "height"), get(row, "width"))
         words = [row[i].strip() if i < len(row) else "" for i in corners]
-        name = get(row, "class")
         if not any(words):  # an image without objects
             continue
-        if not name:
-            log.add("missing-name", "dropped", f"{shown}, row {line}", "The box has no class; it was left out.")
-            continue
+        name = get(row, "class")
         box = [number(word.replace(",", ".")) for word in words]
         if by_size:
             box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
-        image.add_numbered(line, class_names.get(name, name), box, get(row, "group") == "1")
+        image.add(class_names.get(name, name), box, line, ignore=get(row, "group") == "1")
         largest, num_boxes = max(largest, *map(abs, box)), num_boxes + 1
     if num_boxes and largest <= 1 and not layout.in_fractions:
         message = (

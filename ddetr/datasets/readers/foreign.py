@@ -74,11 +74,15 @@ class _Look:
         return next(fits, None)
 
 
-def _lines_of(look: _Look, is_line: Callable[[list[str]], bool]) -> Path | None:
-    """The first text file whose first lines are all such."""
+def _lines_of(look: _Look, is_line: Callable[[list[str]], bool], separator: str | None = None) -> Path | None:
+    """The first text file whose first lines are all such; `is_line` gets their words."""
+
+    def words_of(line: str) -> list[str]:
+        return [word.strip() for word in line.split(separator) if word.strip()]
+
     for file, start in look.starts.items():
         lines = [line for line in start.decode("utf-8", "replace").splitlines()[:5] if line.strip()]
-        if file.suffix.lower() == ".txt" and lines and all(is_line(line.replace(",", " ").split()) for line in lines):
+        if file.suffix.lower() == ".txt" and lines and all(is_line(words_of(line)) for line in lines):
             return file
     return None
 
@@ -158,7 +162,7 @@ _KINDS = (
     ),
     _Kind(
         "VisDrone's annotations",
-        lambda look: _lines_of(look, lambda words: len(words) == 8 == _numbers(words)),
+        lambda look: _lines_of(look, lambda words: len(words) == 8 == _numbers(words), ","),
         f"Ultralytics' VisDrone.yaml makes YOLO of it, or {_BY_HAND}",
     ),
     _Kind("an archive", lambda look: look.any_file(*_ARCHIVES), "unpack it first, and give the folder that comes out"),

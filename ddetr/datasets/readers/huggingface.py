@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ddetr.datasets.annotations import Annotations, FindingLog
-from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, number, size_hw
+from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, number, size_hw, visible
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
 from ddetr.errors import InputError
 from ddetr.untrusted import (
@@ -43,7 +43,7 @@ def huggingface_splits(path: Path) -> dict[str, tuple[Path, str]]:
     if path.is_file():
         return {WHOLE: (path, "")} if path.name in _NAMES and _has_objects(path) else {}
     for pattern in ("{}", "*/{}", "data/*/{}", "images/*/{}"):
-        files = [file for name in _NAMES for file in sorted(path.glob(pattern.format(name))) if _has_objects(file)]
+        files = [file for name in _NAMES for file in visible(path, pattern.format(name)) if _has_objects(file)]
         if len(files) == 1 and files[0].parent in (path, path / "data", path / "images"):
             folders = sorted(f.name for f in files[0].parent.iterdir() if f.name in _USUAL_SPLITS and f.is_dir())
             return {name: (files[0], name) for name in folders} or {WHOLE: (files[0], "")}
@@ -104,13 +104,7 @@ def read_huggingface(wanted: Wanted) -> Annotations:
         file, folder = place
         shown = str(file.relative_to(root))
         split = next(name for name in splits if splits[name] == place)
-        images = ImageCollector(
-            ImageFinder(root, file, split, wanted.image_dir or file.parent),
-            shown,
-            log,
-            in_fractions=False,
-            unit="object",
-        )
+        images = ImageCollector(ImageFinder(root, file, split, wanted.image_dir or file.parent), shown, log)
         unnamed: set[str] = set()
         for line, entry in enumerate(_entries(file), 1):
             name, where = entry.get("file_name"), f"{shown}, line {line}"
@@ -170,7 +164,7 @@ def _name(label: Any, names_of_ids: Sequence[str], unnamed: set[str]) -> str:
             return names_of_ids[int(label)]
         unnamed.add(f"class_{int(label)}")
         return f"class_{int(label)}"
-    return one_line(label)
+    return "" if label is None else one_line(label)
 
 
 def _class_names(root: Path) -> list[str]:

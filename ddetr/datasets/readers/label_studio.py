@@ -45,7 +45,7 @@ def read_label_studio(wanted: Wanted) -> Annotations:
         split = next(name for name in splits if splits[name] == file)
         shown = str(file.relative_to(root))
         images = ImageCollector(
-            ImageFinder(root, file, split, wanted.image_dir), shown, log, in_fractions=True, unit="object"
+            ImageFinder(root, file, split, wanted.image_dir), shown, log, in_fractions=True, are_addresses=True
         )
         for position, task in enumerate(load_list(file)):
             where = f"{shown}, task {one_line(task.get('id', position))}"
@@ -129,7 +129,7 @@ def _add(image: Any, region: dict[str, Any], where: str, log: FindingLog) -> Non
         message = f"A box has {len(labels)} labels; the first, {one_line(labels[0])!r}, was used."
         log.add("several-labels", "repaired", where, message)
     image.declared_hw = image.declared_hw or size
-    image.add(str(labels[0]).strip(), _box(region, size or (1, 1)))
+    image.add(str(labels[0] or "").strip(), _box(region, size or (1, 1)))
 
 
 def _box(region: dict[str, Any], size: tuple[int, int]) -> list[float]:

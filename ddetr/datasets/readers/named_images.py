@@ -41,10 +41,11 @@ class ImageFinder:
         self.folders = ImageFolders()
         self._last = (self.places[0], 0) if self.places else None  # where the last one was: the next is there too
         self._below: dict[str, Path | None] | None = None
+        self.without_folders: list[str] = []  # names that are found only without the folders that they state
 
     def find(self, name: str) -> Path | None:
         """None where there is no such image, or several that it could be."""
-        parts = PurePosixPath(name.replace("\\", "/")).parts
+        parts = PurePosixPath(name).parts
         if not parts or len(name) > MAX_PATH or len(parts) > MAX_PATH_PARTS or "\0" in name:
             return None
         tries = [(place, start) for start in range(len(parts)) for place in self.places]
@@ -54,8 +55,13 @@ class ImageFinder:
             found = self.folders.find(place.joinpath(*parts[start:]))
             if found is not None and is_image_name(found.name):
                 self._last = (place, start)
+                if start:
+                    self.without_folders.append(name)
                 return found
-        return self._anywhere().get(parts[-1].lower())
+        found = self._anywhere().get(parts[-1].lower())
+        if found is not None and len(parts) > 1:
+            self.without_folders.append(name)
+        return found
 
     def _anywhere(self) -> dict[str, Path | None]:
         """Every image below the data set's folder by its name with and without suffix; None for one there twice."""
@@ -75,45 +81,51 @@ class Objects:
     """The objects of one image, as they are collected."""
 
     name: str  # of the image, as the annotations write it
-    classes: list[Any] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
     boxes_xyxy: list[Sequence[float]] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     ignore: list[bool] = field(default_factory=list)
     declared_hw: tuple[int, int] | None = None
 
-    def add(self, name: Any, box_xyxy: Sequence[float], ignore: bool = False) -> None:
-        self.add_numbered(len(self.classes) + 1, name, box_xyxy, ignore)
-
-    def add_numbered(self, number: int, name: Any, box_xyxy: Sequence[float], ignore: bool = False) -> None:
-        self.classes.append(name)
+    def add(self, class_name: str, box_xyxy: Sequence[float], number: int | None = None, ignore: bool = False) -> None:
+        """class_name: "" where it is not known; number: in the file, by default counted in the image."""
+        self.classes.append(class_name)
         self.boxes_xyxy.append(box_xyxy)
-        self.numbers.append(number)
+        self.numbers.append(len(self.classes) if number is None else number)
         self.ignore.append(ignore)
 
 
 class ImageCollector:
     """Objects in the order of a file -> its images; what names no image, or the same as another name, is reported."""
 
-    def __init__(self, finder: ImageFinder, shown: str, log: FindingLog, *, in_fractions: bool, unit: str) -> None:
+    def __init__(
+        self,
+        finder: ImageFinder,
+        shown: str,
+        log: FindingLog,
+        *,
+        in_fractions: bool = False,
+        unit: str = "object",
+        are_addresses: bool = False,  # the folders in names are those of a server
+    ) -> None:
         self._finder, self._shown, self._log = finder, shown, log
         self._in_fractions, self._unit = in_fractions, unit
+        self._of_folders = "note" if are_addresses else "repaired"
         self._of_name: dict[str, Objects | None] = {}  # None: no such image
         self._of_path: dict[Path, Objects] = {}
-        self._missing = 0
+        self._missing: list[str] = []
 
-    def of(self, name: str, also: Callable[[str], Iterable[str]] = lambda name: ()) -> Objects | None:
+    def of(self, written: str, also: Callable[[str], Iterable[str]] = lambda name: ()) -> Objects | None:
         """The image of this name, or of the first of `also(name)` that is there; None where there is none."""
+        name = PurePosixPath(written.replace("\\", "/")).as_posix()
         if name not in self._of_name:
             self._of_name[name] = self._look_up(name, also)
         return self._of_name[name]
 
     def _look_up(self, name: str, also: Callable[[str], Iterable[str]]) -> Objects | None:
         path = next((found for one in (name, *also(name)) if (found := self._finder.find(one)) is not None), None)
-        where = f"{self._shown}, {one_line(name)}"
         if path is None:
-            self._missing += 1
-            message = "There is no such image, or there are several that it could be; it was left out."
-            self._log.add("missing-image", "dropped", where, message)
+            self._missing.append(name)
             return None
         first = self._of_path.setdefault(path, Objects(name))
         if first.name != name:
@@ -121,19 +133,25 @@ class ImageCollector:
                 f"It and {one_line(first.name)} both lead to {path}: whose boxes are whose can't be known. Give each "
                 "image its own file, in the folders that the names state."
             )
-            self._log.add("duplicate-image-id", "refused", where, message)
+            self._log.add("duplicate-image-id", "refused", f"{self._shown}, {one_line(name)}", message)
             return None
         return first
 
     def images(self) -> list[LabelledImage]:
         if self._missing and not self._of_path:
             looked = ", ".join(str(place) for place in self._finder.places[:4]) or "no folder"
-            first = one_line(next(iter(self._of_name)))
             message = (
-                f"None of its {self._missing} images was found (the first is {first}; looked in {looked}); give "
-                "image_dir."
+                f"None of its {len(self._missing)} images was found (the first is {one_line(self._missing[0])}; looked "
+                f"in {looked}); give image_dir."
             )
-            self._log.add("every-image-missing", "refused", self._shown, message)
+            self._log.add("every-image-missing", "refused", self._shown, message, count=len(self._missing))
+        for name in self._missing if self._of_path else ():
+            message = "There is no such image, or there are several that it could be; it was left out."
+            self._log.add("missing-image", "dropped", f"{self._shown}, {one_line(name)}", message)
+        if names := self._finder.without_folders:
+            first = one_line(names[0])
+            message = f"File names carry folders that are not here, such as {first}; only their last part was used."
+            self._log.add("file-name-path", self._of_folders, self._shown, message, count=len(names))
         for parent in sorted({path.parent for path in self._of_path}):
             unlisted = [name for name in self._finder.folders.images(parent) if parent / name not in self._of_path]
             if unlisted:
@@ -149,18 +167,28 @@ class ImageCollector:
             where = f"{self._shown}, {one_line(found.name)}"
             if len(found.classes) > MAX_OBJECTS:
                 report_crowd(self._log, where, len(found.classes))
-            n = slice(MAX_OBJECTS)
+            named = [i for i, name in enumerate(found.classes) if name][:MAX_OBJECTS]
+            for i, name in enumerate(found.classes):
+                if not name:
+                    place = f"{where}, {self._unit} {found.numbers[i]}"
+                    self._log.add("missing-name", "dropped", place, "The object has no class; it was left out.")
             yield LabelledImage(
                 path,
                 where,
-                found.classes[n],
-                np.array(found.boxes_xyxy[n], dtype=np.float64).reshape(-1, 4),
-                found.numbers[n],
+                [found.classes[i] for i in named],
+                np.array([found.boxes_xyxy[i] for i in named], dtype=np.float64).reshape(-1, 4),
+                [found.numbers[i] for i in named],
                 in_fractions=self._in_fractions,
                 declared_hw=found.declared_hw,
-                ignore=np.array(found.ignore[n], dtype=bool),
+                ignore=np.array([found.ignore[i] for i in named], dtype=bool),
                 unit=self._unit,
             )
+
+
+def visible(path: Path, pattern: str) -> list[Path]:
+    """The files of a pattern in a folder, without hidden ones and what lies in hidden folders (a Mac's, Jupyter's)."""
+    files = (file for file in path.glob(pattern) if file.is_file())
+    return sorted(f for f in files if not any(p.startswith((".", "__MACOSX")) for p in f.relative_to(path).parts))
 
 
 def number(value: Any) -> float:
@@ -185,7 +213,7 @@ def list_files(path: Path, patterns: Sequence[str], is_ours: Callable[[bytes], b
     if path.is_file():
         return [path] if path.suffix.lower() == ".json" and _starts_as(path, is_ours) else []
     for pattern in patterns:
-        files = [f for f in sorted(path.glob(pattern)) if not f.name.startswith(".") and _starts_as(f, is_ours)]
+        files = [file for file in visible(path, pattern) if _starts_as(file, is_ours)]
         if files:
             return files
     return []
