@@ -20,10 +20,12 @@ from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
+from PIL import ExifTags, Image
 
 from ddetr.datasets.annotations import Annotations, ImageRecord
 from ddetr.datasets.config import TrainingSource
 from ddetr.datasets.image_files import is_image_name
+from ddetr.datasets.image_header import open_image
 from ddetr.datasets.images import image_header, read_image
 from ddetr.datasets.load import available_splits, default_splits
 from ddetr.datasets.splits import load_split
@@ -231,7 +233,7 @@ def _plan(source: Source, names: Mapping[str, str], to: Target, notes: Counter[s
             taken = set()
         planned[names[split]] = []
         for record in found.images:
-            turned = image_header(record.path).orientation != 1
+            turned = _is_turned(record.path)
             suffix = record.path.suffix.lower() if is_image_name(record.path.name) else ".png"
             if turned and suffix not in _JPEG_SUFFIXES:
                 suffix = ".png"
@@ -247,6 +249,14 @@ def _plan(source: Source, names: Mapping[str, str], to: Target, notes: Counter[s
                 notes["images under other names, as theirs were not unique or not safe on every system"] += 1
             planned[names[split]].append(_Image(record, stem + suffix, turned))
     return planned
+
+
+def _is_turned(path: Path) -> bool:
+    """Whether some program shows it otherwise than another: by an orientation in its header."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return image_header(path).orientation != 1
+    with open_image(path) as image:  # which Pillow turns by itself: its header is the upright one
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
 
 
 def _key(name: str) -> str:
@@ -268,8 +278,6 @@ def _safe_name(name: str) -> str:
 def _write_image(image: _Image, place: Path, how: Literal["copy", "link"], notes: Counter[str]) -> None:
     record = image.record
     if image.turned:
-        from PIL import Image
-
         pixels = Image.fromarray(read_image(record.path, record.size_hw).permute(1, 2, 0).numpy())
         pixels.save(place, **({"quality": 95, "subsampling": 0} if place.suffix.lower() != ".png" else {}))
         notes["images that EXIF turns, encoded anew as their boxes see them"] += 1
@@ -390,6 +398,8 @@ def _write_yolo(
     readable = all(name.isprintable() for name in classes)  # else by escapes
     text = yaml.safe_dump(content, allow_unicode=readable, sort_keys=False, width=10_000)
     (folder / "data.yaml").write_text(text, encoding="utf-8")
+    if "val" not in planned:
+        notes["there is no validation split, without which Ultralytics' YOLO doesn't train"] = 0
     _note_lost(planned, "yolo", annotations.format == "coco", notes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -48,10 +49,9 @@ class ImageFinder:
         parts = PurePosixPath(name).parts
         if not parts or len(name) > MAX_PATH or len(parts) > MAX_PATH_PARTS or "\0" in name:
             return None
-        tries = [(place, start) for start in range(len(parts)) for place in self.places]
-        if self._last in tries:
-            tries.insert(0, self._last)
-        for place, start in tries:
+        tries = ((place, start) for start in range(len(parts)) for place in self.places)
+        likeliest = [self._last] if self._last and self._last[1] == 0 else []
+        for place, start in itertools.chain(likeliest, tries):
             found = self.folders.find(place.joinpath(*parts[start:]))
             if found is not None and is_image_name(found.name):
                 self._last = (place, start)
@@ -111,16 +111,16 @@ class ImageCollector:
         self._finder, self._shown, self._log = finder, shown, log
         self._in_fractions, self._unit = in_fractions, unit
         self._of_folders = "note" if are_addresses else "repaired"
-        self._of_name: dict[str, Objects | None] = {}  # None: no such image
+        self._of_written: dict[str, Objects | None] = {}  # None: no such image
         self._of_path: dict[Path, Objects] = {}
         self._missing: list[str] = []
 
     def of(self, written: str, also: Callable[[str], Iterable[str]] = lambda name: ()) -> Objects | None:
         """The image of this name, or of the first of `also(name)` that is there; None where there is none."""
-        name = PurePosixPath(written.replace("\\", "/")).as_posix()
-        if name not in self._of_name:
-            self._of_name[name] = self._look_up(name, also)
-        return self._of_name[name]
+        if written not in self._of_written:
+            name = PurePosixPath(written.replace("\\", "/")).as_posix()
+            self._of_written[written] = self._look_up(name, also)
+        return self._of_written[written]
 
     def _look_up(self, name: str, also: Callable[[str], Iterable[str]]) -> Objects | None:
         path = next((found for one in (name, *also(name)) if (found := self._finder.find(one)) is not None), None)
