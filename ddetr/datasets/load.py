@@ -42,7 +42,8 @@ def load_annotations(
         path: folder of the data set, or its file (`*.json`, `data.yaml`, `*.csv`).
         split: one of `available_splits(path)`; any name where `annotation_file` is given.
         format: a key of `FORMATS` ("coco", "voc", "yolo", ...), or "auto": recognised by what lies there.
-        annotation_file: a COCO file of any name, relative to `path` or to the working directory.
+        annotation_file: a COCO file of any name, or a table or list of another format, relative to `path` or to the
+            working directory.
         image_dir: where the images are, likewise; found by itself in the usual layouts.
         categories: the training set's: labels are mapped on to them, by id and name (COCO) or by name (VOC, YOLO), and
             objects of classes that they lack are left out with a finding.
@@ -51,9 +52,13 @@ def load_annotations(
     path = existing(path)
     images = _inside(path, image_dir, "image_dir") if image_dir is not None else None
     if annotation_file is not None:
-        if format not in ("auto", "coco"):
+        if format not in ("auto", "coco", *_OF_ONE_FILE):
             raise InputError(f"annotation_file is for the COCO format; {format} has none")
         file = _inside(path, annotation_file, "annotation_file")
+        for one in _OF_ONE_FILE if format == "auto" else [format]:
+            if one in _OF_ONE_FILE and (names := list(FORMATS[one].splits(file))):
+                places = images or (path if path.is_dir() and not file.is_relative_to(path) else None)
+                return FORMATS[one].read(Wanted(file, names[0], None, places, categories, check_images))
         root = path if path.is_dir() else _home(file)
         return read_coco(root, split, file, image_dir=images, categories=categories, check_images=check_images)
     format = detect_format(path) if format == "auto" else _known(format)
@@ -85,6 +90,8 @@ FORMATS: dict[str, Reader] = {
     "createml": Reader("Create ML", "its JSON", createml_splits, read_createml),
     "huggingface": Reader("Hugging Face", "metadata.jsonl with objects", huggingface_splits, read_huggingface),
 }
+
+_OF_ONE_FILE = ("csv", "label_studio", "createml", "huggingface")  # whose splits are single files, as COCO's are
 
 
 def detect_format(path: str | PathLike) -> str:

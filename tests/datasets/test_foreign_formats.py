@@ -67,6 +67,16 @@ def test_tables_of_boxes(tmp_path: Path, write_image: Callable[..., Path], text:
     assert ("b.jpg" in objects(annotations)) == ("b.jpg" in text)
 
 
+def test_a_table_of_any_place(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Given as COCO files are: by itself, with the folder of its images."""
+    for name in ("a.jpg", "b.jpg"):
+        write_image(tmp_path / "photos" / name)
+        (tmp_path / f"{name[0]}.csv").write_text(f"{TENSORFLOW}{name},64,48,cat,4,6,24,18\n")
+    for name in ("a.jpg", "b.jpg"):
+        found = load_annotations(tmp_path, "val", annotation_file=f"{name[0]}.csv", image_dir="photos")
+        assert objects(found) == {name: [("cat", BOX)]}
+
+
 def test_a_table_in_utf_16(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     write_image(tmp_path / "ä.jpg")
     (tmp_path / "train.csv").write_text(TENSORFLOW + "ä.jpg,64,48,Kätzchen,4,6,24,18\n", encoding="utf-16")
