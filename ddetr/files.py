@@ -46,7 +46,7 @@ def write_folder_atomically(path: Path, write: Callable[[Path], object]) -> None
     try:
         write(temporary)
         for place in temporary.rglob("*"):
-            if place.is_file():
+            if place.is_file() and place.stat().st_nlink == 1:  # of more names: one from before, perhaps read-only
                 with place.open("rb+") as file:
                     os.fsync(file.fileno())
         shutil.rmtree(path, ignore_errors=True)

@@ -8,6 +8,8 @@ they import nothing heavy.
 import codecs
 import csv
 import errno
+import io
+import itertools
 import json
 import math
 import os
@@ -15,7 +17,7 @@ import re
 import stat
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -52,6 +54,7 @@ MAX_YAML_DEPTH = 50
 MAX_YAML_VALUE = 10_000  # characters; longer ones are no setting, path or name
 MAX_RUN_BYTES = 2**26  # a JSON file of a run, beside weights or in them: parsed it takes 20 times as much
 MAX_TABLE_BYTES = 2**28  # train.csv: a million rows
+MAX_LINE = 2**20  # characters of a line in a data set's CSV file: a row has a few hundred
 MAX_SHARED = 32  # tensors that share their numbers: heads of all layers do
 MAX_ARRAYS_BYTES = 2**32  # of a validation: COCO's takes 13 MB, LVIS's with 300 detections per image 150 MB
 
@@ -303,8 +306,36 @@ def parse_csv(text: str) -> list[list[str]]:
     Raises:
         ValueError: broken.
     """
+    return list(_rows(text[: text.rfind("\n") + 1].replace("\0", "").splitlines()))
+
+
+def read_csv(path: str | os.PathLike, most_bytes: int, errors: str = "strict") -> Iterator[list[str]]:
+    """The rows of a CSV file, one after another; UTF-8 or UTF-16, with commas, semicolons or tabs, as its first line
+    has them.
+
+    Raises:
+        OSError: as `open_file`. ValueError: broken, a line of over `MAX_LINE` characters, another encoding.
+    """
+    with open_file(path, most_bytes) as raw:
+        has_mark = raw.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        raw.seek(0)
+        with io.TextIOWrapper(raw, "utf-16" if has_mark else "utf-8-sig", errors, newline="") as text:
+            lines = _bounded_lines(text)
+            first = next(lines, "")
+            delimiter = max(",;\t", key=first.count)
+            yield from _rows(itertools.chain([first] if first else [], lines), delimiter)
+
+
+def _bounded_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    while line := text.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise ValueError(f"it has a line of over {MAX_LINE:,} characters")
+        yield line.replace("\0", "")
+
+
+def _rows(lines: Iterable[str], delimiter: str = ",") -> Iterator[list[str]]:
     try:
-        return list(csv.reader(text[: text.rfind("\n") + 1].replace("\0", "").splitlines()))
+        yield from csv.reader(lines, delimiter=delimiter)
     except csv.Error as error:
         raise ValueError(str(error)) from None
 

@@ -198,7 +198,7 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
     from ddetr.datasets.config import TrainingSource
 
     parser.usage = "ddetr data audit [options] PATH"
-    parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
+    parser.add_argument("path", type=str, help="folder of the data set, in any format that is read")
     parser.add_class_arguments(TrainingSource, skip={"path"}, instantiate=False)
     parser.add_argument("--num_queries", type=int, default=300, help="queries of the model to be trained")
     parser.add_argument("--max_detections", type=int, default=100, help="detections per image that evaluation counts")
@@ -261,6 +261,54 @@ def show_command(parser: Parser) -> Callable[[Any], None]:
         console.show(f"page         {place.absolute()}")
         for name, reason in failures:
             console.show(f"not read     {name}: {reason}")
+
+    return run
+
+
+def convert_command(parser: Parser) -> Callable[[Any], None]:
+    """Write a data set anew as COCO, YOLO or Pascal VOC."""
+    from ddetr.datasets.config import TrainingSource
+
+    parser.usage = "ddetr data convert [options] PATH OUT --to FORMAT"
+    parser.add_argument("path", type=str, help="folder of the data set, in any format that is read")
+    parser.add_argument("output", type=str, help="new or empty folder", metavar="OUT")
+    parser.add_argument("--to", type=Literal["coco", "yolo", "voc"], required=True, help="format to write")
+    parser.add_argument("--split", type=str | None, default=None, help="the one split to convert; by default all")
+    parser.add_argument(
+        "--images",
+        type=Literal["copy", "link"],
+        default="copy",
+        help="link: hard links where the disk is the same; they take no space, but editing one edits the original too",
+    )
+    parser.add_class_arguments(TrainingSource, skip={"path"}, instantiate=False)
+
+    def run(settings: Any) -> None:
+        from ddetr.datasets import audit
+        from ddetr.datasets.audit import render_findings
+        from ddetr.datasets.convert import convert, read_source
+
+        options = dict(vars(settings))
+        to, output, split, images = (options.pop(name) for name in ("to", "output", "split", "images"))
+        data = TrainingSource(**options)
+        with console.waiting(f"reading {data.path}"):
+            source = read_source(data, split)
+        report = audit(source.first, source.splits.get(source.val or ""), strict=data.strict)
+        others = [f for name in source.others for f in source.splits[name].findings]
+        console.show(report.render())
+        if others:
+            console.show(render_findings(others))
+        actions = ("refused", "repaired", "dropped") if data.strict else ("refused",)
+        if refused := [*report.refused, *(finding for finding in others if finding.action in actions)]:
+            raise InputError(
+                f"{len(refused)} findings must be repaired first, see the table above; nothing was written"
+            )
+        with console.progress("write") as update:
+            done = convert(source, output, to, images=images, progress=update)
+        for name, count in done.num_images.items():
+            console.show(f"{name:<12} {count:,} images")
+        console.show(f"{'in all':<12} {done.num_objects:,} objects in {done.path}")
+        for note in done.notes:
+            console.show(f"changed      {note}")
 
     return run
 
@@ -414,6 +462,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
     "doctor": doctor_command,
     "data audit": audit_command,
     "data show": show_command,
+    "data convert": convert_command,
     "bench op": bench_op_command,
     "bench gpu": bench_gpu_command,
     "bench data": bench_data_command,

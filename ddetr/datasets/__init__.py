@@ -6,11 +6,12 @@ image_header.py   an image file's size and orientation, undecoded
 images.py         the decode policy: read_image, image_size_hw
 image_input.py    what people pass as an image (files, Pillow, arrays, tensors), by the same policy
 image_files.py    finding image files and settling the frame that their boxes live in
-readers/          one file for each format: COCO, Pascal VOC, YOLO
+readers/          one file for each format: COCO, Pascal VOC, YOLO, CSV and others
 load.py           load_annotations: which format, which split, which reader
 splits.py         settings -> annotations of a split
 shapes.py         the embedded data set, drawn
 audit.py          what is wrong with a data set, and whether training may start
+convert.py        any data set that is read, written anew as COCO, YOLO or Pascal VOC
 transforms.py     augmentation recipes, normalisation
 augment.py        mosaic, mixup, large-scale jitter, colours, blur: what the options add to a recipe
 dataset.py        DetectionDataset: annotations to samples

@@ -13,7 +13,7 @@ class DataSource:
     """Where a data set is, and what of it is evaluated."""
 
     path: str
-    """Folder of the data set: COCO, Pascal VOC, YOLO, KITTI, CVAT or LabelMe, read as it lies there."""
+    """Folder of the data set: COCO, Pascal VOC, YOLO or another of the formats below, read as it lies there."""
     format: Literal[
         "auto",
         "coco",
@@ -22,6 +22,10 @@ class DataSource:
         "yolo",
         "cvat",
         "labelme",
+        "csv",
+        "label_studio",
+        "createml",
+        "huggingface",
     ] = "auto"
     """What the folder holds; "auto" recognises it."""
     val_split: str | None = None

@@ -9,9 +9,14 @@ from pathlib import Path
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.readers.coco import read_coco
 from ddetr.datasets.readers.coco_layout import coco_splits
+from ddetr.datasets.readers.createml import createml_splits, read_createml
+from ddetr.datasets.readers.csv_boxes import csv_splits, read_csv_boxes
 from ddetr.datasets.readers.cvat import cvat_splits, read_cvat
+from ddetr.datasets.readers.foreign import what_it_is
+from ddetr.datasets.readers.huggingface import huggingface_splits, read_huggingface
 from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
 from ddetr.datasets.readers.label_folders import WHOLE
+from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import Reader, Wanted
 from ddetr.datasets.readers.voc import read_voc, voc_splits
@@ -38,10 +43,11 @@ def load_annotations(
     read (a path that is not there, broken JSON) raises `InputError`.
 
     Args:
-        path: folder of the data set, or its COCO or YOLO file (`*.json`, `data.yaml`).
+        path: folder of the data set, or its file (`*.json`, `data.yaml`, `*.csv`).
         split: one of `available_splits(path)`; any name where `annotation_file` is given.
-        format: a name of `FORMATS`, or "auto": recognised by what lies there.
-        annotation_file: a COCO file of any name, relative to `path` or to the working directory.
+        format: a key of `FORMATS` ("coco", "voc", "yolo", ...), or "auto": recognised by what lies there.
+        annotation_file: a COCO file of any name, or a table or list of another format, relative to `path` or to the
+            working directory.
         image_dir: where the images are, likewise; found by itself in the usual layouts.
         categories: the training set's: labels are mapped on to them, by id and name (COCO) or by name (VOC, YOLO), and
             objects of classes that they lack are left out with a finding.
@@ -50,9 +56,13 @@ def load_annotations(
     path = existing(path)
     images = _inside(path, image_dir, "image_dir") if image_dir is not None else None
     if annotation_file is not None:
-        if format not in ("auto", "coco"):
+        if format not in ("auto", "coco", *_OF_ONE_FILE):
             raise InputError(f"annotation_file is for the COCO format; {format} has none")
         file = _inside(path, annotation_file, "annotation_file")
+        for one in _OF_ONE_FILE if format == "auto" else [format]:
+            if one in _OF_ONE_FILE and (names := list(FORMATS[one].splits(file))):
+                places = images or (path if path.is_dir() and not file.is_relative_to(path) else None)
+                return FORMATS[one].read(Wanted(file, names[0], None, places, categories, check_images))
         root = path if path.is_dir() else _home(file)
         return read_coco(root, split, file, image_dir=images, categories=categories, check_images=check_images)
     format = detect_format(path) if format == "auto" else _known(format)
@@ -83,16 +93,24 @@ FORMATS: dict[str, Reader] = {
     "yolo": Reader("YOLO", "data.yaml, or images/ and labels/", yolo_splits, read_yolo),
     "cvat": Reader("CVAT", "annotations.xml", cvat_splits, read_cvat),
     "labelme": Reader("LabelMe", "a JSON file for each image", labelme_splits, read_labelme),
+    "csv": Reader("CSV", "a table with a row for each box", csv_splits, read_csv_boxes),
+    "label_studio": Reader("Label Studio", "its JSON", label_studio_splits, read_label_studio),
+    "createml": Reader("Create ML", "its JSON", createml_splits, read_createml),
+    "huggingface": Reader("Hugging Face", "metadata.jsonl with objects", huggingface_splits, read_huggingface),
 }
+
+_OF_ONE_FILE = ("csv", "label_studio", "createml", "huggingface")  # whose splits are single files, as COCO's are
 
 
 def detect_format(path: str | PathLike) -> str:
-    """A name of `FORMATS`; `InputError` says what was looked for where none is there."""
+    """A key of `FORMATS`; where none is there, `InputError` says what is, and what can be done about it."""
     path = existing(path)
     for format, reader in FORMATS.items():
         splits = reader.splits(path)
         if splits and not (list(splits) == [WHOLE] and format != "yolo" and yolo_yaml(path)):
             return format  # but XML files without splits beside a data.yaml that has some: what it was made of
+    if said := what_it_is(path, lambda place: any(reader.splits(place) for reader in FORMATS.values())):
+        raise InputError(said)
     found = "a file of another kind" if path.is_file() else first_few(sorted(entry.name for entry in path.iterdir()), 8)
     known = [f"{reader.title} ({reader.layout})" for reader in FORMATS.values()]
     raise InputError(

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from ddetr.cli import main as cli
+from ddetr.datasets.load import FORMATS
 
 MODEL = [
     *("--model.backbone", "test_resnet", "--model.pretrained_backbone", "false", "--model.hidden_dim", "32"),
@@ -124,6 +125,7 @@ def test_help_tells_defaults_and_choices(ddetr: Callable[..., Outcome], capsys: 
 
 
 ALL = ", ".join(cli.COMMANDS)
+DATA = ", ".join(name.split()[1] for name in cli.COMMANDS if name.startswith("data "))
 BENCHES = ", ".join(name.split()[1] for name in cli.COMMANDS if name.startswith("bench "))
 
 
@@ -131,7 +133,7 @@ BENCHES = ", ".join(name.split()[1] for name in cli.COMMANDS if name.startswith(
     ("arguments", "message"),
     [
         (["tran"], f"no command 'tran' (did you mean train?): expected one of {ALL}"),
-        (["data"], "ddetr data: expected a command, one of: audit, show"),
+        (["data"], f"ddetr data: expected a command, one of: {DATA}"),
         (["bench"], f"ddetr bench: expected a command, one of: {BENCHES}"),
         (["bench", "operator"], f"ddetr bench: expected a command, one of: {BENCHES}"),
         (["--epochs"], f"no command '--epochs': expected one of {ALL}"),
@@ -176,7 +178,7 @@ def test_unknown_commands(refused: Callable[..., str], arguments: list[str], mes
         ),
         (
             "train --data x --data.format vok",
-            "--data.format: expected one of auto, coco, voc, yolo, got 'vok' (did you mean voc?)",
+            f"--data.format: expected one of auto, {', '.join(FORMATS)}, got 'vok' (did you mean voc?)",
         ),
         ("train --data x --devices two", "--devices: expected a whole number or null, got 'two'"),
         (

@@ -1,6 +1,7 @@
 """Readers: the files of a data set, whatever is wrong with them, to `Annotations`; one file for each format.
 
 reader.py         what a reader is; what those of one label file per image have in common
+foreign.py        what a folder is that no reader knows, and what converts it
 coco_layout.py    where COCO data sets keep things
 coco_json.py      a COCO file's JSON
 coco.py           reader: COCO
@@ -10,4 +11,9 @@ kitti.py          reader: KITTI
 cvat.py           reader: CVAT for images
 labelme.py        reader: LabelMe
 yolo.py           reader: YOLO
+named_images.py   images that one file of annotations names: how they are found, how their objects are collected
+csv_boxes.py      reader: CSV tables of boxes (Roboflow, TensorFlow, RetinaNet, OpenImages, makesense.ai)
+label_studio.py   reader: Label Studio's JSON and JSON-MIN
+createml.py       reader: Create ML's JSON
+huggingface.py    reader: Hugging Face image folders with metadata.jsonl or .csv
 """

@@ -53,6 +53,8 @@ def _looks_like_coco(file: Path) -> bool:
             ends = start + stream.read()
     except OSError:
         return False
+    if b'"items"' in start and b'"images"' not in ends:  # Datumaro's
+        return False
     # a file cut short has lost its end; it is recognised all the same, so that reading it can say where it breaks
     return start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and any(
         word in ends for word in (b'"images"', b'"annotations"', b'"categories"')

@@ -1,0 +1,59 @@
+"""Create ML's JSON, as Apple documents it and Roboflow exports it: a list of images, boxes by their centre in pixels.
+
+Classes are the names in the training split, sorted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddetr.datasets.annotations import Annotations, FindingLog
+from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, list_files, load_list, number
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
+from ddetr.untrusted import one_line
+
+WHOLE = "all"
+_PLACES = ("*/_annotations.createml.json", "*.json", "annotations/*.json", "*/*.json")
+
+
+def createml_splits(path: Path) -> dict[str, Path]:
+    """Split name -> its file; {} where there is none."""
+    files = list_files(path, _PLACES, lambda start: b'"coordinates"' in start and b'"label"' in start)
+    if len(files) == 1 and files[0].parent == (path.parent if path.is_file() else path):
+        return {WHOLE: files[0]}
+    folders = [file.parent for file in files]
+    return {file.parent.name if folders.count(file.parent) == 1 else file.stem: file for file in files}
+
+
+def read_createml(wanted: Wanted) -> Annotations:
+    """One split; `load_annotations` says what is wanted."""
+    splits = createml_splits(wanted.path)
+    root = wanted.path if wanted.path.is_dir() else wanted.path.parent
+
+    def read(file: Path, log: FindingLog) -> list[LabelledImage]:
+        split = next(name for name in splits if splits[name] == file)
+        shown = str(file.relative_to(root))
+        finder = ImageFinder(root, file, split, wanted.image_dir)
+        images = ImageCollector(finder, shown, log)
+        for position, entry in enumerate(load_list(file)):
+            name, objects = _first(entry, "image", "imagefilename"), _first(entry, "annotations", "annotation")
+            if not isinstance(name, str) or not isinstance(objects, list):
+                message = f'An image needs "image" and "annotations"; this one has {one_line(list(entry))}.'
+                log.add("image-entry", "dropped", f"{shown}, image {position}", message)
+                continue
+            image = images.of(name)
+            for obj in objects if image is not None else ():
+                box, label = (obj.get("coordinates"), obj.get("label")) if isinstance(obj, dict) else (None, None)
+                x, y, w, h = (number(box.get(k)) if isinstance(box, dict) else number(None) for k in _KEYS)
+                image.add(str(label or "").strip(), (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+        return images.images()
+
+    return read_labelled(wanted, "createml", splits, read)
+
+
+_KEYS = ("x", "y", "width", "height")
+
+
+def _first(entry: dict[str, Any], *keys: str) -> Any:
+    return next((entry[key] for key in keys if key in entry), None)

@@ -1,0 +1,241 @@
+"""What a folder is that no reader knows: its kind by cheap looks (names, first kilobytes), and what to do about it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from ddetr.datasets.image_files import is_image_name
+from ddetr.errors import InputError
+from ddetr.untrusted import one_line, open_file
+from ddetr.wording import first_few
+
+_DEPTH = 3  # folders below the one that was given
+_FILES = 20_000  # that are looked at; what it is shows long before
+_NEAR = 50  # folders inside that are tried
+_STARTS = 200  # files whose first bytes are read
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+_VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg")
+_BY_DATUMARO = "`datum convert -i PATH -f coco -o NEW -- --save-media` (of Datumaro) makes COCO of it"
+_BY_FIFTYONE = (
+    "`fiftyone convert --input-dir PATH --input-type fiftyone.types.{} --output-dir NEW --output-type "
+    "fiftyone.types.COCODetectionDataset` makes COCO of it"
+)
+_BY_HAND = "write its boxes into a CSV table (filename,class,xmin,ymin,xmax,ymax), which is read"
+_DRAW = (
+    "draw a box around each object in a labelling tool (CVAT, Label Studio, Roboflow), and export COCO, Pascal VOC or "
+    "YOLO"
+)
+_PARTS = ("images", "labels", "annotations", "jpegimages", "imagesets", "train", "valid", "val", "test", "data")
+
+
+class _Look:
+    """The names of the files below a folder, or of one file, and the first bytes of some."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files: list[Path] = [path] if path.is_file() else []  # hidden ones left out
+        self.folders: list[Path] = []
+        for folder, inner, files in os.walk(path):
+            inner[:] = sorted(name for name in inner if not name.startswith((".", "__MACOSX")))
+            self.folders += [Path(folder, name) for name in inner]
+            self.files += [Path(folder, name) for name in sorted(files) if not name.startswith(".")]
+            if len(Path(folder).relative_to(path).parts) >= _DEPTH:
+                inner[:] = []
+            if len(self.files) > _FILES:
+                break
+
+    def any_file(self, *ends: str) -> Path | None:
+        """The first file whose name ends so."""
+        return next((file for file in self.files if file.name.lower().endswith(ends)), None)
+
+    def any_name(self, *names: str) -> Path | None:
+        """The first file or folder of one of these names."""
+        return next((place for place in [*self.folders, *self.files] if place.name.lower() in names), None)
+
+    @cached_property
+    def starts(self) -> dict[Path, bytes]:
+        """First bytes of the JSON, CSV and text files."""
+        found = {}
+        for file in [f for f in self.files if f.suffix.lower() in (".json", ".csv", ".txt", ".ndjson")][:_STARTS]:
+            try:
+                with open_file(file) as stream:
+                    found[file] = stream.read(1 << 14)
+            except OSError:
+                continue
+        return found
+
+    def any_start(self, suffix: str, *words: bytes) -> Path | None:
+        """The first file with this suffix in whose first bytes all of these stand."""
+        fits = (f for f, start in self.starts.items() if f.suffix.lower() == suffix and all(w in start for w in words))
+        return next(fits, None)
+
+
+def _lines_of(look: _Look, is_line: Callable[[list[str]], bool], separator: str | None = None) -> Path | None:
+    """The first text file whose first lines are all such; `is_line` gets their words."""
+
+    def words_of(line: str) -> list[str]:
+        return [word.strip() for word in line.split(separator) if word.strip()]
+
+    for file, start in look.starts.items():
+        lines = [line for line in start.decode("utf-8", "replace").splitlines()[:5] if line.strip()]
+        if file.suffix.lower() == ".txt" and lines and all(is_line(words_of(line)) for line in lines):
+            return file
+    return None
+
+
+def _numbers(words: list[str]) -> int:
+    """How many of the first words are numbers."""
+    return next((i for i, word in enumerate(words) if not word.lstrip("-").replace(".", "", 1).isdigit()), len(words))
+
+
+def _is_dota(words: list[str]) -> bool:
+    is_head = "".join(words).startswith(("imagesource", "gsd"))
+    return is_head or (_numbers(words) == 8 and len(words) in (9, 10))  # x1 y1 ... x4 y4 class difficult
+
+
+def _lfs_pointer(look: _Look) -> Path | None:
+    return next((f for f, start in look.starts.items() if start.startswith(b"version https://git-lfs")), None)
+
+
+def _records(look: _Look) -> Path | None:
+    return look.any_file(".record") or next((file for file in look.files if ".tfrecord" in file.name.lower()), None)
+
+
+def _via(look: _Look) -> Path | None:
+    tables = look.any_start(".csv", b"region_shape_attributes")
+    return tables or look.any_start(".json", b"shape_attributes") or look.any_start(".json", b'"_via_')
+
+
+def _supervisely(look: _Look) -> Path | None:
+    meta = look.any_name("meta.json") if look.any_name("ann") else None
+    return look.any_start(".json", b'"geometryType"') or meta
+
+
+def _wider_face(look: _Look) -> Path | None:
+    return next((f for f in look.files if f.name.startswith("wider_face_") and f.suffix == ".txt"), None)
+
+
+def _mot(look: _Look) -> Path | None:
+    return next((file for file in look.files if file.name == "gt.txt" and file.parent.name == "gt"), None)
+
+
+def _labelbox(look: _Look) -> Path | None:
+    return look.any_start(".ndjson", b'"data_row"') or look.any_start(".json", b'"data_row"')
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Data of a kind that is not read: what it is called, where it is seen, what is to be done."""
+
+    title: str
+    seen: Callable[[_Look], Path | None]
+    cure: str
+
+
+_KINDS = (
+    _Kind("a pointer of Git LFS instead of a file", _lfs_pointer, "`git lfs pull` fetches the file itself"),
+    _Kind("TensorFlow records", _records, _BY_FIFTYONE.format("TFObjectDetectionDataset")),
+    _Kind(
+        "Parquet or Arrow tables of Hugging Face `datasets`",
+        lambda look: look.any_file(".parquet", ".arrow"),
+        "load them by `datasets.load_dataset`, and save the images beside a metadata.jsonl (file_name, objects), which "
+        "is read",
+    ),
+    _Kind("a project of VGG's Image Annotator (VIA)", _via, "open it in VIA, and export its annotations as COCO"),
+    _Kind("a Supervisely project", _supervisely, "export it from Supervisely as COCO, Pascal VOC or YOLO"),
+    _Kind("a VoTT project", lambda look: look.any_file(".vott") or look.any_start(".json", b'"asset"'), _BY_DATUMARO),
+    _Kind("Datumaro's JSON", lambda look: look.any_start(".json", b'"items"', b'"categories"'), _BY_DATUMARO),
+    _Kind("BDD100K's JSON", lambda look: look.any_start(".json", b'"box2d"'), _BY_FIFTYONE.format("BDDDataset")),
+    _Kind("Cityscapes' polygons", lambda look: look.any_file("_polygons.json"), _BY_DATUMARO),
+    _Kind("Labelbox's JSON", _labelbox, f"export it as COCO, or {_BY_HAND}"),
+    _Kind("a SageMaker Ground Truth manifest", lambda look: look.any_file(".manifest"), _BY_HAND),
+    _Kind("WIDER FACE's lists of faces", _wider_face, _BY_DATUMARO),
+    _Kind("MOT's tracks", _mot, _BY_DATUMARO),
+    _Kind(
+        "DOTA's corners of turned boxes",
+        lambda look: look.any_name("labeltxt", "labeltxt-v1.0", "labeltxt-v1.5") or _lines_of(look, _is_dota),
+        _BY_DATUMARO,
+    ),
+    _Kind(
+        "VisDrone's annotations",
+        lambda look: _lines_of(look, lambda words: len(words) == 8 == _numbers(words), ","),
+        f"Ultralytics' VisDrone.yaml makes YOLO of it, or {_BY_HAND}",
+    ),
+    _Kind("an archive", lambda look: look.any_file(*_ARCHIVES), "unpack it first, and give the folder that comes out"),
+    _Kind(
+        "a table without the columns of boxes",
+        lambda look: look.any_file(".csv", ".tsv"),
+        "name its columns filename, class, xmin, ymin, xmax and ymax, in pixels",
+    ),
+    _Kind(
+        "segmentation masks and no boxes",
+        lambda look: look.any_name("segmentationclass", "segmentationobject", "masks", "mask"),
+        f"draw a box around each object of a mask, and {_BY_HAND}",
+    ),
+)
+
+
+def what_it_is(path: Path, is_known: Callable[[Path], bool]) -> str | None:
+    """A sentence or two about a folder or file in which no reader found its format; None where nothing is recognised.
+
+    is_known: whether a reader finds its format in a folder.
+    """
+    look = _Look(path)
+    near: list[Path] = []
+    for place in _near(look):
+        if not any(place.is_relative_to(other) for other in near) and _is_one(place, is_known):
+            near.append(place)
+    if near:
+        what = f"{near[0]} is one: give that path" if len(near) == 1 else f"there are {first_few(near, 4)}: give one"
+        return f"{path} is no data set itself, but {what}"
+    for kind in _KINDS:
+        seen = kind.seen(look)
+        if seen is not None:
+            place = "" if seen == path else f" ({one_line(seen.relative_to(path))})"
+            return f"{path} is no data set that is read; it holds {kind.title}{place}: {kind.cure}"
+    return _pictures(look)
+
+
+def _near(look: _Look) -> list[Path]:
+    """Folders that may have been meant: those inside, and the one around where this looks like a part of it."""
+    if look.path.is_file():
+        return []
+    inside = [place for place in look.folders if len(place.relative_to(look.path).parts) <= 2][:_NEAR]
+    around = [look.path.resolve().parent] if look.path.resolve().name.lower() in _PARTS else []
+    return [*sorted(inside, key=lambda place: len(place.parts)), *around]
+
+
+def _is_one(place: Path, is_known: Callable[[Path], bool]) -> bool:
+    try:
+        return is_known(place)
+    except (InputError, OSError):
+        return False
+
+
+def _pictures(look: _Look) -> str | None:
+    """Where there are images or videos, and nothing else that is known."""
+    images = [file for file in look.files if is_image_name(file.name)]
+    if not images:
+        video = look.any_file(*_VIDEOS)
+        if video is None:
+            return None
+        return (
+            f"{look.path} holds videos ({one_line(video.name)}) and no images: take single frames from them "
+            "(`ffmpeg -i VIDEO -vf fps=1 frames/%06d.jpg`), and annotate those"
+        )
+    folders = sorted({file.parent.name for file in images if file.parent != look.path} - set(_PARTS))
+    others = [file for file in look.files if not is_image_name(file.name)]
+    if len(folders) > 1 and not others:
+        return (
+            f"{look.path} holds {len(images):,} images in folders ({first_few(map(one_line, folders), 4)}) and no "
+            f"boxes: that is a data set of classification. A detector needs boxes: {_DRAW}"
+        )
+    if others:
+        return None
+    return (
+        f"{look.path} holds {len(images):,} images and no annotations: copy those here that belong to them, or {_DRAW}"
+    )

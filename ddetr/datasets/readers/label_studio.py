@@ -1,0 +1,154 @@
+"""Label Studio's exports JSON and JSON-MIN: a list of tasks, boxes in percent of the image as the browser shows it.
+
+Classes are the names in the training split, sorted. A turned rectangle or a polygon becomes the box around it. The
+image is known by the last part of its address, with or without the eight digits that an upload gets before its name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+
+from ddetr.datasets.annotations import Annotations, FindingLog
+from ddetr.datasets.image_files import is_image_name
+from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, list_files, load_list, number, size_hw
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
+from ddetr.untrusted import one_line
+
+WHOLE = "all"
+_LABELS = ("rectanglelabels", "polygonlabels", "labels")
+_UPLOAD = re.compile(r"^[0-9a-f]{8}-(?=.)")
+
+
+def label_studio_splits(path: Path) -> dict[str, Path]:
+    """Split name -> its file; {} where there is none. Label Studio knows no splits: files called train and val do."""
+
+    def is_ours(start: bytes) -> bool:
+        return b"labels" in start and any(word in start for word in (b'"result"', b'"rectanglelabels"', b'"annotator"'))
+
+    files = list_files(path, ("*.json", "annotations/*.json", "*/*.json"), is_ours)
+    return {WHOLE: files[0]} if len(files) == 1 else {file.stem: file for file in files}
+
+
+def read_label_studio(wanted: Wanted) -> Annotations:
+    """One split; `load_annotations` says what is wanted."""
+    splits = label_studio_splits(wanted.path)
+    root = wanted.path if wanted.path.is_dir() else wanted.path.parent
+
+    def read(file: Path, log: FindingLog) -> list[LabelledImage]:
+        split = next(name for name in splits if splits[name] == file)
+        shown = str(file.relative_to(root))
+        images = ImageCollector(
+            ImageFinder(root, file, split, wanted.image_dir), shown, log, in_fractions=True, are_addresses=True
+        )
+        for position, task in enumerate(load_list(file)):
+            where = f"{shown}, task {one_line(task.get('id', position))}"
+            name, regions = _image_name(task), _regions(task, where, log)
+            if name is None:
+                log.add("image-entry", "dropped", where, "The task names no image; it was left out.")
+            elif regions is not None and (image := images.of(name, _other_names)) is not None:
+                for region in regions:
+                    _add(image, region, where, log)
+        return images.images()
+
+    return read_labelled(wanted, "label_studio", splits, read)
+
+
+def _image_name(task: dict[str, Any]) -> str | None:
+    """Of an address, the path in it; of a local file's, what stands behind `?d=`."""
+    data = task["data"] if isinstance(task.get("data"), dict) else task
+    values = [data.get("image"), data.get("img"), *data.values()]
+    names = [name for value in values if isinstance(value, str) and (name := _path_of(value))]
+    return next((name for name in names if is_image_name(name.rpartition("/")[2])), None)
+
+
+def _path_of(address: str) -> str:
+    try:
+        parts = urlsplit(address)
+        local = parse_qs(parts.query).get("d") if "://" in address or address.startswith("/") else None
+    except ValueError:  # such as a bracket that is not closed
+        return address
+    if local:
+        return local[0].replace("\\", "/")
+    return unquote(parts.path) if parts.scheme or address.startswith("/data/") else address.replace("\\", "/")
+
+
+def _other_names(name: str) -> Iterator[str]:
+    last = name.rpartition("/")[2]
+    yield _UPLOAD.sub("", last)
+    yield unquote(last)
+
+
+def _regions(task: dict[str, Any], where: str, log: FindingLog) -> list[dict[str, Any]] | None:
+    """What was drawn on an image, sizes and labels with it; None where it can't be known whose drawing counts."""
+    if not isinstance(task.get("annotations", task.get("completions")), list):  # JSON-MIN
+        lists = [value for value in task.values() if isinstance(value, list)]
+        return [region for values in lists for region in values if isinstance(region, dict) and "x" in region] or [
+            region for values in lists for region in values if isinstance(region, dict) and "points" in region
+        ]
+    done = [entry for entry in task.get("annotations", task.get("completions")) if isinstance(entry, dict)]
+    done = [entry for entry in done if not entry.get("was_cancelled") and isinstance(entry.get("result"), list)]
+    done = [entry for entry in done if entry.get("ground_truth") is True] or done
+    if len(done) > 1:
+        message = (
+            f"{len(done)} people have drawn its boxes; which of them count can't be known. Mark one as ground truth in "
+            "Label Studio, or delete the others, and export again."
+        )
+        log.add("several-annotations", "refused", where, message)
+        return None
+    by_id: dict[Any, dict[str, Any]] = {}
+    for number_, entry in enumerate(done[0]["result"] if done else []):
+        if isinstance(entry, dict) and isinstance(entry.get("value"), dict):
+            key = str(entry.get("id", number_))  # a rectangle and its label may be two entries of one id
+            sizes = {k: entry[k] for k in ("original_width", "original_height", "image_rotation") if k in entry}
+            by_id[key] = by_id.get(key, {}) | sizes | entry["value"]
+    return list(by_id.values())
+
+
+def _add(image: Any, region: dict[str, Any], where: str, log: FindingLog) -> None:
+    labels = next((region[key] for key in _LABELS if isinstance(region.get(key), list) and region[key]), None)
+    is_drawn = "x" in region or "points" in region
+    if labels is None or not is_drawn:
+        kinds = ", ".join(key for key in region if key.endswith("labels"))
+        if is_drawn or kinds:
+            message = f"A region {f'of {one_line(kinds)} ' if kinds else 'without a label '}is no box; it was left out."
+            log.add("no-box", "dropped", where, message)
+        return
+    size = size_hw(region.get("original_height"), region.get("original_width"))
+    if number(region.get("image_rotation", 0)) % 360 != 0:
+        message = "The image was turned in Label Studio, and its boxes with it: turn the file, and label it as it lies."
+        log.add("image-turned", "refused", where, message)
+        return
+    if len(labels) > 1:
+        message = f"A box has {len(labels)} labels; the first, {one_line(labels[0])!r}, was used."
+        log.add("several-labels", "repaired", where, message)
+    image.declared_hw = image.declared_hw or size
+    image.add(str(labels[0] or "").strip(), _box(region, size or (1, 1)))
+
+
+def _box(region: dict[str, Any], size: tuple[int, int]) -> list[float]:
+    """Corners in fractions of the image around a rectangle, which turns clockwise around its first corner, or around a
+    polygon."""
+    scale = np.array([size[1], size[0]], dtype=np.float64) / 100
+    if isinstance(region.get("points"), list):
+        pairs = [p if isinstance(p, list) and len(p) == 2 else (None, None) for p in region["points"]]
+        points = np.array([[number(x), number(y)] for x, y in pairs]).reshape(-1, 2) * scale
+        points = points if len(points) else np.full((1, 2), np.nan)
+    else:
+        x, y, w, h = (number(region.get(key)) for key in ("x", "y", "width", "height"))
+        angle = (
+            math.radians(number(region.get("rotation") or 0))
+            if np.isfinite(number(region.get("rotation") or 0))
+            else math.nan
+        )
+        cos, sin = (1.0, 0.0) if angle == 0 else (math.cos(angle), math.sin(angle))
+        sides = np.array([[0, 0], [w, 0], [w, h], [0, h]]) * scale
+        points = np.array([x, y]) * scale + sides @ np.array([[cos, sin], [-sin, cos]])
+    points = points / (scale * 100)
+    return [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]

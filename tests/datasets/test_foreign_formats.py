@@ -1,0 +1,397 @@
+"""Tables, Label Studio, Create ML and Hugging Face folders as their tools write them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
+from ddetr.datasets.annotations import Annotations
+from ddetr.errors import InputError
+
+BOX = [4.0, 6.0, 24.0, 18.0]
+
+
+def kinds(annotations: Annotations) -> dict[str, str]:
+    return {finding.kind: finding.action for finding in annotations.findings}
+
+
+def objects(annotations: Annotations) -> dict[str, list[tuple[str, list[float]]]]:
+    """File name -> (class, box) of each object."""
+    return {
+        record.path.name: [
+            (annotations.categories[label].name, np.round(box, 3).tolist())
+            for label, box in zip(record.labels, record.boxes_xyxy.astype(float))
+        ]
+        for record in annotations.images
+    }
+
+
+# ---- CSV -------------------------------------------------------------------------------------------------------------
+
+TENSORFLOW = "filename,width,height,class,xmin,ymin,xmax,ymax\n"
+OPEN_IMAGES = (
+    "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside\n"
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TENSORFLOW + "a.jpg,64,48,cat,4,6,24,18\n",
+        "\ufeff" + TENSORFLOW.replace(",", ";").upper() + "a.jpg;64;48;cat;4,0;6;24;18\n",
+        (TENSORFLOW + "a.jpg,64,48,cat,4,6,24,18\n").replace(",", "\t").replace("\n", "\r\n"),
+        "/home/me/imgs/a.jpg,4,6,24,18,cat\n/home/me/imgs/b.jpg,,,,,\n",  # RetinaNet
+        "a.jpg,4,6,24,18,cat,64,48\n",  # SKU-110K
+        "cat,4,6,20,12,a.jpg,64,48\n",  # makesense.ai, before and after it wrote a header
+        "label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name,image_width,image_height\ncat,4,6,20,12,a.jpg,64,48\n",
+        "image_id, Class Name, x_min, y_min, x_max, y_max\na, cat, 4, 6, 24, 18\n\n",  # without suffixes
+        OPEN_IMAGES + "a,xclick,cat,1,0.0625,0.375,0.125,0.375,0,0,0,0,0\n",
+        'class,filename,y1,x1,y2,x2\n"cat",".\\imgs\\a.jpg",6,4,18,24\n',
+    ],
+)
+def test_tables_of_boxes(tmp_path: Path, write_image: Callable[..., Path], text: str) -> None:
+    write_image(tmp_path / "images" / "a.jpg")
+    write_image(tmp_path / "images" / "b.jpg")
+    (tmp_path / "annotations.csv").write_text(text)
+    assert detect_format(tmp_path) == "csv"
+    assert available_splits(tmp_path) == ["all"]
+    for path in (tmp_path, tmp_path / "annotations.csv"):
+        annotations = load_annotations(path, "all")
+        assert objects(annotations)["a.jpg"] == [("cat", BOX)]
+        assert set(kinds(annotations)) <= {"unlisted-images", "file-name-path"}
+        assert ("file-name-path" in kinds(annotations)) == ("imgs" in text)
+    assert ("b.jpg" in objects(annotations)) == ("b.jpg" in text)
+
+
+def test_a_table_of_any_place(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Given as COCO files are: by itself, with the folder of its images."""
+    for name in ("a.jpg", "b.jpg"):
+        write_image(tmp_path / "photos" / name)
+        (tmp_path / f"{name[0]}.csv").write_text(f"{TENSORFLOW}{name},64,48,cat,4,6,24,18\n")
+    for name in ("a.jpg", "b.jpg"):
+        found = load_annotations(tmp_path, "val", annotation_file=f"{name[0]}.csv", image_dir="photos")
+        assert objects(found) == {name: [("cat", BOX)]}
+
+
+def test_a_table_in_utf_16(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    write_image(tmp_path / "ä.jpg")
+    (tmp_path / "train.csv").write_text(TENSORFLOW + "ä.jpg,64,48,Kätzchen,4,6,24,18\n", encoding="utf-16")
+    assert objects(load_annotations(tmp_path, "train")) == {"ä.jpg": [("Kätzchen", BOX)]}
+    (tmp_path / "train.csv").write_bytes((TENSORFLOW + "ä.jpg,64,48,Kätzchen,4,6,24,18\n").encode("latin-1"))
+    with pytest.raises(InputError, match="neither UTF-8 nor UTF-16 text; save it as UTF-8"):
+        load_annotations(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("tables", "images", "splits"),
+    [
+        (["train/_annotations.csv", "valid/_annotations.csv"], ["train", "valid"], ("train", "valid")),
+        (["data/train_labels.csv", "data/test_labels.csv"], ["images", "images"], ("train", "test")),
+        (["train.csv", "val.csv"], ["train", "val"], ("train", "val")),
+        (
+            ["oidv6-train-annotations-bbox.csv", "validation-annotations-bbox.csv"],
+            ["train", "validation"],
+            ("train", "validation"),
+        ),
+        (["train/labels/detections.csv", "test/labels/detections.csv"], ["train/data", "test/data"], ("train", "test")),
+    ],
+)
+def test_splits_of_tables(
+    tmp_path: Path,
+    write_image: Callable[..., Path],
+    tables: list[str],
+    images: list[str],
+    splits: tuple[str, str],
+) -> None:
+    for i, (table, folder) in enumerate(zip(tables, images)):
+        write_image(tmp_path / folder / f"{i}.jpg", seed=i)
+        (tmp_path / table).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / table).write_text(f"{TENSORFLOW}{i}.jpg,64,48,cat,4,6,24,18\n")
+    assert default_splits(tmp_path) == splits
+    for i, split in enumerate(splits):
+        assert objects(load_annotations(tmp_path, split)) == {f"{i}.jpg": [("cat", BOX)]}
+
+
+def test_open_images(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Names by their ids, groups ignored, the images that are not there counted in one finding a name."""
+    write_image(tmp_path / "train" / "000002b66c9c498e.jpg")
+    (tmp_path / "train-annotations-bbox.csv").write_text(
+        f"{OPEN_IMAGES}000002b66c9c498e,xclick,/m/01g317,1,0.0625,0.375,0.125,0.375,0,1,0,0,0\n"
+        "000002b66c9c498e,activemil,/m/0cmf2,1,0.5,1,0.5,1,-1,-1,1,-1,-1\n"
+        "0000599864fd15b3,xclick,/m/0cmf2,1,0.5,1,0.5,1,0,0,0,0,0\n"
+    )
+    annotations = load_annotations(tmp_path, "train")
+    assert [category.name for category in annotations.categories] == ["/m/01g317", "/m/0cmf2"]
+    assert kinds(annotations) == {"missing-image": "dropped", "unnamed-classes": "note"}
+    (tmp_path / "class-descriptions-boxable.csv").write_text("/m/01g317,Person\n/m/0cmf2,Airplane\n")
+    annotations = load_annotations(tmp_path, "train")
+    assert objects(annotations) == {"000002b66c9c498e.jpg": [("Person", BOX), ("Airplane", [32.0, 24.0, 64.0, 48.0])]}
+    assert annotations.images[0].ignore.tolist() == [False, True]
+    assert annotations.num_images_left_out == 1
+
+
+def test_what_is_wrong_with_a_table(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    write_image(tmp_path / "a.jpg")
+    (tmp_path / "train.csv").write_text(
+        f"{TENSORFLOW}a.jpg,64,48,cat,4,6,24,18\na.jpg,64,48,,4,6,24,18\na.jpg,64,48,cat,4,six,24,18\ngone.jpg,64,48,"
+        "cat,1,2,3,4\na.jpg,64,48,cat,24,6,4\na.jpg,64,48,cat,24,6,4,18\n"
+    )
+    annotations = load_annotations(tmp_path, "train")
+    found = {(finding.kind, finding.action, finding.where) for finding in annotations.findings}
+    assert found == {
+        ("missing-name", "dropped", "train.csv, a.jpg, row 3"),
+        ("nan-box", "refused", "train.csv, a.jpg, row 4"),
+        ("missing-image", "dropped", "train.csv, gone.jpg"),
+        ("nan-box", "refused", "train.csv, a.jpg, row 6"),
+        ("degenerate-box", "dropped", "train.csv, a.jpg, row 7"),
+    }
+    (tmp_path / "train.csv").write_text(f"{TENSORFLOW}a.jpg,64,48,cat,.1,.1,.5,.5\n")
+    assert kinds(load_annotations(tmp_path, "train"))["relative-boxes"] == "refused"
+
+
+def test_images_of_one_name_are_never_guessed(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    for folder in ("one", "two"):
+        write_image(tmp_path / "raw" / folder / "1.jpg", seed=len(folder))
+    table = tmp_path / "labels.csv"
+    table.write_text(f"{TENSORFLOW}one/1.jpg,64,48,cat,4,6,24,18\ntwo/1.jpg,64,48,dog,4,6,24,18\n")
+    found = load_annotations(tmp_path, "all", image_dir="raw")
+    assert [(record.path.parent.name, record.labels.tolist()) for record in found.images] == [
+        ("one", [0]),
+        ("two", [1]),
+    ]
+    table.write_text(f"{TENSORFLOW}1.jpg,64,48,cat,4,6,24,18\n")  # two that it could be
+    assert kinds(load_annotations(tmp_path, "all")) == {"every-image-missing": "refused"}
+    write_image(tmp_path / "1.jpg")
+    table.write_text(f"{TENSORFLOW}x/1.jpg,64,48,cat,4,6,24,18\ny/1.jpg,64,48,dog,4,6,24,18\n")  # two for one file
+    assert kinds(load_annotations(tmp_path, "all"))["duplicate-image-id"] == "refused"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a" * 3_000_000, "line of over"),
+        (b'"' + b"x\n" * 200_000, "field larger than"),
+        (b"a.jpg\0,64,48,cat,4,6,24,18\n", None),
+        (b"../" * 3000 + b"a.jpg,64,48,cat,4,6,24,18\n", None),
+        (b"a" * 5000 + b".jpg,64,48,cat,4,6,24,18\n", None),
+        (b"a.jpg,64,48,cat,1e999,nan,-inf,9" + b"9" * 5000 + b"\n", None),
+    ],
+)
+def test_hostile_tables(tmp_path: Path, write_image: Callable[..., Path], content: bytes, said: str | None) -> None:
+    write_image(tmp_path / "a.jpg")
+    (tmp_path / "train.csv").write_bytes(TENSORFLOW.encode() + content)
+    if said:
+        with pytest.raises(InputError, match=said):
+            load_annotations(tmp_path, "train")
+    else:
+        load_annotations(tmp_path, "train")
+
+
+# ---- Label Studio ----------------------------------------------------------------------------------------------------
+
+
+def region(label: str = "cat", **value: Any) -> dict[str, Any]:
+    box = {"x": 6.25, "y": 12.5, "width": 31.25, "height": 25.0, "rotation": 0} | value
+    return {
+        "original_width": 64,
+        "original_height": 48,
+        "image_rotation": 0,
+        "id": f"r{label}{value}",
+        "type": "rectanglelabels",
+        "from_name": "label",
+        "to_name": "image",
+        "value": box | {"rectanglelabels": [label]},
+    }
+
+
+def task(image: str, *annotations: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    done = [{"id": i, "was_cancelled": False, "result": result} for i, result in enumerate(annotations)]
+    return {"id": 7, "annotations": done, "predictions": [], "data": {"image": image}} | more
+
+
+@pytest.mark.parametrize(
+    ("address", "file"),
+    [
+        ("/data/upload/3/1a2b3c4d-cat.jpg", "1a2b3c4d-cat.jpg"),
+        ("/data/upload/3/1a2b3c4d-cat.jpg", "cat.jpg"),
+        ("https://example.com/a%20set/a%20cat.jpg?X-Amz-Signature=%2Fb.jpg", "a cat.jpg"),
+        ("/data/local-files/?d=home/me/set/cat.jpg", "cat.jpg"),
+        ("s3://bucket/set/cat.jpg", "cat.jpg"),
+        ("cat.jpg", "cat.jpg"),
+    ],
+)
+def test_label_studio(tmp_path: Path, write_image: Callable[..., Path], address: str, file: str) -> None:
+    write_image(tmp_path / "images" / file)
+    write_image(tmp_path / "images" / "b.jpg")
+    export = tmp_path / "project-1-at-2024-05-01.json"
+    export.write_text(json.dumps([task(address, [region()])]))
+    assert detect_format(tmp_path) == detect_format(export) == "label_studio"
+    annotations = load_annotations(tmp_path, "all")
+    assert objects(annotations) == {file: [("cat", BOX)]}
+    assert set(kinds(annotations).values()) == {"note"}
+    flat = {k: v for k, v in region().items() if k.startswith("original")} | region()["value"]
+    export.write_text(json.dumps([{"image": address, "id": 7, "label": [flat], "annotator": 1, "lead_time": 3.2}]))
+    assert objects(load_annotations(tmp_path, "all")) == {file: [("cat", BOX)]}  # JSON-MIN
+
+
+def test_label_studio_shapes(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """A turned rectangle, a polygon, a rectangle whose label is another entry, a brush; a task without objects."""
+    write_image(tmp_path / "a.jpg")
+    write_image(tmp_path / "b.jpg")
+    polygon = {"value": {"points": [[6.25, 12.5], [37.5, 20], [20, 37.5]], "polygonlabels": ["dog"]}, "id": "p"}
+    plain = {"type": "rectangle", "id": "q", "value": {"x": 0, "y": 0, "width": 50, "height": 50}}
+    label = {"type": "labels", "id": "q", "value": {"labels": ["fox"]}}
+    brush = {"type": "brushlabels", "id": "s", "value": {"rle": [1, 2], "brushlabels": ["dog"]}}
+    turned = region(x=50, y=50, width=25, height=25, rotation=90)  # 16 x 12 pixels turned around (32, 24)
+    choice = {"type": "choices", "id": "c", "value": {"choices": ["day"]}}
+    result = [turned, polygon, plain, label, brush, choice]
+    (tmp_path / "train.json").write_text(json.dumps([task("a.jpg", result), task("b.jpg", [])]))
+    annotations = load_annotations(tmp_path, "all")
+    assert objects(annotations) == {
+        "a.jpg": [("cat", [20.0, 24.0, 32.0, 40.0]), ("dog", BOX), ("fox", [0.0, 0.0, 32.0, 24.0])],
+        "b.jpg": [],
+    }
+    assert kinds(annotations) == {"no-box": "dropped"}
+
+
+def test_label_studio_drawn_twice(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    write_image(tmp_path / "a.jpg")
+    twice = task("a.jpg", [region()], [region("dog")])
+    (tmp_path / "all.json").write_text(json.dumps([twice]))
+    assert kinds(load_annotations(tmp_path, "all"))["several-annotations"] == "refused"
+    twice["annotations"][1]["ground_truth"] = True
+    (tmp_path / "all.json").write_text(json.dumps([twice]))
+    assert objects(load_annotations(tmp_path, "all")) == {"a.jpg": [("dog", BOX)]}
+    turned = region() | {"image_rotation": 90}
+    (tmp_path / "all.json").write_text(json.dumps([task("a.jpg", [turned])]))
+    assert kinds(load_annotations(tmp_path, "all"))["image-turned"] == "refused"
+
+
+@pytest.mark.parametrize(
+    "value", [None, 3, "x", [], {}, {"x": "a", "y": None}, {"points": 4}, {"points": [[1], 2, "z"]}]
+)
+def test_label_studio_of_anything(tmp_path: Path, write_image: Callable[..., Path], value: Any) -> None:
+    write_image(tmp_path / "a.jpg")
+    odd = {"value": value if not isinstance(value, dict) else value | {"rectanglelabels": ["cat"]}}
+    tasks = [task("a.jpg", [odd, value, region(rotation=value)]), task("http://[a.jpg", [region()])]
+    tasks += [{"data": value, "annotations": value, "labels": value}, {"annotations": [{"result": value}], "data": {}}]
+    (tmp_path / "all.json").write_text(json.dumps(tasks))
+    load_annotations(tmp_path, "all", format="label_studio")
+
+
+# ---- Create ML -------------------------------------------------------------------------------------------------------
+
+
+def test_create_ml(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    box = {"x": 14, "y": 12, "width": 20, "height": 12}
+    for split in ("train", "valid"):
+        write_image(tmp_path / split / "a.jpg", seed=len(split))
+        entries = [{"image": "a.jpg", "annotations": [{"label": "cat", "coordinates": box}]}]
+        (tmp_path / split / "_annotations.createml.json").write_text(json.dumps(entries))
+    assert detect_format(tmp_path) == "createml"
+    assert default_splits(tmp_path) == ("train", "valid")
+    assert objects(load_annotations(tmp_path, "valid")) == {"a.jpg": [("cat", BOX)]}
+    odd = [{"annotations": []}, {"image": "a.jpg", "annotations": [3, {"label": None, "coordinates": 4}]}, *entries]
+    (tmp_path / "train" / "_annotations.createml.json").write_text(json.dumps(odd))
+    assert kinds(load_annotations(tmp_path, "train")) == {"image-entry": "dropped", "missing-name": "dropped"}
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------------------------------
+
+README = """---
+task_categories:
+- object-detection
+dataset_info:
+  features:
+  - name: image
+    dtype: image
+  - name: objects
+    sequence:
+    - name: category
+      dtype:
+        class_label:
+          names:
+            '0': dog
+            '1': cat
+---
+# The set
+"""
+
+
+@pytest.mark.parametrize(
+    ("found", "description", "name"),
+    [
+        ({"bbox": [[4, 6, 20, 12]], "categories": ["cat"]}, {}, "cat"),
+        ({"bbox": [[4, 6, 20, 12]], "category": [1]}, {"README.md": README}, "cat"),
+        (
+            {"id": [1], "area": [240], "bbox": [[4, 6, 20, 12]], "category": [1]},
+            {
+                "dataset_infos.json": '{"d": {"features": {"objects": {"feature": {"category": '
+                '{"names": ["dog", "cat"], "_type": "ClassLabel"}}}}}}'
+            },
+            "cat",
+        ),
+        ([{"bbox": [4, 6, 20, 12], "label": 1}], {}, "class_1"),
+    ],
+)
+@pytest.mark.parametrize("place", ["train/metadata.jsonl", "data/train/metadata.jsonl", "metadata.jsonl"])
+def test_hugging_face(
+    tmp_path: Path,
+    write_image: Callable[..., Path],
+    found: Any,
+    description: dict[str, str],
+    name: str,
+    place: str,
+) -> None:
+    folder = (tmp_path / place).parent
+    inner = "" if "train" in place else "train/"
+    write_image(folder / f"{inner}0001.png")
+    write_image(folder / f"{inner}0002.png", seed=1)
+    lines = [{"file_name": f"{inner}0001.png", "objects": found}]
+    lines.append({"file_name": f"{inner}0002.png", "objects": {"bbox": [], "categories": []}})
+    (tmp_path / place).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for file, text in description.items():
+        (tmp_path / file).write_text(text)
+    assert detect_format(tmp_path) == "huggingface"
+    annotations = load_annotations(tmp_path, "train")
+    assert objects(annotations) == {"0001.png": [(name, BOX)], "0002.png": []}
+    assert kinds(annotations) == ({"unnamed-classes": "note"} if name == "class_1" else {})
+
+
+def test_hugging_face_table(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    for split in ("train", "test"):
+        write_image(tmp_path / split / "a.jpg", seed=len(split))
+        (tmp_path / split / "metadata.csv").write_text(
+            'file_name,objects\na.jpg,"{""bbox"": [[4, 6, 20, 12]], ""categories"": [""cat""]}"\n'
+        )
+    assert default_splits(tmp_path) == ("train", "test")
+    assert objects(load_annotations(tmp_path, "test")) == {"a.jpg": [("cat", BOX)]}
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ('{"file_name": "./a.jpg", "objects": [{"bbox": [1, 2, 3, 4]}]}', "missing-name"),
+        ('{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]], "categories": []}}', "boxes-without-classes"),
+        ('{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3]], "categories": ["cat"]}}', "nan-box"),
+        ('{"file_name": "a.jpg", "objects": {"bbox": 3, "categories": null}}', None),
+        ('{"file_name": "a.jpg", "objects": [[1, 2], null, {"bbox": {}, "label": {"a": [1e999]}}]}', "nan-box"),
+        ('{"file_name": 7}', "image-entry"),
+        ("[]", "image-entry"),
+    ],
+)
+def test_hugging_face_of_anything(
+    tmp_path: Path, write_image: Callable[..., Path], line: str, kind: str | None
+) -> None:
+    write_image(tmp_path / "a.jpg")
+    first = '{"file_name": "a.jpg", "objects": {"bbox": [[1, 2, 3, 4]], "categories": ["cat"]}}'
+    (tmp_path / "metadata.jsonl").write_text(f"{first}\n{line}\n")
+    found = kinds(load_annotations(tmp_path, "all"))
+    assert kind is None or kind in found
+    (tmp_path / "metadata.jsonl").write_text(first + "\n{")
+    with pytest.raises(InputError, match="metadata.jsonl, line 2, is broken JSON"):
+        load_annotations(tmp_path, "all")

@@ -1,0 +1,79 @@
+"""What is no data set that is read is named, and what can be done about it said."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ddetr.datasets import detect_format
+from ddetr.errors import InputError
+
+IMAGE = "an image"
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"train/cars.tfrecord": ""}, r"TensorFlow records \(train/cars.tfrecord\): `fiftyone convert"),
+        ({"train.tfrecord-00000-of-00010": ""}, "TensorFlow records"),
+        ({"data/train-00000-of-00001.parquet": "PAR1"}, "Parquet .* `datasets.load_dataset`"),
+        ({"dataset_dict.json": "{}", "train/data-00000-of-00001.arrow": ""}, "Arrow tables"),
+        ({"via_export.json": '{"a.jpg1": {"regions": [{"shape_attributes": {}}]}}', "a.jpg": IMAGE}, "VIA.* as COCO"),
+        ({"a.csv": "filename,file_size,region_count,region_shape_attributes\n", "a.jpg": IMAGE}, "VIA"),
+        ({"meta.json": "{}", "ds/ann/a.jpg.json": "{}", "ds/img/a.jpg": IMAGE}, "a Supervisely project"),
+        ({"annotations/train.json": '{"info": {}, "categories": {"label": {}}, "items": []}'}, "Datumaro's JSON"),
+        ({"set.vott": "{}", "a.jpg": IMAGE}, "VoTT.*datum convert"),
+        ({"labels.json": '[{"name": "a.jpg", "labels": [{"box2d": {"x1": 1}}]}]'}, "BDD100K's JSON"),
+        ({"gtFine/train/aachen/aachen_0_gtFine_polygons.json": "{}"}, "Cityscapes"),
+        ({"export.ndjson": '{"data_row": {"id": "c"}}'}, "Labelbox"),
+        ({"output.manifest": "{}"}, "SageMaker"),
+        ({"wider_face_split/wider_face_train_bbx_gt.txt": "0--Parade/0.jpg\n"}, "WIDER FACE"),
+        (
+            {"train/MOT17-02/gt/gt.txt": "1,1,912,484,97,109,0,7,1\n", "train/MOT17-02/img1/1.jpg": IMAGE},
+            "MOT's tracks",
+        ),
+        ({"labelTxt/P0000.txt": "imagesource:GoogleEarth\n", "images/P0000.png": IMAGE}, "DOTA"),
+        ({"annfiles/P1.txt": "937.0 913.0 921.0 912.0 923.0 874.0 940.0 875.0 small-vehicle 0\n"}, "DOTA"),
+        ({"annotations/1.txt": "684,8,273,116,0,0,0,0\n406,119,265,70,0,0,0,0\n", "images/1.jpg": IMAGE}, "VisDrone"),
+        ({"set.zip": "PK", "a.jpg": IMAGE}, r"an archive \(set.zip\): unpack it first"),
+        ({"VOC.tar.gz": ""}, "unpack it first"),
+        (
+            {"train.csv": "image_id,width,height,bbox,source\n", "train/a.jpg": IMAGE},
+            "name its columns filename, class",
+        ),
+        ({"JPEGImages/a.jpg": IMAGE, "SegmentationClass/a.png": IMAGE}, "segmentation masks"),
+        ({"train/cat/1.jpg": IMAGE, "train/dog/2.jpg": IMAGE}, r"2 images in folders \(cat, dog\).*classification"),
+        ({"1.jpg": IMAGE, "2.jpg": IMAGE}, "2 images and no annotations"),
+        ({"images/1.jpg": IMAGE}, "1 images and no annotations"),
+        ({"a.mp4": "", "b.MOV": ""}, r"videos \(a.mp4\) and no images: take single frames"),
+        ({"train.json": "version https://git-lfs.github.com/spec/v1\n", "a.jpg": IMAGE}, "git lfs pull"),
+    ],
+)
+def test_what_is_found_is_named(
+    tmp_path: Path, write_image: Callable[..., Path], files: dict[str, str], said: str
+) -> None:
+    for i, (name, text) in enumerate(files.items()):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        if text is IMAGE:
+            write_image(tmp_path / name, seed=i)
+        else:
+            (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=said):
+        detect_format(tmp_path)
+
+
+def test_a_file_that_is_no_data_set(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    (tmp_path / "set.zip").touch()
+    with pytest.raises(InputError, match=r"it holds an archive: unpack it first|an archive: unpack"):
+        detect_format(tmp_path / "set.zip")
+
+
+def test_a_folder_too_high_or_too_low(tmp_path: Path, make_coco: Callable[..., Path]) -> None:
+    root = make_coco(root=tmp_path / "download" / "sets" / "coco")
+    with pytest.raises(InputError, match="download is no data set itself, but .*coco is one: give that path"):
+        detect_format(tmp_path / "download")
+    with pytest.raises(InputError, match="train is no data set itself, but .*coco is one"):
+        detect_format(root / "train")
+    make_coco(root=tmp_path / "download" / "sets" / "other")
+    with pytest.raises(InputError, match="but there are .*coco, .*other: give one"):
+        detect_format(tmp_path / "download" / "sets")
