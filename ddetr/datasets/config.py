@@ -6,6 +6,8 @@ from typing import Literal
 
 from ddetr.settings import check_ranges, option
 
+BoxForm = Literal["auto", "xywh", "xyxy", "cxcywh", "xywh-relative", "xyxy-relative", "cxcywh-relative"]
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -21,6 +23,9 @@ class DataSource:
     """COCO annotation file of the validation split."""
     val_images: str | None = None
     """Folder of the validation images."""
+    boxes: BoxForm = "auto"
+    """What the four numbers of a box are, where they are not what the format says (the audit tells): corners "xyxy",
+    corner and size "xywh", centre and size "cxcywh", in pixels; with "-relative" in fractions of the image."""
 
 
 @dataclass(frozen=True)

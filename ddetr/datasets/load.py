@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
 from ddetr.datasets.annotations import Annotations, Category, split_error
+from ddetr.datasets.config import BoxForm
 from ddetr.datasets.readers.coco import read_coco
 from ddetr.datasets.readers.coco_layout import coco_splits
 from ddetr.datasets.readers.reader import Reader, Wanted
@@ -29,6 +31,7 @@ def load_annotations(
     image_dir: str | PathLike | None = None,
     categories: Sequence[Category] | None = None,
     check_images: bool = True,
+    boxes: BoxForm = "auto",
 ) -> Annotations:
     """Reads one split of a data set where it lies. What is wrong with it is in `findings`; only what leaves nothing to
     read (a path that is not there, broken JSON) raises `InputError`.
@@ -42,6 +45,8 @@ def load_annotations(
         categories: the training set's: labels are mapped on to them, by id and name (COCO) or by name (VOC, YOLO), and
             objects of classes that they lack are left out with a finding.
         check_images: False trusts the width and height of a COCO file and saves reading a header per image.
+        boxes: what the four numbers of a box are, where they are not what the format says: "xyxy", "xywh" or "cxcywh"
+            (centre and size) in pixels, or with "-relative" in fractions of the image.
     """
     path = existing(path)
     images = _inside(path, image_dir, "image_dir") if image_dir is not None else None
@@ -50,24 +55,18 @@ def load_annotations(
             raise InputError(f"annotation_file is for the COCO format; {format} has none")
         file = _inside(path, annotation_file, "annotation_file")
         root = path if path.is_dir() else _home(file)
-        return read_coco(root, split, file, image_dir=images, categories=categories, check_images=check_images)
+        return read_coco(Wanted(root, split, None, images, categories, check_images, boxes), file)
     format = detect_format(path) if format == "auto" else _known(format)
     train_split = _train_split(list(FORMATS[format].splits(path)))
-    return FORMATS[format].read(Wanted(path, split, train_split, images, categories, check_images))
+    return FORMATS[format].read(Wanted(path, split, train_split, images, categories, check_images, boxes))
 
 
 def _read_coco(wanted: Wanted) -> Annotations:
     path, splits = wanted.path, coco_splits(wanted.path)
     if wanted.split not in splits:
         raise split_error(path, wanted.split, list(splits))
-    return read_coco(
-        path if path.is_dir() else _home(path),
-        wanted.split,
-        splits[wanted.split],
-        image_dir=wanted.image_dir,
-        categories=wanted.categories,
-        check_images=wanted.check_images,
-    )
+    root = path if path.is_dir() else _home(path)
+    return read_coco(replace(wanted, path=root), splits[wanted.split])
 
 
 # In the order in which they are tried: a COCO file says most.

@@ -37,6 +37,7 @@ def load_split(
         annotation_file=annotation_file,
         image_dir=image_dir,
         categories=categories,
+        boxes=data.boxes,
     )
 
 

@@ -7,15 +7,12 @@ Recognised under a folder, the first that is there: `annotations/instances_{spli
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from ddetr.datasets.image_files import ImageFolders
 from ddetr.untrusted import open_file
 
 _OTHER_TASKS = re.compile(r"^(captions|person_keypoints|stuff|panoptic|image_info|deprecated)_", re.IGNORECASE)
 _FILE_WORDS = re.compile(r"(?:^|[_.-])(?:instances?|annotations?|labels?|coco)(?=[_.-]|$)", re.IGNORECASE)
-_SAMPLED_NAMES = 32  # file names tried in each folder that might hold the images
 
 
 def coco_splits(path: Path) -> dict[str, Path]:
@@ -79,23 +76,3 @@ def image_dirs(root: Path, annotation_file: Path, split: str) -> list[Path]:
         beside.parent,
     ]
     return [place for place in dict.fromkeys(places) if place.is_dir()]
-
-
-def choose_image_dir(places: Sequence[Path], names: Sequence[str]) -> tuple[Path, bool] | None:
-    """The folder that holds most of a sample of `names`, and whether only their last part counts; None if none does."""
-    step = max(1, len(names) // _SAMPLED_NAMES)
-    sample = names[::step][:_SAMPLED_NAMES]
-    folders = ImageFolders()
-    best, most = None, 0
-    for bare in (False, True):
-        for place in places:
-            found = sum(folders.find(place / (last_part(name) if bare else name)) is not None for name in sample)
-            if found > most:
-                best, most = (place, bare), found
-            if found == len(sample):
-                return best
-    return best
-
-
-def last_part(name: str) -> str:
-    return name.replace("\\", "/").rpartition("/")[2]
