@@ -10,7 +10,7 @@ from pathlib import Path
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.readers.coco import read_coco
-from ddetr.datasets.readers.coco_layout import coco_splits
+from ddetr.datasets.readers.coco_layout import coco_splits, folders_in
 from ddetr.datasets.readers.reader import Reader, Wanted
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo import read_yolo, yolo_splits
@@ -19,6 +19,7 @@ from ddetr.files import existing
 from ddetr.wording import did_you_mean, first_few
 
 _TRAIN_NAMES = ("train", "train2017", "training", "trainval", "all")
+_WRAPPERS = 3  # folders one in another, of which each holds only the next, as archives are unpacked
 _VAL_NAMES = ("val", "val2017", "valid", "validation", "test", "testing")
 
 
@@ -56,7 +57,7 @@ def load_annotations(
         file = _inside(path, annotation_file, "annotation_file")
         root = path if path.is_dir() else _home(file)
         return read_coco(Wanted(root, split, None, images, categories, check_images, boxes), file)
-    format = detect_format(path) if format == "auto" else _known(format)
+    format, path = _located(path, format)
     train_split = _train_split(list(FORMATS[format].splits(path)))
     return FORMATS[format].read(Wanted(path, split, train_split, images, categories, check_images, boxes))
 
@@ -80,9 +81,9 @@ FORMATS: dict[str, Reader] = {
 def detect_format(path: str | PathLike) -> str:
     """ "coco", "voc" or "yolo"; `InputError` says what was looked for where none is there."""
     path = existing(path)
-    for format, reader in FORMATS.items():
-        if reader.splits(path):
-            return format
+    place = _place(path, list(FORMATS))
+    if place is not None:
+        return place[0]
     found = "a file of another kind" if path.is_file() else first_few(sorted(entry.name for entry in path.iterdir()), 8)
     known = [f"{reader.title} ({reader.layout})" for reader in FORMATS.values()]
     raise InputError(
@@ -91,10 +92,45 @@ def detect_format(path: str | PathLike) -> str:
     )
 
 
+def _only_folder(path: Path) -> Path | None:
+    inside = folders_in(path)
+    return inside[0] if len(inside) == 1 else None
+
+
+def _place(path: Path, formats: Sequence[str]) -> tuple[str, Path] | None:
+    """The format, and the folder that holds it: `path`, or the only one in it, as archives are unpacked; None where
+    neither does."""
+
+    def found_in(place: Path) -> tuple[str, list[str]] | None:
+        by_format = ((format, list(FORMATS[format].splits(place))) for format in formats)
+        return next(((format, splits) for format, splits in by_format if splits), None)
+
+    for _ in range(_WRAPPERS):
+        here, inner = found_in(path), _only_folder(path)
+        if here is not None:
+            format, splits = here
+            if inner is not None and splits == [inner.name]:  # a split, or a whole data set in a folder of its name
+                inside = found_in(inner)
+                if inside is not None and (len(inside[1]) > 1 or formats.index(inside[0]) < formats.index(format)):
+                    return inside[0], inner
+            return format, path
+        if inner is None:
+            break
+        path = inner
+    return None
+
+
+def _located(path: str | PathLike, format: str) -> tuple[str, Path]:
+    """The format, recognised where it is "auto", and the folder or file that holds it."""
+    path = existing(path)
+    format = detect_format(path) if format == "auto" else _known(format)
+    return _place(path, [format]) or (format, path)
+
+
 def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:
     """The names that `load_annotations` takes as `split`."""
-    path = existing(path)
-    return list(FORMATS[detect_format(path) if format == "auto" else _known(format)].splits(path))
+    format, place = _located(path, format)
+    return list(FORMATS[format].splits(place))
 
 
 def default_splits(path: str | PathLike, format: str = "auto") -> tuple[str, str | None]:
