@@ -7,7 +7,7 @@ A form is "xyxy" (two corners), "xywh" (a corner and the size) or "cxcywh" (the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -22,8 +22,10 @@ _MEANING = {
 _RELATIVE = "-relative"
 _SMALLEST_SIDE = 16  # of an image in which a box within the first pixel is told from fractions
 _MOSTLY = 0.5  # of the boxes: fewer than that in 0..1 are mistakes of their own
-_FEW, _SHARE = 2, 0.03  # of the boxes, that don't fit: fewer are mistakes of their own
-_CLEARER = 20  # times fewer of them don't fit when they are read otherwise
+# Boxes that don't fit into their images are mistakes of their own where they are fewer than this or a smaller share of
+# all. Corners read as sizes, or sizes as corners, break three of four; centres as corners only those near an edge.
+_FEW, _SHARE = {"xyxy": 2, "xywh": 2, "cxcywh": 5}, {"xyxy": 0.25, "xywh": 0.25, "cxcywh": 0.03}
+_CLEARER = 20  # times fewer of them don't fit when they are read by the right form
 
 
 def is_relative(form: BoxForm) -> bool:
@@ -116,11 +118,10 @@ def _report_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, whe
     count = int(small.sum())
     if count > _MOSTLY * len(small):
         numbers = numbers_of(boxes_xyxy[small], own)
-        misfits = {form: int(_misfits(corners_of(numbers, form), np.ones((1, 2))).sum()) for form in (own, *_MEANING)}
-        form = min(misfits, key=misfits.__getitem__)
+        fitting, _ = _best_forms(numbers, np.ones((1, 2)), [own, *_MEANING])
         message = (
             f"{_of(small)} lie in 0 to 1 where pixels are expected: they look like fractions of the image, "
-            f"{_MEANING[form]}. {_cure(form + _RELATIVE, own)}"
+            f"{_said(fitting)}. {_cure([form + _RELATIVE for form in fitting], own)}"
         )
         log.add("boxes-look-relative", "refused", where, message, count=count)
         return True
@@ -133,17 +134,21 @@ def _report_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, whe
 def _report_other_form(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, own: BoxForm, log: FindingLog, where: str) -> None:
     bad = _misfits(boxes_xyxy, sizes_hw)
     count = int(bad.sum())
-    if count < max(_FEW, _SHARE * len(bad)):
+    forms = [form for form in _MEANING if form != own and count >= max(_FEW[form], _SHARE[form] * len(bad))]
+    if not forms:
         return
-    numbers = numbers_of(boxes_xyxy, own)
-    misfits = {f: int(_misfits(corners_of(numbers, f), sizes_hw).sum()) for f in _MEANING if f != own}
-    form = min(misfits, key=misfits.__getitem__)
-    if misfits[form] * _CLEARER > count:
+    fitting, misfits = _best_forms(numbers_of(boxes_xyxy, own), sizes_hw, forms)
+    if misfits * _CLEARER > count:
         return
-    message = (
-        f"{_of(bad)} don't fit into their images as {_MEANING[own]}, but do as {_MEANING[form]}. {_cure(form, own)}"
-    )
-    log.add(f"boxes-look-like-{form}", "refused", where, message, count=count)
+    message = f"{_of(bad)} don't fit into their images as {_MEANING[own]}, but do as {_said(fitting)}. "
+    log.add(f"boxes-look-like-{fitting[0]}", "refused", where, message + _cure(fitting, own), count=count)
+
+
+def _best_forms(numbers: np.ndarray, sizes_hw: np.ndarray, forms: Sequence[str]) -> tuple[list[str], int]:
+    """Of the forms those by which fewest boxes don't fit into their images, and how many those are."""
+    misfits = {form: int(_misfits(corners_of(numbers, form), sizes_hw).sum()) for form in forms}
+    fewest = min(misfits.values())
+    return [form for form, count in misfits.items() if count == fewest], fewest
 
 
 def _misfits(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
@@ -158,8 +163,13 @@ def _of(mask: np.ndarray) -> str:
     return f"{int(mask.sum()):,} of {len(mask):,} boxes"
 
 
-def _cure(form: str, own: str) -> str:
+def _said(forms: Sequence[str]) -> str:
+    return " or ".join(_MEANING[form] for form in forms)
+
+
+def _cure(forms: Sequence[str], own: str) -> str:
+    wanted = " or ".join(forms)
     return (
-        f"If so, read them by --data.boxes {form} (ddetr data audit: --boxes {form}); if they are right "
-        f"as they are, by {own}."
+        f"If so, read them by --data.boxes {wanted} (ddetr data audit: --boxes); if they are right as they are, by "
+        f"--data.boxes {own}."
     )

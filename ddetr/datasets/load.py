@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import get_args
 
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.config import BoxForm
@@ -49,6 +50,8 @@ def load_annotations(
         boxes: what the four numbers of a box are, where they are not what the format says: "xyxy", "xywh" or "cxcywh"
             (centre and size) in pixels, or with "-relative" in fractions of the image.
     """
+    if boxes not in (known := get_args(BoxForm)):
+        raise InputError(f"boxes is one of {', '.join(known)}, not {boxes!r}{did_you_mean(boxes, known)}")
     path = existing(path)
     images = _inside(path, image_dir, "image_dir") if image_dir is not None else None
     if annotation_file is not None:
