@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from dataset_parts import coco_object
 
-from ddetr.datasets import available_splits, default_splits, load_annotations
+from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.image_files import ImageFolders
 from ddetr.datasets.readers.coco_mask import box_of_mask
 from ddetr.datasets.readers.file_names import spellings
@@ -359,6 +359,22 @@ def test_a_folder_of_one_json_for_each_image_is_no_coco(tmp_path):
         (tmp_path / "labels" / f"{i}.json").write_text('{"images": []}')
     with pytest.raises(InputError, match="no data set that is known"):
         available_splits(tmp_path)
+
+
+def test_other_json_files_are_no_coco(make_yolo):
+    root = make_yolo({"images/a.jpg": "0 .5 .5 .2 .2"})
+    (root / "notes.json").write_text('{"categories": [{"id": 0, "name": "cat"}], "info": {}}')  # Label Studio's
+    (root / "default.json").write_text('{"info": {}, "categories": {}, "items": [{"annotations": []}]}')  # Datumaro's
+    assert detect_format(root) == "yolo"
+
+
+def test_checkpoints_of_jupyter_are_no_split(make_coco):
+    root = make_coco()
+    for folder in ("train", ".ipynb_checkpoints"):
+        (root / folder).mkdir(exist_ok=True)
+        shutil.copy(root / "annotations" / "instances_train.json", root / folder / "_annotations.coco.json")
+    shutil.rmtree(root / "annotations")
+    assert available_splits(root) == ["train"]
 
 
 def test_a_yolo_set_in_a_folder_of_its_own(make_yolo, tmp_path):

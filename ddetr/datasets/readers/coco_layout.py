@@ -21,6 +21,7 @@ _FILE_WORDS = re.compile(r"(?:^|[_.\s-])(?:instances?|annotations?|annots?|label
 _SPLIT_WORD = re.compile(
     r"(?:^|(?<=[_.\s-]))(?:train(?:ing|val)?|val(?:id|idation)?|minival|test(?:ing)?)[0-9]*(?=[_.\s-]|$)", re.IGNORECASE
 )
+_MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # what may stand before the first brace, in UTF-8, 16 or 32
 _MOST_FILES = 100  # JSON files of a folder that holds data sets: with more it has one for each image
 
 
@@ -31,12 +32,13 @@ def coco_splits(path: Path) -> dict[str, Path]:
     own = _json_files(path / "annotations", "instances_*.json")
     if own:
         return _named({file.stem.removeprefix("instances_"): file for file in own})
-    roboflow = sorted(path.glob("*/_annotations.coco.json"))
+    folders = folders_in(path)
+    roboflow = {folder.name: folder / "_annotations.coco.json" for folder in folders}
+    roboflow = {name: file for name, file in roboflow.items() if file.is_file()}
     if roboflow:
-        return {file.parent.name: file for file in roboflow}
+        return roboflow
     if (path / "_annotations.coco.json").is_file():
         return {path.name: path / "_annotations.coco.json"}
-    folders = folders_in(path)
     for_annotations = sorted((f for f in folders if f.name.lower() in _FOLDERS), key=_order)
     for folder in (*for_annotations, path):
         files = _coco_files(folder)
@@ -99,14 +101,18 @@ def _looks_like_coco(file: Path) -> bool:
     try:
         with open_file(file) as stream:
             start = stream.read(1 << 16)
-            stream.seek(max(0, stream.seek(0, 2) - (1 << 16)))
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - (1 << 16)))
             ends = start + stream.read()
     except OSError:
         return False
-    # a file cut short has lost its end; it is recognised all the same, so that reading it can say where it breaks
-    # the marks before UTF-8 and UTF-16, which has a zero byte in each letter
-    start, ends = start.lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"), ends.replace(b"\0", b"")
-    return start[:1] == b"{" and any(word in ends for word in (b'"images"', b'"annotations"', b'"categories"'))
+    start, ends = start.lstrip(_MARKS), ends.replace(b"\0", b"")  # UTF-16 has a zero byte in each letter
+    if start[:1] != b"{":
+        return False
+    if b'"images"' in ends or b'"image_id"' in ends:
+        return True
+    # in a long file they may stand between its ends, or have been cut off: reading it says where it breaks
+    return size > 1 << 16 and b'"items"' not in ends and (b'"annotations"' in ends or b'"categories"' in ends)
 
 
 def image_dirs(root: Path, annotation_file: Path, split: str) -> list[Path]:

@@ -123,7 +123,7 @@ def find_files(
     paths = [home.find(name) for name in names]
     guessed = [i for i, path in enumerate(paths) if path is not None and not _says(names[i], path, home.home)]
     clashing = _clashing(paths, names, guessed)
-    of_other_folders = []
+    in_other_words = []
     for i, name in enumerate(names):
         path = paths[i]
         if path is None:
@@ -133,18 +133,18 @@ def find_files(
             paths[i] = None
             _report_clash(name, path, clashing[i], log, shown)
     for i in guessed:
-        path, written = paths[i], names[i].replace("\\", "/").rpartition("/")[2]
+        path = paths[i]
         if path is None:
             continue
-        if path.name != written:
+        if path.name not in names[i]:
             message = f"The file is called {path.name}; it was used."
             log.add("file-name-differs", "repaired", f"{shown}, {names[i]}", message)
         else:
-            of_other_folders.append(i)
-    if of_other_folders:
-        i = of_other_folders[0]
-        message = f"File names carry folders that are not here, such as {names[i]}; it was found as {paths[i]}."
-        log.add("file-name-path", "repaired", shown, message, count=len(of_other_folders))
+            in_other_words.append(i)
+    if in_other_words:
+        i = in_other_words[0]
+        message = f"File names carry more than is here, such as {names[i]}; it was found as {paths[i]}."
+        log.add("file-name-path", "repaired", shown, message, count=len(in_other_words))
     return paths
 
 
