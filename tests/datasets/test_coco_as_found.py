@@ -101,6 +101,14 @@ def test_one_file_is_never_guessed_for_two_names(named, names, files, found, kin
     assert kind in kinds.items()
 
 
+def test_images_are_preferred_to_masks_of_the_same_names(make_coco, write_image):
+    root = make_coco()
+    (root / "train").rename(root / "images")
+    for name in ("1.png", "2.png"):
+        write_image(root / "train" / name)
+    assert [record.path.parent.name for record in load_annotations(root, "train").images] == ["images"] * 2
+
+
 @pytest.mark.parametrize("key", ["filename", "path", "coco_url"])
 def test_the_name_under_another_key(named, key):
     found, kinds = named(["http://h/train/a.jpg"], ["a.jpg"], key=key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
@@ -62,12 +62,13 @@ class FileNames:
         self._known: dict[tuple[str, ...], Path | None] = {(): home}
 
     def find(self, name: str) -> Path | None:
+        return self.as_written(name) or next(self._guesses(name), None)
+
+    def as_written(self, name: str) -> Path | None:
         if "/" not in name and name in self._folders.names(self.home):
             return self.home / name
-        written = self.home / name
-        if written.name in self._folders.names(written.parent):
-            return written
-        return next(self._guesses(name), None)
+        path = self.home / name
+        return path if path.name in self._folders.names(path.parent) else None
 
     def _guesses(self, name: str) -> Iterator[Path]:
         whole = [parts for parts in map(path_parts, spellings(name)) if parts]
@@ -89,11 +90,14 @@ class FileNames:
         return self._known[parts]
 
 
-def choose_home(places: Iterable[Path], names: Sequence[str], folders: ImageFolders) -> FileNames | None:
+def choose_home(places: Sequence[Path], names: Sequence[str], folders: ImageFolders) -> FileNames | None:
     """Where the images of `names` lie: the place that holds most of a sample of them; None where none holds any."""
     step = max(1, len(names) // _SAMPLED_NAMES)
     sample = set(names[::step][:_SAMPLED_NAMES])
-    places = list(places)
+    homes = [FileNames(folders, place, by_ends=False) for place in places]
+    written = [sum(home.as_written(name) is not None for name in sample) for home in homes]
+    if written and max(written) > len(sample) / 2:  # such as images beside masks of the same names
+        places = [homes[written.index(max(written))].home]
     best, most = None, 0
     for by_ends in (False, True):
         for place in places:
