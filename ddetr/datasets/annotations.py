@@ -5,6 +5,7 @@ Arrays are numpy: n objects per image, K categories. A category's place in `Anno
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_CLASSES, MAX_NAME, MAX_OBJECTS, MAX_PLACE, MAX_PLACES, SHOWN_NAME, shortened
-from ddetr.wording import did_you_mean
+from ddetr.wording import did_you_mean, first_few
 
 ACTIONS = ("note", "repaired", "dropped", "refused")
 
@@ -66,8 +67,8 @@ class Finding:
 _IMAGE_KINDS = frozenset(
     [
         *("image-entry", "missing-image", "every-image-missing", "unreadable-image", "size-mismatch"),
-        *("missing-annotation", "malformed-xml"),
-        *("malformed-json", "malformed-labels", "image-path-differs", "duplicate-image-id"),
+        *("missing-annotation", "malformed-xml", "malformed-json", "malformed-labels", "image-path-differs"),
+        *("duplicate-image-id", "ambiguous-image", "duplicate-file"),
     ]
 )
 
@@ -275,6 +276,32 @@ def match_categories(
     return labels
 
 
+def alike(name: str) -> str:
+    """The same for class names that people take for one: whatever their capitals, spaces, `_`, `-`, and however their
+    accents are composed."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().replace("_", " ").replace("-", " ").split())
+
+
+def unlike_training(name: str, categories: Iterable[Category]) -> str:
+    """Says that no class of training has this name, and which one's is nearly the same."""
+    key = alike(name)
+    near = next((category.name for category in categories if alike(category.name) == key), None)
+    training = f", which has {shortened(near, SHOWN_NAME)!r}" if near is not None else ""
+    return f"{shortened(name, SHOWN_NAME)!r} is no class of the training set{training}"
+
+
+def _report_alike_names(name: str, categories: Sequence[Category], log: FindingLog) -> None:
+    of_key: dict[str, list[Category]] = {}
+    for category in categories:
+        of_key.setdefault(alike(category.name), []).append(category)
+    for group in of_key.values():
+        if len(group) > 1:
+            listed = first_few((f"{shortened(c.name, SHOWN_NAME)!r} (id {c.category_id})" for c in group), 4)
+            same = len({category.name for category in group}) == 1
+            message = f"{'One name stands for several classes' if same else 'Class names differ by little'}: {listed}."
+            log.add("alike-class-names", "note", name, f"{message} If they are one class, give them one id and name.")
+
+
 def whole(name: str, format: str, categories: Sequence[Category], images: ImageTable, log: FindingLog) -> Annotations:
     """A split as its reader returns it; what no training could take is a refused finding."""
     if len(categories) > MAX_CLASSES:
@@ -289,6 +316,7 @@ def whole(name: str, format: str, categories: Sequence[Category], images: ImageT
         if len(category.name) > MAX_NAME:
             message = f"The class name has {len(category.name):,} characters, more than {MAX_NAME:,}; shorten it."
             log.add("class-name", "refused", f"{name}, {shortened(category.name, SHOWN_NAME)}", message)
+    _report_alike_names(name, categories, log)
     counts = np.diff(images.offsets)
     for index in np.flatnonzero(counts > MAX_OBJECTS).tolist():
         report_crowd(log, str(images.path(index)), int(counts[index]))

@@ -7,6 +7,8 @@ from typing import Literal
 from ddetr.errors import InputError
 from ddetr.settings import check_ranges, option
 
+BoxForm = Literal["auto", "xywh", "xyxy", "cxcywh", "xywh-relative", "xyxy-relative", "cxcywh-relative"]
+
 
 @dataclass(frozen=True)
 class DataSource:
@@ -34,6 +36,9 @@ class DataSource:
     """COCO annotation file of the validation split."""
     val_images: str | None = None
     """Folder of the validation images."""
+    boxes: BoxForm = "auto"
+    """What the four numbers of a box are, where they are not what the format says (the audit tells): corners "xyxy",
+    corner and size "xywh", centre and size "cxcywh", in pixels; with "-relative" in fractions of the image."""
     val_fraction: float | None = option(None, at_least=0.001, at_most=0.9)
     """Hold back this share of the training images for validation, for a data set without a validation split: 0.1 is
     every tenth image. Which ones depends on their names and split_seed alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +26,7 @@ class ImageFolders:
 
     def __init__(self) -> None:
         self._exact: dict[Path, frozenset[str]] = {}
-        self._loose: dict[Path, dict[str, str | None]] = {}
+        self._loose: dict[Path, dict[tuple[bool, str], str | None]] = {}
 
     def names(self, folder: Path) -> frozenset[str]:
         if folder not in self._exact:
@@ -39,20 +40,27 @@ class ImageFolders:
         return sorted(name for name in self.names(folder) if is_image_name(name))
 
     def find(self, path: Path) -> Path | None:
-        """The file at `path`, or the one that differs only in capitals or in its image suffix; None without one."""
+        """The file at `path`, or the one that differs only in capitals, in how accents are composed, or in its image
+        suffix; None without one."""
         names = self.names(path.parent)
         if path.name in names:
             return path
         if path.parent not in self._loose:
-            loose: dict[str, str | None] = {}
+            loose: dict[tuple[bool, str], str | None] = {}
             for name in names:
                 if is_image_name(name):
-                    for key in {name.lower(), name.rpartition(".")[0].lower()}:
+                    for key in ((True, folded(name)), (False, folded(name.rpartition(".")[0]))):
                         loose[key] = None if key in loose else name  # two that fit are none: no guessing
             self._loose[path.parent] = loose
         stem = path.name.rpartition(".")[0] if is_image_name(path.name) else path.name
-        found = self._loose[path.parent].get(path.name.lower()) or self._loose[path.parent].get(stem.lower())
+        loose = self._loose[path.parent]
+        found = loose.get((True, folded(path.name))) or loose.get((False, folded(stem)))
         return path.parent / found if found else None
+
+
+def folded(name: str) -> str:
+    """The same for names that people take for one: whatever its capitals, and however its accents are composed."""
+    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
 
 
 def listed_lines(listing: Path) -> list[str]:

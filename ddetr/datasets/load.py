@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import get_args
 
 from ddetr.datasets.annotations import Annotations, Category, split_error
+from ddetr.datasets.config import BoxForm
 from ddetr.datasets.readers.coco import read_coco
-from ddetr.datasets.readers.coco_layout import coco_splits
+from ddetr.datasets.readers.coco_layout import coco_splits, folders_in
 from ddetr.datasets.readers.createml import createml_splits, read_createml
 from ddetr.datasets.readers.csv_boxes import csv_splits, read_csv_boxes
 from ddetr.datasets.readers.cvat import cvat_splits, read_cvat
@@ -26,6 +29,7 @@ from ddetr.files import existing
 from ddetr.wording import did_you_mean, first_few
 
 _TRAIN_NAMES = ("train", "train2017", "training", "trainval", "all")
+_WRAPPERS = 3  # folders one in another, of which each holds only the next, as archives are unpacked
 _VAL_NAMES = ("val", "val2017", "valid", "validation", "test", "testing")
 
 
@@ -38,6 +42,7 @@ def load_annotations(
     image_dir: str | PathLike | None = None,
     categories: Sequence[Category] | None = None,
     check_images: bool = True,
+    boxes: BoxForm = "auto",
 ) -> Annotations:
     """Reads one split of a data set where it lies. What is wrong with it is in `findings`; only what leaves nothing to
     read (a path that is not there, broken JSON) raises `InputError`.
@@ -52,7 +57,11 @@ def load_annotations(
         categories: the training set's: labels are mapped on to them, by id and name (COCO) or by name (VOC, YOLO), and
             objects of classes that they lack are left out with a finding.
         check_images: False trusts the width and height of a COCO file and saves reading a header per image.
+        boxes: what the four numbers of a box are, where they are not what the format says: "xyxy", "xywh" or "cxcywh"
+            (centre and size) in pixels, or with "-relative" in fractions of the image.
     """
+    if boxes not in (known := get_args(BoxForm)):
+        raise InputError(f"boxes is one of {', '.join(known)}, not {boxes!r}{did_you_mean(boxes, known)}")
     path = existing(path)
     images = _inside(path, image_dir, "image_dir") if image_dir is not None else None
     if annotation_file is not None:
@@ -62,26 +71,20 @@ def load_annotations(
         for one in _OF_ONE_FILE if format == "auto" else [format]:
             if one in _OF_ONE_FILE and (names := list(FORMATS[one].splits(file))):
                 places = images or (path if path.is_dir() and not file.is_relative_to(path) else None)
-                return FORMATS[one].read(Wanted(file, names[0], None, places, categories, check_images))
+                return FORMATS[one].read(Wanted(file, names[0], None, places, categories, check_images, boxes))
         root = path if path.is_dir() else _home(file)
-        return read_coco(root, split, file, image_dir=images, categories=categories, check_images=check_images)
-    format = detect_format(path) if format == "auto" else _known(format)
+        return read_coco(Wanted(root, split, None, images, categories, check_images, boxes), file)
+    format, path = _located(path, format)
     train_split = _train_split(list(FORMATS[format].splits(path)))
-    return FORMATS[format].read(Wanted(path, split, train_split, images, categories, check_images))
+    return FORMATS[format].read(Wanted(path, split, train_split, images, categories, check_images, boxes))
 
 
 def _read_coco(wanted: Wanted) -> Annotations:
     path, splits = wanted.path, coco_splits(wanted.path)
     if wanted.split not in splits:
         raise split_error(path, wanted.split, list(splits))
-    return read_coco(
-        path if path.is_dir() else _home(path),
-        wanted.split,
-        splits[wanted.split],
-        image_dir=wanted.image_dir,
-        categories=wanted.categories,
-        check_images=wanted.check_images,
-    )
+    root = path if path.is_dir() else _home(path)
+    return read_coco(replace(wanted, path=root), splits[wanted.split])
 
 
 # In the order in which they are tried: a COCO file says most; KITTI's folders are called as YOLO's; LabelMe's files
@@ -105,10 +108,9 @@ _OF_ONE_FILE = ("csv", "label_studio", "createml", "huggingface")  # whose split
 def detect_format(path: str | PathLike) -> str:
     """A key of `FORMATS`; where none is there, `InputError` says what is, and what can be done about it."""
     path = existing(path)
-    for format, reader in FORMATS.items():
-        splits = reader.splits(path)
-        if splits and not (list(splits) == [WHOLE] and format != "yolo" and yolo_yaml(path)):
-            return format  # but XML files without splits beside a data.yaml that has some: what it was made of
+    place = _place(path, list(FORMATS))
+    if place is not None:
+        return place[0]
     if said := what_it_is(path, lambda place: any(reader.splits(place) for reader in FORMATS.values())):
         raise InputError(said)
     found = "a file of another kind" if path.is_file() else first_few(sorted(entry.name for entry in path.iterdir()), 8)
@@ -119,10 +121,49 @@ def detect_format(path: str | PathLike) -> str:
     )
 
 
+def _only_folder(path: Path) -> Path | None:
+    inside = folders_in(path)
+    return inside[0] if len(inside) == 1 else None
+
+
+def _place(path: Path, formats: Sequence[str]) -> tuple[str, Path] | None:
+    """The format, and the folder that holds it: `path`, or the only one in it, as archives are unpacked; None where
+    neither does."""
+
+    def found_in(place: Path) -> tuple[str, list[str]] | None:
+        for format in formats:
+            splits = list(FORMATS[format].splits(place))
+            # but not XML files without splits beside a data.yaml that has some: what it was made of
+            if splits and not (splits == [WHOLE] and "yolo" in formats and format != "yolo" and yolo_yaml(place)):
+                return format, splits
+        return None
+
+    for _ in range(_WRAPPERS):
+        here, inner = found_in(path), _only_folder(path)
+        if here is not None:
+            format, splits = here
+            if inner is not None and splits == [inner.name]:  # a split, or a whole data set in a folder of its name
+                inside = found_in(inner)
+                if inside is not None and (len(inside[1]) > 1 or formats.index(inside[0]) < formats.index(format)):
+                    return inside[0], inner
+            return format, path
+        if inner is None:
+            break
+        path = inner
+    return None
+
+
+def _located(path: str | PathLike, format: str) -> tuple[str, Path]:
+    """The format, recognised where it is "auto", and the folder or file that holds it."""
+    path = existing(path)
+    format = detect_format(path) if format == "auto" else _known(format)
+    return _place(path, [format]) or (format, path)
+
+
 def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:
     """The names that `load_annotations` takes as `split`."""
-    path = existing(path)
-    return list(FORMATS[detect_format(path) if format == "auto" else _known(format)].splits(path))
+    format, place = _located(path, format)
+    return list(FORMATS[format].splits(place))
 
 
 def default_splits(path: str | PathLike, format: str = "auto") -> tuple[str, str | None]:

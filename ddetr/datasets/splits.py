@@ -83,6 +83,7 @@ def _load(
         annotation_file=getattr(data, f"{which}_annotations", None),
         image_dir=getattr(data, f"{which}_images", None),
         categories=categories,
+        boxes=data.boxes,
     )
 
 

@@ -75,12 +75,12 @@ def test_a_class_that_training_lacks(make_voc):
 def test_wrong_boxes(make_voc):
     boxes = [(5, 6, 5, 16), (9, 6, 5, 16), ("nan", 1, 2, 3), ("", 1, 2, 3), (70, 6, 80, 16), (5, 6, 80, 16)]
     annotations = load_annotations(make_voc({"a": voc_xml([voc_object(box=box) for box in boxes])}), "train")
-    assert annotations.images[0].boxes_xyxy.tolist() == [[5, 6, 64, 16]]
+    assert annotations.images[0].boxes_xyxy.tolist() == [[5, 6, 9, 16], [5, 6, 64, 16]]
     assert [(f.kind, f.action, f.where[-1]) for f in annotations.findings] == [
+        ("swapped-corners", "repaired", "2"),
         ("nan-box", "refused", "3"),
         ("nan-box", "refused", "4"),
         ("degenerate-box", "dropped", "1"),
-        ("degenerate-box", "dropped", "2"),
         ("box-outside-image", "dropped", "5"),
         ("box-clipped", "repaired", "6"),
     ]

@@ -6,6 +6,9 @@ n objects as they stand in the file, m of them that are used.
 
 from __future__ import annotations
 
+import math
+import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,46 +18,38 @@ import numpy as np
 
 from ddetr.datasets.annotations import (
     Annotations,
-    Category,
     FindingLog,
     ImageTable,
     check_boxes,
     match_categories,
     report_boxes,
+    unlike_training,
     whole,
 )
+from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, ordered_corners
+from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import ImageFolders, read_headers, settle_size
-from ddetr.datasets.readers.coco_json import categories_of, entries_of, load_json, without_collector
-from ddetr.datasets.readers.coco_layout import choose_image_dir, image_dirs, last_part
+from ddetr.datasets.readers.coco_json import categories_of, entries_of, load_json, whole_number, without_collector
+from ddetr.datasets.readers.coco_layout import image_dirs
+from ddetr.datasets.readers.coco_mask import box_of_mask
+from ddetr.datasets.readers.file_names import find_files
+from ddetr.datasets.readers.reader import Wanted
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_PATH, SHOWN_NAME, one_line, shortened
+from ddetr.untrusted import MAX_PATH, one_line
+
+_NAME_KEYS = ("file_name", "filename", "path", "coco_url")  # the first that an image has; tools write others
 
 
-def read_coco(
-    root: Path,
-    split: str,
-    annotation_file: Path,
-    *,
-    image_dir: Path | None = None,
-    categories: Sequence[Category] | None = None,
-    check_images: bool = True,
-) -> Annotations:
-    """One annotation file; `load_annotations` says what the arguments mean."""
+def read_coco(wanted: Wanted, annotation_file: Path) -> Annotations:
+    """One annotation file of the data set at `wanted.path`, a folder; `load_annotations` says what is wanted."""
     with without_collector():
-        content = load_json(annotation_file)
-        return _read(content, root, split, annotation_file, image_dir, categories, check_images)
+        log = FindingLog()
+        content = load_json(annotation_file, log)
+        return _read(content, wanted, annotation_file, log)
 
 
-def _read(
-    content: dict[str, Any],
-    root: Path,
-    split: str,
-    annotation_file: Path,
-    image_dir: Path | None,
-    categories: Sequence[Category] | None,
-    check_images: bool,
-) -> Annotations:
-    log = FindingLog()
+def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: FindingLog) -> Annotations:
+    root, categories, form = wanted.path, wanted.categories, wanted.boxes
     shown = _shown(annotation_file, root)
     images = entries_of(content, "images", annotation_file)
     objects = entries_of(content, "annotations", annotation_file) if "annotations" in content else []
@@ -62,27 +57,38 @@ def _read(
     image_ids, names, declared, index_of_id = _images(images, log, shown)
     del images
 
-    places = [image_dir] if image_dir else image_dirs(root, annotation_file, split)
-    paths = _find_images(places, names, log, shown)
-    image_index, labels, usable, boxes_xyxy = _objects(objects, index_of_id, label_of_id, names, log, shown)
+    folders = ImageFolders()
+    places = [wanted.image_dir] if wanted.image_dir else image_dirs(root, annotation_file, wanted.split)
+    paths = find_files(places, names, folders, log, shown)
+    _report_unlisted(paths, folders, log, shown)
+    image_index, labels, usable, boxes_xyxy = _objects(
+        objects, index_of_id, label_of_id, names, declared, form, log, shown
+    )
 
     def where(i: int) -> str:
         return _where(objects[i], shown, names, image_index[i])
 
+    _settle_shared_files(paths, names, image_index, labels, boxes_xyxy, log, shown)
     if categories is not None and own:
         label_in_training = match_categories(own, categories, log, shown, by_id=True)
         unknown = usable & (label_in_training[labels] < 0)
+        said = {label: unlike_training(own[label].name, categories) for label in np.unique(labels[unknown]).tolist()}
         for i in np.flatnonzero(unknown):
-            name = shortened(own[labels[i]].name, SHOWN_NAME)
-            log.add("category-unknown", "dropped", where(i), f"{name!r} is no class of the training set; left out.")
+            log.add("category-unknown", "dropped", where(i), f"{said[int(labels[i])]}; left out.")
         labels, usable = label_in_training[labels], usable & ~unknown
 
-    sizes_hw, kept = _sizes(paths, declared, image_index, boxes_xyxy, usable, check_images, log, shown, names)
+    sizes_hw, kept = _sizes(paths, declared, image_index, boxes_xyxy, usable, wanted.check_images, log, shown, names)
     selected = np.flatnonzero(usable)
     selected = selected[kept[image_index[selected]]]
     selected = selected[np.argsort(image_index[selected], kind="stable")]
-    check = check_boxes(boxes_xyxy[selected], sizes_hw[image_index[selected]])
-    report_boxes(log, check, boxes_xyxy[selected], lambda i: where(selected[i]))
+    boxes, sizes_of_boxes = boxes_xyxy[selected], sizes_hw[image_index[selected]]
+    check_meaning(boxes, sizes_of_boxes, "xywh", form, log, shown)
+    if is_relative(form):
+        boxes = in_pixels(boxes, sizes_of_boxes)
+    if form.startswith("xyxy"):
+        boxes = ordered_corners(boxes, log, lambda i: where(selected[i]))
+    check = check_boxes(boxes, sizes_of_boxes)
+    report_boxes(log, check, boxes, lambda i: where(selected[i]))
     boxes, selected = check.boxes_xyxy[check.usable], selected[check.usable]
 
     new_index = np.cumsum(kept) - 1
@@ -93,10 +99,10 @@ def _read(
         image_index=new_index[image_index[selected]],
         boxes_xyxy=boxes,
         labels=labels[selected],
-        area=_areas(objects, selected, boxes, log, shown, where),
+        area=_areas(objects, selected, boxes, is_relative(form), log, shown, where),
         ignore=_crowd(objects, selected, log, shown),
     )
-    return whole(f"{root.name}/{split}", "coco", categories or own, table, log)
+    return whole(f"{root.name}/{wanted.split}", "coco", categories or own, table, log)
 
 
 def _images(
@@ -108,9 +114,14 @@ def _images(
     ids: list[Any] = []
     names: list[str] = []
     sizes: list[tuple[Any, Any]] = []
+    other_keys: list[str] = []
     for position, entry in enumerate(entries):
         image_id, name = entry.get("id"), entry.get("file_name")
-        if not isinstance(image_id, (int, str)) or not isinstance(name, str) or not 0 < len(name) <= MAX_PATH:
+        if not name:
+            key = next((key for key in _NAME_KEYS if entry.get(key)), "file_name")
+            name = entry.get(key)
+            other_keys += [key] if name else []
+        if not _is_id(image_id) or not isinstance(name, str) or not 0 < len(name) <= MAX_PATH:
             found = f"{one_line(repr(image_id))} and {one_line(repr(name))}"
             message = f'An image needs an "id" and a "file_name"; this one has {found} and was left out.'
             log.add("image-entry", "dropped", f"{shown}, image {position}", message)
@@ -127,64 +138,91 @@ def _images(
         ids.append(image_id)
         names.append(name)
         sizes.append((entry.get("height"), entry.get("width")))
+    if other_keys:
+        message = f'{len(other_keys)} images have no "file_name", but another key that names the file: {other_keys[0]}.'
+        log.add("missing-file-name", "repaired", shown, message, count=len(other_keys))
     numbers = np.nan_to_num(_numbers(sizes, 2), nan=0.0, posinf=0.0, neginf=0.0)
     declared = numbers.clip(0, np.iinfo(np.int32).max).round().astype(np.int64)
     return _integer_ids(ids, log, shown), names, declared, index_of_id
 
 
+def _is_id(value: Any) -> bool:
+    """Whether something can be told apart by it: a number (a table with a gap makes 1.0 of all) or a text."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
 def _integer_ids(ids: Sequence[Any], log: FindingLog, shown: str) -> np.ndarray:
-    try:
-        numbers = np.array([int(i) for i in ids], dtype=np.int64)
-        if len(np.unique(numbers)) == len(numbers):
-            return numbers
-    except (ValueError, OverflowError):
-        pass
+    numbers = [whole_number(i) for i in ids]
+    with suppress(OverflowError):
+        if None not in numbers and len(set(numbers)) == len(numbers):
+            return np.array(numbers, dtype=np.int64)
     message = "Image ids are no whole numbers; the images were numbered from 1 in the file's order."
     log.add("image-id-not-integer", "repaired", shown, message, count=len(ids))
     return np.arange(1, len(ids) + 1)
 
 
-def _find_images(places: Sequence[Path], names: Sequence[str], log: FindingLog, shown: str) -> list[Path | None]:
-    """The file of each image, None where there is none; also counts the images that the annotations don't list."""
-    if not names:
-        return []
-    chosen = choose_image_dir(places, names)
-    if chosen is None:
-        looked = ", ".join(str(place) for place in places[:4]) or "no folder"
-        message = (
-            f"None of its {len(names)} images was found (the first is {names[0]}; looked in {looked}); give image_dir."
-        )
-        log.add("every-image-missing", "refused", shown, message, count=len(names))
-        return [None] * len(names)
-    folder, bare = chosen
-    if bare:
-        message = f"File names carry folders that are not here, such as {names[0]}; only their last part was used."
-        log.add("file-name-path", "repaired", shown, message, count=len(names))
-    folders = ImageFolders()
-    paths: list[Path | None] = []
-    for name in names:
-        wanted = folder / (last_part(name) if bare else name)
-        found = folders.find(wanted)
-        if found is None:
-            log.add("missing-image", "dropped", f"{shown}, {name}", f"There is no {wanted}; the image was left out.")
-        elif found.name != wanted.name:
-            log.add(
-                "file-name-differs", "repaired", f"{shown}, {name}", f"The file is called {found.name}; it was used."
-            )
-        paths.append(found)
-    listed = {path for path in paths if path is not None}
-    repeated = sum(path is not None for path in paths) - len(listed)
-    if repeated:
-        message = f"{repeated} files are listed again under another id; each entry has only its own boxes."
-        log.add("duplicate-file", "note", shown, message, count=repeated)
-    for parent in sorted({path.parent for path in listed}):
-        unlisted = [name for name in folders.images(parent) if parent / name not in listed]
+def _report_unlisted(paths: Sequence[Path | None], folders: ImageFolders, log: FindingLog, shown: str) -> None:
+    """Counts the images that lie beside those of the annotations."""
+    listed: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        if path is not None:
+            folder, _, name = str(path).rpartition(os.sep)
+            listed[folder].add(name)
+    for folder, names in sorted(listed.items()):
+        unlisted = [name for name in folders.images(Path(folder)) if name not in names]
         if unlisted:
             message = (
-                f"{len(unlisted)} images in {parent} are not listed in {shown} and not used, such as {unlisted[0]}."
+                f"{len(unlisted)} images in {folder} are not listed in {shown} and not used, such as {unlisted[0]}."
             )
-            log.add("unlisted-images", "note", str(parent), message, count=len(unlisted))
-    return paths
+            log.add("unlisted-images", "note", folder, message, count=len(unlisted))
+
+
+def _settle_shared_files(
+    paths: list[Path | None],
+    names: Sequence[str],
+    image_index: np.ndarray,
+    labels: np.ndarray,
+    boxes_xyxy: np.ndarray,
+    log: FindingLog,
+    shown: str,
+) -> None:
+    """One file under several ids: with the same objects, or with objects under one id alone, it is used once; with
+    others nobody knows whose are whose (frames of two videos, or one frame labelled twice), and it is left out."""
+    found = [path for path in paths if path is not None]
+    if len(set(found)) == len(found):
+        return
+    files: dict[Path, list[int]] = defaultdict(list)
+    for i, path in enumerate(paths):
+        if path is not None:
+            files[path].append(i)
+    shared = [indices for indices in files.values() if len(indices) > 1]
+    order = np.argsort(image_index, kind="stable")
+    ends = np.searchsorted(image_index[order], np.arange(len(paths) + 1))
+    again = 0
+    for indices in shared:
+        contents = {}
+        for i in indices:
+            mine = order[ends[i] : ends[i + 1]]
+            objects = sorted([label, *box] for label, box in zip(labels[mine].tolist(), boxes_xyxy[mine].tolist()))
+            contents[i] = repr(objects) if objects else ""
+        filled = [i for i in indices if contents[i]]
+        if len({contents[i] for i in filled}) > 1:
+            message = (
+                f"It is listed under {len(indices)} ids with different boxes: whose is which can't be known. If they "
+                "are one picture, give them one id; if not, give each its own file_name."
+            )
+            log.add("duplicate-file", "refused", f"{shown}, {names[indices[0]]}", message, count=len(indices))
+            filled = [-1]
+        else:
+            again += len(indices) - 1
+        for i in indices:
+            if i != (filled or indices)[0]:
+                paths[i] = None
+    if again:
+        message = f"{again} files are listed again under another id with the same boxes or none; each was used once."
+        log.add("duplicate-file", "note", shown, message, count=again)
 
 
 def _objects(
@@ -192,6 +230,8 @@ def _objects(
     index_of_id: dict[Any, int],
     label_of_id: dict[int, int],
     names: Sequence[str],
+    declared_hw: np.ndarray,
+    form: BoxForm,
     log: FindingLog,
     shown: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -199,18 +239,20 @@ def _objects(
     image_index = _look_up([obj.get("image_id") for obj in objects], index_of_id)
     labels = _look_up([obj.get("category_id") for obj in objects], label_of_id)
     boxes_xywh = _numbers([obj.get("bbox") for obj in objects], 4)
+    boxes_xyxy = corners_of(boxes_xywh, "xywh" if form == "auto" else form)
     no_box = np.zeros(len(objects), dtype=bool)
     for i in np.flatnonzero(np.isnan(boxes_xywh).all(axis=1)):
         if isinstance(objects[i].get("bbox"), list) and len(objects[i]["bbox"]) == 4:
             continue  # four numbers that are none: refused with the other boxes
-        from_mask = _box_of_polygons(objects[i].get("segmentation"))
+        size_hw = tuple(declared_hw[image_index[i]].tolist()) if image_index[i] >= 0 else (0, 0)
+        from_mask = box_of_mask(objects[i].get("segmentation"), size_hw if min(size_hw) > 0 else None)
         where = _where(objects[i], shown, names, image_index[i])
-        if from_mask is None:
+        if from_mask is None or is_relative(form):
             no_box[i] = True
             log.add("missing-box", "dropped", where, 'There is no "bbox" of four numbers; the object was left out.')
         else:
-            boxes_xywh[i] = from_mask
-            log.add("missing-box", "repaired", where, 'There is no "bbox"; it was taken from the polygons.')
+            boxes_xyxy[i] = corners_of(from_mask[None], "xywh")[0]
+            log.add("missing-box", "repaired", where, 'There is no "bbox"; the one around the mask was used.')
     for i in np.flatnonzero(image_index < 0):
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
@@ -223,8 +265,6 @@ def _objects(
         repeated = len(objects) - len(annotation_ids) - num_without_id
         message = f"{repeated} annotation ids occur more than once; all objects were kept, ids are not used."
         log.add("duplicate-annotation-id", "note", shown, message, count=repeated)
-    with np.errstate(over="ignore", invalid="ignore"):  # not finite then, which is reported
-        boxes_xyxy = np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
     return image_index, labels, (image_index >= 0) & (labels >= 0) & ~no_box, boxes_xyxy
 
 
@@ -269,11 +309,14 @@ def _areas(
     objects: Sequence[dict[str, Any]],
     selected: np.ndarray,
     boxes_xyxy: np.ndarray,
+    in_fractions: bool,
     log: FindingLog,
     shown: str,
     where: Callable[[int], str],
 ) -> np.ndarray:
-    """(m,) areas of the selected objects: the mask's where the file gives it, else the box's."""
+    """(m,) areas of the selected objects: the mask's where the file gives it in pixels, else the box's."""
+    if in_fractions:
+        return (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1)
     area = _numbers([(objects[i].get("area"),) for i in selected.tolist()], 1)[:, 0]
     missing = ~((area > 0) & (area < np.finfo(np.float32).max))
     area[missing] = (boxes_xyxy[missing, 2:] - boxes_xyxy[missing, :2]).prod(axis=1)
@@ -293,19 +336,35 @@ def _crowd(objects: Sequence[dict[str, Any]], selected: np.ndarray, log: Finding
     missing = sum("iscrowd" not in objects[i] for i in selected.tolist())
     if missing:
         log.add("missing-iscrowd", "repaired", shown, f"{missing} objects have no iscrowd; 0 was taken.", count=missing)
-    return np.array([bool(objects[i].get("iscrowd")) for i in selected.tolist()], dtype=bool)
+    values = [objects[i].get("iscrowd") for i in selected.tolist()]
+    if set(map(type, values)) <= {int, bool, type(None)}:
+        return np.array(values, dtype=bool)
+    return np.array([_is_true(value) for value in values], dtype=bool)
+
+
+def _is_true(value: Any) -> bool:
+    """Of 1, 1.0, true, and the same as text."""
+    text = str(value).strip().lower()
+    try:
+        number = float(text)
+        return number != 0 and not math.isnan(number)
+    except ValueError:
+        return text in ("true", "yes")
 
 
 def _look_up(keys: Sequence[Any], index: Mapping[Any, int]) -> np.ndarray:
-    """(n,) index of each key, -1 where there is none; "7" finds 7 and the other way round."""
-    try:
-        found = np.array([index.get(key, -1) for key in keys], dtype=np.int64)
-    except TypeError:  # a list or an object stands where an id should
-        found = np.array([index.get(key, -1) if isinstance(key, (int, str)) else -1 for key in keys], dtype=np.int64)
+    """(n,) index of each key, -1 where there is none; "7" and 7.0 find 7, and the other way round."""
+    if not set(map(type, keys)) <= {int, float, str}:  # a list or an object stands where an id should
+        keys = [key if _is_id(key) else None for key in keys]
+    found = np.array([index.get(key, -1) for key in keys], dtype=np.int64)
     if (found < 0).any():
-        by_text = {str(key): position for key, position in index.items()}
+        by_number: dict[int | None, int] = {}
+        for key, position in index.items():
+            number = whole_number(key)
+            by_number[number] = -1 if number in by_number else position  # two that fit are none
+        by_number[None] = -1
         for i in np.flatnonzero(found < 0):
-            found[i] = by_text.get(str(keys[i]), -1)
+            found[i] = by_number.get(whole_number(keys[i]), -1)
     return found
 
 
@@ -324,16 +383,6 @@ def _numbers(rows: Sequence[Any], width: int) -> np.ndarray:
                 with suppress(TypeError, ValueError, OverflowError):
                     array[i, j] = float(value)
     return array
-
-
-def _box_of_polygons(segmentation: Any) -> np.ndarray | None:
-    """(4,) xywh around COCO polygons [[x, y, x, y, ...], ...]; None for anything else."""
-    try:
-        points = np.concatenate([np.array(polygon, dtype=np.float64).reshape(-1, 2) for polygon in segmentation])
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.concatenate([points.min(axis=0), np.ptp(points, axis=0)])
-    except (TypeError, ValueError, OverflowError):
-        return None
 
 
 def _where(obj: dict[str, Any], shown: str, names: Sequence[str], image: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import mmap
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from ddetr.datasets.annotations import Category, FindingLog
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_ANNOTATION_BYTES, one_line, open_file, parse_json, read_text, without_doubles
 from ddetr.wording import first_few
+
+_WHOLE = re.compile(r"([+-]?[0-9]{1,20})(?:\.0*)?")
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def load_json(file: Path) -> dict[str, Any]:
+def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
     """The content without the masks, which are most of COCO's half gigabyte and no part of detection."""
 
     def without_mask(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -39,11 +42,7 @@ def load_json(file: Path) -> dict[str, Any]:
             del entry["segmentation"]
         return entry
 
-    try:
-        text = read_text(file, MAX_ANNOTATION_BYTES)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    content = parse_json(text, str(file), without_mask)
+    content = parse_json(_text(file, log), str(file), without_mask)
     if not isinstance(content, dict) or "images" not in content:
         found = "the keys " + first_few(content, 8) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise InputError(
@@ -51,6 +50,39 @@ def load_json(file: Path) -> dict[str, Any]:
             f"found {found}"
         )
     return content
+
+
+def _text(file: Path, log: FindingLog) -> str:
+    """The file's text, in whichever encoding a tool has written it."""
+    try:
+        with open_file(file, MAX_ANNOTATION_BYTES) as stream:
+            encoding = json.detect_encoding(stream.read(4))  # UTF-8, 16 or 32
+        try:
+            return read_text(file, MAX_ANNOTATION_BYTES, encoding)
+        except UnicodeDecodeError as error:
+            if not encoding.startswith("utf-8"):
+                raise
+            text = read_text(file, MAX_ANNOTATION_BYTES, "cp1252", errors="replace")
+            line = text.count("\n", 0, error.start) + 1
+            near = text[max(0, error.start - 20) : error.start + 20]
+            message = (
+                f"The file is not {encoding.upper()} as JSON must be (line {line}: {near!r}); its letters were read as "
+                "those of Windows-1252. If they look wrong, save it as UTF-8."
+            )
+            log.add("encoding", "repaired", file.name, message)
+            return text
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} can't be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def whole_number(value: Any) -> int | None:
+    """7 of 7, 7.0, "7" and "7.0", as tables make them of ids; None of what is no whole number."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    if isinstance(value, str):
+        found = _WHOLE.fullmatch(value.strip())
+        return int(found[1]) if found else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def read_categories(file: Path) -> tuple[Category, ...] | None:
@@ -86,7 +118,7 @@ def categories_of(
     if entries and not isinstance(entries, list):
         raise InputError(f'{shown}: "categories" must be a list of objects')
     if not entries:
-        ids = {obj.get("category_id") for obj in objects if isinstance(obj.get("category_id"), int)}
+        ids = {number for obj in objects if (number := whole_number(obj.get("category_id"))) is not None}
         entries = [{"id": i, "name": f"class_{i}"} for i in ids]
         if ids:
             message = f'There is no "categories"; {len(ids)} classes were named after the ids in use.'
@@ -95,7 +127,9 @@ def categories_of(
     for position, entry in enumerate(entries):
         where = f"{shown}, category {position}"
         try:
-            category_id = int(entry["id"])
+            category_id = whole_number(entry["id"])
+            if category_id is None:
+                raise ValueError
             name = str(entry.get("name") or f"class_{category_id}").strip()
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             raise InputError(

@@ -1,47 +1,99 @@
 """Where COCO data sets keep their annotation files and images: the layouts found in the wild.
 
 Recognised under a folder, the first that is there: `annotations/instances_{split}.json` (COCO's own),
-`{split}/_annotations.coco.json` (Roboflow), `annotations/{split}.json`, `{split}.json`, `{split}/*.json`.
+`{split}/_annotations.coco.json` (Roboflow), JSON files in a folder for annotations (`annotations`, `annots`, `labels`,
+...), `{split}.json`, `{split}/*.json`. A split is named by its file ("train" of `custom_train.json`) or its folder.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddetr.datasets.image_files import ImageFolders
 from ddetr.untrusted import open_file
 
+_FOLDERS = ("annotations", "annotation", "annots", "annot", "anns", "ann", "labels", "label", "json", "jsons")
+_IMAGE_FOLDERS = ("images", "JPEGImages", "data", "image", "imgs", "img", "pictures", "photos", "frames")
 _OTHER_TASKS = re.compile(r"^(captions|person_keypoints|stuff|panoptic|image_info|deprecated)_", re.IGNORECASE)
-_FILE_WORDS = re.compile(r"(?:^|[_.-])(?:instances?|annotations?|labels?|coco)(?=[_.-]|$)", re.IGNORECASE)
-_SAMPLED_NAMES = 32  # file names tried in each folder that might hold the images
+_FILE_WORDS = re.compile(r"(?:^|[_.\s-])(?:instances?|annotations?|annots?|labels?|coco)(?=[_.\s-]|$)", re.IGNORECASE)
+_SPLIT_WORD = re.compile(
+    r"(?:^|(?<=[_.\s-]))(?:train(?:ing|val)?|val(?:id|idation)?|minival|test(?:ing)?)[0-9]*(?=[_.\s-]|$)", re.IGNORECASE
+)
+_MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # what may stand before the first brace, in UTF-8, 16 or 32
+_MOST_FILES = 100  # JSON files of a folder that holds data sets: with more it has one for each image
 
 
 def coco_splits(path: Path) -> dict[str, Path]:
     """Split name -> annotation file, by the first layout that is there; {} where none is."""
     if path.is_file():
         return {_split_name(path): path} if _looks_like_coco(path) else {}
-    own = sorted(path.glob("annotations/instances_*.json"))
+    own = _json_files(path / "annotations", "instances_*.json")
     if own:
-        return {file.stem.removeprefix("instances_"): file for file in own}
-    roboflow = sorted(path.glob("*/_annotations.coco.json"))
+        return _named({file.stem.removeprefix("instances_"): file for file in own})
+    folders = folders_in(path)
+    roboflow = {folder.name: folder / "_annotations.coco.json" for folder in folders}
+    roboflow = {name: file for name, file in roboflow.items() if file.is_file()}
     if roboflow:
-        return {file.parent.name: file for file in roboflow}
+        return roboflow
     if (path / "_annotations.coco.json").is_file():
         return {path.name: path / "_annotations.coco.json"}
-    for pattern in ("annotations/*.json", "*.json"):
-        files = [f for f in sorted(path.glob(pattern)) if not _OTHER_TASKS.match(f.name) and _looks_like_coco(f)]
+    for_annotations = sorted((f for f in folders if f.name.lower() in _FOLDERS), key=_order)
+    for folder in (*for_annotations, path):
+        files = _coco_files(folder)
         if files:
-            names = [_split_name(file) for file in files]
-            return {n if names.count(n) == 1 else f.stem: f for n, f in zip(names, files, strict=True)}
-    nested = [file for file in sorted(path.glob("*/*.json")) if _looks_like_coco(file)]
-    folders = [file.parent for file in nested]
-    return {file.parent.name: file for file in nested if folders.count(file.parent) == 1}
+            return _named({file.stem: file for file in files})
+        if folder != path and (inner := _of_folders(folders_in(folder))):
+            return inner
+    return _of_folders([folder for folder in folders if folder not in for_annotations])
+
+
+def _order(folder: Path) -> int:
+    return _FOLDERS.index(folder.name.lower())
+
+
+def folders_in(path: Path) -> list[Path]:
+    """Sorted; without hidden ones and what a Mac adds to an archive."""
+    try:
+        with os.scandir(path) as entries:
+            names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
+    except OSError:
+        return []
+    return [path / name for name in sorted(names)]
+
+
+def _json_files(folder: Path, pattern: str = "*.json") -> list[Path]:
+    """Those of a folder that holds few of them; hidden ones (`._train.json` of a Mac's zip) are none."""
+    files = [file for file in sorted(folder.glob(pattern)) if not file.name.startswith(".")]
+    return files if len(files) <= _MOST_FILES else []
+
+
+def _coco_files(folder: Path) -> list[Path]:
+    return [file for file in _json_files(folder) if not _OTHER_TASKS.match(file.name) and _looks_like_coco(file)]
+
+
+def _of_folders(folders: Sequence[Path]) -> dict[str, Path]:
+    """Splits that are folders with one annotation file each, or with a folder that has it (`train/annotations/`)."""
+    inside = {folder.name: _coco_files(folder) for folder in folders}
+    for folder in folders:
+        if not inside[folder.name] and _SPLIT_WORD.fullmatch(folder.name):
+            inner = [one for one in folders_in(folder) if one.name.lower() in _FOLDERS]
+            inside[folder.name] = [file for one in inner for file in _coco_files(one)]
+    return {name: files[0] for name, files in inside.items() if len(files) == 1}
+
+
+def _named(files: dict[str, Path]) -> dict[str, Path]:
+    """The same files by the names of their splits, or as they were where those don't tell them apart."""
+    names = [_split_name(file) for file in files.values()]
+    return {n if names.count(n) == 1 else stem: f for n, (stem, f) in zip(names, files.items(), strict=True)}
 
 
 def _split_name(file: Path) -> str:
-    return _FILE_WORDS.sub("", file.stem).strip("_.-") or file.stem
+    """ "train_v2" of "train_v2.json" and of "instances_train_v2.json", "train" of "custom_train.json"."""
+    name = _FILE_WORDS.sub("", file.stem).strip("_.- ") or file.stem
+    word = _SPLIT_WORD.search(name)
+    return word[0] if word and word.start() else name
 
 
 def _looks_like_coco(file: Path) -> bool:
@@ -49,16 +101,18 @@ def _looks_like_coco(file: Path) -> bool:
     try:
         with open_file(file) as stream:
             start = stream.read(1 << 16)
-            stream.seek(max(0, stream.seek(0, 2) - (1 << 16)))
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - (1 << 16)))
             ends = start + stream.read()
     except OSError:
         return False
-    if b'"items"' in start and b'"images"' not in ends:  # Datumaro's
+    start, ends = start.lstrip(_MARKS), ends.replace(b"\0", b"")  # UTF-16 has a zero byte in each letter
+    if start[:1] != b"{" or (b'"items"' in start and b'"images"' not in ends):  # Datumaro's
         return False
-    # a file cut short has lost its end; it is recognised all the same, so that reading it can say where it breaks
-    return start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and any(
-        word in ends for word in (b'"images"', b'"annotations"', b'"categories"')
-    )
+    if b'"images"' in ends or b'"image_id"' in ends:
+        return True
+    # in a long file they may stand between its ends, or have been cut off: reading it says where it breaks
+    return size > 1 << 16 and (b'"annotations"' in ends or b'"categories"' in ends)
 
 
 def image_dirs(root: Path, annotation_file: Path, split: str) -> list[Path]:
@@ -66,38 +120,15 @@ def image_dirs(root: Path, annotation_file: Path, split: str) -> list[Path]:
     beside = annotation_file.parent
     places = [
         root / split,
-        root / "images" / split,
-        root / split / "images",
+        *(root / name / split for name in _IMAGE_FOLDERS),
+        *(root / split / name for name in _IMAGE_FOLDERS),
         beside / annotation_file.stem,
         beside / split,
-        beside / "images",
-        beside / "data",
+        *(beside / name for name in _IMAGE_FOLDERS),
         beside,
-        root / "images",
-        root / "JPEGImages",
-        root / "data",
+        *(root / name for name in _IMAGE_FOLDERS),
         root,
-        beside.parent / "images",
+        *(beside.parent / name for name in _IMAGE_FOLDERS),
         beside.parent,
     ]
     return [place for place in dict.fromkeys(places) if place.is_dir()]
-
-
-def choose_image_dir(places: Sequence[Path], names: Sequence[str]) -> tuple[Path, bool] | None:
-    """The folder that holds most of a sample of `names`, and whether only their last part counts; None if none does."""
-    step = max(1, len(names) // _SAMPLED_NAMES)
-    sample = names[::step][:_SAMPLED_NAMES]
-    folders = ImageFolders()
-    best, most = None, 0
-    for bare in (False, True):
-        for place in places:
-            found = sum(folders.find(place / (last_part(name) if bare else name)) is not None for name in sample)
-            if found > most:
-                best, most = (place, bare), found
-            if found == len(sample):
-                return best
-    return best
-
-
-def last_part(name: str) -> str:
-    return name.replace("\\", "/").rpartition("/")[2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from ddetr.datasets.annotations import (
     check_boxes,
     report_boxes,
     split_error,
+    unlike_training,
     whole,
 )
+from ddetr.datasets.box_form import check_meaning, in_pixels, is_relative, ordered_corners, read_as
+from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import read_headers, settle_size
 from ddetr.errors import InputError
-from ddetr.untrusted import SHOWN_NAME, shortened
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Wanted:
     image_dir: Path | None = None
     categories: Sequence[Category] | None = None
     check_images: bool = True
+    boxes: BoxForm = "auto"
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class LabelledImage:
     boxes_xyxy: np.ndarray  # (n, 4) as written
     numbers: Sequence[int]  # (n,) of the objects in the label file
     in_fractions: bool = False  # the boxes are fractions of the image, not pixels
+    form: BoxForm = "xyxy"  # what the label file's numbers are: "xywh" where `boxes_xyxy` was made of sizes
     declared_hw: tuple[int, int] | None = None  # size of the image that the labels state
     ignore: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (n,), or (0,) for none
     unit: str = "object"  # what the numbers count: "object", "line", "row"
@@ -88,39 +93,42 @@ def read_labelled(
         names = sorted({name for image in others for name in image.classes})
         categories = [Category(label + 1, name) for label, name in enumerate(names)]
     label_of = {category.name: label for label, category in enumerate(categories)}
-    table = table_of(images, label_of, log)
+    table = table_of(images, label_of, log, lambda name: unlike_training(str(name), categories), wanted.boxes)
     return whole(f"{wanted.path.name}/{wanted.split}", format, categories, table, log)
-
-
-def _no_class_of_training(name: Any) -> str:
-    return f"{shortened(str(name), SHOWN_NAME)!r} is no class of the training set"
 
 
 def table_of(
     images: Sequence[LabelledImage],
     label_of: Mapping[Any, int],
     log: FindingLog,
-    said_of: Callable[[Any], str] = _no_class_of_training,
+    said_of: Callable[[Any], str],
+    form: BoxForm = "auto",
 ) -> ImageTable:
     """The images that can be read, with the objects that can be used; what is left out, and why, goes to the log.
 
-    label_of: label of each class, -1 or nothing for one that is left out; said_of: why.
+    label_of: label of each class, -1 or nothing for one that is left out; said_of: why. form: `Wanted.boxes`.
     """
-    records = []
+    said_of = cache(said_of)
+    framed = []
     for image, header in zip(images, read_headers([image.path for image in images]), strict=True):
         if isinstance(header, InputError):
             log.add("unreadable-image", "dropped", image.where, f"{header} It was left out.")
             continue
-        size_hw = settle_size(image.path, header, image.declared_hw, image.boxes_xyxy, log, image.where)
-        if size_hw is None:
-            continue
+        boxes = image.boxes_xyxy if image.in_fractions else read_as(image.boxes_xyxy, image.form, form)
+        size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where)
+        if size_hw is not None:
+            framed.append((image, boxes, size_hw))
+    _check_meaning(framed, form, log)
+    records = []
+    for image, boxes, size_hw in framed:
         labels = np.array([label_of.get(key, -1) for key in image.classes], dtype=np.int64)
         for i in np.flatnonzero(labels < 0).tolist():
             message = f"{said_of(image.classes[i])}; the object was left out."
             log.add("category-unknown", "dropped", image.place(i), message)
-        boxes = image.boxes_xyxy
-        if image.in_fractions:
-            boxes = boxes * np.array([size_hw[1], size_hw[0]] * 2)
+        if image.in_fractions or is_relative(form):
+            boxes = in_pixels(boxes, np.array(size_hw))
+        if not image.in_fractions and (image.form if form == "auto" else form).startswith("xyxy"):
+            boxes = ordered_corners(boxes, log, image.place)
         check = check_boxes(boxes, size_hw)
         report_boxes(log, check, boxes, image.place)
         keep = check.usable & (labels >= 0)
@@ -137,3 +145,15 @@ def table_of(
             )
         )
     return ImageTable.from_records(records)
+
+
+def _check_meaning(
+    framed: Sequence[tuple[LabelledImage, np.ndarray, tuple[int, int]]], form: BoxForm, log: FindingLog
+) -> None:
+    """Whether the boxes of a split look as if they meant something else; those in fractions are read line by line."""
+    said_in_pixels = [entry for entry in framed if len(entry[1]) and not entry[0].in_fractions]
+    for own in sorted({image.form for image, _, _ in said_in_pixels}):
+        mine = [entry for entry in said_in_pixels if entry[0].form == own]
+        sizes_hw = np.repeat([size_hw for _, _, size_hw in mine], [len(boxes) for _, boxes, _ in mine], axis=0)
+        boxes = np.concatenate([boxes for _, boxes, _ in mine])
+        check_meaning(boxes, sizes_hw, own, form, log, f"{mine[0][0].where} and on")

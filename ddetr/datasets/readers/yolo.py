@@ -22,6 +22,7 @@ from ddetr.datasets.annotations import (
     match_categories,
     report_crowd,
     split_error,
+    unlike_training,
     whole,
 )
 from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines
@@ -34,11 +35,9 @@ from ddetr.untrusted import (
     MAX_OBJECTS,
     MAX_PATH_PARTS,
     MAX_YAML_BYTES,
-    SHOWN_NAME,
     one_line,
     parse_yaml,
     read_text,
-    shortened,
 )
 
 WHOLE = "all"  # the one split of a data set that has none
@@ -180,6 +179,8 @@ def read_yolo(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
     if wanted.image_dir is not None:
         raise InputError("image_dir is for COCO and VOC; a YOLO data set names its images in data.yaml")
+    if wanted.boxes != "auto":
+        raise InputError("boxes is for formats in pixels; a YOLO label file holds x, y, width, height in fractions")
     path, split = wanted.path, wanted.split
     splits = yolo_splits(path)
     if split not in splits:
@@ -217,7 +218,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
     def said_of(class_id: int) -> str:
         if class_id not in name_of_id:
             return f"Class id {class_id} has no name"
-        return f"{shortened(name_of_id[class_id], SHOWN_NAME)!r} is no class of the training set"
+        return unlike_training(name_of_id[class_id], categories)
 
     found = []
     for image, text in zip(images, lines, strict=True):

@@ -1,0 +1,175 @@
+"""What the four numbers of a box mean: corners or sizes, pixels or fractions; and whether a split's look as if
+they meant something else than its format says.
+
+A form is "xyxy" (two corners), "xywh" (a corner and the size) or "cxcywh" (the centre and the size), in pixels, or with
+"-relative" in fractions of the image. n boxes; sizes are (h, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.config import BoxForm
+
+_MEANING = {
+    "xyxy": "two corners (x1, y1, x2, y2)",
+    "xywh": "a corner and a size (x, y, width, height)",
+    "cxcywh": "a centre and a size (x, y, width, height)",
+}
+_RELATIVE = "-relative"
+_SMALLEST_SIDE = 16  # of an image in which a box within the first pixel is told from fractions
+_MOSTLY = 0.5  # of the boxes: fewer than that in 0..1 are mistakes of their own
+# Boxes that don't fit into their images are mistakes of their own where they are fewer than this or a smaller share of
+# all. Corners read as sizes, or sizes as corners, break three of four; centres as corners only those near an edge.
+_FEW, _SHARE = {"xyxy": 2, "xywh": 2, "cxcywh": 5}, {"xyxy": 0.25, "xywh": 0.25, "cxcywh": 0.03}
+_CLEARER = 20  # times fewer of them don't fit when they are read by the right form
+
+
+def is_relative(form: BoxForm) -> bool:
+    return form.endswith(_RELATIVE)
+
+
+def corners_of(numbers: np.ndarray, form: BoxForm) -> np.ndarray:
+    """(n, 4) numbers as written -> (n, 4) corners in the same unit."""
+    start, other = numbers[:, :2], numbers[:, 2:]
+    with np.errstate(over="ignore", invalid="ignore"):  # not finite then, which is reported
+        if form.startswith("xywh"):
+            return np.concatenate([start, start + other], axis=1)
+        if form.startswith("cxcywh"):
+            return np.concatenate([start - other / 2, start + other / 2], axis=1)
+    return numbers
+
+
+def numbers_of(boxes_xyxy: np.ndarray, form: BoxForm) -> np.ndarray:
+    """(n, 4) corners -> the (n, 4) numbers that `corners_of` makes them of."""
+    start, end = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+    with np.errstate(over="ignore", invalid="ignore"):
+        if form.startswith("xywh"):
+            return np.concatenate([start, end - start], axis=1)
+        if form.startswith("cxcywh"):
+            return np.concatenate([(start + end) / 2, end - start], axis=1)
+    return boxes_xyxy
+
+
+def read_as(boxes_xyxy: np.ndarray, own: BoxForm, wanted: BoxForm) -> np.ndarray:
+    """(n, 4) corners, read as the format's `own` form, read as the `wanted` one: (n, 4) corners, in fractions where it
+    is relative."""
+    if wanted == "auto" or wanted.removesuffix(_RELATIVE) == own.removesuffix(_RELATIVE):
+        return boxes_xyxy
+    return corners_of(numbers_of(boxes_xyxy, own), wanted)
+
+
+def in_pixels(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+    """(n, 4) corners in fractions of images of (n, 2) or (2,) sizes -> pixels."""
+    sizes_hw = np.asarray(sizes_hw, dtype=np.float64).reshape(-1, 2)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return boxes_xyxy * sizes_hw[:, [1, 0, 1, 0]]
+
+
+def ordered_corners(boxes_xyxy: np.ndarray, log: FindingLog, where: Callable[[int], str]) -> np.ndarray:
+    """The (n, 4) boxes with the smaller corner first; `where(i)` names the place of box i."""
+    low = np.minimum(boxes_xyxy[:, :2], boxes_xyxy[:, 2:])
+    high = np.maximum(boxes_xyxy[:, :2], boxes_xyxy[:, 2:])
+    for i in np.flatnonzero((boxes_xyxy[:, 2:] < boxes_xyxy[:, :2]).any(axis=1)).tolist():
+        numbers = ", ".join(f"{value:g}" for value in boxes_xyxy[i])
+        message = f"The corners of the box ({numbers}) are swapped; the smaller numbers were taken as the first corner."
+        log.add("swapped-corners", "repaired", where(i), message)
+    return np.concatenate([low, high], axis=1)
+
+
+def check_meaning(
+    boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, own: BoxForm, wanted: BoxForm, log: FindingLog, where: str
+) -> None:
+    """Reports where the boxes of a whole split look as if they meant something else.
+
+    Args:
+        boxes_xyxy: (n, 4) corners as they are read: pixels, or fractions where `wanted` is relative.
+        sizes_hw: (n, 2) of their images.
+        own: the form that the data set's format says; wanted: what they were read as, "auto" for `own`.
+    """
+    judged = np.isfinite(boxes_xyxy).all(axis=1) & (boxes_xyxy[:, 2:] != boxes_xyxy[:, :2]).any(axis=1)
+    judged &= (sizes_hw >= _SMALLEST_SIDE).all(axis=1)
+    if not judged.all():
+        boxes_xyxy, sizes_hw = boxes_xyxy[judged], sizes_hw[judged]
+    if not len(boxes_xyxy):
+        return
+    if wanted == "auto":
+        if not _report_fractions(boxes_xyxy, own, log, where):
+            _report_other_form(boxes_xyxy, sizes_hw, own, log, where)
+    elif is_relative(wanted):
+        beyond = (np.abs(boxes_xyxy) > 2).any(axis=1)
+        if beyond.mean() > _MOSTLY:
+            message = (
+                f"{_of(beyond)} are no fractions of an image, but were read as {wanted}: correct the option boxes."
+            )
+            log.add("boxes-not-relative", "refused", where, message, count=int(beyond.sum()))
+
+
+def _report_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, where: str) -> bool:
+    """Whether most boxes lie in 0..1."""
+    small = (boxes_xyxy >= -0.05).all(axis=1) & (boxes_xyxy <= 2.1).all(axis=1)
+    if not small.any():
+        return False
+    numbers = numbers_of(boxes_xyxy[small], own)
+    small[small] = ((numbers >= -0.05) & (numbers <= 1.05)).all(axis=1)
+    count = int(small.sum())
+    if count > _MOSTLY * len(small):
+        numbers = numbers_of(boxes_xyxy[small], own)
+        fitting, _ = _best_forms(numbers, np.ones((1, 2)), [own, *_MEANING])
+        message = (
+            f"{_of(small)} lie in 0 to 1 where pixels are expected: they look like fractions of the image, "
+            f"{_said(fitting)}. {_cure([form + _RELATIVE for form in fitting], own)}"
+        )
+        log.add("boxes-look-relative", "refused", where, message, count=count)
+        return True
+    if count:
+        message = f"{_of(small)} lie within the first pixel of their images: fractions among pixels?"
+        log.add("box-in-first-pixel", "note", where, message, count=count)
+    return False
+
+
+def _report_other_form(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, own: BoxForm, log: FindingLog, where: str) -> None:
+    bad = _misfits(boxes_xyxy, sizes_hw)
+    count = int(bad.sum())
+    forms = [form for form in _MEANING if form != own and count >= max(_FEW[form], _SHARE[form] * len(bad))]
+    if not forms:
+        return
+    fitting, misfits = _best_forms(numbers_of(boxes_xyxy, own), sizes_hw, forms)
+    if misfits * _CLEARER > count:
+        return
+    message = f"{_of(bad)} don't fit into their images as {_MEANING[own]}, but do as {_said(fitting)}. "
+    log.add(f"boxes-look-like-{fitting[0]}", "refused", where, message + _cure(fitting, own), count=count)
+
+
+def _best_forms(numbers: np.ndarray, sizes_hw: np.ndarray, forms: Sequence[str]) -> tuple[list[str], int]:
+    """Of the forms those by which fewest boxes don't fit into their images, and how many those are."""
+    misfits = {form: int(_misfits(corners_of(numbers, form), sizes_hw).sum()) for form in forms}
+    fewest = min(misfits.values())
+    return [form for form, count in misfits.items() if count == fewest], fewest
+
+
+def _misfits(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
+    """(n,) bool: boxes without a size, or with more than rounding outside of their image."""
+    limits = sizes_hw[:, ::-1].astype(np.float64)
+    room = np.where(limits > 1, np.maximum(1.5, 0.02 * limits), 0.02)  # of fractions the image's side is 1
+    start, end = boxes_xyxy[:, :2], boxes_xyxy[:, 2:]
+    return ((end <= start) | (start < -room) | (end > limits + room)).any(axis=1)
+
+
+def _of(mask: np.ndarray) -> str:
+    return f"{int(mask.sum()):,} of {len(mask):,} boxes"
+
+
+def _said(forms: Sequence[str]) -> str:
+    return " or ".join(_MEANING[form] for form in forms)
+
+
+def _cure(forms: Sequence[str], own: str) -> str:
+    wanted = " or ".join(forms)
+    return (
+        f"If so, read them by --data.boxes {wanted} (ddetr data audit: --boxes); if they are right as they are, by "
+        f"--data.boxes {own}."
+    )

@@ -1,0 +1,179 @@
+"""What a box's numbers mean: whole splits that look as if they meant something else, and the option that reads them."""
+
+import numpy as np
+import pytest
+from dataset_parts import coco_object, voc_object, voc_xml
+
+from ddetr.datasets import load_annotations
+from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.box_form import check_meaning, corners_of, numbers_of
+from ddetr.datasets.config import TrainingSource
+from ddetr.datasets.splits import load_splits
+from ddetr.errors import InputError
+
+SIZE_WH = np.array([640, 480])
+FORMS = ("xywh", "xyxy", "cxcywh", "xywh-relative", "xyxy-relative", "cxcywh-relative")
+OBJECTS = {  # (smallest, largest) side, as parts of the image's
+    "points": (1 / 640, 1 / 640),
+    "tiny": (0.003, 0.01),
+    "small": (0.01, 0.08),
+    "medium": (0.05, 0.4),
+    "big": (0.5, 0.95),
+}
+
+
+def boxes_of(objects, n, seed=0):
+    """(n, 4) corners in pixels, anywhere in their images."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.uniform(*OBJECTS[objects], (n, 2)) * SIZE_WH
+    corners = rng.random((n, 2)) * (SIZE_WH - sizes)
+    return np.concatenate([corners, corners + sizes], axis=1)
+
+
+def found(boxes_xyxy, own, wanted="auto"):
+    log = FindingLog()
+    check_meaning(boxes_xyxy, np.tile(SIZE_WH[::-1], (len(boxes_xyxy), 1)), own, wanted, log, "x")
+    return log.freeze()
+
+
+def misread(boxes_xyxy, form, own):
+    """Corners as a reader of the form `own` gets them where the file has been written in `form`."""
+    boxes = boxes_xyxy / np.tile(SIZE_WH, 2) if form.endswith("-relative") else boxes_xyxy
+    return corners_of(numbers_of(boxes, form), own)
+
+
+@pytest.mark.parametrize("own", ["xywh", "xyxy"])
+@pytest.mark.parametrize("objects", OBJECTS)
+def test_no_alarm_where_boxes_are_what_they_should_be(objects, own):
+    for n in (1, 4, 40, 1000):
+        boxes = boxes_of(objects, n)
+        beyond = boxes + np.where(np.arange(n) % 10 == 0, 40, 0)[:, None]  # some reach out of their image
+        for some in (boxes, boxes * 2, boxes / 2, beyond, boxes.round(), np.tile([0, 0, *SIZE_WH], (n, 1)) + 1):
+            assert found(some.astype(float), own) == ()
+
+
+@pytest.mark.parametrize("own", ["xywh", "xyxy"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("objects", ["small", "medium"])
+@pytest.mark.parametrize("n", [6, 200])
+def test_another_form_is_found(objects, form, own, n):
+    if form == own:
+        return
+    findings = found(misread(boxes_of(objects, n), form, own), own)
+    if form == "cxcywh" and own == "xywh" and (objects == "small" or n < 20):  # hardly one leaves its image
+        return
+    assert [finding.action for finding in findings] == ["refused"]
+    if n > 20 and objects == "medium":
+        assert f"--data.boxes {form} (" in findings[0].message
+    assert ("-relative" in findings[0].message) == form.endswith("-relative")
+    assert f"by --data.boxes {own}." in findings[0].message
+    assert found(misread(boxes_of(objects, n), form, own), own, own) == ()  # the option silences it
+
+
+def test_some_fractions_among_pixels_are_a_note():
+    boxes = boxes_of("medium", 50)
+    boxes[3] = (0.1, 0.1, 0.5, 0.6)
+    assert [(f.kind, f.action, f.count) for f in found(boxes, "xywh")] == [("box-in-first-pixel", "note", 1)]
+
+
+def test_boxes_that_are_none_decide_nothing():
+    for boxes in (np.zeros((9, 4)), np.full((9, 4), np.nan), np.zeros((0, 4)), np.full((9, 4), 1e300)):
+        assert found(boxes, "xywh") == ()
+
+
+PIXELS = [(8, 6, 28, 22), (30, 20, 54, 38)]  # corners, in images of 64 x 48
+
+
+def written(form):
+    boxes = np.array(PIXELS, dtype=float)
+    if form.endswith("-relative"):
+        boxes /= (64, 48, 64, 48)
+    return [tuple(box) for box in numbers_of(boxes, form).tolist()]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_coco_by_the_option(make_coco, form):
+    objects = [coco_object(image_id=image, bbox=box, area=0.1) for image in (1, 2) for box in written(form)]
+    root = make_coco(objects)
+    annotations = load_annotations(root, "train", boxes=form)
+    for record in annotations.images:
+        np.testing.assert_allclose(record.boxes_xyxy, PIXELS, atol=1e-4)
+        np.testing.assert_allclose(record.area, [320, 432] if form.endswith("-relative") else 0.1, rtol=1e-4)
+    assert annotations.findings == ()
+    refused = [f for f in load_annotations(root, "train").findings if f.action == "refused"]
+    assert bool(refused) == (form not in ("xywh", "cxcywh"))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_voc_by_the_option(make_voc, form):
+    xml = voc_xml([voc_object(box=box) for box in written(form)])
+    root = make_voc(dict.fromkeys("abcd", xml))
+    annotations = load_annotations(root, "train", boxes=form)
+    for record in annotations.images:
+        np.testing.assert_allclose(record.boxes_xyxy, PIXELS, atol=1e-4)
+    assert annotations.findings == ()
+    refused = [f.kind for f in load_annotations(root, "train").findings if f.action == "refused"]
+    assert bool(refused) == (form not in ("xyxy", "cxcywh"))
+
+
+def test_swapped_corners_are_ordered(make_coco, make_voc):
+    swapped = [(28, 22, 8, 6), (54, 20, 30, 38), (8, 6, 28, 22)]
+    voc = load_annotations(make_voc({"a": voc_xml([voc_object(box=box) for box in swapped])}), "train")
+    coco = load_annotations(make_coco([coco_object(bbox=box) for box in swapped]), "train", boxes="xyxy")
+    for annotations in (voc, coco):
+        assert annotations.images[0].boxes_xyxy.tolist() == [[8, 6, 28, 22], [30, 20, 54, 38], [8, 6, 28, 22]]
+        assert [(f.kind, f.action) for f in annotations.findings] == [("swapped-corners", "repaired")] * 2
+
+
+def test_an_option_that_does_not_fit_is_refused(make_coco, make_yolo):
+    objects = [coco_object(bbox=box) for box in written("xywh")]
+    kinds = {f.kind: f.action for f in load_annotations(make_coco(objects), "train", boxes="xywh-relative").findings}
+    assert kinds["boxes-not-relative"] == "refused"
+    with pytest.raises(InputError, match="boxes is for formats in pixels"):
+        load_annotations(make_yolo({"images/train/a.jpg": "0 .5 .5 .2 .2"}), "train", boxes="xyxy")
+    with pytest.raises(InputError, match=r"boxes is one of auto, .* \(did you mean xywh\?\)"):
+        load_annotations(make_coco(objects), "train", boxes="xyhw")
+
+
+def test_the_option_reaches_both_splits(make_coco):
+    for split in ("train", "val"):
+        root = make_coco([coco_object(bbox=box) for box in written("xyxy-relative")], split=split)
+    for annotations in load_splits(TrainingSource(path=str(root), boxes="xyxy-relative")):
+        np.testing.assert_allclose(annotations.images[0].boxes_xyxy, PIXELS, atol=1e-4)
+
+
+# ---- names of classes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (["cat", "Cat "], 1),
+        (["cat", "cat"], 1),
+        (["traffic light", "traffic_light", "Traffic-Light"], 1),
+        (["é", "e\u0301"], 1),
+        (["cat", "cats"], 0),
+    ],
+    ids=str,
+)
+def test_names_that_are_nearly_the_same_are_a_note(make_coco, names, count):
+    categories = [{"id": i, "name": name} for i, name in enumerate(names, 3)]
+    annotations = load_annotations(make_coco(categories=categories), "train")
+    assert [(f.kind, f.action) for f in annotations.findings] == [("alike-class-names", "note")] * count
+    assert all(f"id {i + 3}" in f.message for f in annotations.findings for i in range(len(names)))
+
+
+def test_a_class_of_validation_names_the_one_of_training(make_coco, make_voc, make_yolo):
+    make_coco()
+    root = make_coco([coco_object(category_id=1)], split="val", categories=[{"id": 1, "name": "Cat"}])
+    train = load_annotations(root, "train")
+    voc = make_voc({"a": voc_xml([voc_object("cat")]), "b": voc_xml([voc_object("Cat")])}, {"train": "a", "val": "b"})
+    yolo = make_yolo({"images/val/a.jpg": "0 .5 .5 .2 .2"}, data_yaml="train: images/val\nnames: [Cat]\n")
+    for annotations in (
+        load_annotations(root, "val", categories=train.categories),
+        load_annotations(voc, "val"),
+        load_annotations(yolo, "train", categories=train.categories),
+    ):
+        [finding] = annotations.findings
+        assert (finding.kind, finding.action) == ("category-unknown", "dropped")
+        assert "'Cat' is no class of the training set, which has 'cat'" in finding.message

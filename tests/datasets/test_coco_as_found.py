@@ -1,0 +1,391 @@
+"""COCO files as tools and people write them: names of files, ids, masks, encodings, layouts."""
+
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dataset_parts import coco_object
+
+from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
+from ddetr.datasets.image_files import ImageFolders
+from ddetr.datasets.readers.coco_mask import box_of_mask
+from ddetr.datasets.readers.file_names import spellings
+from ddetr.errors import InputError
+
+# ---- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def named(make_coco, write_image):
+    """Reads a set whose images 1, 2, ... have these names in its JSON, and these files in its folder; each has one box
+    that is as wide as its id."""
+
+    def read(names, files, **keys):
+        for i, file in enumerate(files):
+            write_image(make_coco(num_images=0).joinpath("train", file), seed=i)
+
+        def edit(content):
+            content["images"] = [
+                {"id": i, keys.get("key", "file_name"): name, "width": 64, "height": 48}
+                for i, name in enumerate(names, 1)
+            ]
+
+        objects = [coco_object(image_id=i, bbox=(1, 1, i + 2, 9)) for i in range(1, len(names) + 1)]
+        root = make_coco(objects, num_images=0, edit=edit)
+        annotations = load_annotations(root, "train")
+        for record in annotations.images:  # whatever was found, boxes stay with their entry
+            assert [box[2] - box[0] for box in record.boxes_xyxy.tolist()] == [record.image_id + 2]
+        found = {record.image_id: record.path.relative_to(root / "train").as_posix() for record in annotations.images}
+        return found, {finding.kind: finding.action for finding in annotations.findings}
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (["cam1\\1.jpg", "cam2\\1.jpg"], ["cam1/1.jpg", "cam2/1.jpg"]),
+        (["C:\\x\\cam1\\1.jpg", "C:\\x\\cam2\\1.jpg"], ["cam1/1.jpg", "cam2/1.jpg"]),
+        (["/home/me/set/cam1/1.jpg", "/mnt/b/cam2/1.jpg"], ["cam1/1.jpg", "cam2/1.jpg"]),
+        (["./a.jpg", "../b.jpg"], ["a.jpg", "b.jpg"]),
+        (["/a.jpg", "//b.jpg"], ["a.jpg", "b.jpg"]),
+        ([" a.jpg", "b.jpg "], ["a.jpg", "b.jpg"]),
+        (["my%20photo.jpg", "two%20%282%29.jpg"], ["my photo.jpg", "two (2).jpg"]),
+        (["100%.jpg", "a%zz.jpg"], ["100%.jpg", "a%zz.jpg"]),
+        (["caf%C3%A9.jpg"], ["café.jpg"]),
+        (["https://h/x/a.jpg?sig=q/b", "https://h/x/b.jpg?sig=q/c"], ["a.jpg", "b.jpg", "c.jpg"]),
+        (["a.jpg?sig=q/b", "b.jpg?v=2"], ["a.jpg", "b.jpg"]),
+        (["what?.jpg", "no#2.jpg"], ["what?.jpg", "no#2.jpg", "what.jpg", "no.jpg"]),
+        (["/data/local-files/?d=pics%5Ca.jpg", "/data/local-files/?d=pics/b.jpg"], ["a.jpg", "b.jpg"]),
+        (["file:///C:/x/a.jpg", "s3://bucket/x/b.jpg"], ["a.jpg", "b.jpg"]),
+        (["CAM1/1.JPG", "cam2/1.jpg"], ["cam1/1.jpg", "Cam2/1.jpg"]),
+        (["a", "b.png"], ["a.jpg", "b.jpg"]),
+        (["a.jpg", "A.jpg"], ["a.jpg", "A.jpg"]),
+    ],
+    ids=str,
+)
+def test_names_of_other_systems(named, names, files):
+    found, kinds = named(names, files)
+    assert found == dict(enumerate(files[: len(names)], 1))
+    assert set(kinds.values()) <= {"repaired", "note"}
+
+
+@pytest.mark.parametrize(("written", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_accents_composed_or_not(named, written, stored):
+    names = ["café/é.jpg", "한국.jpg"]
+    files = [unicodedata.normalize(stored, name) for name in names]
+    found, _ = named([unicodedata.normalize(written, name) for name in names], files)
+    assert found == dict(enumerate(files, 1))
+
+
+@pytest.mark.parametrize(
+    ("names", "files", "found", "kind"),
+    [
+        (["cam1/1.jpg", "cam2/1.jpg"], ["1.jpg"], {}, ("ambiguous-image", "refused")),
+        (["cam1\\1.jpg", "cam2\\1.jpg", "x\\2.jpg"], ["1.jpg", "2.jpg"], {3: "2.jpg"}, ("ambiguous-image", "refused")),
+        (["a.png", "a.bmp", "b.jpg"], ["a.jpg", "b.jpg"], {3: "b.jpg"}, ("ambiguous-image", "refused")),
+        (["a.png", "a.jpg"], ["a.jpg"], {2: "a.jpg"}, ("missing-image", "dropped")),
+        (["a%20b.jpg", "a b.jpg"], ["a b.jpg"], {2: "a b.jpg"}, ("missing-image", "dropped")),
+        (["A.jpg"], ["a.jpg", "a.JPG", "x.jpg"], {}, ("every-image-missing", "refused")),
+        (["x.jpg", "https://h/gone.jpg?next=/x"], ["x.jpg"], {1: "x.jpg"}, ("missing-image", "dropped")),
+        (["x.jpg", "gone.jpg?next=/x.jpg"], ["x.jpg"], {1: "x.jpg"}, ("missing-image", "dropped")),
+    ],
+    ids=str,
+)
+def test_one_file_is_never_guessed_for_two_names(named, names, files, found, kind):
+    got, kinds = named(names, files)
+    assert got == found
+    assert kind in kinds.items()
+
+
+def test_images_are_preferred_to_masks_of_the_same_names(make_coco, write_image):
+    root = make_coco()
+    (root / "train").rename(root / "images")
+    for name in ("1.png", "2.png"):
+        write_image(root / "train" / name)
+    assert [record.path.parent.name for record in load_annotations(root, "train").images] == ["images"] * 2
+
+
+@pytest.mark.parametrize("key", ["filename", "path", "coco_url"])
+def test_the_name_under_another_key(named, key):
+    found, kinds = named(["http://h/train/a.jpg"], ["a.jpg"], key=key)
+    assert found == {1: "a.jpg"}
+    assert kinds["missing-file-name"] == "repaired"
+
+
+def test_spellings_of_hostile_names_end():
+    for name in ("%" * 500, "?" * 500, "a/" * 500, "https://", "\0", "..", "/", "?d=", "%00.jpg", "\ud800.jpg", "C:"):
+        assert all(isinstance(one, str) for one in spellings(name))
+
+
+def test_names_that_are_alike_are_found_by_name_before_by_stem(tmp_path, write_image):
+    for name in ("a.jpg", "a.jpg.png"):
+        write_image(tmp_path / name)
+    folders = ImageFolders()
+    assert folders.find(tmp_path / "A.JPG") == tmp_path / "a.jpg"
+    assert folders.find(tmp_path / "a.jpg.bmp") == tmp_path / "a.jpg.png"
+
+
+@pytest.mark.parametrize(
+    ("boxes", "action", "kept"),
+    [
+        ({1: [(4, 5, 20, 10)], 2: [(5, 5, 20, 10)]}, "refused", []),
+        ({1: [(4, 5, 20, 10)], 2: [(4, 5, 20, 10), (1, 1, 9, 9)]}, "refused", []),
+        ({1: [(4, 5, 20, 10), (1, 1, 9, 9)], 2: [(1, 1, 9, 9), (4, 5, 20, 10)]}, "note", [1]),
+        ({1: [], 2: [(4, 5, 20, 10)]}, "note", [2]),
+        ({1: [], 2: []}, "note", [1]),
+    ],
+)
+def test_one_file_under_two_ids(make_coco, boxes, action, kept):
+    def same_file(content):
+        content["images"][1]["file_name"] = "1.jpg"
+
+    objects = [coco_object(image_id=image, bbox=box) for image, own in boxes.items() for box in own]
+    annotations = load_annotations(make_coco(objects, num_images=3, edit=same_file), "train")
+    assert [record.image_id for record in annotations.images] == [*kept, 3]
+    [finding] = [finding for finding in annotations.findings if finding.kind == "duplicate-file"]
+    assert finding.action == action
+    assert annotations.num_images_left_out == (2 if action == "refused" else 0)
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_written", [float, lambda i: f"{i}.0", str, lambda i: f" {i} "], ids=range(4))
+def test_ids_as_tables_write_them(make_coco, kinds, as_written):
+    def edit(content):
+        for entry in (*content["images"], *content["categories"]):
+            entry["id"] = as_written(entry["id"])
+
+    objects = [coco_object(), coco_object(image_id=2.0, category_id="7"), coco_object(image_id="2", category_id=7.0)]
+    annotations = load_annotations(make_coco(objects, edit=edit), "train")
+    assert [(record.image_id, record.labels.tolist()) for record in annotations.images] == [(1, [0]), (2, [1, 1])]
+    assert [category.category_id for category in annotations.categories] == [3, 7]
+    assert kinds(annotations) == {}
+
+
+def test_ids_that_are_none(make_coco, kinds):
+    def edit(content):
+        content["images"] += [{"id": wrong, "file_name": "1.jpg"} for wrong in (True, None, [1], float("nan"))]
+
+    objects = [coco_object(), coco_object(image_id=True), coco_object(category_id=False), coco_object(image_id={})]
+    annotations = load_annotations(make_coco(objects, edit=edit), "train")
+    assert [len(record.labels) for record in annotations.images] == [1, 0]
+    assert kinds(annotations) == {
+        "image-entry": "dropped",
+        "image-unknown": "dropped",
+        "category-unknown": "dropped",
+    }
+    for wrong in (True, 1.5, "x", None):
+        with pytest.raises(InputError, match='integer "id"'):
+            load_annotations(make_coco(categories=[{"id": wrong, "name": "cat"}]), "train")
+
+
+def test_ids_that_fit_two_are_none(make_coco):
+    def edit(content):
+        content["images"][0]["id"], content["images"][1]["id"] = "01", "1"
+
+    annotations = load_annotations(make_coco([coco_object(image_id=1), coco_object(image_id="01")], edit=edit), "train")
+    assert [len(record.labels) for record in annotations.images] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("written", "crowd"),
+    [("0", False), ("1", True), ("0.0", False), (0.0, False), (1.0, True), ("false", False), ("True", True)]
+    + [("", False), (None, False), (float("nan"), False), ([], False), (True, True)],
+)
+def test_iscrowd_as_text(make_coco, written, crowd):
+    annotations = load_annotations(make_coco([coco_object(iscrowd=written), coco_object()]), "train")
+    assert annotations.images[0].ignore.tolist() == [crowd, False]
+
+
+def test_sizes_as_text_and_negative(make_coco):
+    def edit(content):
+        content["images"][0] |= {"width": "64", "height": "48.0"}
+        content["images"][1] |= {"width": -64, "height": 48}
+
+    annotations = load_annotations(make_coco(edit=edit), "train")
+    assert [record.size_hw for record in annotations.images] == [(48, 64), (48, 64)]
+    assert [(f.kind, f.count) for f in annotations.findings] == [("missing-size", 1)]
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def runs_of(mask):
+    flat = np.concatenate([[0], mask.T.reshape(-1), [0]])
+    edges = np.flatnonzero(np.diff(flat))
+    lengths = np.diff(np.concatenate([[0], edges, [mask.size]])).tolist()
+    return lengths if lengths[-1] else lengths[:-1]
+
+
+@pytest.mark.parametrize("kind", range(4))
+def test_boxes_around_masks(kind):
+    from pycocotools import mask as theirs
+
+    rng = np.random.default_rng(kind)
+    for _ in range(30):
+        height, width = rng.integers(1, 40, 2)
+        mask = np.zeros((height, width), dtype=np.uint8)
+        y, x = rng.integers(height), rng.integers(width)
+        if kind == 0:
+            mask[y : y + rng.integers(1, 30), x : x + rng.integers(1, 30)] = 1
+        elif kind == 1:
+            mask[:] = rng.random(mask.shape) < rng.random()
+        elif kind == 2:
+            mask[:] = 1
+        size = [int(height), int(width)]
+        packed = theirs.encode(np.asfortranarray(mask))["counts"].decode()
+        rows, columns = np.nonzero(mask)
+        for counts in (packed, runs_of(mask)):
+            box = box_of_mask({"size": size, "counts": counts})
+            if not len(rows):
+                assert box is None
+            else:
+                corner = (columns.min(), rows.min())
+                assert box.tolist() == [*corner, columns.max() + 1 - corner[0], rows.max() + 1 - corner[1]]
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [None, 5, "x", [], [[]], [[1, 2, 3]], [None], {}, {"size": [2, 2]}, {"size": [2], "counts": "0"}]
+    + [{"size": [2, 2], "counts": counts} for counts in ("", "~", "oooooooooooooo0", "é€", "o", [5], [1, -1, 4], [[4]])]
+    + [{"size": [1e300, 2], "counts": [2]}, {"size": [2**40, 2**40], "counts": [0, 2**80]}, {"size": "ab", "counts": 1}]
+    + [{"size": [float("nan"), 2], "counts": [0, 4]}, {"size": [2, 2], "counts": [0, 1.5, 2.5]}],
+)
+def test_broken_masks_have_no_box(segmentation):
+    assert box_of_mask(segmentation) is None
+
+
+def test_a_mask_stands_in_for_a_box(make_coco):
+    mask = np.zeros((48, 64), dtype=int)
+    mask[6:22, 8:28] = 1
+    runs = {"size": [48, 64], "counts": runs_of(mask)}
+    objects = [coco_object(bbox=(), segmentation=runs), coco_object(bbox=(), segmentation=runs | {"size": [64, 48]})]
+    objects.append(coco_object(bbox=(), segmentation=[1, 2, 11, 2, 11, 9]))
+    annotations = load_annotations(make_coco(objects), "train")
+    assert annotations.images[0].boxes_xyxy.tolist() == [[8, 6, 28, 22], [1, 2, 11, 9]]
+    assert [(f.kind, f.action) for f in annotations.findings] == [
+        ("missing-box", action) for action in ("repaired", "dropped", "repaired")
+    ]
+
+
+# ---- encodings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+def test_encodings(make_coco, kinds, encoding):
+    root = make_coco(categories=[{"id": 3, "name": "Kätzchen"}])
+    file = root / "annotations" / "instances_train.json"
+    (root / "train.json").write_bytes(json.dumps(json.loads(file.read_text()), ensure_ascii=False).encode(encoding))
+    file.unlink()
+    annotations = load_annotations(root, "train")
+    assert annotations.categories[0].name == "Kätzchen"
+    assert kinds(annotations) == ({"encoding": "repaired"} if encoding == "cp1252" else {})
+
+
+def test_a_broken_encoding_is_one_sentence(make_coco):
+    root = make_coco()
+    file = root / "annotations" / "instances_train.json"
+    file.write_bytes(file.read_text().encode("utf-16") + b"\0")
+    with pytest.raises(InputError, match="can't be read"):
+        load_annotations(root, "train")
+
+
+# ---- layouts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train_json", "val_json", "images", "names"),
+    [
+        ("custom_train.json", "custom_val.json", "{split}", ("train", "val")),
+        ("annots/custom_train.json", "annots/custom_val.json", "images", ("train", "val")),
+        ("annots/train.json", "annots/valid.json", "images/{split}", ("train", "valid")),
+        ("labels/train.json", "labels/val.json", "images", ("train", "val")),
+        ("annotation/a_train2017.json", "annotation/a_val2017.json", "images", ("train2017", "val2017")),
+        ("Annotations/train_coco.json", "Annotations/val_coco.json", "img", ("train", "val")),
+        ("train/train.json", "val/val.json", "{split}", ("train", "val")),
+        ("train/annotations/x.json", "val/annotations/x.json", "{split}/images", ("train", "val")),
+        ("annotations/train/x.json", "annotations/val/x.json", "images/{split}", ("train", "val")),
+        ("annotations/instances_my_train.json", "annotations/instances_my_val.json", "{split}", ("train", "val")),
+        ("train coco.json", "val coco.json", "images", ("train", "val")),
+        ("set1_train.json", "set2_train.json", "images", None),
+    ],
+)
+@pytest.mark.parametrize("wrapped", ["", "mine/", "a/mine/"])
+def test_guessed_layouts(make_coco, tmp_path, write_image, train_json, val_json, images, names, wrapped):
+    made = make_coco(root=tmp_path / "made") / "annotations" / "instances_train.json"
+    top = tmp_path / "set"
+    for file, split in zip((train_json, val_json), names or ("set1_train", "set2_train"), strict=True):
+        place = top / wrapped / file
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made, place)
+        for name in ("1.jpg", "2.jpg"):
+            write_image(top / wrapped / images.format(split=split) / name)
+    for extra in (top / "__MACOSX", top / ".git"):
+        extra.mkdir()
+    (top / wrapped / "._train.json").write_text('{"images": []}')
+    if names is None:
+        assert available_splits(top) == ["set1_train", "set2_train"]
+        return
+    assert default_splits(top) == names
+    for split in names:
+        annotations = load_annotations(top, split)
+        assert [len(record.labels) for record in annotations.images] == [1, 0]
+        assert annotations.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("file", "names", "split"),
+    [
+        ("result.json", "images\\{}", "result"),
+        ("result.json", "../../label-studio/data/media/upload/1/{}", "result"),
+        ("annotations/instances_default.json", "{}", "default"),
+        ("annotations.json", "images/{}", "annotations"),
+        ("out/_annotations.coco.json", "{}", "out"),
+    ],
+)
+def test_one_file_for_all(make_coco, file, names, split):
+    def edit(content):
+        for entry in content["images"]:
+            entry["file_name"] = names.format(entry["file_name"])
+
+    root: Path = make_coco(edit=edit)
+    (root / file).parent.mkdir(exist_ok=True)
+    (root / "annotations" / "instances_train.json").rename(root / file)
+    (root / "train").rename(root / "images")
+    assert default_splits(root) == (split, None)
+    assert len(load_annotations(root, split).images) == 2
+
+
+def test_a_folder_of_one_json_for_each_image_is_no_coco(tmp_path):
+    (tmp_path / "labels").mkdir()
+    for i in range(120):
+        (tmp_path / "labels" / f"{i}.json").write_text('{"images": []}')
+    with pytest.raises(InputError, match="no data set that is known"):
+        available_splits(tmp_path)
+
+
+def test_other_json_files_are_no_coco(make_yolo):
+    root = make_yolo({"images/a.jpg": "0 .5 .5 .2 .2"})
+    (root / "notes.json").write_text('{"categories": [{"id": 0, "name": "cat"}], "info": {}}')  # Label Studio's
+    (root / "default.json").write_text('{"info": {}, "categories": {}, "items": [{"annotations": []}]}')  # Datumaro's
+    assert detect_format(root) == "yolo"
+
+
+def test_checkpoints_of_jupyter_are_no_split(make_coco):
+    root = make_coco()
+    for folder in ("train", ".ipynb_checkpoints"):
+        (root / folder).mkdir(exist_ok=True)
+        shutil.copy(root / "annotations" / "instances_train.json", root / folder / "_annotations.coco.json")
+    shutil.rmtree(root / "annotations")
+    assert available_splits(root) == ["train"]
+
+
+def test_a_yolo_set_in_a_folder_of_its_own(make_yolo, tmp_path):
+    make_yolo({f"images/{s}/a.jpg": "0 .5 .5 .2 .2" for s in ("train", "val")}, root=tmp_path / "zip" / "mine")
+    assert default_splits(tmp_path / "zip") == ("train", "val")
+    assert len(load_annotations(tmp_path / "zip", "train").images) == 1
