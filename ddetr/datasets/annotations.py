@@ -66,7 +66,7 @@ class Finding:
 _IMAGE_KINDS = frozenset(
     [
         *("image-entry", "missing-image", "every-image-missing", "unreadable-image", "size-mismatch"),
-        *("missing-annotation", "malformed-xml"),
+        *("missing-annotation", "malformed-xml", "image-not-read"),
     ]
 )
 

@@ -29,7 +29,8 @@ from ddetr.datasets.annotations import (
     split_error,
     whole,
 )
-from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines, read_headers, settle_size
+from ddetr.datasets.image_files import ImageFolders, listed_lines, read_headers, settle_size
+from ddetr.datasets.image_formats import is_image_name
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, read_bytes, shortened
 
@@ -159,6 +160,7 @@ def _records(
             log.add("missing-image", "dropped", str(file.relative_to(root)), message)
         else:
             found.append((file, image))
+    folders.report_unread(log)
     if trees and not found:
         looked = image_dir or root / "JPEGImages"
         message = f"None of the {len(trees)} images was found in {looked}; give image_dir."
