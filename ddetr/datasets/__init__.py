@@ -15,6 +15,7 @@ yolo.py           reader: YOLO
 load.py           load_annotations: which format, which split, which reader
 splits.py         settings -> annotations of a split
 shapes.py         the embedded data set, drawn
+decoding.py       which images can't be decoded
 audit.py          what is wrong with a data set, and whether training may start
 transforms.py     augmentation recipes, normalisation
 dataset.py        DetectionDataset: annotations to samples

@@ -6,9 +6,9 @@ Shapes: n objects of an image of h x w pixels after the transforms.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -141,6 +141,41 @@ class DetectionDataset(Dataset):
         if self.normalize:
             image = normalize_images(image)
         return image, target
+
+
+class UnreadImage(NamedTuple):
+    """What stands in the place of the sample of an image that can't be read."""
+
+    image_id: int
+    path: str
+    reason: str
+
+
+class ReadableImages(Dataset):
+    """Images of a data set for evaluation, of which some may turn out to be damaged: `images[i]` is the sample of
+    `dataset`, or an `UnreadImage`, for who names those and leaves them out."""
+
+    def __init__(self, dataset: DetectionDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]] | UnreadImage:
+        try:
+            return self.dataset[index]
+        except InputError as error:
+            record = self.dataset.annotations.images[index]
+            return UnreadImage(record.image_id, str(record.path), str(error))
+
+
+def readable(samples: Iterable[Any]) -> tuple[list[Any], list[UnreadImage]]:
+    """Some of `ReadableImages`: the samples, and the images that could not be read."""
+    samples = list(samples)
+    return (
+        [sample for sample in samples if not isinstance(sample, UnreadImage)],
+        [sample for sample in samples if isinstance(sample, UnreadImage)],
+    )
 
 
 @contextmanager

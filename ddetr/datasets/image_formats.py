@@ -112,7 +112,7 @@ def unread_suffixes() -> dict[str, tuple[bool, str]]:
     found = {suffix: (cure is _DEVELOP, cure) for cure, suffixes in _OTHERS.items() for suffix in suffixes.split()}
     for plugin in _PLUGINS:
         if plugin.format not in known_formats():
-            found |= {suffix: (True, f"{plugin.cure}, or {_CONVERT}") for suffix in _FORMATS[plugin.format]}
+            found |= dict.fromkeys(_FORMATS[plugin.format], (True, f"{plugin.cure}, or {_CONVERT}"))
     return found
 
 
