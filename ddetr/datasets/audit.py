@@ -435,7 +435,7 @@ def _report_problems(
     if refuse or too_many:
         action, fate = "refused", "Restore it or remove its entry."
     for record, problem in problems:
-        log.add("unreadable-image", action, str(record.path), f"{problem} {fate}")
+        log.add("unreadable-image", action, str(record.path), f"{problem.rstrip('.')}. {fate}")
 
 
 def _plural(count: int, noun: str) -> str:

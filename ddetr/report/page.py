@@ -153,7 +153,7 @@ def _summary(run: RunFiles) -> dict[str, Any]:
     train = run.audit.get("train") or {}
     facts = [
         ("Data set", str(data.get("path", "unknown"))),
-        ("Validated on", f"{split}" if split else "unknown"),
+        ("Validated on", (f"{split}" if split else "unknown") + _of_images(best or last)),
         ("Images", _of_both(run.audit, "num_images")),
         ("Objects", _of_both(run.audit, "num_objects")),
         ("Classes", f"{len(run.audit['categories']):,}" if run.audit.get("categories") else "unknown"),
@@ -324,6 +324,13 @@ def _listed(validation: Validation, labels: np.ndarray) -> str:
     found, counts = np.unique(labels, return_counts=True)
     words = [f"{count} {validation.name(label)}" for label, count in zip(found.tolist(), counts.tolist())]
     return ", ".join(words) or "nothing"
+
+
+def _of_images(metrics: Mapping[str, Any]) -> str:
+    """On how many of the images, where these are not all."""
+    found = metrics.get("measured_on") or {}
+    measured, listed = found.get("num_images"), found.get("num_images_listed")
+    return "" if measured == listed else f", {measured:,} of {listed:,} images: the others could not be used"
 
 
 def _counted(values: Mapping[str, Any]) -> str:
