@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -168,6 +169,14 @@ class ImageTable(Sequence[ImageRecord]):
             area=self.area[objects],
             ignore=self.ignore[objects],
         )
+
+
+class UnreadImage(NamedTuple):
+    """What stands in the place of the sample of an image that can't be read."""
+
+    image_id: int
+    path: str
+    reason: str
 
 
 class FindingLog:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ddetr.boxes import relative_boxes
-from ddetr.datasets.annotations import Annotations, Category, ImageRecord
+from ddetr.datasets.annotations import Annotations, Category, ImageRecord, UnreadImage
 from ddetr.datasets.images import read_image
 from ddetr.datasets.transforms import normalize_images
 from ddetr.errors import InputError
@@ -141,14 +141,6 @@ class DetectionDataset(Dataset):
         if self.normalize:
             image = normalize_images(image)
         return image, target
-
-
-class UnreadImage(NamedTuple):
-    """What stands in the place of the sample of an image that can't be read."""
-
-    image_id: int
-    path: str
-    reason: str
 
 
 class ReadableImages(Dataset):

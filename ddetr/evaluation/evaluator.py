@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from ddetr.boxes import box_xyxy_to_xywh
-from ddetr.datasets.annotations import Annotations, ImageTable
-from ddetr.datasets.dataset import UnreadImage
+from ddetr.datasets.annotations import Annotations, ImageTable, UnreadImage
 from ddetr.errors import InputError
 from ddetr.evaluation.backends import BACKENDS, Backend
 from ddetr.evaluation.metrics import ClassMetrics, Metrics, best_threshold

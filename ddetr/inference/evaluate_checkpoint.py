@@ -12,7 +12,7 @@ from ddetr.files import existing, make_folder, write_text
 
 if TYPE_CHECKING:
     from ddetr.datasets import Annotations
-    from ddetr.datasets.dataset import UnreadImage
+    from ddetr.datasets.annotations import UnreadImage
     from ddetr.evaluation.evaluator import CocoEvaluator
     from ddetr.evaluation.metrics import Metrics
     from ddetr.inference.predictor import Predictor

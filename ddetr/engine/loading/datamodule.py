@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, get_worker_info
 
 from ddetr.datasets import Annotations, DetectionDataset, build_transform, collate, padded_shapes, worst_padded_hw
+from ddetr.datasets.annotations import UnreadImage
 from ddetr.datasets.config import DataConfig
-from ddetr.datasets.dataset import ReadableImages, UnreadImage, readable
+from ddetr.datasets.dataset import ReadableImages, readable
 from ddetr.datasets.decoding import most_unreadable
 from ddetr.engine.loading.sampler import EpochOrder
 from ddetr.engine.loading.workers import PREFETCH, default_num_workers, explained, start_worker, workers_that_fit
