@@ -26,7 +26,7 @@ from ddetr.datasets.annotations import (
 from ddetr.datasets.coco_json import categories_of, entries_of, load_json, without_collector
 from ddetr.datasets.coco_layout import choose_image_dir, image_dirs, last_part
 from ddetr.datasets.image_files import ImageFolders, read_headers, report_unread, settle_size
-from ddetr.datasets.image_formats import suffix_of, unread_suffixes
+from ddetr.datasets.image_formats import is_unread_name
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_PATH, SHOWN_NAME, one_line, shortened
 
@@ -185,7 +185,7 @@ def _find_images(places: Sequence[Path], names: Sequence[str], log: FindingLog, 
                 f"{len(unlisted)} images in {parent} are not listed in {shown} and not used, such as {unlisted[0]}."
             )
             log.add("unlisted-images", "note", str(parent), message, count=len(unlisted))
-        others = (name for name in folders.names(parent) if suffix_of(name) in unread_suffixes())  # first: it is quick
+        others = filter(is_unread_name, folders.names(parent))  # first: it is quick
         report_unread((name for name in others if parent / name not in listed), str(parent), log)
     return paths
 

@@ -116,12 +116,16 @@ def unread_suffixes() -> dict[str, tuple[bool, str]]:
     return found
 
 
+def is_unread_name(name: str) -> bool:
+    """Whether a file of this name is an image, or holds some, and is not read."""
+    return suffix_of(name) in unread_suffixes() and not name.startswith(".")
+
+
 def unread_files(names: Iterable[str]) -> list[Unread]:
     """Those of some file names that are images and are not read, by suffix, the most frequent first."""
     found: dict[str, list[str]] = {}
     for name in names:
-        suffix = suffix_of(name)
-        if suffix in unread_suffixes() and not os.path.basename(name).startswith("."):
-            found.setdefault(suffix, []).append(name)
+        if is_unread_name(os.path.basename(name)):
+            found.setdefault(suffix_of(name), []).append(name)
     groups = [Unread(suffix, sorted(group), *unread_suffixes()[suffix]) for suffix, group in found.items()]
     return sorted(groups, key=lambda group: (-len(group.names), group.suffix))

@@ -29,7 +29,7 @@ from ddetr.datasets.annotations import (
     whole,
 )
 from ddetr.datasets.image_files import ImageFolders, listed_lines, read_headers, report_unread, settle_size
-from ddetr.datasets.image_formats import is_image_name
+from ddetr.datasets.image_formats import is_image_name, is_unread_name
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_CLASSES,
@@ -142,9 +142,10 @@ def _image_paths(sources: Sequence[Path], log: FindingLog) -> list[Path]:
     folders = ImageFolders()
     for source in sources:
         if source.is_dir():
-            inside = sorted(source.rglob("*"))
-            paths += [file for file in inside if is_image_name(file.name)]
-            report_unread((str(file.relative_to(source)) for file in inside), str(source), log, are_left_out=True)
+            inside = list(source.rglob("*"))
+            paths += sorted(file for file in inside if is_image_name(file.name))
+            others = (str(file.relative_to(source)) for file in inside if is_unread_name(file.name))
+            report_unread(others, str(source), log, are_left_out=True)
             continue
         if is_image_name(source.name):
             paths.append(source)
