@@ -6,6 +6,8 @@ harmless, at the one place where it leaves.
 
 import logging
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,6 +19,8 @@ from rich.segment import Segment
 from rich.text import Text
 
 from ddetr.untrusted import MAX_MESSAGE, one_line, printable, shortened
+
+QUIET_SECONDS = 1.0  # that something may take without a word where nobody watches
 
 
 class _Harmless:
@@ -97,6 +101,34 @@ def waiting(what: str) -> AbstractContextManager[Any]:
     """A context that shows, to whoever watches a terminal, what is being done while it takes its time."""
     # a notebook would want widgets for it, and warn
     return err.status(Text(one_line(what))) if err.is_terminal else nullcontext()
+
+
+@contextmanager
+def reading(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows that something is being read: a bar where somebody watches, elsewhere a line once it has taken a second,
+    and one more with the number of `unit` once that is known. Yields `update(done, total)`."""
+    if err.is_terminal:
+        with progress(what) as update:
+            yield update
+        return
+    began, said = time.monotonic(), set()
+
+    def say(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            err.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
+
+    def update(done: int, total: int) -> None:
+        if done < total and time.monotonic() - began > QUIET_SECONDS:
+            say(f"{what}: {total:,} {unit}")
+
+    timer = threading.Timer(QUIET_SECONDS, say, [what])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield update
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from rich.table import Table
@@ -26,6 +27,22 @@ def test_progress_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture) 
         update(1, 2)
         update(2, 2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_reading_says_so_after_a_while_where_nobody_watches(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.reading("reading data", "image headers") as update:
+        update(256, 1000)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(console, "QUIET_SECONDS", 0.0)
+    with console.reading("reading data", "image headers") as update:
+        while "reading data" not in (begun := capsys.readouterr().err):
+            time.sleep(0.01)
+        for done in (256, 512, 118287):
+            update(done, 118287)
+    assert begun.splitlines() == ["reading data"]
+    assert capsys.readouterr().err.splitlines() == ["reading data: 118,287 image headers"]
 
 
 def test_messages_go_to_standard_error_one_a_line() -> None:

@@ -202,20 +202,26 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
     parser.add_class_arguments(TrainingSource, skip={"path"}, instantiate=False)
     parser.add_argument("--num_queries", type=int, default=300, help="queries of the model to be trained")
     parser.add_argument("--max_detections", type=int, default=100, help="detections per image that evaluation counts")
-    parser.add_argument("--decode", type=bool, default=False, help="decode every image, to find damaged ones")
+    parser.add_argument(
+        "--decode",
+        type=bool | Literal["auto"],
+        default="auto",
+        help="decode images, to find damaged ones: auto up to 4,000 of a split, for a minute; true all; false none",
+    )
     parser.add_argument("--output", type=str | None, default=None, help="JSON file for all findings")
 
     def run(settings: Any) -> None:
         from ddetr.datasets import audit
+        from ddetr.datasets.image_files import reading_shown
         from ddetr.datasets.splits import load_splits
         from ddetr.files import make_folder, write_text
 
         options = dict(vars(settings))
         extra = {name: options.pop(name) for name in ("num_queries", "max_detections", "decode")}
         output, data = options.pop("output"), TrainingSource(**options)
-        with console.waiting(f"reading {data.path}"):
+        with console.reading(f"reading {data.path}", "image headers") as update, reading_shown(update):
             train, val = load_splits(data)
-        with console.progress("decode") as update:
+        with console.reading(f"decoding images of {data.path}", "images") as update:
             report = audit(train, val, **extra, strict=data.strict, progress=update)
         console.show(report.render())
         if output:

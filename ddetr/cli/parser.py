@@ -68,7 +68,7 @@ class Parser(ArgumentParser):
         raise InputError(self._explained(message)) from ex
 
     def _spelled_out(self, arguments: Sequence[str]) -> list[str]:
-        switches = {f"--{action.dest}" for action in self._actions if _type_of(action) is bool}
+        switches = {f"--{action.dest}" for action in self._actions if _is_switch(_type_of(action))}
         choices = {f"--{action.dest}": _described(_type_of(action))[1] for action in self._actions}
         lists = {f"--{action.dest}" for action in self._actions if _is_list(_type_of(action))}
         out: list[str] = []
@@ -86,7 +86,8 @@ class Parser(ArgumentParser):
                 name = SHORT.get(name, name)
             value = _as_list(value) if name in lists else value
             out.append(name + equals + value)
-            if name in switches and not equals and following.lower() not in SWITCH_VALUES:
+            values = {*SWITCH_VALUES, *(choices.get(name) or ())}
+            if name in switches and not equals and following.lower() not in values:
                 out.append("true")
             no_value = following.startswith("--") or (choices.get(name) and following not in choices[name])
             if name in ALONE and not equals and no_value:
@@ -199,6 +200,13 @@ def _described(hint: Any) -> tuple[str, list[str]]:
         described = [_described(part) for part in parts]
         return " or ".join(words for words, _ in described), [name for _, choices in described for name in choices]
     return _KINDS.get(hint, "another type"), []
+
+
+def _is_switch(hint: Any) -> bool:
+    """Whether an option means true where it has no value."""
+    return hint is bool or (
+        bool in get_args(hint) and all(p is bool or get_origin(p) is Literal for p in get_args(hint))
+    )
 
 
 def _is_list(hint: Any) -> bool:

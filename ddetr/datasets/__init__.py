@@ -3,6 +3,7 @@
 config.py         DataConfig: where the data is, how it is loaded
 annotations.py    Annotations, ImageRecord, Category, Finding: the form that every reader returns; rules for boxes
 box_form.py       what a box's four numbers mean, and what a whole split's look like
+image_formats.py  which image files are read, and what is said of the others
 image_header.py   an image file's size and orientation, undecoded
 images.py         the decode policy: read_image, image_size_hw
 image_input.py    what people pass as an image (files, Pillow, arrays, tensors), by the same policy
@@ -11,6 +12,7 @@ readers/          one file for each format: COCO, Pascal VOC, YOLO, CSV and othe
 load.py           load_annotations: which format, which split, which reader
 splits.py         settings -> annotations of a split
 shapes.py         the embedded data set, drawn
+decoding.py       which images can't be decoded
 audit.py          what is wrong with a data set, and whether training may start
 convert.py        any data set that is read, written anew as COCO, YOLO or Pascal VOC
 transforms.py     augmentation recipes, normalisation

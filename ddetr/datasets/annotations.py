@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,7 +69,7 @@ _IMAGE_KINDS = frozenset(
     [
         *("image-entry", "missing-image", "every-image-missing", "unreadable-image", "size-mismatch"),
         *("missing-annotation", "malformed-xml", "malformed-json", "malformed-labels", "image-path-differs"),
-        *("duplicate-image-id", "ambiguous-image", "duplicate-file"),
+        *("duplicate-image-id", "ambiguous-image", "duplicate-file", "image-not-read"),
     ]
 )
 
@@ -170,6 +171,14 @@ class ImageTable(Sequence[ImageRecord]):
             area=self.area[objects],
             ignore=self.ignore[objects],
         )
+
+
+class UnreadImage(NamedTuple):
+    """What stands in the place of the sample of an image that can't be read."""
+
+    image_id: int
+    path: str
+    reason: str
 
 
 class FindingLog:

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ddetr.datasets.annotations import ACTIONS, Annotations, Category, Finding, FindingLog
-from ddetr.datasets.images import read_image
-from ddetr.errors import InputError
+from ddetr.datasets.annotations import (
+    ACTIONS,
+    Annotations,
+    Category,
+    Finding,
+    FindingLog,
+    ImageRecord,
+    ImageTable,
+)
+from ddetr.datasets.decoding import most_unreadable, spread, undecodable
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
 
 if TYPE_CHECKING:
@@ -29,8 +36,11 @@ if TYPE_CHECKING:
 PLACES_SHOWN = 3
 CLASSES_SHOWN, RAREST_SHOWN = 20, 8  # of more classes: the 12 most frequent and the 8 rarest
 _ENDS_BYTES = 8192  # read of each end of a file before whole files are compared
-_DECODE_BATCH = 64
+_DECODED = {"auto": (4_000, 60), "val": (10_000, 120)}  # images of a split and seconds, at most
+_THINNEST = 40  # long side by short side: at the paper's size 33 pixels are left of the short one
+_SMALLEST = 10  # pixels of the short side
 
+Decode = bool | Literal["auto", "val"]
 Progress = Callable[[int, int], None]  # (done, total)
 
 
@@ -204,7 +214,8 @@ def audit(
     *,
     num_queries: int = 300,
     max_detections: int = 100,
-    decode: bool = False,
+    decode: Decode = False,
+    on_bad_image: Literal["skip", "raise"] = "skip",
     strict: bool = False,
     progress: Progress | None = None,
 ) -> AuditReport:
@@ -213,7 +224,10 @@ def audit(
     Args:
         train, val: what `load_annotations` returned, `val` read with `categories=train.categories`.
         num_queries, max_detections: the model's; images with more objects are reported.
-        decode: decode every image, in a bounded pool of threads; without it files are only looked up.
+        decode: True decodes every image, on all cores, and refuses what can't be. "auto" decodes up to 4,000 of each
+            split, for at most a minute, "val" up to 10,000 of the validation split, for at most two; both say what
+            they left, and judge a damaged image by what training would do about it. False only looks files up.
+        on_bad_image: training's option; with "raise" a damaged image is always refused.
         strict: repairs and drops refuse training too.
         progress: called with (done, total) images while decoding.
     """
@@ -227,11 +241,12 @@ def audit(
     for split, scan, summary in zip(splits, scans, summaries, strict=True):
         _report_emptiness(split, summary, split is train, log)
         _report_crowded(scan, num_queries, max_detections, log)
+        _report_thin(split, log)
     _report_classes(train, summaries, log)
     if val is not None:
         _report_duplicates(*scans, log)
     if decode:
-        _report_undecodable(splits, log, progress)
+        _report_undecodable(splits, decode, on_bad_image, log, progress)
     own = [finding for split in splits for finding in split.findings]
     return AuditReport(
         train=summaries[0],
@@ -317,6 +332,21 @@ def _report_crowded(scan: _Scan, num_queries: int, max_detections: int, log: Fin
             log.add("more-objects-than-detections", "note", where, message)
 
 
+def _report_thin(split: Annotations, log: FindingLog) -> None:
+    images = split.images
+    sizes = images.sizes_hw if isinstance(images, ImageTable) else np.array([record.size_hw for record in images])
+    sizes = sizes.reshape(-1, 2)
+    short, long = sizes.min(axis=1, initial=2**31 - 1), sizes.max(axis=1, initial=0)
+    for i in np.flatnonzero((short < _SMALLEST) | (long > _THINNEST * short)).tolist():
+        height, width = sizes[i].tolist()
+        size = f"It is {width} x {height} pixels"
+        if long[i] > _THINNEST * short[i]:
+            message = f"{size}, a strip: resized little or nothing is left of its short side. Cut it into parts."
+            log.add("thin-image", "note", str(images[i].path), message)
+        else:
+            log.add("tiny-image", "note", str(images[i].path), f"{size}: there is little to be seen on it.")
+
+
 def _report_classes(train: Annotations, summaries: Sequence[SplitSummary], log: FindingLog) -> None:
     in_train = summaries[0].class_counts
     in_val = summaries[1].class_counts if len(summaries) > 1 else ()
@@ -374,26 +404,55 @@ def _hash(path: Path, whole: bool) -> bytes:
     return digest.digest()
 
 
-def _report_undecodable(splits: Sequence[Annotations], log: FindingLog, progress: Progress | None) -> None:
-    def check(images: Sequence[Any]) -> list[tuple[Path, str]]:
-        problems = []
-        for record in images:
-            try:
-                read_image(record.path, record.size_hw)
-            except InputError as error:
-                problems.append((record.path, str(error)))
-        return problems
+def _report_undecodable(
+    splits: Sequence[Annotations], decode: Decode, on_bad_image: str, log: FindingLog, progress: Progress | None
+) -> None:
+    """Decodes images of the splits, training first, and says which can't be, and how many were not tried."""
+    most, seconds = (None, None) if decode is True else _DECODED[decode]
+    deadline = None if seconds is None else time.monotonic() + seconds
+    wanted = [split if decode != "val" or place else None for place, split in enumerate(splits)]
+    chosen = [[] if split is None else spread(len(split.images), most) for split in wanted]
+    total, before = sum(map(len, chosen)), 0
+    for place in reversed(range(len(splits))):  # validation first: training survives a bad image, at a price
+        split, indices = splits[place], chosen[place]
+        if wanted[place] is None or not indices:
+            continue
 
-    batches = [s.images[i : i + _DECODE_BATCH] for s in splits for i in range(0, len(s.images), _DECODE_BATCH)]
-    total = sum(len(split.images) for split in splits)
-    done = 0
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter's lock
-        for batch, problems in zip(batches, pool.map(check, batches), strict=True):
-            for path, problem in problems:
-                log.add("unreadable-image", "refused", str(path), f"{problem} Restore it or remove its entry.")
-            done += len(batch)
+        def done(count: int, before: int = before) -> None:
             if progress is not None:
-                progress(done, total)
+                progress(before + count, total)
+
+        problems, num_decoded = undecodable(split.images, indices, deadline=deadline, progress=done)
+        before += len(indices)
+        _report_problems(split, problems, num_decoded, place == 0, decode is True or on_bad_image == "raise", log)
+        if num_decoded < len(split.images):
+            which = "training" if place == 0 else "validation"
+            message = (
+                f"Decoded {num_decoded:,} of {len(split.images):,} {which} images, spread evenly; `ddetr data audit "
+                "--decode true` decodes all."
+            )
+            log.add("not-decoded", "note", split.name, message, count=len(split.images) - num_decoded)
+
+
+def _report_problems(
+    split: Annotations,
+    problems: Sequence[tuple[ImageRecord, str]],
+    num_decoded: int,
+    is_train: bool,
+    refuse: bool,
+    log: FindingLog,
+) -> None:
+    """Says of each image that can't be decoded what training does about it."""
+    if is_train:
+        too_many = len(problems) > most_unreadable(len(split.images))
+        action, fate = "note", "Training lets another image stand in for it; restore it."
+    else:
+        too_many = len(problems) == num_decoded
+        action, fate = "dropped", "It is left out of validation; restore it."
+    if refuse or too_many:
+        action, fate = "refused", "Restore it or remove its entry."
+    for record, problem in problems:
+        log.add("unreadable-image", action, str(record.path), f"{problem.rstrip('.')}. {fate}")
 
 
 def _plural(count: int, noun: str) -> str:

@@ -104,8 +104,8 @@ class DataConfig(TrainingSource):
     """Processes that load images; by default up to 4, as many as there are cores to spare, and 0 for training on a
     processor with fewer than 4."""
     on_bad_image: Literal["skip", "raise"] = option("skip", resume="free")
-    """A training image that cannot be read: "skip" reports it and lets another one stand in, up to 1 % of the images;
-    "raise" stops. Validation always stops."""
+    """An image that cannot be read: "skip" reports it and lets another one stand in, up to 1 % of the training images,
+    or leaves it out of validation, whose metrics then say on how many images they were measured; "raise" stops."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

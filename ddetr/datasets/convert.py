@@ -24,7 +24,7 @@ from PIL import ExifTags, Image
 
 from ddetr.datasets.annotations import Annotations, ImageRecord
 from ddetr.datasets.config import TrainingSource
-from ddetr.datasets.image_files import is_image_name
+from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.image_header import open_image
 from ddetr.datasets.images import image_header, read_image
 from ddetr.datasets.load import available_splits, default_splits

@@ -6,7 +6,7 @@ Shapes: n objects of an image of h x w pixels after the transforms.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ddetr.boxes import relative_boxes
-from ddetr.datasets.annotations import Annotations, Category, ImageRecord
+from ddetr.datasets.annotations import Annotations, Category, ImageRecord, UnreadImage
 from ddetr.datasets.augment import Augmentation, make
 from ddetr.datasets.config import DataConfig
 from ddetr.datasets.images import read_image
@@ -195,6 +195,33 @@ def training_set(annotations: Annotations, data: DataConfig, on_error: str | OnE
         normalize=False,
         on_error=on_error,
         augmentation=Augmentation.of(data),
+    )
+
+
+class ReadableImages(Dataset):
+    """Images of a data set for evaluation, of which some may turn out to be damaged: `images[i]` is the sample of
+    `dataset`, or an `UnreadImage`, for who names those and leaves them out."""
+
+    def __init__(self, dataset: DetectionDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]] | UnreadImage:
+        try:
+            return self.dataset[index]
+        except InputError as error:
+            record = self.dataset.annotations.images[index]
+            return UnreadImage(record.image_id, str(record.path), str(error))
+
+
+def readable(samples: Iterable[Any]) -> tuple[list[Any], list[UnreadImage]]:
+    """Some of `ReadableImages`: the samples, and the images that could not be read."""
+    samples = list(samples)
+    return (
+        [sample for sample in samples if not isinstance(sample, UnreadImage)],
+        [sample for sample in samples if isinstance(sample, UnreadImage)],
     )
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
 
 from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.image_formats import is_image_name, unread_files
 from ddetr.datasets.image_header import ImageHeader
-from ddetr.datasets.images import IMAGE_SUFFIXES, image_header, size_mismatch
+from ddetr.datasets.images import image_header, size_mismatch
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_LABEL_BYTES, read_text
 
 _HEADER_THREADS = 8  # they wait for the disk; more gains nothing locally, and on network storage the disk is the limit
 _HEADERS_A_TASK = 256
+Progress = Callable[[int, int], None]  # (done, total)
+_progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 _ROUNDING_PX = 1.5  # what labelling tools' rounding and inclusive corners add to a box at the image's edge
 
 
@@ -57,6 +62,11 @@ class ImageFolders:
         found = loose.get((True, folded(path.name))) or loose.get((False, folded(stem)))
         return path.parent / found if found else None
 
+    def report_unread(self, log: FindingLog) -> None:
+        """What of the folders that were listed is an image and is not read."""
+        for folder in sorted(self._exact):
+            report_unread(self._exact[folder], str(folder), log)
+
 
 def folded(name: str) -> str:
     """The same for names that people take for one: whatever its capitals, and however its accents are composed."""
@@ -71,12 +81,31 @@ def listed_lines(listing: Path) -> list[str]:
         raise InputError(f"{listing} can't be read: {error.strerror or error}") from None
 
 
-def is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+def report_unread(names: Iterable[str], where: str, log: FindingLog, *, are_left_out: bool = False) -> None:
+    """Adds a finding for each kind of image files, of these names in a folder, that is not read.
+
+    are_left_out: whether the folder's content is what the data set has; otherwise the annotations say that, and each
+    of their images that is not read has a finding of its own.
+    """
+    for unread in unread_files(names):
+        message = f"{len(unread.names):,} {unread.suffix} files are not read, such as {unread.names[0]}: {unread.cure}."
+        action = "dropped" if are_left_out and unread.is_photo else "note"
+        log.add("image-not-read", action, where, message, count=len(unread.names))
+
+
+@contextmanager
+def reading_shown(progress: Progress | None) -> Iterator[None]:
+    """In it, `progress(done, total)` hears how many of the image files whose headers are being read are read: for who
+    shows it to people. Readers of annotations, which are in between, need not know of it."""
+    token = _progress.set(progress)
+    try:
+        yield
+    finally:
+        _progress.reset(token)
 
 
 def read_headers(paths: Sequence[Path | str]) -> list[ImageHeader | InputError]:
-    """The header of each file, or what is wrong with it, in order."""
+    """The header of each file, or what is wrong with it, in order; `reading_shown` says who hears how far it is."""
 
     def read(chunk: Sequence[Path | str]) -> list[ImageHeader | InputError]:
         headers: list[ImageHeader | InputError] = []
@@ -90,8 +119,14 @@ def read_headers(paths: Sequence[Path | str]) -> list[ImageHeader | InputError]:
     chunks = [paths[i : i + _HEADERS_A_TASK] for i in range(0, len(paths), _HEADERS_A_TASK)]
     if len(chunks) < 2:
         return read(paths)
+    progress = _progress.get()
+    headers: list[ImageHeader | InputError] = []
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:
-        return [header for headers in pool.map(read, chunks) for header in headers]
+        for found in pool.map(read, chunks):
+            headers += found
+            if progress is not None:
+                progress(len(headers), len(paths))
+    return headers
 
 
 def settle_size(

@@ -30,16 +30,13 @@ from os import PathLike
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
-from ddetr.datasets.image_header import ImageHeader, open_image, read_header
+from ddetr.datasets.image_formats import suffix_of, unread_suffixes
+from ddetr.datasets.image_header import ImageHeader, open_image, pillow_orientation, read_header
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_IMAGE_BYTES, open_file, read_bytes
-
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"]
-)
 
 _EXIF_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,6 +47,7 @@ _EXIF_TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BACK = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the other turns undo themselves
 
 
 def image_header(path: str | PathLike) -> ImageHeader:
@@ -84,10 +82,13 @@ def decode_image(data: bytes, path: str | PathLike, size_hw: tuple[int, int] | N
     """The same of a file's bytes; `path` is for messages."""
     try:
         header = read_header(io.BytesIO(data))
+        is_stored = size_hw is not None and header.upright_hw != tuple(size_hw)
+        if is_stored and header.stored_hw != tuple(size_hw):
+            raise InputError(size_mismatch(path, header.upright_hw, size_hw))
         turn = _EXIF_TURNS.get(header.orientation)
-        if size_hw is not None and header.upright_hw != tuple(size_hw):
-            if header.stored_hw != tuple(size_hw):
-                raise InputError(size_mismatch(path, header.upright_hw, size_hw))
+        if header.is_turned_by_pillow:
+            turn = _BACK.get(header.orientation, turn) if is_stored else None
+        elif is_stored:
             turn = None
         if header.is_usual_jpeg and (pixels := _decode_jpeg(data, header)) is not None:
             return pixels if turn is None else _to_tensor(Image.fromarray(pixels.permute(1, 2, 0).numpy()), turn)
@@ -139,9 +140,8 @@ def fast_jpeg_decoder() -> Callable[[bytes], Tensor] | None:
 def rgb_from_pillow(image: Image.Image) -> Tensor:
     """(3, h, w) uint8 RGB, upright, of an image that Pillow has opened: the same policy as for a file."""
     try:
-        image.load()  # first: Pillow turns a TIFF while loading, and clears its orientation
-        turn = _EXIF_TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-        return _to_tensor(_pillow_to_rgb(image), turn)
+        image.load()  # first: Pillow turns a TIFF while loading, and finds a PNG's EXIF behind the pixels
+        return _to_tensor(_pillow_to_rgb(image), _EXIF_TURNS.get(pillow_orientation(image)))
     except _DECODE_ERRORS as error:
         raise _unreadable(getattr(image, "filename", "") or "the image", error) from error
 
@@ -162,7 +162,8 @@ def _unreadable(path: str | PathLike, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
         return InputError(f"there is no image {path}")
     if isinstance(error, Image.UnidentifiedImageError):
-        return InputError(f"{path} can't be read: it is no image of a known format")
+        _, cure = unread_suffixes().get(suffix_of(str(path)), (False, ""))
+        return InputError(f"{path} can't be read: it is no image of a known format{f' ({cure})' if cure else ''}")
     said = getattr(error, "strerror", None) or str(error)  # of an OSError without number and name
     reason = (said.strip().splitlines() or [type(error).__name__])[0]
     return InputError(f"{path} can't be read: {reason}")

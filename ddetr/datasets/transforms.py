@@ -263,11 +263,14 @@ def scaled(length: int, image_size: int) -> int:
 
 def resized_hw(size_hw: tuple[int, int], short_side: int, max_size: int | None = None) -> tuple[int, int]:
     """The official size arithmetic, to the pixel: short side to `short_side`, less where the long one would pass
-    `max_size`; the long side is rounded down."""
+    `max_size`; the long side is rounded down. Beyond it, of an image so thin that nothing would be left a strip of one
+    pixel stays, no longer than `max_size`."""
     height, width = size_hw
     short, long = float(min(size_hw)), float(max(size_hw))
     if max_size is not None and long / short * short_side > max_size:
         short_side = int(round(max_size * short / long))
+        if short_side <= 1:
+            return (1, max_size) if height < width else (max_size, 1)
     if min(size_hw) == short_side:
         return height, width
     if width < height:

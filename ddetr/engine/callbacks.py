@@ -191,23 +191,28 @@ class Publish(Callback):
         assert metrics is not None
         ap = -1.0 if math.isnan(metrics.AP) else metrics.AP
         place = {"step": trainer.global_step, "epoch": trainer.current_epoch}
+        measured_on = module.evaluator.measured_on()
+        content = place | metrics.to_dict() | ({"measured_on": measured_on} if measured_on else {})
         is_best = ap > self.best_ap
         if is_best:
-            self.best_ap, self.best_metrics = ap, place | metrics.to_dict()
+            self.best_ap, self.best_metrics = ap, content
         if not trainer.is_global_zero:
             return
-        self.run.append_row("val.csv", place | {name: round(value, 6) for name, value in metrics.numbers().items()})
+        row = place | {name: round(value, 6) for name, value in metrics.numbers().items()}
+        if unread := module.evaluator.unread:  # a column of runs that had one
+            row |= {"images_left_out": len(unread)}
+        self.run.append_row("val.csv", row)
         self.send("val", trainer.global_step, {"epoch": trainer.current_epoch, **metrics.numbers()})
         with self.run.going_on_without("metrics.json"):
-            self.run.write_json("metrics.json", {"last": place | metrics.to_dict(), "best": self.best_metrics})
-        content = contents(self.checkpoint_of(module, metrics))
+            self.run.write_json("metrics.json", {"last": content, "best": self.best_metrics})
+        published = contents(self.checkpoint_of(module, metrics))
         with self.run.going_on_without("last.pth"):
-            write_file(self.run.path / "last.pth", content)
+            write_file(self.run.path / "last.pth", published)
         if is_best:
-            self._best_due = content
+            self._best_due = published
         self._write_best()
-        if self._best_due is content:  # its tensors are the model's own, which trains on
-            self._best_due = copy.deepcopy(content)
+        if self._best_due is published:  # its tensors are the model's own, which trains on
+            self._best_due = copy.deepcopy(published)
         logger.info(
             "epoch %d, step %d: AP %.3f  AP50 %.3f  AP75 %.3f%s",
             trainer.current_epoch,

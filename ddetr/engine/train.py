@@ -20,6 +20,7 @@ from ddetr.checkpoint import Checkpoint, load_weights
 from ddetr.checkpoint.foreign import check_is_weights
 from ddetr.datasets import Annotations, AuditReport, audit
 from ddetr.datasets.augment import Augmentation, describe
+from ddetr.datasets.image_files import reading_shown
 from ddetr.datasets.splits import image_names, load_splits, no_validation
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.batch_size import MemoryPlan
@@ -177,17 +178,22 @@ def prepare(config: TrainConfig) -> Prepared:
             with run.claimed(is_new=False):
                 pass  # whoever cannot have it is told so before the data are read
     _check_options(config, where["devices"] * where["num_nodes"], is_resumed=resume_file is not None)
-    with console.waiting(f"reading {config.data.path}"):
+    with console.reading(f"reading {config.data.path}", "image headers") as update, reading_shown(update):
         held_back = run.held_back() if resume_file is not None else None
         train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty, held_back=held_back)
-        if val_set is None:
-            raise no_validation(config.data)
+    if val_set is None:
+        raise no_validation(config.data)
+    with console.reading("decoding validation images", "images") as update:
         report = audit(
             train_set,
             val_set,
             num_queries=config.model["num_queries"],
             max_detections=config.max_detections,
+            # What validation meets is known before the first step. A run that goes on was told, and survives it.
+            decode="val" if resume_file is None and is_first_process() else False,
+            on_bad_image=config.data.on_bad_image,
             strict=config.data.strict,
+            progress=update,
         )
     if is_first_process():
         console.show(report.render())
@@ -225,6 +231,7 @@ def build(prepared: Prepared) -> Built:
     """Loaders, the network with the weights that it starts from, and what takes a step."""
     config, run, train_set = prepared.config, prepared.run, prepared.train_set
     data_wait = DataWait()
+    evaluator = CocoEvaluator(prepared.val_set, config.max_detections)
     data = DetectionData(
         train_set,
         prepared.val_set,
@@ -234,6 +241,7 @@ def build(prepared: Prepared) -> Built:
         seed=config.seed,
         epochs=config.epochs,
         region=data_wait.region,
+        leave_out=evaluator.leave_out,
     )
     pl.seed_everything(config.seed, verbose=False)
     detector = build_detector(config, train_set, is_resumed=prepared.resume_file is not None)
@@ -254,7 +262,7 @@ def build(prepared: Prepared) -> Built:
         detector,
         build_criterion(detector, config.loss),
         config.optim,
-        CocoEvaluator(prepared.val_set, config.max_detections),
+        evaluator,
         backbone_pretrained=config.starts_from_weights,
         steps_per_epoch=data.steps_per_epoch,
         total_steps=num_steps,

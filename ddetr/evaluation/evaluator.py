@@ -7,7 +7,8 @@ The arithmetic is a library's (hotcoco, faster-coco-eval or pycocotools: they ag
 - An undefined number (no ground truth of that class or size; pycocotools says -1) is NaN, and None in `to_dict`.
   Where there are objects and no detections the numbers are 0.
 - An image without detections has missed all its objects, whether it was passed with no detections or not at all (a
-  results file does not tell these apart). `compute(partial=True)` restricts to the images passed.
+  results file does not tell these apart). `compute(partial=True)` restricts to the images passed, and an image that
+  can't be read (`leave_out`) is in no number.
 - The limit on detections is COCO's: the `max_detections` best per image *and class*.
 """
 
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor
 
 from ddetr.boxes import box_xyxy_to_xywh
-from ddetr.datasets.annotations import Annotations, ImageTable
+from ddetr.datasets.annotations import Annotations, ImageTable, UnreadImage
 from ddetr.errors import InputError
 from ddetr.evaluation.backends import BACKENDS, Backend
 from ddetr.evaluation.metrics import ClassMetrics, Metrics, best_threshold
 from ddetr.evaluation.overlaps import Found, Objects, match_detections
 from ddetr.evaluation.results import coco_results
+from ddetr.untrusted import one_line
 
 __all__ = [
     "BACKENDS",
@@ -39,6 +41,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+_UNREAD_SAID = 3  # images in a message
 
 
 class CocoEvaluator:
@@ -63,6 +67,33 @@ class CocoEvaluator:
         if len(self._index) != len(self.images):
             raise InputError(f"Image ids must differ: {annotations.name} has repeated ones.")
         self._found: dict[int, _ImageFound] = {}
+        self._unread: dict[int, UnreadImage] = {}
+
+    def leave_out(self, image_id: int, path: str, reason: str) -> None:
+        """Takes an image out of the evaluation that can't be read; it is in no number then, as if it were not there."""
+        self._unread.setdefault(image_id, UnreadImage(image_id, path, reason))
+
+    @property
+    def unread(self) -> list[UnreadImage]:
+        """The images that were left out, by image id."""
+        return [image for image_id, image in sorted(self._unread.items()) if image_id not in self._found]
+
+    def measured_on(self) -> dict[str, Any]:
+        """What is missing from the measurement, in plain values: images and objects that the reader of the data set
+        left out, and images that could not be read; {} where nothing is."""
+        left_out = [finding for finding in self.annotations.findings if finding.action in ("dropped", "refused")]
+        unread = self.unread
+        if not left_out and not unread:
+            return {}
+        counts: dict[str, int] = {}
+        for finding in left_out:
+            counts[finding.kind] = counts.get(finding.kind, 0) + finding.count
+        return {
+            "num_images": len(self._index) - len(unread),
+            "num_images_listed": len(self._index) + self.annotations.num_images_left_out,
+            "left_out": counts,
+            "unreadable": [{"path": image.path, "reason": image.reason} for image in unread],
+        }
 
     def update(self, image_ids: Iterable[int], detections: Sequence[dict[str, Tensor]]) -> None:
         """Takes the detections of some images; an image that was seen before keeps its first ones.
@@ -87,7 +118,7 @@ class CocoEvaluator:
             results.extend(coco_results(image_id, found.boxes_xywh, found.scores, category_ids))
         return results
 
-    def state(self) -> dict[str, np.ndarray]:
+    def state(self) -> dict[str, Any]:
         """What this process has gathered, as few plain arrays: for `torch.distributed.all_gather_object`."""
         found = list(self._found.values())
         return {
@@ -97,9 +128,10 @@ class CocoEvaluator:
             "boxes_xywh": np.concatenate([_NOTHING.boxes_xywh, *(one.boxes_xywh for one in found)]),
             "scores": np.concatenate([_NOTHING.scores, *(one.scores for one in found)]),
             "labels": np.concatenate([_NOTHING.labels, *(one.labels for one in found)]),
+            "unread": [tuple(image) for image in self._unread.values()],
         }
 
-    def merge(self, states: Iterable[dict[str, np.ndarray]]) -> None:
+    def merge(self, states: Iterable[dict[str, Any]]) -> None:
         """Adds the states of other processes; an image in several is counted once.
 
         The first state that has an image wins, also over this process's own: so all processes that merge the same
@@ -107,6 +139,8 @@ class CocoEvaluator:
         """
         merged: dict[int, _ImageFound] = {}
         for state in states:
+            for image in state.get("unread", ()):
+                self.leave_out(*image)
             ends = np.cumsum(state["num_detections"])
             for i, image_id in enumerate(state["image_ids"].tolist()):
                 if image_id not in merged:
@@ -118,6 +152,7 @@ class CocoEvaluator:
     def reset(self) -> None:
         """Forgets all detections."""
         self._found.clear()
+        self._unread.clear()
 
     def compute(self, partial: bool = False) -> Metrics:
         """The metrics over all images of the annotations, or, if `partial`, over those that were passed.
@@ -128,7 +163,14 @@ class CocoEvaluator:
         num_non_finite = sum(found.num_non_finite for found in self._found.values())
         if num_non_finite:
             log.warning("%d detections were NaN or infinite and were left out.", num_non_finite)
-        missing = len(self._index) - len(self._found)
+        if unread := self.unread:
+            reasons = "; ".join(one_line(image.reason) for image in unread[:_UNREAD_SAID])
+            more = f"; and {len(unread) - _UNREAD_SAID:,} more" if len(unread) > _UNREAD_SAID else ""
+            log.warning(
+                "%d of %d images can't be read and were left out of the evaluation: %s%s",
+                len(unread), len(self._index), reasons, more,
+            )  # fmt: skip
+        missing = len(self._index) - len(self._found) - len(unread)
         if missing and not partial:
             log.warning("%d of %d images got no detections: their objects count as missed.", missing, len(self._index))
         image_ids, objects, found = self.gathered(partial)
@@ -138,8 +180,9 @@ class CocoEvaluator:
         return self._summarise(precision, recall, objects, found, len(image_ids))
 
     def gathered(self, partial: bool = False) -> tuple[np.ndarray, Objects, Found]:
-        """(I,) ids of the images in ascending order, with all their objects and detections."""
-        chosen = sorted(self._found if partial else self._index)
+        """(I,) ids of the images in ascending order, without those that could not be read, with all their objects
+        and detections."""
+        chosen = sorted(self._found if partial else self._index.keys() - {image.image_id for image in self.unread})
         image_ids = np.array(chosen, dtype=np.int64)
         place = np.full(len(self.images), -1, dtype=np.int64)  # of each image of the annotations in `image_ids`
         place[[self._index[image_id] for image_id in chosen]] = np.arange(len(chosen))

@@ -5,6 +5,5 @@ detections.py            Detections: what is found in an image
 drawing.py               boxes and names on pictures
 files.py                 files and folders -> annotated pictures and JSON
 evaluate_checkpoint.py   a checkpoint and a data set -> COCO's metrics
-readable.py              the images of an evaluation, the damaged ones apart
 optimize.py              a faster copy of a trained network
 """

@@ -21,6 +21,8 @@ from ddetr.untrusted import MAX_DRAWN, MAX_TAG, MAX_TAGS, shortened
 
 __all__ = ["class_color", "draw_boxes", "draw_dashed", "side_by_side"]
 
+LARGEST_ENLARGED = 4096  # pixels of the long side of an image that is enlarged to be drawn on
+
 Color = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom; the last two outside
 
@@ -52,7 +54,8 @@ def draw_boxes(
         labels: k class indices; they choose the colours.
         names: k names, one a box.
         scores: k scores in [0, 1].
-        min_side: a smaller image is first enlarged by a whole factor, so that the tags do not hide its objects.
+        min_side: a smaller image is first enlarged by a whole factor, so that the tags do not hide its objects; not
+            beyond `LARGEST_ENLARGED` pixels of its long side.
         tags: whether the names are written; the boxes have the colours of their classes either way.
     """
     boxes_xyxy = torch.as_tensor(boxes_xyxy).detach().cpu().float().reshape(-1, 4)
@@ -60,7 +63,8 @@ def draw_boxes(
     scores = None if scores is None else [float(score) for score in scores]
     _check(image, len(boxes_xyxy), labels, names, scores)
     image = image.detach().cpu()
-    factor = max(1, -(-min_side // min(image.shape[1:])))
+    most = max(1, LARGEST_ENLARGED // max(image.shape[1:]))  # a strip of one pixel would fill the memory
+    factor = max(1, min(-(-min_side // min(image.shape[1:])), most))
     if factor > 1:
         image = F.resize(image, [image.shape[1] * factor, image.shape[2] * factor], antialias=True)
         boxes_xyxy = boxes_xyxy * factor

@@ -1,7 +1,7 @@
 """A checkpoint and a data set in, COCO's metrics out."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +12,10 @@ from ddetr.files import existing, make_folder, write_text
 
 if TYPE_CHECKING:
     from ddetr.datasets import Annotations
+    from ddetr.datasets.annotations import UnreadImage
     from ddetr.evaluation.evaluator import CocoEvaluator
     from ddetr.evaluation.metrics import Metrics
-    from ddetr.inference.predictor import BadImage, Predictor
+    from ddetr.inference.predictor import Predictor
 
 
 def evaluate_checkpoint(
@@ -70,18 +71,17 @@ def evaluate_checkpoint(
     folder = make_folder(Path(output), "--output") if output is not None else None
     annotations = _read(data, split, predictor.categories, accept_refused=accept_refused)
     evaluator = CocoEvaluator(annotations, max_detections)
-    metrics, bad = _measure(predictor, evaluator, batch_size, num_workers)
+    metrics = _measure(predictor, evaluator, batch_size, num_workers)
     if not metrics.num_images:
-        raise InputError(
-            f"none of the {len(annotations.images)} images of {annotations.name} can be read: {bad[0].reason}"
-        )
-    measured_on = _measured_on(annotations, metrics, bad)
+        reason = evaluator.unread[0].reason
+        raise InputError(f"none of the {len(annotations.images)} images of {annotations.name} can be read: {reason}")
+    measured_on = evaluator.measured_on()
     if measured_on and measured_on["num_images"] < measured_on["num_images_listed"]:
         console.show(
             f"measured on {measured_on['num_images']:,} of {measured_on['num_images_listed']:,} images: the others "
             "could not be used"
         )
-    for image in bad:
+    for image in evaluator.unread:
         console.show(f"not read     {image.path}: {image.reason}")
     if folder is not None:
         content = metrics.to_dict() | ({"measured_on": measured_on} if measured_on else {})
@@ -94,12 +94,13 @@ def _read(data: DataSource, split: str | None, categories: Any, *, accept_refuse
     """The split in the checkpoint's classes, after what was found in it is shown."""
     from ddetr.datasets import available_splits
     from ddetr.datasets.audit import render_findings
+    from ddetr.datasets.image_files import reading_shown
     from ddetr.datasets.splits import load_split
 
     if split is None and data.val_split is None and data.val_annotations is None and data.val_fraction is None:
         splits = available_splits(data.path, data.format)
         split = splits[0] if len(splits) == 1 else None
-    with console.waiting(f"reading {data.path}"):
+    with console.reading(f"reading {data.path}", "image headers") as update, reading_shown(update):
         annotations = load_split(data, "val", split, categories=categories)
     if annotations.findings:
         console.show(render_findings(annotations.findings))
@@ -116,44 +117,34 @@ def _read(data: DataSource, split: str | None, categories: Any, *, accept_refuse
     return annotations
 
 
-def _measure(
-    predictor: "Predictor", evaluator: "CocoEvaluator", batch_size: int, num_workers: int
-) -> "tuple[Metrics, list[BadImage]]":
-    """The metrics over the images that can be read, and the others."""
+def _measure(predictor: "Predictor", evaluator: "CocoEvaluator", batch_size: int, num_workers: int) -> "Metrics":
+    """The metrics over the images that can be read; the evaluator knows the others."""
     from torch.utils.data import DataLoader
 
     from ddetr.datasets import DetectionDataset
+    from ddetr.datasets.dataset import ReadableImages
     from ddetr.datasets.transforms import official_eval
     from ddetr.evaluation.evaluator import evaluate
-    from ddetr.inference.readable import ReadableImages, collate_readable
 
     annotations, transform = evaluator.annotations, official_eval(predictor.image_size, predictor.max_size)
     images = ReadableImages(DetectionDataset(annotations, transform, normalize=False, train=False))
-    loader = DataLoader(images, batch_size=batch_size, collate_fn=collate_readable, num_workers=num_workers)
-    bad: list[BadImage] = []
+    loader = DataLoader(images, batch_size=batch_size, collate_fn=_collate_readable, num_workers=num_workers)
 
     def batches() -> Iterator[Any]:
-        for batch, unreadable in loader:
-            bad.extend(unreadable)
+        for batch, unread in loader:
+            for image in unread:
+                evaluator.leave_out(*image)
             if batch is not None:
                 yield batch
 
     with console.progress("evaluate") as update:
-        metrics = evaluate(predictor.detect, batches(), annotations, evaluator=evaluator, progress=update, partial=True)
-    return metrics, bad
+        return evaluate(predictor.detect, batches(), annotations, evaluator=evaluator, progress=update)
 
 
-def _measured_on(annotations: "Annotations", metrics: "Metrics", bad: "list[BadImage]") -> dict[str, Any]:
-    """What is missing from the measurement, in plain values; {} where nothing is."""
-    left_out = [finding for finding in annotations.findings if finding.action in ("dropped", "refused")]
-    if not left_out and not bad:
-        return {}
-    counts: dict[str, int] = {}
-    for finding in left_out:
-        counts[finding.kind] = counts.get(finding.kind, 0) + finding.count
-    return {
-        "num_images": metrics.num_images,
-        "num_images_listed": len(annotations.images) + annotations.num_images_left_out,
-        "left_out": counts,
-        "unreadable": [{"path": str(image.path), "reason": image.reason} for image in bad],
-    }
+def _collate_readable(samples: Sequence[Any]) -> "tuple[Any, list[UnreadImage]]":
+    """(what `collate` makes of the images that can be read, None where there are none; the others)."""
+    from ddetr.datasets import collate
+    from ddetr.datasets.dataset import readable
+
+    good, unread = readable(samples)
+    return collate(good) if good else None, unread

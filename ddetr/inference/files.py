@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from ddetr.datasets.images import IMAGE_SUFFIXES
+from ddetr.datasets.image_formats import image_suffixes, is_image_name, unread_files
 from ddetr.errors import InputError
 from ddetr.files import remove_leftovers, write_atomically, write_text
 from ddetr.inference.detections import Detections
@@ -124,16 +124,18 @@ def find_images(inputs: Iterable[str | os.PathLike], skip: Path | None = None) -
         if path.is_file():
             matches = [path]
         else:
-            matches = [
-                match
-                for match in _expand(path)
-                if match.suffix.lower() in IMAGE_SUFFIXES
-                and not match.name.startswith(".")  # macOS leaves a ._NAME.jpg, which is no image, beside each file
-                and skipped not in match.resolve().parents
+            files = [match for match in _expand(path) if skipped not in match.resolve().parents]
+            matches = [match for match in files if is_image_name(match.name)]
+            unread = [
+                f"{len(kind.names):,} {kind.suffix} files are not read, such as {kind.names[0]}: {kind.cure}"
+                for kind in unread_files(map(str, files))
             ]
             if not matches:
-                kinds = ", ".join(sorted(IMAGE_SUFFIXES))
-                raise InputError(f"There are no images in {path}: expected files that end in {kinds}.")
+                kinds = ", ".join(sorted(image_suffixes()))
+                said = "".join(f" {one}." for one in unread)
+                raise InputError(f"There are no images in {path}: expected files that end in {kinds}.{said}")
+            for one in unread:
+                log.warning("%s", one)
         for match in matches:
             found.setdefault(match.resolve(), match)
     if not found:

@@ -117,7 +117,7 @@ def _summary(run: RunFiles) -> dict[str, Any]:
     train = run.audit.get("train") or {}
     facts = [
         ("Data set", str(data.get("path", "unknown"))),
-        ("Validated on", f"{split}" if split else "unknown"),
+        ("Validated on", (f"{split}" if split else "unknown") + _of_images(best or last)),
         ("Images", _of_both(run.audit, "num_images")),
         ("Objects", _of_both(run.audit, "num_objects")),
         ("Classes", f"{len(run.audit['categories']):,}" if run.audit.get("categories") else "unknown"),
@@ -258,6 +258,13 @@ def _of_both(audit: Mapping[str, Any], name: str) -> str:
         f"{audit[key][name]:,} {role}" for key, role in (("train", "training"), ("val", "validation")) if audit.get(key)
     ]
     return ", ".join(numbers) or "unknown"
+
+
+def _of_images(metrics: Mapping[str, Any]) -> str:
+    """On how many of the images, where these are not all."""
+    found = metrics.get("measured_on") or {}
+    measured, listed = found.get("num_images"), found.get("num_images_listed")
+    return "" if measured == listed else f", {measured:,} of {listed:,} images: the others could not be used"
 
 
 def _counted(values: Mapping[str, Any]) -> str:

@@ -54,6 +54,7 @@ class Validation:
         image_ids, objects, found = evaluator.gathered()
         images = evaluator.images
         order = np.argsort(images.image_ids, kind="stable")
+        order = order[np.isin(images.image_ids[order], image_ids)]
         num_classes = len(evaluator.annotations.categories)
         return cls(
             step=step,

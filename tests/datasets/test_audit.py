@@ -1,5 +1,6 @@
 """One data set made wrong for each thing that the audit must say."""
 
+import importlib
 import io
 import json
 import shutil
@@ -9,6 +10,9 @@ from dataset_parts import coco_object
 from rich.console import Console
 
 from ddetr.datasets import audit, load_annotations
+from ddetr.datasets.decoding import spread
+
+audit_module = importlib.import_module("ddetr.datasets.audit")  # the function of its name stands in its place
 
 
 def audited(root, **options):
@@ -214,3 +218,60 @@ def test_rare_classes_are_shown(make_coco):
 def test_the_table_fits_a_narrow_terminal(make_coco):
     report = audited(make_coco([coco_object(bbox=(1, 1, 0, 5)), coco_object()]))
     assert max(len(line) for line in printed(report, width=80).splitlines()) <= 80
+
+
+def test_truncated_images_are_judged_by_what_training_does(make_coco, write_image):
+    """By default `ddetr data audit` decodes some thousands: training lets others stand in, validation leaves out."""
+    objects = [coco_object(), coco_object(category_id=7)]
+    root = make_coco(objects, num_images=4)
+    make_coco(objects, split="val", num_images=3, root=root)
+    for name in ("train/2.jpg", "val/3.jpg"):
+        (root / name).write_bytes((root / name).read_bytes()[:-2])
+    train = load_annotations(root, "train")
+    val = load_annotations(root, "val", categories=train.categories)
+
+    def found(**options):
+        report = audit(train, val, **options)
+        return [(f.action, f.where[-11:].lstrip("/")) for f in report.findings if f.kind == "unreadable-image"]
+
+    assert found() == []
+    assert found(decode="auto") == [("dropped", "t/val/3.jpg"), ("note", "train/2.jpg")]
+    assert found(decode="val") == [("dropped", "t/val/3.jpg")]
+    assert [action for action, _ in found(decode=True)] == ["refused", "refused"]
+    assert [action for action, _ in found(decode="val", on_bad_image="raise")] == ["refused"]
+    for name in ("train/1.jpg", "val/1.jpg", "val/2.jpg"):
+        (root / name).write_bytes((root / name).read_bytes()[:-2])
+    assert {action for action, _ in found(decode="auto")} == {"refused"}  # more than training takes; all of validation
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tif", "bmp"])
+def test_every_format_that_is_cut_is_found(make_yolo, write_image, suffix):
+    root = make_yolo({"images/train/a.jpg": "0 .5 .5 .2 .2"})
+    path = write_image(root / "images/train" / f"b.{suffix}", size_wh=(256, 192))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    found = audit(load_annotations(root, "train"), decode="auto").findings
+    [problem] = [finding.message for finding in found if finding.kind == "unreadable-image"]
+    assert f"b.{suffix}" in problem
+
+
+def test_what_was_not_decoded_is_said(make_coco, monkeypatch):
+    train = load_annotations(make_coco(num_images=9), "train")
+    monkeypatch.setitem(audit_module._DECODED, "auto", (4, 60))
+    [finding] = [f for f in audit(train, decode="auto").findings if f.kind == "not-decoded"]
+    assert finding.message.startswith("Decoded 4 of 9 training images, spread evenly")
+    assert finding.count == 5
+    monkeypatch.setitem(audit_module._DECODED, "auto", (40, -1))
+    assert "Decoded 0 of 9" in printed(audit(train, decode="auto"))
+    assert spread(9, None) == list(range(9))
+    assert sorted(spread(9, 4)) == [0, 3, 5, 8]
+    assert spread(0, 4) == []
+
+
+def test_strips_and_specks_are_notes(make_yolo, write_image):
+    root = make_yolo({"images/train/a.jpg": "0 .5 .5 .2 .2"})
+    write_image(root / "images/train/strip.png", size_wh=(2400, 2))
+    write_image(root / "images/train/speck.png", size_wh=(3, 2))
+    found = {f.kind: f for f in audit(load_annotations(root, "train")).findings if f.action == "note"}
+    assert "2400 x 2 pixels, a strip" in found["thin-image"].message
+    assert found["tiny-image"].where.endswith("speck.png")
+    assert len(audit(load_annotations(root, "train")).refused) == 0

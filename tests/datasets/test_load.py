@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
+from ddetr.datasets import available_splits, default_splits, detect_format, image_files, load_annotations
 from ddetr.datasets.annotations import MAX_PLACES, FindingLog, ImageRecord, ImageTable
 from ddetr.datasets.config import DataSource
 from ddetr.datasets.load import _TRAIN_NAMES, _VAL_NAMES, FORMATS, _first
@@ -132,3 +132,13 @@ def test_importing_datasets_loads_no_heavy_package():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+def test_who_listens_hears_how_many_headers_are_read(make_coco, monkeypatch):
+    root, seen = make_coco(num_images=5), []
+    monkeypatch.setattr(image_files, "_HEADERS_A_TASK", 2)
+    with image_files.reading_shown(lambda done, total: seen.append((done, total))):
+        load_annotations(root, "train")
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    load_annotations(root, "train")
+    assert len(seen) == 3

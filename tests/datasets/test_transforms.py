@@ -55,6 +55,10 @@ def sample(size_hw=(480, 640), boxes=((100.0, 50.0, 300.0, 250.0), (0.0, 0.0, 10
         ((800, 1200), 800, 1333, (800, 1200)),
         ((600, 600), 480, 1333, (480, 480)),
         ((300, 1000), 600, None, (600, 2000)),  # no limit in the crop branch
+        ((2, 2400), 64, 107, (1, 107)),  # of strips the official arithmetic would leave nothing, or too much
+        ((2400, 2), 64, 107, (107, 1)),
+        ((1, 2000), 800, 1333, (1, 1333)),
+        ((1, 1), 800, 1333, (800, 800)),
     ],
 )
 def test_official_size_arithmetic(size_hw, short_side, max_size, expected_hw):
@@ -348,3 +352,23 @@ def test_padded_shapes_hold_every_batch_of_the_recipe():
     for count in (0, MAX_PADDED_SHAPES + 1):
         with pytest.raises(InputError, match="padded_shapes must lie in 1 to"):
             padded_shapes(800, count)
+
+
+@pytest.mark.parametrize("recipe", ["official", "plain", "none"])
+@pytest.mark.parametrize("size_hw", [(1, 1), (1, 900), (900, 1), (2, 2400), (3, 2), (7, 500)])
+def test_every_recipe_leaves_a_pixel_of_the_thinnest_image(recipe, size_hw):
+    transform = build_transform(recipe, train=True, image_size=32)
+    height, width = size_hw
+    for seed in range(6):
+        torch.manual_seed(seed)
+        target = {
+            "boxes": tv_tensors.BoundingBoxes([[0, 0, width, height]], format="XYXY", canvas_size=size_hw),
+            "labels": torch.tensor([0]),
+            "area": torch.tensor([float(width * height)]),
+            "iscrowd": torch.tensor([0]),
+        }
+        target["boxes"] = target["boxes"].float()
+        image, target = transform(tv_tensors.Image(torch.zeros(3, *size_hw, dtype=torch.uint8)), target)
+        assert min(image.shape[1:]) >= 1
+        assert max(image.shape[1:]) <= 1.5 * 53  # 1333 of 800 at 32, and what the official rounding adds
+        assert torch.isfinite(torch.as_tensor(target["boxes"])).all()

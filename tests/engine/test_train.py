@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,7 @@ from ddetr.engine.ema import WeightAverage
 from ddetr.engine.run.folder import RunFolder
 from ddetr.engine.run_report import Report
 from ddetr.engine.saving import SaveState
-from ddetr.engine.train import CALLBACK_ORDER, RunResult, build, callbacks, prepare, train
+from ddetr.engine.train import CALLBACK_ORDER, Built, Prepared, RunResult, build, callbacks, prepare, train
 from ddetr.errors import InputError
 from ddetr.models.criterion import SetCriterion
 
@@ -373,3 +374,50 @@ def test_a_folder_that_cannot_be_written_is_said(settings: dict[str, Any], tmp_p
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"--output: the folder .*/file/run cannot be made"):
         train(TrainConfig(**settings | {"output": str(tmp_path / "file" / "run")}))
+
+
+def test_a_validation_image_that_breaks_costs_that_image(
+    settings: dict[str, Any], shapes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is whole before the first step, and damaged afterwards; the run that goes on is the same."""
+    shutil.copytree(shapes, tmp_path / "data")
+    broken = sorted((tmp_path / "data" / "val").iterdir())[1]
+
+    def build_then_break(prepared: Prepared) -> Built:
+        broken.write_bytes(broken.read_bytes()[:-200] + b"\xff\xc0" * 100)
+        return build(prepared)
+
+    monkeypatch.setattr("ddetr.engine.train.build", build_then_break)
+    data = replace(settings["data"], path=str(tmp_path / "data"))
+    options = settings | {"data": data, "epochs": 2}
+    whole = train(TrainConfig(**options, output=str(tmp_path / "whole")))
+    num_images = len(list(broken.parent.iterdir()))
+    assert whole.metrics.num_images == num_images - 1
+    metrics = json.loads((whole.path / "metrics.json").read_text())
+    for which in ("last", "best"):
+        found = metrics[which]["measured_on"]
+        assert (found["num_images"], found["num_images_listed"]) == (num_images - 1, num_images)
+        assert [image["path"] for image in found["unreadable"]] == [str(broken)]
+    assert [row["images_left_out"] for row in rows(whole.path / "val.csv")] == ["1", "1"]
+    assert f"{num_images - 1} of {num_images} images: the others" in (whole.path / "report.html").read_text()
+    assert (whole.path / "best.pth").is_file()
+    first = train(TrainConfig(**options | {"epochs": 1}, output=str(tmp_path / "first")))
+    train(TrainConfig(**options, output=str(first.path), resume="last"))
+    assert_same_run(whole.path, first.path)
+
+
+def test_a_damaged_validation_image_is_told_before_the_first_step(
+    settings: dict[str, Any], shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(shapes, tmp_path / "data")
+    names = sorted((tmp_path / "data" / "val").iterdir())
+    names[1].write_bytes(names[1].read_bytes()[:-2])
+    data = replace(settings["data"], path=str(tmp_path / "data"))
+    [finding] = prepare(TrainConfig(**settings | {"data": data}, output=str(tmp_path / "run"))).audit.findings
+    assert (finding.kind, finding.action, finding.where) == ("unreadable-image", "dropped", str(names[1]))
+    with pytest.raises(InputError, match=f"refused the data set: .*{names[1].name}"):
+        prepare(TrainConfig(**settings | {"data": replace(data, on_bad_image="raise")}, output=str(tmp_path / "run")))
+    for name in names:
+        name.write_bytes(name.read_bytes()[:-200])
+    with pytest.raises(InputError, match="refused the data set"):
+        prepare(TrainConfig(**settings | {"data": data}, output=str(tmp_path / "run")))

@@ -173,3 +173,41 @@ def test_gathered_is_by_image_id_and_may_be_partial():
     assert len(image_ids) == 6
     assert len(objects.labels) == sum(len(record.labels) for record in annotations.images)
     assert set(found.image.tolist()) == set(some)
+
+
+def test_an_image_that_cannot_be_read_is_in_no_number(caplog):
+    annotations = make_annotations()
+    ids, detections = ids_of(annotations), make_detections(annotations)
+    without = CocoEvaluator(annotations)
+    without.update(ids[2:], detections[2:])
+    expected = without.compute(partial=True).to_dict()
+    assert without.measured_on() == {}
+
+    shards = [CocoEvaluator(annotations) for _ in range(2)]
+    shards[0].update(ids[2::2], detections[2::2])
+    shards[1].update(ids[3::2], detections[3::2])
+    for rank, shard in enumerate(shards):
+        shard.leave_out(ids[rank], f"{rank}.jpg", f"{rank}.jpg can't be read: gone")
+    shards[1].leave_out(ids[2], "2.jpg", "one process could read it")
+    states = [shard.state() for shard in shards]
+    for shard in shards:
+        shard.merge(states)
+        caplog.clear()
+        assert shard.compute().to_dict() == expected
+        [said] = [record.getMessage() for record in caplog.records]
+        assert said.startswith(f"2 of {len(ids)} images can't be read and were left out of the evaluation: 0.jpg can't")
+        measured_on = shard.measured_on()
+        assert measured_on["num_images"] == len(ids) - 2
+        assert [image["path"] for image in measured_on["unreadable"]] == ["0.jpg", "1.jpg"]
+    shards[0].reset()
+    assert shards[0].unread == []
+
+
+def test_no_image_at_all_can_be_read():
+    annotations = make_annotations()
+    evaluator = CocoEvaluator(annotations)
+    for image_id in ids_of(annotations):
+        evaluator.leave_out(image_id, "x.jpg", "the disk is gone")
+    metrics = evaluator.compute()
+    assert metrics.num_images == 0
+    assert math.isnan(metrics.AP)

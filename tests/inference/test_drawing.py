@@ -117,3 +117,9 @@ def test_endless_names_and_crowds_are_drawn_in_bounded_time():
     drawn = draw_boxes(GREY, boxes, [3] * 30_000, names)
     assert drawn.shape == GREY.shape
     assert has_color(drawn, class_color(3))[40, 20:101].all()
+
+
+def test_a_strip_is_not_enlarged_without_end():
+    strip = torch.zeros(3, 1, 3000, dtype=torch.uint8)
+    assert draw_boxes(strip, [[0, 0, 9, 1]], [0], ["a"], min_side=480).shape == (3, 1, 3000)
+    assert draw_boxes(strip[:, :, :100], [[0, 0, 9, 1]], [0], ["a"], min_side=480).shape == (3, 40, 4000)

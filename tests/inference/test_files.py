@@ -177,3 +177,17 @@ def test_a_stopped_run_leaves_no_half_file(predictor, folder, tmp_path, monkeypa
         predict_files(predictor, [folder], tmp_path / "out", threshold=0)
     assert (tmp_path / "out" / "predictions.json").read_text() == before
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_images_that_are_not_read_are_named(predictor, folder, tmp_path, caplog):
+    for name in ("x/b.NEF", "y/c.nef", "y/._d.nef", "e.psd"):
+        (folder / name).write_bytes(b"x")
+    save_image(folder / "y" / "f.jp2")
+    assert predict_files(predictor, [folder], tmp_path / "out").num_images == 5
+    said = [record.getMessage() for record in caplog.records]
+    assert any(one.startswith("2 .nef files are not read, such as ") and "develop" in one for one in said)
+    assert any("1 .psd files are not read" in one for one in said)
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.cr2").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"There are no images in .*1 \.cr2 files are not read"):
+        predict_files(predictor, [tmp_path / "raw"], tmp_path / "out")

@@ -28,7 +28,8 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, ordered_corners
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import ImageFolders, read_headers, settle_size
+from ddetr.datasets.image_files import ImageFolders, read_headers, report_unread, settle_size
+from ddetr.datasets.image_formats import is_unread_name
 from ddetr.datasets.readers.coco_json import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco_layout import image_dirs
 from ddetr.datasets.readers.coco_mask import box_of_mask
@@ -177,6 +178,8 @@ def _report_unlisted(paths: Sequence[Path | None], folders: ImageFolders, log: F
                 f"{len(unlisted)} images in {folder} are not listed in {shown} and not used, such as {unlisted[0]}."
             )
             log.add("unlisted-images", "note", folder, message, count=len(unlisted))
+        others = filter(is_unread_name, folders.names(Path(folder)))  # first: it is quick
+        report_unread((name for name in others if name not in names), folder, log)
 
 
 def _settle_shared_files(

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog
-from ddetr.datasets.image_files import is_image_name
+from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, number, size_hw, visible
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
 from ddetr.errors import InputError

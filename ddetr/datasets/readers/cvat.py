@@ -17,7 +17,8 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import ImageFolders, is_image_name
+from ddetr.datasets.image_files import ImageFolders
+from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.label_folders import (
     WHOLE,
     box_around,

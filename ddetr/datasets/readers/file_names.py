@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, folded, is_image_name
+from ddetr.datasets.image_files import ImageFolders, folded
+from ddetr.datasets.image_formats import is_image_name
 from ddetr.untrusted import MAX_PATH_PARTS
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://[^/]*/")  # https://host/, s3://bucket/, file:///

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ddetr.datasets.image_files import is_image_name
+from ddetr.datasets.image_formats import is_image_name
 from ddetr.errors import InputError
 from ddetr.untrusted import one_line, open_file
 from ddetr.wording import first_few

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, is_image_name
+from ddetr.datasets.image_files import ImageFolders
+from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.reader import LabelledImage, Wanted
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few

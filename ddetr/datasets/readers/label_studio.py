@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog
-from ddetr.datasets.image_files import is_image_name
+from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, list_files, load_list, number, size_hw
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
 from ddetr.untrusted import one_line

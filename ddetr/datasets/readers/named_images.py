@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ddetr.datasets.annotations import FindingLog, report_crowd
-from ddetr.datasets.image_files import ImageFolders, is_image_name
+from ddetr.datasets.image_files import ImageFolders
+from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.coco_layout import image_dirs
 from ddetr.datasets.readers.reader import LabelledImage
 from ddetr.errors import InputError

@@ -25,7 +25,8 @@ from ddetr.datasets.annotations import (
     unlike_training,
     whole,
 )
-from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines
+from ddetr.datasets.image_files import ImageFolders, listed_lines, report_unread
+from ddetr.datasets.image_formats import is_image_name, is_unread_name
 from ddetr.datasets.readers.label_folders import holds_json_labels
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, table_of
 from ddetr.errors import InputError
@@ -138,8 +139,10 @@ def _image_paths(sources: Sequence[Path], log: FindingLog) -> list[Path]:
     folders = ImageFolders()
     for source in sources:
         if source.is_dir():
-            inside = sorted(file for file in source.rglob("*") if is_image_name(file.name))
-            paths += inside
+            inside = list(source.rglob("*"))
+            paths += sorted(file for file in inside if is_image_name(file.name))
+            others = (str(file.relative_to(source)) for file in inside if is_unread_name(file.name))
+            report_unread(others, str(source), log, are_left_out=True)
             continue
         if is_image_name(source.name):
             paths.append(source)

@@ -19,7 +19,10 @@ from ddetr.datasets import (
     training_set,
     worst_padded_hw,
 )
+from ddetr.datasets.annotations import UnreadImage
 from ddetr.datasets.config import DataConfig
+from ddetr.datasets.dataset import ReadableImages, readable
+from ddetr.datasets.decoding import most_unreadable
 from ddetr.engine.loading.sampler import EpochOrder
 from ddetr.engine.loading.workers import PREFETCH, default_num_workers, explained, start_worker, workers_that_fit
 from ddetr.engine.step import MicroBatch, Region, no_region, on_device
@@ -27,8 +30,6 @@ from ddetr.errors import InputError
 from ddetr.runtime.limits import allow_open_files, free_shared_memory
 
 logger = logging.getLogger(__name__)
-
-MOST_UNREADABLE = 0.01  # of the images (but always one): above it training would be on another data set
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -41,7 +42,7 @@ def collate_micro(samples: Sequence[tuple[Tensor, dict[str, Any]]], size: int, s
 
 
 class Unreadable:
-    """Files that could not be read, since `take` was last called: filled by the data set, wherever it runs."""
+    """Training files that could not be read, since `take` was last called: filled by the data set, wherever it runs."""
 
     def __init__(self) -> None:
         self._found: list[tuple[str, str]] = []
@@ -55,14 +56,15 @@ class Unreadable:
 
 
 class Loaded(NamedTuple):
-    """What a loader process sends: micro-batches whose targets are arrays, and the files that it could not read.
+    """What a loader process sends: micro-batches whose targets are arrays, and the files that it could not read, as
+    what `Loader` is to report.
 
     Arrays go through the pipe with the rest. Tensors would each take a file descriptor and a piece of shared memory of
     its own: seven per image, which by itself can pass the limit of open files.
     """
 
     batch: list[MicroBatch]
-    unreadable: list[tuple[str, str]]
+    unreadable: list[tuple[Any, ...]]
 
 
 class PackingCollate:
@@ -71,14 +73,15 @@ class PackingCollate:
     def __init__(self, collate_fn: Callable[..., list[MicroBatch]], unreadable: Unreadable):
         self.collate_fn, self.unreadable = collate_fn, unreadable
 
-    def __call__(self, samples: Sequence[tuple[Tensor, dict[str, Any]]]) -> Loaded:
+    def __call__(self, samples: Sequence[tuple[Tensor, dict[str, Any]] | UnreadImage]) -> Loaded:
+        samples, unread = readable(samples)
         batch = self.collate_fn(samples)
         if get_worker_info() is not None:
             batch = [
                 (images, mask, [{name: values.numpy() for name, values in target.items()} for target in targets])
                 for images, mask, targets in batch
             ]
-        return Loaded(batch, self.unreadable.take())
+        return Loaded(batch, [*self.unreadable.take(), *map(tuple, unread)])
 
 
 class Loader(DataLoader):
@@ -91,7 +94,7 @@ class Loader(DataLoader):
     def __init__(
         self,
         *args: Any,
-        report: Callable[[str, str], None],
+        report: Callable[..., None],
         single: bool = False,
         region: Region = no_region,
         **options: Any,
@@ -111,13 +114,16 @@ class Loader(DataLoader):
                     loaded = next(iterator, None)
                 if loaded is None:
                     return
-                for path, reason in loaded.unreadable:
-                    self.report(path, reason)
+                for unreadable in loaded.unreadable:
+                    self.report(*unreadable)
                 batch = [
                     (images, mask, [{name: torch.as_tensor(values) for name, values in one.items()} for one in targets])
                     for images, mask, targets in loaded.batch
                 ]
-            yield batch[0] if self.single else batch
+            if self.single:
+                yield from batch  # none where no image of it can be read
+            else:
+                yield batch
 
 
 class _TimedTransfer(pl.LightningDataModule):
@@ -163,10 +169,13 @@ class DetectionData(_TimedTransfer):
         seed: int,
         epochs: int | None = None,
         region: Region = no_region,
+        leave_out: Callable[[int, str, str], None] | None = None,
     ):
         """batch_size: images per optimisation step, over all processes; device_batch_size: images per forward pass;
-        epochs: of the whole run, for what is off in the last ones; without it, it stays on;
-        region: is entered where training waits for a batch, and where one goes to the device."""
+        epochs: of the whole run, for what is off in the last ones; without it, it stays on; region: is entered where
+        training waits for a batch, and where one goes to the device; leave_out(image id, path, reason) hears of each
+        validation image that cannot be read, which is in no batch then. Without it, or where `on_bad_image` is "raise",
+        such an image stops validation."""
         super().__init__()
         self.start = (0, 0)
         self.unreadable: dict[str, str] = {}
@@ -178,6 +187,7 @@ class DetectionData(_TimedTransfer):
             normalize=False,
             train=False,
         )
+        self._leave_out = None if data.on_bad_image == "raise" else leave_out
         self.batch_size, self.device_batch_size, self.seed, self.region = batch_size, device_batch_size, seed, region
         self.shapes = () if data.padded_shapes is None else padded_shapes(data.image_size, data.padded_shapes)
         self.largest_hw = self.shapes[0] if self.shapes else worst_padded_hw(data.image_size)
@@ -188,6 +198,11 @@ class DetectionData(_TimedTransfer):
                 f"{train.name} has {len(self.train_set)} images, fewer than one batch of {batch_size}: "
                 f"choose a smaller one, for instance --batch_size {max(1, len(self.train_set) // 2)}"
             )
+
+    @property
+    def survives_bad_images(self) -> bool:
+        """Whether a validation image that cannot be read costs that image alone."""
+        return self._leave_out is not None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -245,11 +260,11 @@ class DetectionData(_TimedTransfer):
         # end.
         share = range(self.trainer.global_rank, len(self.val_set), self.trainer.world_size) or range(1)
         return Loader(
-            self.val_set,
+            self.val_set if self._leave_out is None else ReadableImages(self.val_set),
             sampler=share,
             batch_size=self.device_batch_size,
             collate_fn=PackingCollate(self._collate(), Unreadable()),
-            report=self._report,
+            report=self._leave_out or self._report,
             single=True,
             **self._loader_options(),
         )
@@ -268,7 +283,7 @@ class DetectionData(_TimedTransfer):
             return
         self.unreadable[path] = reason
         num_images = len(self.train_set)
-        allowed = max(1, int(MOST_UNREADABLE * num_images))
+        allowed = most_unreadable(num_images)
         if len(self.unreadable) > allowed:
             raise InputError(
                 f"{len(self.unreadable)} of the {num_images} training images can't be read, more than {allowed}; the "

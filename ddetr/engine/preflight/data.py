@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddetr.datasets import Annotations, DetectionDataset
+from ddetr.datasets.dataset import ReadableImages, readable
 from ddetr.engine.loading.datamodule import DetectionData, collate_micro
 from ddetr.engine.module import DetectionModule
 from ddetr.errors import InputError
@@ -65,6 +66,7 @@ def check_evaluation(module: DetectionModule, data: DetectionData, num_queries: 
     name, expected = "evaluation", "AP 1.000 for the ground truth given as predictions"
     dataset, evaluator = data.val_set, module.evaluator
     annotations = dataset.annotations
+    images = ReadableImages(dataset) if data.survives_bad_images else dataset
     places = images_with_objects(annotations, crowded=True)
     if not places:
         return Check(name, "warning", expected, "no validation image has an object: AP is undefined")
@@ -72,7 +74,10 @@ def check_evaluation(module: DetectionModule, data: DetectionData, num_queries: 
     fresh = CocoEvaluator(evaluator.annotations, evaluator.max_detections, evaluator.backend)
     for start in range(0, len(places), data.device_batch_size):
         chunk = places[start : start + data.device_batch_size]
-        [batch] = collate_micro([dataset[index] for index in chunk], len(chunk))
+        samples, _ = readable(images[index] for index in chunk)  # the others are in no number, as in validation
+        if not samples:
+            continue
+        [batch] = collate_micro(samples, len(samples))
         module.evaluate(batch, lambda *_, targets=batch[2]: perfect_outputs(targets, num_queries, num_classes), fresh)
     metrics = fresh.compute(partial=True)
     records = [annotations.images[index] for index in places]

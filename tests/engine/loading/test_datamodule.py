@@ -78,12 +78,12 @@ def loaders(
     rank: int = 0,
     world_size: int = 1,
     epochs: int | None = None,
+    leave_out=None,
     **settings,
 ) -> DetectionData:
     config = DataConfig(str(shapes), image_size=64, num_workers=num_workers, **settings)
-    data = DetectionData(
-        *load_splits(config), config, batch_size=batch_size, device_batch_size=2, seed=3, epochs=epochs
-    )
+    sizes = {"batch_size": batch_size, "device_batch_size": 2}
+    data = DetectionData(*load_splits(config), config, **sizes, seed=3, epochs=epochs, leave_out=leave_out)
     data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
     return data
 
@@ -352,6 +352,21 @@ def test_a_bad_file_stops_validation_and_training_that_wants_to(
             list(loader)
         assert "\n" not in str(caught.value)
         assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_bad_file_costs_validation_that_image(shapes: Path, damaged: Callable[..., Path], num_workers: int) -> None:
+    """Whole batches of them too; the others come as they would have come."""
+    names = image_names(shapes, "val")
+    root = damaged(*names[:2])
+    heard: list[tuple[int, str, str]] = []
+    data = loaders(root, num_workers=num_workers, leave_out=lambda *image: heard.append(image))
+    seen = [int(target["image_id"]) for _, _, targets in data.val_dataloader() for target in targets]
+    every = [record.image_id for record in data.val_set.annotations.images]
+    assert seen == every[2:]
+    assert [image_id for image_id, _, _ in heard] == every[:2]
+    assert [path for _, path, _ in heard] == [str(root / name) for name in names[:2]]
+    assert all("can't be read" in reason for _, _, reason in heard)
 
 
 def test_a_run_with_everything_on(
