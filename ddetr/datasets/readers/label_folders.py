@@ -157,7 +157,8 @@ def report_images(
     found: Iterable[LabelledImage],
     known: set[str],
 ) -> None:
-    """Adds what a split's images show as a whole: that none was found, or that some have no label file.
+    """Adds what a split's images show as a whole: that none was found, that some have no label file, or are in a format
+    that is not read.
 
     labels: the split's label files. found: the images of those that have one. known: stems of the label files of all
     splits.
@@ -167,6 +168,7 @@ def report_images(
         places = first_few([str(place) for place in beside.places(labels[0].parent)], 3)
         message = f"None of the {len(labels)} images was found (looked in {places}); give image_dir."
         log.add("every-image-missing", "refused", str(wanted.path), message, count=len(labels))
+    beside.folders.report_unread(log)
     for folder in sorted({path.parent for path in paths}):
         if wanted.split not in (wanted.train_split, folder.name, folder.parent.name):
             continue  # several splits have their images there: the training split says it
