@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +55,51 @@ class ImageFolders:
         return path.parent / found if found else None
 
 
+_CLUTTER = frozenset(["__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"])
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder of this name is nothing that somebody put into a data set: hidden ones (`._a.jpg` and
+    `.ipynb_checkpoints` too), and what archives, network disks and bins leave behind."""
+    return name.startswith(".") or name.lower() in _CLUTTER
+
+
+def visible(paths: Iterable[Path], root: Path) -> list[Path]:
+    """Of what was found below `root`, sorted: what is no clutter and lies in none."""
+    return sorted(path for path in paths if not any(map(is_clutter, path.relative_to(root).parts)))
+
+
+def walk_files(folder: Path) -> list[Path]:
+    """All files in a folder and below that are no clutter, sorted. Links to folders are followed, each folder is walked
+    once, and none that the folder itself lies in.
+
+    Raises:
+        InputError: a folder can't be read.
+    """
+    files: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    real_root = os.path.realpath(folder)
+    waiting, links = [folder], []
+    while waiting or links:
+        place = waiting.pop() if waiting else links.pop()
+        try:
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted((entry for entry in os.scandir(place) if not is_clutter(entry.name)), key=lambda e: e.name)
+        except OSError as error:
+            raise InputError(f"{place} can't be read: {error.strerror or error}") from None
+        for entry in entries:
+            if not os.path.isdir(entry.path):
+                files.append(place / entry.name)
+            elif not entry.is_symlink():
+                waiting.append(place / entry.name)
+            elif not Path(real_root).is_relative_to(os.path.realpath(entry.path)):
+                links.append(place / entry.name)
+    return sorted(files)
+
+
 def listed_lines(listing: Path) -> list[str]:
     """The lines of a text file that lists images or classes; `InputError` where it can't be read."""
     try:
@@ -64,7 +109,7 @@ def listed_lines(listing: Path) -> list[str]:
 
 
 def is_image_name(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_clutter(name)
 
 
 def read_headers(paths: Sequence[Path | str]) -> list[ImageHeader | InputError]:

@@ -11,7 +11,8 @@ from ddetr.datasets.readers.coco import read_coco
 from ddetr.datasets.readers.coco_layout import coco_splits
 from ddetr.datasets.readers.reader import Reader, Wanted
 from ddetr.datasets.readers.voc import read_voc, voc_splits
-from ddetr.datasets.readers.yolo import read_yolo, yolo_splits
+from ddetr.datasets.readers.yolo import read_yolo
+from ddetr.datasets.readers.yolo_layout import yolo_splits
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.wording import did_you_mean, first_few
@@ -74,7 +75,7 @@ def _read_coco(wanted: Wanted) -> Annotations:
 FORMATS: dict[str, Reader] = {
     "coco": Reader("COCO", "annotations/*.json or */_annotations.coco.json", coco_splits, _read_coco),
     "voc": Reader("Pascal VOC", "Annotations/*.xml", voc_splits, read_voc),
-    "yolo": Reader("YOLO", "data.yaml, or images/ and labels/", yolo_splits, read_yolo),
+    "yolo": Reader("YOLO", "data.yaml, obj.data, or images/ and labels/", yolo_splits, read_yolo),
 }
 
 

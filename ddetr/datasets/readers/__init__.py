@@ -5,5 +5,8 @@ coco_layout.py    where COCO data sets keep things
 coco_json.py      a COCO file's JSON
 coco.py           reader: COCO
 voc.py            reader: Pascal VOC
+yolo_layout.py    where YOLO data sets keep things
+yolo_labels.py    the label file of each image
+yolo_rows.py      what the lines of a label file say
 yolo.py           reader: YOLO
 """

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddetr.datasets.image_files import ImageFolders
+from ddetr.datasets.image_files import ImageFolders, visible
 from ddetr.untrusted import open_file
 
 _OTHER_TASKS = re.compile(r"^(captions|person_keypoints|stuff|panoptic|image_info|deprecated)_", re.IGNORECASE)
@@ -22,20 +22,20 @@ def coco_splits(path: Path) -> dict[str, Path]:
     """Split name -> annotation file, by the first layout that is there; {} where none is."""
     if path.is_file():
         return {_split_name(path): path} if _looks_like_coco(path) else {}
-    own = sorted(path.glob("annotations/instances_*.json"))
+    own = visible(path.glob("annotations/instances_*.json"), path)
     if own:
         return {file.stem.removeprefix("instances_"): file for file in own}
-    roboflow = sorted(path.glob("*/_annotations.coco.json"))
+    roboflow = visible(path.glob("*/_annotations.coco.json"), path)
     if roboflow:
         return {file.parent.name: file for file in roboflow}
     if (path / "_annotations.coco.json").is_file():
         return {path.name: path / "_annotations.coco.json"}
     for pattern in ("annotations/*.json", "*.json"):
-        files = [f for f in sorted(path.glob(pattern)) if not _OTHER_TASKS.match(f.name) and _looks_like_coco(f)]
+        files = [f for f in visible(path.glob(pattern), path) if not _OTHER_TASKS.match(f.name) and _looks_like_coco(f)]
         if files:
             names = [_split_name(file) for file in files]
             return {n if names.count(n) == 1 else f.stem: f for n, f in zip(names, files, strict=True)}
-    nested = [file for file in sorted(path.glob("*/*.json")) if _looks_like_coco(file)]
+    nested = [file for file in visible(path.glob("*/*.json"), path) if _looks_like_coco(file)]
     folders = [file.parent for file in nested]
     return {file.parent.name: file for file in nested if folders.count(file.parent) == 1}
 
