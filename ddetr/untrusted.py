@@ -5,6 +5,7 @@ anybody has had, far below what takes a machine down. The functions are the one 
 they import nothing heavy.
 """
 
+import codecs
 import csv
 import errno
 import json
@@ -110,8 +111,12 @@ def read_bytes(path: str | os.PathLike, most_bytes: int) -> bytes:
 
 
 def read_text(path: str | os.PathLike, most_bytes: int, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
-    """All of a regular text file with `\\n` at the ends of lines; raises as `open_file`, or UnicodeDecodeError."""
-    text = read_bytes(path, most_bytes).decode(encoding, errors)
+    """All of a regular text file with `\\n` at the ends of lines; raises as `open_file`, or UnicodeDecodeError. UTF-16,
+    which Windows' shell writes, is read too where its mark stands first."""
+    content = read_bytes(path, most_bytes)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    text = content.decode(encoding, errors)
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 

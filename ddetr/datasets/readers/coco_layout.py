@@ -49,14 +49,16 @@ def _looks_like_coco(file: Path) -> bool:
     try:
         with open_file(file) as stream:
             start = stream.read(1 << 16)
-            stream.seek(max(0, stream.seek(0, 2) - (1 << 16)))
+            size = stream.seek(0, 2)
+            stream.seek(max(0, size - (1 << 16)))
             ends = start + stream.read()
     except OSError:
         return False
     # a file cut short has lost its end; it is recognised all the same, so that reading it can say where it breaks
-    return start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and any(
-        word in ends for word in (b'"images"', b'"annotations"', b'"categories"')
-    )
+    words = [b'"images"', b'"annotations"']
+    if size > 1 << 16:  # the others may stand between the ends; a small file of classes alone is no data set
+        words.append(b'"categories"')
+    return start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{" and any(word in ends for word in words)
 
 
 def image_dirs(root: Path, annotation_file: Path, split: str) -> list[Path]:

@@ -17,7 +17,7 @@ from xml.parsers import expat
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines, visible
+from ddetr.datasets.image_files import ImageFolders, is_image_name, listed_lines
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, read_bytes
@@ -28,7 +28,9 @@ WHOLE = "all"  # the one split of a data set that has none
 def voc_root(path: Path) -> Path | None:
     """The folder with `Annotations` in it: `path`, or the only one below it (VOCdevkit/VOC2007); None without one."""
     for depth in ("", "*/", "*/*/"):
-        roots = sorted({folder.parent for folder in visible(path.glob(f"{depth}Annotations"), path) if _xml_of(folder)})
+        roots = sorted(
+            {folder.parent for folder in path.glob(f"{depth}Annotations") if next(folder.glob("*.xml"), None)}
+        )
         if len(roots) > 1:
             names = ", ".join(root.name for root in roots)
             raise InputError(f"{path} holds several Pascal VOC data sets ({names}); name one of them")
@@ -43,17 +45,12 @@ def voc_splits(path: Path) -> dict[str, Path]:
         return {}
     root = voc_root(path)
     if root is None:
-        return {f.name: f for f in visible(path.iterdir(), path) if f.is_dir() and _xml_of(f)}
-    main = root / "ImageSets" / "Main"
-    lists = visible(main.glob("*.txt"), main)
+        return {f.name: f for f in sorted(path.iterdir()) if f.is_dir() and next(f.glob("*.xml"), None)}
+    lists = sorted((root / "ImageSets" / "Main").glob("*.txt"))
     names = {file.stem for file in lists}
     # "aeroplane_train" is train once more with a flag for aeroplanes: no split of its own
     splits = {file.stem: file for file in lists if file.stem.rpartition("_")[2] not in names or "_" not in file.stem}
     return splits or {WHOLE: root / "Annotations"}
-
-
-def _xml_of(folder: Path) -> list[Path]:
-    return visible(folder.glob("*.xml"), folder)
 
 
 def read_voc(wanted: Wanted) -> Annotations:
@@ -73,7 +70,7 @@ def read_voc(wanted: Wanted) -> Annotations:
 def _xml_files(root: Path, listing: Path, log: FindingLog) -> list[Path]:
     """The XML file of each image of a split, listed or not yet known to exist."""
     if listing.is_dir():
-        return _xml_of(listing)
+        return sorted(listing.glob("*.xml"))
     files: dict[Path, None] = {}
     for number, line in enumerate(listed_lines(listing), 1):
         words = line.split()

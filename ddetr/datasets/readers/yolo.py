@@ -8,7 +8,6 @@ oriented boxes) become the box around them.
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -176,12 +175,6 @@ def _numbered(ids: set[int], root: Path, log: FindingLog) -> list[Category]:
 
 def _check_names(own: list[Category], ids: set[int], where: str, log: FindingLog) -> None:
     """What the names and the ids in use say about each other."""
-    for name, count in Counter(category.name for category in own).items():
-        if count > 1:
-            message = (
-                f"{count} classes are called {shortened(name, SHOWN_NAME)!r}: nothing but their ids tells them apart."
-            )
-            log.add("class-names-alike", "note", where, message, count=count)
     if any("\ufffd" in category.name for category in own):
         message = "Class names hold characters that are not UTF-8; save the file as UTF-8."
         log.add("names-not-utf8", "note", where, message)

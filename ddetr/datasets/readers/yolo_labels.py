@@ -106,7 +106,7 @@ class LabelFiles:
                 log.add("images-without-labels", "note", str(folder), message, count=len(images))
         for folder, used in self._used.items():
             if len(used) > 1:
-                parts = ", ".join(f"{count:,} in {place}" for place, count in used.most_common())
+                parts = ", ".join(f"{count:,} in {place}" for place, count in sorted(used.items()))
                 message = f"The label files of its images lie in more than one place: {parts}; all were used."
                 log.add("labels-in-two-places", "note", str(folder), message)
         for folder, pairs in self._twice.items():

@@ -137,7 +137,7 @@ class RowReader:
         if keypoints:
             message = (
                 f"{self.num_like_keypoints:,} of {self.num_long:,} long rows look like a box and its keypoints, not "
-                "like a polygon. Add kpt_shape: [number of keypoints, 2 or 3] to the data set's YAML; or task: segment, "
+                "like a polygon. Add kpt_shape: [number of keypoints, 2 or 3] to the data set's YAML, or task: segment "
                 "where they are polygons."
             )
             self.log.add("keypoints-or-polygons", "refused", str(root), message, count=self.num_like_keypoints)
