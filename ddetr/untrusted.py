@@ -34,6 +34,7 @@ MAX_ROWS = 2_000  # of a table in a page: LVIS has 1,203 classes
 MAX_COLUMNS = 500  # of a table of a run; ours have 40
 SHOWN_NAME = 200  # characters of a name on a screen, in a page, in a table
 MAX_PATH = 4_096  # characters; no system has files of longer names
+MAX_SPLIT_PATHS = 10_000  # folders and lists that a split in a data.yaml names: each is looked for in many places
 MAX_PATH_PARTS = 64  # of a split's folder in a data.yaml: each end of it is tried
 MAX_PLACE = 1_000  # characters that a finding keeps of a place or a sentence: there are millions of findings
 MAX_MESSAGE = 2_000  # characters of one message on a screen

@@ -129,7 +129,8 @@ POSE = "0.7 0.6 0.1 0.2"  # its second pair lies far away from it
     "rows",
     [
         [f"0 {POSE} 0.68 0.55 0.72 0.55 0.7 0.65"],
-        [f"0 {POSE} 0.68 0.55 0.72 0.55 0.7 0.65 0 0"] * 3 + ["0 .1 .1 .2 .1 .2 .2 .15 .25 .1 .2"],
+        [f"0 {POSE} 0.68 0.55 0.72 0.55 0.7 {y} 0 0" for y in (0.64, 0.65, 0.66)]
+        + ["0 .1 .1 .2 .1 .2 .2 .15 .25 .1 .2"],
         [f"0 {POSE} 0.68 0.55 2 0.72 0.55 2 0.7 0.65 1"],  # 13 numbers
         [f"0 {POSE} 0.68 0.55 2 0.72 0.55 1"],  # 10
         [f"0 {POSE} 0.68 0.55 2 0.72 0.55 2", f"0 {POSE} 0 0 0 0 0 0"],
@@ -182,14 +183,20 @@ def test_confidences_and_tracks_behind_boxes(make_yolo):
     np.testing.assert_allclose(boxes_of(make_yolo, [triangle])[0], [[6.4, 4.8, 32, 48]], rtol=1e-5)
 
 
+def test_lines_that_repeat_another_are_used_once(make_yolo):
+    boxes, annotations = boxes_of(make_yolo, [f"0 {BOX}", f"0.0 {BOX}0", f"1 {BOX}", f"0 {BOX}"])
+    assert boxes == [[8, 6, 28, 22]] * 2
+    assert [(action, count) for action, count, _ in said(annotations, "repeated-line")] == [("repaired", 2)]
+
+
 def test_commas(make_yolo):
     rows = [
-        "0,0.28125,0.29167,0.3125,0.33333",
-        "0, 0.28125, 0.29167, 0.3125, 0.33333",
+        "0,0.28125,0.29167,0.3125,0.33331",
+        "0, 0.28125, 0.29167, 0.3125, 0.33332",
         "0 0,28125 0,29167 0,3125 0,33333",
-        "0;0.28125;0.29167;0.3125;0.33333",
-        "0\t0.28125\t0.29167\t0.3125\t0.33333",
-        "0 2.8125e-01 2.9167e-01 3.125e-01 3.3333e-01",
+        "0;0.28125;0.29167;0.3125;0.33334",
+        "0\t0.28125\t0.29167\t0.3125\t0.33335",
+        "0 2.8125e-01 2.9167e-01 3.125e-01 3.3336e-01",
     ]
     boxes, annotations = boxes_of(make_yolo, rows)
     assert boxes == [[8, 6, 28, 22]] * 6
@@ -229,7 +236,10 @@ def test_class_ids_of_numpy_without_a_yaml(make_yolo):
     root = make_yolo({"images/a.jpg": "0.000000e+00 .5 .5 .2 .2\n1.0 .5 .5 .2 .2"})
     annotations = load_annotations(root, "all")
     assert [category.name for category in annotations.categories] == ["class_0", "class_1"]
-    assert (annotations.images[0].labels.tolist(), annotations.findings) == ([0, 1], ())
+    assert annotations.images[0].labels.tolist() == [0, 1]
+    ((action, _, message),) = said(annotations, "no-class-names")
+    assert (action, len(annotations.findings)) == ("note", 1)
+    assert "No file names the classes; they are called class_0 to class_1" in message
 
 
 @pytest.mark.parametrize(

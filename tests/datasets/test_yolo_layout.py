@@ -9,7 +9,7 @@ import pytest
 from ddetr.cli import main as cli
 from ddetr.datasets import audit, available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.image_files import is_clutter, walk_files
-from ddetr.datasets.readers.yolo_layout import shortest_ends
+from ddetr.datasets.readers.yolo_paths import shortest_ends
 from ddetr.errors import InputError
 
 ROW = "0 .5 .5 .2 .2"
@@ -89,6 +89,15 @@ def test_how_much_of_a_path_tells_it_from_others():
     ends = {("x", "train", "images"): 2, ("x", "valid", "images"): 2, ("x", "test"): 2, ("test",): 1}
     assert shortest_ends(ends) == ends
     assert shortest_ends([("a", "b")]) == {("a", "b"): 1}
+
+
+def test_a_yaml_that_names_thousands_of_paths(make_yolo):
+    entry = ", ".join(f"gone{i}/images" for i in range(30))
+    root = make_yolo(TREE, data_yaml=f"train: [{entry}]\nval: images/val\n{NAMES}")
+    assert len(said(load_annotations(root, "train"), "missing-path")) == 30
+    (root / "data.yaml").write_text(f"train: [{'a, ' * 10_001}]\n{NAMES}")
+    with pytest.raises(InputError, match="names 10,001 paths, more than 10,000"):
+        available_splits(root)
 
 
 def test_a_yaml_that_names_no_split(make_yolo):
@@ -327,5 +336,6 @@ def test_capitals(make_yolo):
         (root / name).parent.mkdir(parents=True)
         (root / name).write_text(ROW)
     assert default_splits(root) == ("Train", "Val")
+    (root / "classes.txt").write_text("cat\n")
     train = load_annotations(root, "Train")
     assert (len(train.images[0].labels), train.findings) == (1, ())

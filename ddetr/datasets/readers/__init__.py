@@ -6,6 +6,7 @@ coco_json.py      a COCO file's JSON
 coco.py           reader: COCO
 voc.py            reader: Pascal VOC
 yolo_layout.py    where YOLO data sets keep things
+yolo_paths.py     what its paths stand for
 yolo_labels.py    the label file of each image
 yolo_rows.py      what the lines of a label file say
 yolo.py           reader: YOLO

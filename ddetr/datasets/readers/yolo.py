@@ -15,7 +15,8 @@ from ddetr.datasets.annotations import Annotations, Category, FindingLog, match_
 from ddetr.datasets.image_files import listed_lines, visible
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, table_of
 from ddetr.datasets.readers.yolo_labels import LabelFiles
-from ddetr.datasets.readers.yolo_layout import Places, description, given, image_paths, yolo_file, yolo_splits
+from ddetr.datasets.readers.yolo_layout import description, image_paths, yolo_file, yolo_splits
+from ddetr.datasets.readers.yolo_paths import Places, given
 from ddetr.datasets.readers.yolo_rows import RowReader, class_id_of
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_CLASSES, MAX_LABEL_BYTES, MAX_PATH, SHOWN_NAME, one_line, read_text, shortened
@@ -170,6 +171,9 @@ def _numbered(ids: set[int], root: Path, log: FindingLog) -> list[Category]:
         message = f"No file names the classes, and a class id is above {MAX_CLASSES:,}; correct it, or add a data.yaml."
         log.add("too-many-classes", "refused", str(root), message)
         most = max((class_id for class_id in ids if class_id < MAX_CLASSES), default=-1)
+    if most >= 0:
+        message = f"No file names the classes; they are called class_0 to class_{most}. Name them in a data.yaml."
+        log.add("no-class-names", "note", str(root), message)
     return [Category(i, f"class_{i}") for i in range(most + 1)]
 
 

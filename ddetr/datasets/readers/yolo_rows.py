@@ -53,6 +53,8 @@ class RowReader:
         """The objects of a label file; what is no object goes to the log."""
         rows = Rows(where, [], [], [], np.empty((0, 4)), np.empty((0, 4)))
         boxes, polygons = [], []
+        seen: set[tuple[float, ...]] = set()
+        repeated = 0
         if len(lines) > MAX_OBJECTS:
             report_crowd(self.log, where, len(lines))
         for number, line in enumerate(lines[:MAX_OBJECTS], 1):
@@ -71,6 +73,11 @@ class RowReader:
                 )
                 self.log.add("not-relative", "dropped", place, message)
                 continue
+            row = (class_id, *values)
+            if row in seen:
+                repeated += 1
+                continue
+            seen.add(row)
             kind = self._kind(values)
             x, y, w, h = values[:4]
             boxes.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
@@ -84,7 +91,11 @@ class RowReader:
             rows.kinds.append(kind)
             rows.numbers.append(number)
             self.ids.add(class_id)
-        as_boxes, as_polygons = (np.array(corners, dtype=np.float64).reshape(-1, 4) for corners in (boxes, polygons))
+        as_boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        as_polygons = np.array(polygons, dtype=np.float64).reshape(-1, 4) if any(rows.kinds) else as_boxes
+        if repeated:
+            message = f"{repeated:,} lines say the same as another one of the file; they were used once."
+            self.log.add("repeated-line", "repaired", where, message, count=repeated)
         return Rows(where, rows.ids, rows.kinds, rows.numbers, as_boxes, as_polygons)
 
     def _numbers(self, line: str, place: str) -> tuple[int, list[float]]:
@@ -148,6 +159,8 @@ class RowReader:
 
         keypoints: what `settle` said.
         """
+        if not any(rows.kinds):
+            return rows.ids, rows.as_boxes, rows.numbers
         kinds = np.array(rows.kinds, dtype=np.int64)
         is_box = kinds == _BOX
         if keypoints:
