@@ -203,6 +203,13 @@ def test_commas(make_yolo):
     assert [(f.kind, f.action) for f in annotations.findings] == [("commas", "repaired")] * 4
 
 
+def test_pixels_in_place_of_fractions(make_yolo):
+    _, annotations = boxes_of(make_yolo, ["0 10 10 30 30", "0 20 10 30 30", f"0 {BOX}"])
+    assert [(action, count) for action, count, _ in said(annotations, "pixels-not-fractions")] == [("refused", 2)]
+    _, annotations = boxes_of(make_yolo, ["0 10 10 30 30", f"0 {BOX}"])
+    assert {f.kind for f in annotations.findings} == {"not-relative"}
+
+
 def test_corners_in_place_of_centres(make_yolo):
     rows = ["0 0.1 0.1 0.3 0.3", "0 0.5 0.5 0.9 0.9", "1 0.6 0.1 0.9 0.5", "1 0.2 0.6 0.95 0.99"]
     _, annotations = boxes_of(make_yolo, rows)
@@ -239,7 +246,7 @@ def test_class_ids_of_numpy_without_a_yaml(make_yolo):
     assert annotations.images[0].labels.tolist() == [0, 1]
     ((action, _, message),) = said(annotations, "no-class-names")
     assert (action, len(annotations.findings)) == ("note", 1)
-    assert "No file names the classes; they are called class_0 to class_1" in message
+    assert "No file names the classes; they are called by their ids" in message
 
 
 @pytest.mark.parametrize(

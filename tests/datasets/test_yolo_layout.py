@@ -121,6 +121,7 @@ def test_a_yaml_that_names_no_split(make_yolo):
         (ROBOFLOW, "path:\ntrain: ./train/images/\nvalidation: ./valid/images/\ntest: null"),
         ({f"ds/{name}": row for name, row in ROBOFLOW.items()}, "path: ./\ntrain: train/images\nval: valid/images"),
         (ROBOFLOW, "Train: train/images\nVal: valid/images"),
+        (ROBOFLOW, "train: ../Train/images\nval: Valid/Images"),
         (ROBOFLOW, 'train: "train\\\\images"\nval: valid\\images'),
     ],
 )
@@ -312,6 +313,33 @@ def test_labels_beside_images_and_nothing_else(make_yolo):
         shutil.copytree(root, root.parent / "two" / split)
     assert default_splits(root.parent / "two") == ("train", "val")
     assert len(load_annotations(root.parent / "two", "val").images) == 2
+
+
+@pytest.mark.parametrize("place", ["", "ImageSets/", "ImageSets/Main/"])
+def test_lists_beside_images_and_labels(make_yolo, place):
+    root = make_yolo({"images/a.jpg": ROW, "images/b.jpg": ROW})
+    (root / "classes.txt").write_text("cat\n")
+    (root / "requirements.txt").write_text("torch\n")
+    assert default_splits(root) == ("all", None)
+    (root / place).mkdir(exist_ok=True, parents=True)
+    (root / place / "train.txt").write_text("a\n")
+    (root / place / "val.txt").write_text("/x/images/b.jpg\n")
+    assert default_splits(root) == ("train", "val")
+    for split, name in (("train", "a.jpg"), ("val", "b.jpg")):
+        annotations = load_annotations(root, split)
+        assert [record.path.name for record in annotations.images] == [name]
+        assert annotations.findings == ()
+
+
+def test_folders_of_images_and_labels_for_each_split(make_yolo):
+    root = make_yolo({"train_images/a.jpg": None, "images-val/b.jpg": None, "test_images/c.jpg": None})
+    for name in ("train_labels/a.txt", "labels-val/b.txt"):
+        (root / name).parent.mkdir()
+        (root / name).write_text(ROW)
+    (root / "classes.txt").write_text("cat\n")
+    assert available_splits(root) == ["val", "train"]
+    train = load_annotations(root, "train")
+    assert (len(train.images[0].labels), train.findings) == (1, ())
 
 
 def test_label_studios_export_is_no_coco_set(make_yolo):

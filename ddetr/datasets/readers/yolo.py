@@ -40,7 +40,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
     root = root.absolute()
     for sentence in splits[split].missing:
         log.add("missing-path", "refused", file.name if file else str(root), sentence)
-    images = image_paths(splits[split], file, log)
+    images = image_paths(splits[split], log)
     if not images and splits[split].sources:
         looked = ", ".join(str(source) for source in splits[split].sources)
         log.add("no-images", "refused", looked, "There is no image in it; correct the split's path.")
@@ -172,7 +172,9 @@ def _numbered(ids: set[int], root: Path, log: FindingLog) -> list[Category]:
         log.add("too-many-classes", "refused", str(root), message)
         most = max((class_id for class_id in ids if class_id < MAX_CLASSES), default=-1)
     if most >= 0:
-        message = f"No file names the classes; they are called class_0 to class_{most}. Name them in a data.yaml."
+        message = (
+            "No file names the classes; they are called by their ids, class_0 and so on. Name them in a data.yaml."
+        )
         log.add("no-class-names", "note", str(root), message)
     return [Category(i, f"class_{i}") for i in range(most + 1)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -12,9 +11,8 @@ from pathlib import Path
 from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, is_clutter, walk_files
 from ddetr.datasets.readers.yolo_layout import has_rows
+from ddetr.datasets.readers.yolo_paths import names_of_labels, written_like
 from ddetr.untrusted import one_line
-
-_IMAGES = re.compile(r"jpegimages|images?|imgs?", re.IGNORECASE)
 
 
 def label_file(image: Path) -> Path:
@@ -26,7 +24,7 @@ def _usual_folder(folder: Path) -> Path:
     parts = list(folder.parts)
     for i in reversed(range(len(parts))):
         if parts[i].lower() == "images":
-            for labels in _like(parts[i], "labels"):
+            for labels in written_like(parts[i], "labels"):
                 place = Path(*parts[:i], labels, *parts[i + 1 :])
                 if place.is_dir():
                     return place
@@ -34,23 +32,12 @@ def _usual_folder(folder: Path) -> Path:
     return folder
 
 
-def _like(word: str, other: str) -> Sequence[str]:
-    """`other` in small letters, and written as `word` is: Labels beside Images."""
-    return dict.fromkeys(
-        [other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other, other]
-    )
-
-
 def _label_folders(folder: Path) -> list[Path]:
     """The folders that may hold the label files of a folder of images, the usual one first."""
     places = [_usual_folder(folder)]
     for depth, part in ((1, folder.name), (2, folder.parent.name)):  # train_images -> train_labels
-        word = _IMAGES.search(part)
-        if word:
-            tail = folder.parts[len(folder.parts) - depth + 1 :]
-            for labels in _like(word[0], "labels"):
-                name = part[: word.start()] + labels + part[word.end() :]
-                places.append(Path(*folder.parts[: len(folder.parts) - depth], name, *tail))
+        head, tail = folder.parts[: len(folder.parts) - depth], folder.parts[len(folder.parts) - depth + 1 :]
+        places += [Path(*head, name, *tail) for name in names_of_labels(part)]
     places += [folder, folder / "labels", folder.parent / "labels" / folder.name]
     return [place for place in dict.fromkeys(places) if place == places[0] or place.is_dir()]
 

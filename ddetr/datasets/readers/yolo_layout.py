@@ -9,6 +9,7 @@ names and is nowhere stays a part of its split, as something missing: another sp
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -17,13 +18,24 @@ from typing import Any
 
 from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, is_image_name, visible, walk_files
-from ddetr.datasets.readers.yolo_paths import FEW, Places, bare_parts, given, shortest_ends
+from ddetr.datasets.readers.yolo_paths import (
+    FEW,
+    Places,
+    bare_parts,
+    given,
+    listed_images,
+    names_of_labels,
+    shortest_ends,
+)
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_SPLIT_PATHS, MAX_YAML_BYTES, one_line, open_file, parse_yaml, read_text
 
 WHOLE = "all"  # the one split of a data set that has none
 _SPLIT_KEYS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _YAML, _DARKNET = (".yaml", ".yml"), (".data",)
+_LISTS = ("", "ImageSets", "ImageSets/Main")
+_LISTED_SPLITS = {name for names in _SPLIT_KEYS.values() for name in names}
+_IMAGES_WORD = re.compile(r"[ _.-]*(images?|imgs?)[ _.-]*", re.IGNORECASE)
 _SAMPLED_LABELS = 100  # text files beside images that are looked into
 
 
@@ -33,6 +45,7 @@ class YoloSplit:
 
     sources: tuple[Path, ...]  # folders, lists of images, single images
     missing: tuple[str, ...] = ()  # a sentence for each that is not there
+    bases: tuple[Path, ...] = ()  # folders that paths in the lists may start from
 
 
 # ---- the file that describes a data set ------------------------------------------------------------------------------
@@ -124,12 +137,22 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
         images, labels = inside["images"], inside["labels"]
         inner = [folder for folder in visible(images.iterdir(), images) if folder.is_dir()]
         inner = [folder for folder in inner if (labels / folder.name).is_dir()]
-        return {folder.name: YoloSplit((folder,)) for folder in inner} or {WHOLE: YoloSplit((images,))}
+        if inner:
+            return {folder.name: YoloSplit((folder,)) for folder in inner}
+        lists = {file.stem: file for place in _LISTS for file in visible((path / place).glob("*.txt"), path)}
+        lists = {name: file for name, file in lists.items() if name.lower() in _LISTED_SPLITS}
+        return {name: YoloSplit((file,), (), (images, path)) for name, file in lists.items()} or {
+            WHOLE: YoloSplit((images,))
+        }
     splits = {}
     for folder in inside.values():
         below = {place.name.lower(): place for place in folder.iterdir() if place.is_dir()}
         if "images" in below and "labels" in below:
             splits[folder.name] = YoloSplit((below["images"],))
+    for folder in inside.values():  # train_images and train_labels
+        if any(name.lower() in inside and name != folder.name for name in names_of_labels(folder.name)):
+            splits[_IMAGES_WORD.sub("", folder.name)] = YoloSplit((folder,))
+    splits.pop("", None)
     if splits:
         return splits
     if _has_labels_beside(path):
@@ -181,24 +204,23 @@ def _resolved(places: Places) -> dict[str, YoloSplit]:
                 missing.append(places.said_of(item, name, needed[bare_parts(item)]))
             else:
                 missing.append(f"{name} names {one_line(item)}, which is not there. Correct the path.")
-        splits[name] = YoloSplit(tuple(sources), tuple(missing))
+        splits[name] = YoloSplit(tuple(sources), tuple(missing), (*places.bases, places.home.parent))
     return splits
 
 
-def image_paths(splits: YoloSplit, file: Path | None, log: FindingLog) -> list[Path]:
+def image_paths(split: YoloSplit, log: FindingLog) -> list[Path]:
     """The images of a split, each once."""
     paths: list[Path] = []
-    for source in splits.sources:
+    for source in split.sources:
         if source.is_dir():
             paths += [path for path in walk_files(source) if is_image_name(path.name)]
         elif is_image_name(source.name):
             paths.append(source)
         else:
-            assert file is not None  # without a description there are no lists
-            paths += Places(file, description(file)).image_lists(source, log)
+            paths += listed_images(source, split.bases, log)
     unique = list(dict.fromkeys(paths))
     if len(unique) < len(paths):
         repeated = len(paths) - len(unique)
         message = f"{repeated} images are listed twice; used once."
-        log.add("duplicate-image", "repaired", str(splits.sources[0]), message, repeated)
+        log.add("duplicate-image", "repaired", str(split.sources[0]), message, repeated)
     return unique

@@ -7,7 +7,8 @@ looked for in ever wider ways, but never cut so short that it could be another o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,7 @@ from ddetr.wording import did_you_mean, first_few
 FEW = 8  # names of a folder in a message, and missing paths of which it is said what is there instead
 _FEW_FOLDERS = 50  # below a description's own that may hold the whole set; among more it is none
 _NOTHING = ("", "~", "null")
+_IMAGES = re.compile(r"jpegimages|images?|imgs?", re.IGNORECASE)
 
 Parts = tuple[str, ...]
 
@@ -68,6 +70,7 @@ class Places:
         below = [place for place in self._below if _exists(place.joinpath(*bare))]
         if len(below) == 1:  # the whole set lies one folder deeper than its description
             yield below[0].joinpath(*bare)
+        yield from filter(None, (_in_other_capitals(base, bare) for base in self.bases))
 
     def said_of(self, text: str, split: str, needed: int) -> str:
         """A sentence on a path that is nowhere: what is there instead."""
@@ -80,16 +83,18 @@ class Places:
         names = [place.name for place in _folders(folder)]
         if bare and bare[0].lower().endswith(".txt"):
             names = sorted(name for name in ImageFolders().names(folder) if name.lower().endswith(".txt"))
+        names = names or sorted(ImageFolders().names(folder))
         near = did_you_mean(bare[0], names) if bare else ""
         has = one_line(first_few(names, FEW), 400)
         return f"{split} names {one_line(text)}, which is not there: {folder} has {has}{near}. Correct the path."
 
-    def image_lists(self, listing: Path, log: FindingLog) -> list[Path]:
-        """The images that a text file lists, one a line; those that are nowhere go to the log."""
-        return list(_listed_images(listing, [listing.parent, *self.bases, self.home.parent], log))
 
+def listed_images(listing: Path, bases: Sequence[Path], log: FindingLog) -> Iterator[Path]:
+    """The images that a text file lists, one a line; those that are nowhere go to the log.
 
-def _listed_images(listing: Path, homes: list[Path], log: FindingLog) -> Iterator[Path]:
+    bases: the folders that its paths may start from, beside its own.
+    """
+    homes = [listing.parent, *bases]
     lines = [line.strip().strip("\"'").replace("\\", "/") for line in listed_lines(listing)]
     split = [(number, *line.rpartition("/")[::2]) for number, line in enumerate(lines, 1) if line]
     homes = list(dict.fromkeys(_tidy(home) for home in homes))
@@ -127,6 +132,7 @@ def _folders_meant(text: str, bare: Parts, homes: list[Path], needed: int, folde
     for i in range(len(bare) - needed + 1):
         end = bare[i:]
         yield from (home.joinpath(*end) for home in homes if not end or end[0] in folders.names(home))
+    yield from filter(None, (_in_other_capitals(home, bare) for home in homes))
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
@@ -158,6 +164,18 @@ def _images_elsewhere(bare: Parts) -> Iterator[Parts]:
                 yield (*bare[:i], bare[i + 1], part, *bare[i + 2 :])
 
 
+def _in_other_capitals(base: Path, parts: Parts) -> Path | None:
+    """The one folder whose path differs from this only in capitals, which make no difference where it was written."""
+    if not parts or len(parts) > MAX_PATH_PARTS:
+        return None
+    for part in parts:
+        alike = [place for place in _folders(base) if place.name.lower() == part.lower()]
+        if len(alike) != 1:
+            return None
+        base = alike[0]
+    return base
+
+
 def _folders(folder: Path) -> list[Path]:
     names = (name for name in ImageFolders().names(folder) if not is_clutter(name))
     return sorted(folder / name for name in names if (folder / name).is_dir())
@@ -174,3 +192,22 @@ def _tidy(place: Path) -> Path:
     """Without `..`, where that is the same place. Links stay: labels lie beside a link, not beside its target."""
     tidy = Path(os.path.normpath(place))
     return tidy if tidy == place or (_exists(tidy) and os.path.samefile(tidy, place)) else place
+
+
+# ---- names of folders ------------------------------------------------------------------------------------------------
+
+
+def names_of_labels(images: str) -> list[str]:
+    """What the folder of the labels may be called where that of the images is called so: train_labels of train_images;
+    nothing where the name doesn't speak of images."""
+    word = _IMAGES.search(images)
+    if word is None:
+        return []
+    return [images[: word.start()] + labels + images[word.end() :] for labels in written_like(word[0], "labels")]
+
+
+def written_like(word: str, other: str) -> Sequence[str]:
+    """`other` in small letters, and written as `word` is: Labels beside Images."""
+    return dict.fromkeys(
+        [other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other, other]
+    )

@@ -41,6 +41,7 @@ class RowReader:
     log: FindingLog
     keypoint_numbers: int | None = None  # numbers of a keypoint, where the description says that there are keypoints
     polygons: bool = False  # the description says that long rows are polygons
+    num_in_pixels: int = 0
     num_boxes: int = 0
     num_ordered: int = 0  # boxes whose third and fourth number are above the first and second: corners, perhaps
     num_reaching_out: int = 0  # boxes read as centre and size
@@ -72,6 +73,7 @@ class RowReader:
                     f"Expected fractions of the image, found {one_line(line.strip(), 60)!r}; the line was left out."
                 )
                 self.log.add("not-relative", "dropped", place, message)
+                self.num_in_pixels += 1
                 continue
             row = (class_id, *values)
             if row in seen:
@@ -132,6 +134,12 @@ class RowReader:
 
     def settle(self, root: Path) -> bool:
         """What all lines together look like; True where the long rows are boxes with keypoints."""
+        if self.num_in_pixels > self.num_boxes + self.num_long:
+            message = (
+                f"{self.num_in_pixels:,} lines, more than half, hold no fractions of the image; they look like pixels. "
+                "Divide x and width by the image's width, y and height by its height."
+            )
+            self.log.add("pixels-not-fractions", "refused", str(root), message, count=self.num_in_pixels)
         if self.num_boxes > _FEW and self.num_ordered == self.num_boxes and self.num_reaching_out * 4 > self.num_boxes:
             message = (
                 f"All {self.num_boxes:,} boxes look like `class x1 y1 x2 y2`: read as centre and size, "
