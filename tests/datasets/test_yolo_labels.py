@@ -167,11 +167,12 @@ def test_rows_that_are_no_polygon_are_reported(make_yolo):
         "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2 0.05",
         "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2",
         "0.5 0.5 0.5 0.2 0.2",
+        ",;",
     ]
     boxes, annotations = boxes_of(make_yolo, rows)
     assert len(boxes) == 2
     found = sorted((f.kind, f.action, f.where) for f in annotations.findings)
-    assert found == [("malformed-label", "dropped", f"labels/a.txt, line {n}") for n in (2, 3, 4, 5, 7)]
+    assert found == [("malformed-label", "dropped", f"labels/a.txt, line {n}") for n in (2, 3, 4, 5, 7, 8)]
 
 
 def test_confidences_and_tracks_behind_boxes(make_yolo):

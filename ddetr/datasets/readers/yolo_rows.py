@@ -101,14 +101,14 @@ class RowReader:
         return Rows(where, rows.ids, rows.kinds, rows.numbers, as_boxes, as_polygons)
 
     def _numbers(self, line: str, place: str) -> tuple[int, list[float]]:
-        words = line.split()
-        if "," in line or ";" in line:
-            words = _without_commas(line)
-            message = "The numbers are separated by commas or semicolons, or have decimal commas; they were read so."
-            self.log.add("commas", "repaired", place, message)
-        class_id, values = class_id_of(words[0]), [float(word) for word in words[1:]]
+        has_commas = "," in line or ";" in line
+        words = _without_commas(line) if has_commas else line.split()
+        class_id, values = class_id_of(words[0]) if words else None, [float(word) for word in words[1:]]
         if class_id is None or len(values) < 4:
             raise ValueError(line)
+        if has_commas:
+            message = "The numbers are separated by commas or semicolons, or have decimal commas; they were read so."
+            self.log.add("commas", "repaired", place, message)
         return class_id, values
 
     def _kind(self, values: list[float]) -> int:
