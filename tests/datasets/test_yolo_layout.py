@@ -45,6 +45,7 @@ def test_a_split_that_is_not_there_stays_a_split(make_yolo, capsys):
         ("[train/images, gone/images]", ["gone/images"]),
         ("[gone/images, gone.txt, train/images]", ["gone/images", "gone.txt"]),
         ("[train/images, {a: b}]", ["train must be a path"]),
+        ("[train/images, /, //]", ["train names /", "train names //"]),
     ],
 )
 def test_a_part_of_a_split_that_is_not_there_stops(make_yolo, entry, named):

@@ -52,7 +52,9 @@ class Places:
         if len(_parts(text)) > MAX_PATH_PARTS or len(text) > MAX_PATH:
             return None
         found = next((place for place in self._tries(text, needed) if _exists(place)), None)
-        return None if found is None else _tidy(found)
+        if found is None or os.path.dirname(os.path.realpath(found)) == os.path.realpath(found):
+            return None  # or the whole machine, which nobody means
+        return _tidy(found)
 
     def _tries(self, text: str, needed: int) -> Iterator[Path]:
         parts, bare = _parts(text), bare_parts(text)
