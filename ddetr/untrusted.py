@@ -39,6 +39,7 @@ MAX_ROWS = 2_000  # of a table in a page: LVIS has 1,203 classes
 MAX_COLUMNS = 500  # of a table of a run; ours have 40
 SHOWN_NAME = 200  # characters of a name on a screen, in a page, in a table
 MAX_PATH = 4_096  # characters; no system has files of longer names
+MAX_SPLIT_PATHS = 10_000  # folders and lists that a split in a data.yaml names: each is looked for in many places
 MAX_PATH_PARTS = 64  # of a split's folder in a data.yaml: each end of it is tried
 MAX_PLACE = 1_000  # characters that a finding keeps of a place or a sentence: there are millions of findings
 MAX_MESSAGE = 2_000  # characters of one message on a screen
@@ -117,8 +118,12 @@ def read_bytes(path: str | os.PathLike, most_bytes: int) -> bytes:
 
 
 def read_text(path: str | os.PathLike, most_bytes: int, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
-    """All of a regular text file with `\\n` at the ends of lines; raises as `open_file`, or UnicodeDecodeError."""
-    text = read_bytes(path, most_bytes).decode(encoding, errors)
+    """All of a regular text file with `\\n` at the ends of lines; raises as `open_file`, or UnicodeDecodeError. UTF-16,
+    which Windows' shell writes, is read too where its mark stands first."""
+    content = read_bytes(path, most_bytes)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    text = content.decode(encoding, errors)
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
@@ -169,8 +174,13 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_yaml(text: str, what: str) -> Any:
+def parse_yaml(text: str, what: str, *, as_text: bool = False) -> Any:
     """The value of a YAML text in plain types.
+
+    Args:
+        what: the file's name, for the message.
+        as_text: every value is the text that is written: `no`, `010` and `1e3` are names, no numbers. A key that stands
+            twice in one map with different values is refused.
 
     Raises:
         InputError: broken, too deep, or too large once every alias is written out (a few lines can stand for billions).
@@ -179,17 +189,41 @@ def parse_yaml(text: str, what: str) -> Any:
 
     try:
         _check_yaml(yaml.parse(text, Loader=yaml.SafeLoader), what)
-        return yaml.safe_load(text)
+        return _yaml_of_text(text, what) if as_text else yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "it cannot be parsed"
+        if "escape character" in problem:
+            problem += "; write paths with / or without quotes"
         raise InputError(f"{what}: broken YAML{place}: {problem}") from None
     except InputError:
         raise
     except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         # what PyYAML raises for values that are not what they seem, such as the date 2020-99-99
         raise InputError(f"{what}: broken YAML: a value cannot be read ({type(error).__name__}: {error})") from None
+
+
+def _yaml_of_text(text: str, what: str) -> Any:
+    import yaml
+
+    class Loader(yaml.BaseLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            pairs = [
+                (self.construct_object(key, True), self.construct_object(value, True)) for key, value in node.value
+            ]
+            found = dict(pairs)
+            for key, value in pairs:
+                if found[key] != value:
+                    line = node.start_mark.line + 1
+                    raise InputError(f"{what}: {one_line(key)!r} stands twice in the map that begins at line {line}")
+            return found
+
+    loader = Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _check_yaml(events: Iterable[Any], what: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_formats import is_image_name, unread_files
+from ddetr.datasets.image_formats import is_clutter, is_image_name, unread_files
 from ddetr.datasets.image_header import ImageHeader
 from ddetr.datasets.images import image_header, size_mismatch
 from ddetr.errors import InputError
@@ -71,6 +71,42 @@ class ImageFolders:
 def folded(name: str) -> str:
     """The same for names that people take for one: whatever its capitals, and however its accents are composed."""
     return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
+
+
+def visible(paths: Iterable[Path], root: Path) -> list[Path]:
+    """Of what was found below `root`, sorted: what is no clutter and lies in none."""
+    return sorted(path for path in paths if not any(map(is_clutter, path.relative_to(root).parts)))
+
+
+def walk_files(folder: Path) -> list[Path]:
+    """All files in a folder and below that are no clutter, sorted. Links to folders are followed, each folder is walked
+    once, and none that the folder itself lies in.
+
+    Raises:
+        InputError: a folder can't be read.
+    """
+    files: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    real_root = os.path.realpath(folder)
+    waiting, links = [folder], []
+    while waiting or links:
+        place = waiting.pop() if waiting else links.pop()
+        try:
+            status = os.stat(place)
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted((entry for entry in os.scandir(place) if not is_clutter(entry.name)), key=lambda e: e.name)
+        except OSError as error:
+            raise InputError(f"{place} can't be read: {error.strerror or error}") from None
+        for entry in entries:
+            if not os.path.isdir(entry.path):
+                files.append(place / entry.name)
+            elif not entry.is_symlink():
+                waiting.append(place / entry.name)
+            elif not Path(real_root).is_relative_to(os.path.realpath(entry.path)):
+                links.append(place / entry.name)
+    return sorted(files)
 
 
 def listed_lines(listing: Path) -> list[str]:

@@ -96,10 +96,19 @@ def image_suffixes() -> frozenset[str]:
     return frozenset(suffix for name in known_formats() for suffix in _FORMATS[name])
 
 
+_CLUTTER = frozenset(["__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found"])
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder of this name is nothing that somebody put into a data set: hidden ones (`._a.jpg` and
+    `.ipynb_checkpoints` too), and what archives, network disks and bins leave behind."""
+    return name.startswith(".") or name.lower() in _CLUTTER
+
+
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is taken for an image that is read. Hidden ones are not: macOS leaves a ._NAME.jpg,
     which is none, beside each file."""
-    return suffix_of(name) in image_suffixes() and not name.startswith(".")
+    return suffix_of(name) in image_suffixes() and not is_clutter(name)
 
 
 def suffix_of(name: str) -> str:
@@ -118,7 +127,7 @@ def unread_suffixes() -> dict[str, tuple[bool, str]]:
 
 def is_unread_name(name: str) -> bool:
     """Whether a file of this name is an image, or holds some, and is not read."""
-    return suffix_of(name) in unread_suffixes() and not name.startswith(".")
+    return suffix_of(name) in unread_suffixes() and not is_clutter(name)
 
 
 def unread_files(names: Iterable[str]) -> list[Unread]:

@@ -23,7 +23,8 @@ from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import Reader, Wanted
 from ddetr.datasets.readers.voc import read_voc, voc_splits
-from ddetr.datasets.readers.yolo import read_yolo, yolo_splits, yolo_yaml
+from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
+from ddetr.datasets.readers.yolo.reader import read_yolo
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.wording import did_you_mean, first_few
@@ -93,7 +94,7 @@ FORMATS: dict[str, Reader] = {
     "coco": Reader("COCO", "annotations/*.json or */_annotations.coco.json", coco_splits, _read_coco),
     "voc": Reader("Pascal VOC", "XML files in Annotations/, or beside the images", voc_splits, read_voc),
     "kitti": Reader("KITTI", "training/image_2 and label_2", kitti_splits, read_kitti),
-    "yolo": Reader("YOLO", "data.yaml, or images/ and labels/", yolo_splits, read_yolo),
+    "yolo": Reader("YOLO", "data.yaml, obj.data, or images/ and labels/", yolo_splits, read_yolo),
     "cvat": Reader("CVAT", "annotations.xml", cvat_splits, read_cvat),
     "labelme": Reader("LabelMe", "a JSON file for each image", labelme_splits, read_labelme),
     "csv": Reader("CSV", "a table with a row for each box", csv_splits, read_csv_boxes),
@@ -134,7 +135,7 @@ def _place(path: Path, formats: Sequence[str]) -> tuple[str, Path] | None:
         for format in formats:
             splits = list(FORMATS[format].splits(place))
             # but not XML files without splits beside a data.yaml that has some: what it was made of
-            if splits and not (splits == [WHOLE] and "yolo" in formats and format != "yolo" and yolo_yaml(place)):
+            if splits and not (splits == [WHOLE] and "yolo" in formats and format != "yolo" and yolo_file(place)):
                 return format, splits
         return None
 

@@ -3,7 +3,7 @@ import pytest
 
 from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.annotations import Category
-from ddetr.datasets.readers.yolo import label_file
+from ddetr.datasets.readers.yolo.labels import label_file
 from ddetr.errors import InputError
 
 TREE = {"images/train/a.jpg": "0 0.5 0.5 0.25 0.5\n1 0.1 0.1 0.1 0.1\n", "images/val/b.jpg": "1 0.5 0.5 0.5 0.5"}
@@ -66,6 +66,7 @@ def test_lists_of_images(make_yolo):
     assert [(f.kind, f.action) for f in train.findings] == [
         ("missing-image", "dropped"),
         ("duplicate-image", "repaired"),
+        ("images-without-labels", "note"),
     ]
     assert train.findings[0].where == "train.txt, line 3"
     assert len(load_annotations(root, "val").images) == 1
@@ -136,7 +137,11 @@ def test_missing_label_file_is_background_but_not_for_all(make_yolo, kinds):
     root = make_yolo({"images/a.jpg": "0 .5 .5 .2 .2", "images/b.jpg": None}, data_yaml=yaml)
     annotations = load_annotations(root, "train")
     assert [len(record.labels) for record in annotations.images] == [1, 0]
-    assert kinds(annotations) == {}
+    assert kinds(annotations) == {"images-without-labels": "note"}
+    assert "1 of 2 images have no label file and count as background, such as b.jpg" in annotations.findings[0].message
+    (root / "labels" / "b.txt").touch()  # an empty file says that there is nothing
+    assert kinds(load_annotations(root, "train")) == {}
+    (root / "labels" / "b.txt").unlink()
     (root / "labels" / "a.txt").unlink()
     annotations = load_annotations(root, "train")
     assert kinds(annotations) == {"no-label-files": "refused"}

@@ -12,7 +12,7 @@ voc.py            reader: Pascal VOC
 kitti.py          reader: KITTI
 cvat.py           reader: CVAT for images
 labelme.py        reader: LabelMe
-yolo.py           reader: YOLO
+yolo/             reader: YOLO
 named_images.py   images that one file of annotations names: how they are found, how their objects are collected
 csv_boxes.py      reader: CSV tables of boxes (Roboflow, TensorFlow, RetinaNet, OpenImages, makesense.ai)
 label_studio.py   reader: Label Studio's JSON and JSON-MIN

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddetr.datasets.image_formats import is_clutter
 from ddetr.untrusted import open_file
 
 _FOLDERS = ("annotations", "annotation", "annots", "annot", "anns", "ann", "labels", "label", "json", "jsons")
@@ -57,7 +58,7 @@ def folders_in(path: Path) -> list[Path]:
     """Sorted; without hidden ones and what a Mac adds to an archive."""
     try:
         with os.scandir(path) as entries:
-            names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__MACOSX"))]
+            names = [e.name for e in entries if e.is_dir() and not is_clutter(e.name)]
     except OSError:
         return []
     return [path / name for name in sorted(names)]
@@ -65,7 +66,7 @@ def folders_in(path: Path) -> list[Path]:
 
 def _json_files(folder: Path, pattern: str = "*.json") -> list[Path]:
     """Those of a folder that holds few of them; hidden ones (`._train.json` of a Mac's zip) are none."""
-    files = [file for file in sorted(folder.glob(pattern)) if not file.name.startswith(".")]
+    files = [file for file in sorted(folder.glob(pattern)) if not is_clutter(file.name)]
     return files if len(files) <= _MOST_FILES else []
 
 

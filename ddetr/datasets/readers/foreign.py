@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from ddetr.datasets.image_formats import is_image_name
+from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.errors import InputError
 from ddetr.untrusted import one_line, open_file
 from ddetr.wording import first_few
@@ -40,9 +40,9 @@ class _Look:
         self.files: list[Path] = [path] if path.is_file() else []  # hidden ones left out
         self.folders: list[Path] = []
         for folder, inner, files in os.walk(path):
-            inner[:] = sorted(name for name in inner if not name.startswith((".", "__MACOSX")))
+            inner[:] = sorted(name for name in inner if not is_clutter(name))
             self.folders += [Path(folder, name) for name in inner]
-            self.files += [Path(folder, name) for name in sorted(files) if not name.startswith(".")]
+            self.files += [Path(folder, name) for name in sorted(files) if not is_clutter(name)]
             if len(Path(folder).relative_to(path).parts) >= _DEPTH:
                 inner[:] = []
             if len(self.files) > _FILES:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders
-from ddetr.datasets.image_formats import is_image_name
+from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.reader import LabelledImage, Wanted
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few
@@ -41,7 +41,7 @@ def label_files(folder: Path, suffix: str, most: int | None = None) -> list[Path
     are none: a Mac writes `._x.xml` beside each `x.xml`."""
     try:
         ends = (suffix, suffix.upper(), suffix.title())
-        names = [name for name in os.listdir(folder) if name.endswith(ends) and not name.startswith(".")]
+        names = [name for name in os.listdir(folder) if name.endswith(ends) and not is_clutter(name)]
     except OSError:
         return []
     return [folder / name for name in (sorted(names) if most is None else heapq.nsmallest(most, names))]
@@ -51,7 +51,7 @@ def subfolders(folder: Path) -> list[Path]:
     """Those that are not hidden, sorted."""
     try:
         with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not is_clutter(entry.name))
     except OSError:
         return []
     return [folder / name for name in names]

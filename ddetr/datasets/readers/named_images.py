@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ddetr.datasets.annotations import FindingLog, report_crowd
-from ddetr.datasets.image_files import ImageFolders
-from ddetr.datasets.image_formats import is_image_name
+from ddetr.datasets.image_files import ImageFolders, visible
+from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.coco_layout import image_dirs
 from ddetr.datasets.readers.reader import LabelledImage
 from ddetr.errors import InputError
@@ -70,7 +70,7 @@ class ImageFinder:
             self._below = {}
             for folder, inner, files in os.walk(self._root):
                 depth = len(Path(folder).relative_to(self._root).parts)
-                inner[:] = [] if depth == _DEPTH else [name for name in sorted(inner) if not name.startswith(".")]
+                inner[:] = [] if depth == _DEPTH else [name for name in sorted(inner) if not is_clutter(name)]
                 for file in filter(is_image_name, files):
                     for key in {file.lower(), file.rpartition(".")[0].lower()}:
                         self._below[key] = None if key in self._below else Path(folder, file)
@@ -189,7 +189,7 @@ class ImageCollector:
 def visible(path: Path, pattern: str) -> list[Path]:
     """The files of a pattern in a folder, without hidden ones and what lies in hidden folders (a Mac's, Jupyter's)."""
     files = (file for file in path.glob(pattern) if file.is_file())
-    return sorted(f for f in files if not any(p.startswith((".", "__MACOSX")) for p in f.relative_to(path).parts))
+    return visible(files, path)
 
 
 def number(value: Any) -> float:

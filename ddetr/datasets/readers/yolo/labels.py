@@ -1,0 +1,146 @@
+"""The label file of each image of a YOLO data set, images that have none, and label files whose image is gone."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.image_files import ImageFolders, is_clutter, walk_files
+from ddetr.datasets.readers.yolo.layout import has_rows
+from ddetr.datasets.readers.yolo.paths import names_of_labels, written_like
+from ddetr.untrusted import one_line
+
+
+def label_file(image: Path) -> Path:
+    """Where an image's label file belongs: the last `images` of its path becomes `labels`, else beside it."""
+    return _usual_folder(image.parent) / f"{image.stem}.txt"
+
+
+def _usual_folder(folder: Path) -> Path:
+    parts = list(folder.parts)
+    for i in reversed(range(len(parts))):
+        if parts[i].lower() == "images":
+            for labels in written_like(parts[i], "labels"):
+                place = Path(*parts[:i], labels, *parts[i + 1 :])
+                if place.is_dir():
+                    return place
+            return Path(*parts[:i], "labels", *parts[i + 1 :])
+    return folder
+
+
+def _label_folders(folder: Path) -> list[Path]:
+    """The folders that may hold the label files of a folder of images, the usual one first."""
+    places = [_usual_folder(folder)]
+    for depth, part in ((1, folder.name), (2, folder.parent.name)):  # train_images -> train_labels
+        head, tail = folder.parts[: len(folder.parts) - depth], folder.parts[len(folder.parts) - depth + 1 :]
+        places += [Path(*head, name, *tail) for name in names_of_labels(part)]
+    places += [folder, folder / "labels", folder.parent / "labels" / folder.name]
+    return [place for place in dict.fromkeys(places) if place == places[0] or place.is_dir()]
+
+
+class LabelFiles:
+    """Finds the label file of each image; `report` says what is doubtful about what was found."""
+
+    def __init__(self) -> None:
+        self._folders = ImageFolders()
+        self._places: dict[Path, list[Path]] = {}  # folder of images -> where their labels may be
+        self._taken: dict[Path, dict[str, list[Path]]] = defaultdict(
+            lambda: defaultdict(list)
+        )  # folder -> name -> images
+        self._used: dict[Path, Counter[Path]] = defaultdict(Counter)  # folder of images -> folder of labels -> images
+        self._twice: dict[Path, list[tuple[Path, Path]]] = defaultdict(list)
+        self._without: dict[Path, list[Path]] = defaultdict(list)  # folder of images -> those without
+
+    def find(self, image: Path) -> Path | None:
+        """The label file of an image; None where it has none."""
+        folder = image.parent
+        if folder not in self._places:
+            self._places[folder] = _label_folders(folder)
+        names = (f"{image.stem}.txt", f"{image.name}.txt")
+        found = [place / name for place in self._places[folder] for name in names if name in self._folders.names(place)]
+        if not found:
+            self._without[folder].append(image)
+            return None
+        file = found[0]
+        self._used[folder][file.parent] += 1
+        self._taken[file.parent][file.name].append(image)
+        if len(found) > 1:
+            self._twice[folder].append((file, found[1]))
+        return file
+
+    def report(self, sources: Iterable[Path], log: FindingLog) -> None:
+        """Adds what was found about the images asked for; sources: the folders that were read whole."""
+        num_found = sum(sum(places.values()) for places in self._used.values())
+        num_without = sum(map(len, self._without.values()))
+        if not num_found and num_without:
+            first = next(iter(self._without.values()))[0]
+            message = (
+                f"No image has a label file (the first was expected at {label_file(first)}); all would be background."
+            )
+            log.add("no-label-files", "refused", str(first.parent), message, count=num_without)
+        elif num_without:
+            for folder, images in self._without.items():
+                total = len(images) + sum(self._used[folder].values())
+                expected = label_file(images[0])
+                message = (
+                    f"{len(images):,} of {total:,} images have no label file and count as background, such as "
+                    f"{_few(image.name for image in images)} (expected {expected})."
+                )
+                log.add("images-without-labels", "note", str(folder), message, count=len(images))
+        for folder, used in self._used.items():
+            if len(used) > 1:
+                parts = ", ".join(f"{count:,} in {place}" for place, count in sorted(used.items()))
+                message = f"The label files of its images lie in more than one place: {parts}; all were used."
+                log.add("labels-in-two-places", "note", str(folder), message)
+        for folder, pairs in self._twice.items():
+            used_file, other = pairs[0]
+            message = f"{len(pairs):,} images have two label files, such as {used_file} (used) and {other} (not used)."
+            log.add("two-label-files", "note", str(folder), message, count=len(pairs))
+        for place, taken in self._taken.items():
+            shared = [images for images in taken.values() if len(images) > 1]
+            if shared:
+                names = _few(image.name for image in shared[0])
+                message = f"{len(shared):,} label files serve several images each, such as those of {names}."
+                log.add("shared-label-file", "note", str(place), message, count=len(shared))
+        self._report_orphans(sources, log)
+
+    def _report_orphans(self, sources: Iterable[Path], log: FindingLog) -> None:
+        """Label files whose image is gone. A text file with no row of numbers in it (classes.txt, notes) is none."""
+        images_of: dict[Path, list[Path]] = defaultdict(list)  # folder of labels -> of images
+        for folder, used in self._used.items():
+            for place in used:
+                images_of[place].append(folder)
+        for source in sources:
+            place = _usual_folder(source)
+            if place != source and place.is_dir():
+                for parent in {file.parent for file in walk_files(place)} - images_of.keys():
+                    images_of[parent].append(source / parent.relative_to(place))
+        for place, folders in images_of.items():
+            names = (name for name in self._folders.names(place) if name.endswith(".txt") and not is_clutter(name))
+            alone = sorted(name for name in names if name not in self._taken[place])
+            known = self._image_words(folders) if alone else set()
+            orphans = [name for name in alone if name[:-4].lower() not in known and has_rows(place / name)]
+            if not orphans:
+                continue
+            message = f"{len(orphans):,} label files have no image and were not used, such as {_few(orphans)}."
+            other = self._other_file(orphans[0], folders)
+            if other:
+                message += f" There is {one_line(other)}, which is not read as an image."
+            log.add("labels-without-image", "note", str(place), message, count=len(orphans))
+
+    def _image_words(self, folders: Sequence[Path]) -> set[str]:
+        """What label files of the images in these folders may be called, without `.txt`, in small letters."""
+        images = (name.lower() for folder in folders for name in self._folders.images(folder))
+        return {word for name in images for word in (name, os.path.splitext(name)[0])}
+
+    def _other_file(self, name: str, folders: Sequence[Path]) -> Path | None:
+        same = (folder / other for folder in folders for other in sorted(self._folders.names(folder)))
+        return next((file for file in same if file.stem == name[:-4] and file.suffix != ".txt"), None)
+
+
+def _few(names: Iterable[str]) -> str:
+    return ", ".join(one_line(os.path.basename(name), 60) for name in islice(names, 3))

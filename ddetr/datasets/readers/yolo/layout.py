@@ -1,0 +1,231 @@
+"""Where YOLO data sets keep things: the file that describes one, the folders and lists of each split, the images of a
+list.
+
+The description is a YAML file, or Darknet's `obj.data`, which CVAT writes too. Its paths are taken as they are found in
+the wild: `path` missing or of another machine, relative to the wrong folder, `images/train` for `train/images`. What it
+names and is nowhere stays a part of its split, as something missing: another split must not take its place unseen.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.image_files import ImageFolders, report_unread, visible, walk_files
+from ddetr.datasets.image_formats import is_image_name, is_unread_name
+from ddetr.datasets.readers.label_folders import holds_json_labels
+from ddetr.datasets.readers.yolo.paths import (
+    FEW,
+    Places,
+    bare_parts,
+    given,
+    listed_images,
+    names_of_labels,
+    shortest_ends,
+)
+from ddetr.errors import InputError
+from ddetr.untrusted import MAX_SPLIT_PATHS, MAX_YAML_BYTES, one_line, open_file, parse_yaml, read_text
+
+WHOLE = "all"  # the one split of a data set that has none
+_SPLIT_KEYS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_YAML, _DARKNET = (".yaml", ".yml"), (".data",)
+_LISTS = ("", "ImageSets", "ImageSets/Main")
+_LISTED_SPLITS = {name for names in _SPLIT_KEYS.values() for name in names}
+_IMAGES_WORD = re.compile(r"[ _.-]*(images?|imgs?)[ _.-]*", re.IGNORECASE)
+_SAMPLED_LABELS = 100  # text files beside images that are looked into
+
+
+@dataclass(frozen=True)
+class YoloSplit:
+    """Where the images of a split are said to be."""
+
+    sources: tuple[Path, ...]  # folders, lists of images, single images
+    missing: tuple[str, ...] = ()  # a sentence for each that is not there
+    bases: tuple[Path, ...] = ()  # folders that paths in the lists may start from
+
+
+# ---- the file that describes a data set ------------------------------------------------------------------------------
+
+
+def yolo_file(path: Path) -> Path | None:
+    """The file that describes the data set at `path`: itself; in a folder `data.yaml`, or the only one that names
+    splits; or one beside the folder that speaks of nothing else."""
+    if path.is_file():
+        return path if path.suffix.lower() in (*_YAML, *_DARKNET) else None
+    for suffixes in (_YAML, _DARKNET):
+        candidates = [file for file in _files(path, suffixes) if _names_splits(file)]
+        usual = [file for file in candidates if file.stem.lower() in ("data", "dataset", path.name.lower(), "obj")]
+        if not usual and len(candidates) > 1:
+            names = ", ".join(file.name for file in candidates)
+            raise InputError(f"{path} holds several YOLO data sets ({names}); name one of them")
+        if candidates:
+            return (usual or candidates)[0]
+    beside = [file for file in _files(path.absolute().parent, _YAML) if _speaks_of(file, path)]
+    return beside[0] if len(beside) == 1 else None
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return [file for file in visible(folder.glob("*.*"), folder) if file.suffix.lower() in suffixes]
+
+
+def _names_splits(file: Path) -> bool:
+    try:
+        content = description(file)
+    except InputError:
+        return file.suffix.lower() in _YAML  # reading it will say what is wrong
+    return bool({"names", "nc"} & content.keys()) and bool(_entries(content))
+
+
+def _speaks_of(file: Path, folder: Path) -> bool:
+    try:
+        content = description(file)
+        splits = _named_splits(file) if {"names", "nc"} & content.keys() else {}
+    except InputError:
+        return False
+    sources = [source for split in splits.values() for source in split.sources]
+    real = Path(os.path.realpath(folder))
+    return bool(sources) and all(Path(os.path.realpath(source)).is_relative_to(real) for source in sources)
+
+
+def description(file: Path) -> dict[str, Any]:
+    """What the file says, each value as the text that stands there, keys in small letters."""
+    try:
+        text = read_text(file, MAX_YAML_BYTES, errors="replace")
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error.strerror or error}") from None
+    content = _parse_darknet(text) if file.suffix.lower() in _DARKNET else _parse_yaml(text, str(file), as_text=True)
+    return {str(key).lower(): value for key, value in content.items()} if isinstance(content, dict) else {}
+
+
+_parse_yaml = lru_cache(maxsize=4)(parse_yaml)  # of 20,000 classes it takes seconds, and each look asks again
+
+
+def _parse_darknet(text: str) -> dict[str, str]:
+    pairs = (line.split("#")[0].partition("=") for line in text.splitlines())
+    content = {key.strip().lower(): value.strip() for key, equals, value in pairs if equals}
+    if "classes" in content:
+        content["nc"] = content.pop("classes")
+    return content
+
+
+def _entries(content: dict[str, Any]) -> dict[str, Any]:
+    found = {
+        split: next((content[k] for k in keys if given(content.get(k))), None) for split, keys in _SPLIT_KEYS.items()
+    }
+    return {split: entry for split, entry in found.items() if entry is not None}
+
+
+# ---- splits ----------------------------------------------------------------------------------------------------------
+
+
+def yolo_splits(path: Path) -> dict[str, YoloSplit]:
+    """Split name -> where its images are said to be; {} where there is no YOLO data set."""
+    file = yolo_file(path)
+    if file is not None:
+        splits = _named_splits(file)
+        if not splits and {"names", "nc"} & description(file).keys():
+            raise InputError(f"{file} names no split: expected train, val or test, each with a path or a list of paths")
+        return splits
+    if path.is_file():
+        return {}
+    inside = {folder.name.lower(): folder for folder in visible(path.iterdir(), path) if folder.is_dir()}
+    if "images" in inside and "labels" in inside and not holds_json_labels(inside["labels"]):
+        images, labels = inside["images"], inside["labels"]
+        inner = [folder for folder in visible(images.iterdir(), images) if folder.is_dir()]
+        inner = [folder for folder in inner if (labels / folder.name).is_dir()]
+        if inner:
+            return {folder.name: YoloSplit((folder,)) for folder in inner}
+        lists = {file.stem: file for place in _LISTS for file in visible((path / place).glob("*.txt"), path)}
+        lists = {name: file for name, file in lists.items() if name.lower() in _LISTED_SPLITS}
+        return {name: YoloSplit((file,), (), (images, path)) for name, file in lists.items()} or {
+            WHOLE: YoloSplit((images,))
+        }
+    splits = {}
+    for folder in inside.values():
+        below = {place.name.lower(): place for place in folder.iterdir() if place.is_dir()}
+        if "images" in below and "labels" in below and not holds_json_labels(below["labels"]):
+            splits[folder.name] = YoloSplit((below["images"],))
+    for folder in inside.values():  # train_images and train_labels
+        if any(name.lower() in inside and name != folder.name for name in names_of_labels(folder.name)):
+            splits[_IMAGES_WORD.sub("", folder.name)] = YoloSplit((folder,))
+    splits.pop("", None)
+    if splits:
+        return splits
+    if _has_labels_beside(path):
+        return {WHOLE: YoloSplit((path,))}
+    return {folder.name: YoloSplit((folder,)) for folder in inside.values() if _has_labels_beside(folder)}
+
+
+def _has_labels_beside(folder: Path) -> bool:
+    """Whether an image has a text file of its name beside it that holds a row of a label file."""
+    names = ImageFolders().names(folder)
+    labels = (f"{os.path.splitext(name)[0]}.txt" for name in sorted(names) if is_image_name(name))
+    beside = (name for name in labels if name in names)
+    return any(has_rows(folder / name) for name in islice(beside, _SAMPLED_LABELS))
+
+
+def has_rows(file: Path) -> bool:
+    """Whether the first line of a text file with anything in it is a row of a label file: five numbers or more."""
+    try:
+        with open_file(file) as stream:
+            words = stream.read(1000).lstrip().split(b"\n")[0].replace(b",", b" ").split()
+        return len([float(word) for word in words]) >= 5
+    except (OSError, ValueError):
+        return False
+
+
+def _named_splits(file: Path) -> dict[str, YoloSplit]:
+    content = description(file)
+    splits = _resolved(Places(file, content))
+    if any(split.sources for split in splits.values()):
+        return splits
+    return _resolved(Places(file, content, wide=True))
+
+
+def _resolved(places: Places) -> dict[str, YoloSplit]:
+    entries = {name: entry if isinstance(entry, list) else [entry] for name, entry in _entries(places.content).items()}
+    most = max(map(len, entries.values()), default=0)
+    if most > MAX_SPLIT_PATHS:
+        raise InputError(f"A split names {most:,} paths, more than {MAX_SPLIT_PATHS:,}: list the images in a text file")
+    needed = shortest_ends(bare_parts(item) for items in entries.values() for item in items if isinstance(item, str))
+    splits = {}
+    for name, items in entries.items():
+        sources, missing = [], []
+        for item in filter(given, items):
+            if not isinstance(item, str):
+                missing.append(f"{name} must be a path or a list of paths, found {one_line(item)}.")
+            elif (found := places.find(item, needed[bare_parts(item)])) is not None:
+                sources.append(found)
+            elif len(missing) < FEW:
+                missing.append(places.said_of(item, name, needed[bare_parts(item)]))
+            else:
+                missing.append(f"{name} names {one_line(item)}, which is not there. Correct the path.")
+        splits[name] = YoloSplit(tuple(sources), tuple(missing), (*places.bases, places.home.parent))
+    return splits
+
+
+def image_paths(split: YoloSplit, log: FindingLog) -> list[Path]:
+    """The images of a split, each once."""
+    paths: list[Path] = []
+    for source in split.sources:
+        if source.is_dir():
+            inside = walk_files(source)
+            paths += [path for path in inside if is_image_name(path.name)]
+            others = (str(path.relative_to(source)) for path in inside if is_unread_name(path.name))
+            report_unread(others, str(source), log, are_left_out=True)
+        elif is_image_name(source.name):
+            paths.append(source)
+        else:
+            paths += listed_images(source, split.bases, log)
+    unique = list(dict.fromkeys(paths))
+    if len(unique) < len(paths):
+        repeated = len(paths) - len(unique)
+        message = f"{repeated} images are listed twice; used once."
+        log.add("duplicate-image", "repaired", str(split.sources[0]), message, repeated)
+    return unique

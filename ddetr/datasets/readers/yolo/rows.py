@@ -1,0 +1,229 @@
+"""What the lines of YOLO's label files say: `class x y w h`, perhaps a confidence or a track behind it, a polygon, or a
+box with keypoints.
+
+Some of it no single line tells: whether 14 numbers are seven corners or a box and five keypoints. All lines are read
+both ways, and what the whole data set looks like decides, or stops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ddetr.datasets.annotations import FindingLog, report_crowd
+from ddetr.untrusted import MAX_OBJECTS, one_line
+
+MAX_RELATIVE = 1.5  # beyond it a line holds pixels, not fractions; up to it a box just reaches out of the image
+_FEW = 3  # boxes say nothing of what all boxes are
+_BOX, _POLYGON, _NEITHER, _TRIANGLE_OR_TRACK = range(4)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The n objects of a label file, read both ways; corners are fractions of the image."""
+
+    where: str
+    ids: list[int]
+    kinds: list[int]
+    numbers: list[int]  # lines of the file
+    as_boxes: np.ndarray  # (n, 4) of the first four numbers as centre and size
+    as_polygons: np.ndarray  # (n, 4) around all numbers as points
+
+
+@dataclass
+class RowReader:
+    """Reads label files one after the other, and keeps count of what their lines look like."""
+
+    log: FindingLog
+    keypoint_numbers: int | None = None  # numbers of a keypoint, where the description says that there are keypoints
+    polygons: bool = False  # the description says that long rows are polygons
+    num_in_pixels: int = 0
+    num_boxes: int = 0
+    num_ordered: int = 0  # boxes whose third and fourth number are above the first and second: corners, perhaps
+    num_reaching_out: int = 0  # boxes read as centre and size
+    num_long: int = 0  # rows of at least seven numbers and a class
+    num_like_keypoints: int = 0
+    num_tracks: int = 0
+    ids: set[int] = field(default_factory=set)
+
+    def read(self, lines: Sequence[str], where: str) -> Rows:
+        """The objects of a label file; what is no object goes to the log."""
+        rows = Rows(where, [], [], [], np.empty((0, 4)), np.empty((0, 4)))
+        boxes, polygons = [], []
+        seen: set[tuple[float, ...]] = set()
+        repeated = 0
+        if len(lines) > MAX_OBJECTS:
+            report_crowd(self.log, where, len(lines))
+        for number, line in enumerate(lines[:MAX_OBJECTS], 1):
+            if not line or line.isspace():
+                continue
+            place = f"{where}, line {number}"
+            try:
+                class_id, values = self._numbers(line, place)
+            except (ValueError, OverflowError):
+                message = f"Expected `class x y w h`, found {one_line(line.strip(), 60)!r}; the line was left out."
+                self.log.add("malformed-label", "dropped", place, message)
+                continue
+            if any(abs(value) > MAX_RELATIVE for value in values[:4]):
+                message = (
+                    f"Expected fractions of the image, found {one_line(line.strip(), 60)!r}; the line was left out."
+                )
+                self.log.add("not-relative", "dropped", place, message)
+                self.num_in_pixels += 1
+                continue
+            row = (class_id, *values)
+            if row in seen:
+                repeated += 1
+                continue
+            seen.add(row)
+            kind = self._kind(values)
+            x, y, w, h = values[:4]
+            boxes.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+            if kind == _BOX:
+                self._count_box(x, y, w, h)
+                polygons.append(boxes[-1])
+            else:
+                xs, ys = values[::2], values[1::2]
+                polygons.append((_least(xs), _least(ys), -_least([-x for x in xs]), -_least([-y for y in ys])))
+            rows.ids.append(class_id)
+            rows.kinds.append(kind)
+            rows.numbers.append(number)
+            self.ids.add(class_id)
+        as_boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+        as_polygons = np.array(polygons, dtype=np.float64).reshape(-1, 4) if any(rows.kinds) else as_boxes
+        if repeated:
+            message = f"{repeated:,} lines say the same as another one of the file; they were used once."
+            self.log.add("repeated-line", "repaired", where, message, count=repeated)
+        return Rows(where, rows.ids, rows.kinds, rows.numbers, as_boxes, as_polygons)
+
+    def _numbers(self, line: str, place: str) -> tuple[int, list[float]]:
+        has_commas = "," in line or ";" in line
+        words = _without_commas(line) if has_commas else line.split()
+        class_id, values = class_id_of(words[0]) if words else None, [float(word) for word in words[1:]]
+        if class_id is None or len(values) < 4:
+            raise ValueError(line)
+        if has_commas:
+            message = "The numbers are separated by commas or semicolons, or have decimal commas; they were read so."
+            self.log.add("commas", "repaired", place, message)
+        return class_id, values
+
+    def _kind(self, values: list[float]) -> int:
+        count = len(values)
+        if count < 6:  # a box, and perhaps a confidence
+            return _BOX
+        if self.keypoint_numbers is not None:
+            return _BOX if (count - 4) % self.keypoint_numbers == 0 else _NEITHER
+        inside = all(not abs(value) > MAX_RELATIVE for value in values)  # nan is said later
+        if count >= 7:
+            self.num_long += 1
+            if _like_keypoints(values):
+                self.num_like_keypoints += 1
+        if count == 6 and values[5] % 1 == 0 and values[5] >= 0 and 0 <= values[4] <= 1:
+            self.num_tracks += values[5] > 1
+            return _TRIANGLE_OR_TRACK
+        return _POLYGON if inside and count % 2 == 0 else _NEITHER
+
+    def _count_box(self, x: float, y: float, w: float, h: float) -> None:
+        self.num_boxes += 1
+        self.num_ordered += w > x and h > y
+        self.num_reaching_out += x + w / 2 > 1.02 or y + h / 2 > 1.02 or x - w / 2 < -0.02 or y - h / 2 < -0.02
+
+    def settle(self, root: Path) -> bool:
+        """What all lines together look like; True where the long rows are boxes with keypoints."""
+        if self.num_in_pixels > self.num_boxes + self.num_long:
+            message = (
+                f"{self.num_in_pixels:,} lines, more than half, hold no fractions of the image; they look like pixels. "
+                "Divide x and width by the image's width, y and height by its height."
+            )
+            self.log.add("pixels-not-fractions", "refused", str(root), message, count=self.num_in_pixels)
+        if self.num_boxes > _FEW and self.num_ordered == self.num_boxes and self.num_reaching_out * 4 > self.num_boxes:
+            message = (
+                f"All {self.num_boxes:,} boxes look like `class x1 y1 x2 y2`: read as centre and size, "
+                f"{self.num_reaching_out:,} reach out of their image. Rewrite them as `class x y w h`."
+            )
+            self.log.add("corners-not-centres", "refused", str(root), message, count=self.num_boxes)
+        if self.num_tracks:
+            message = (
+                f"{self.num_tracks:,} rows end in a confidence and the number of a track, which were ignored; they "
+                "look like what a detector found, not like what a person drew."
+            )
+            self.log.add("track-numbers", "note", str(root), message, count=self.num_tracks)
+        keypoints = self.num_like_keypoints * 2 > self.num_long and not self.polygons
+        if keypoints:
+            message = (
+                f"{self.num_like_keypoints:,} of {self.num_long:,} long rows look like a box and its keypoints, not "
+                "like a polygon. Add kpt_shape: [number of keypoints, 2 or 3] to the data set's YAML, or task: segment "
+                "where they are polygons."
+            )
+            self.log.add("keypoints-or-polygons", "refused", str(root), message, count=self.num_like_keypoints)
+        return keypoints
+
+    def boxes(self, rows: Rows, keypoints: bool) -> tuple[list[int], np.ndarray, list[int]]:
+        """Class ids, corners (n, 4) in fractions of the image, and the line of each object.
+
+        keypoints: what `settle` said.
+        """
+        if not any(rows.kinds):
+            return rows.ids, rows.as_boxes, rows.numbers
+        kinds = np.array(rows.kinds, dtype=np.int64)
+        is_box = kinds == _BOX
+        if keypoints:
+            is_box[:] = True
+        elif self.num_tracks:
+            is_box |= kinds == _TRIANGLE_OR_TRACK
+        kept = is_box | (kinds != _NEITHER)
+        for i in np.flatnonzero(~kept).tolist():
+            message = "Its numbers are neither a box nor the points of a polygon; the line was left out."
+            self.log.add("malformed-label", "dropped", f"{rows.where}, line {rows.numbers[i]}", message)
+        corners = np.where(is_box[:, None], rows.as_boxes, rows.as_polygons)
+        chosen = np.flatnonzero(kept).tolist()
+        return [rows.ids[i] for i in chosen], corners[kept], [rows.numbers[i] for i in chosen]
+
+
+def class_id_of(word: str) -> int | None:
+    """The whole number that a word is, `1.0` too; None where it is none."""
+    try:
+        value = float(word)
+    except ValueError:
+        return None
+    if math.isinf(value) and word.isdecimal():
+        return 2**62  # beyond any class
+    return int(value) if math.isfinite(value) and value == math.floor(value) else None
+
+
+def _without_commas(line: str) -> list[str]:
+    words = line.replace(";", " ").split()
+    if len(words) >= 5:  # `0, 0.5, 0.5, 0.1, 0.1` or `0 0,5 0,5 0,1 0,1`
+        return [word.rstrip(",").replace(",", ".") for word in words]
+    return line.replace(",", " ").replace(";", " ").split()
+
+
+def _least(values: list[float]) -> float:
+    """The least value; nan where one is no number."""
+    return math.nan if any(math.isnan(value) for value in values) else min(values)
+
+
+def _like_keypoints(values: list[float]) -> bool:
+    """Whether the numbers look like a box and keypoints in it, with or without a flag each, and not like a polygon,
+    whose second point would lie far away from all others."""
+    x, y, w, h = values[:4]
+    rest = values[4:]
+    if len(rest) % 3 == 0 and all(flag in (0, 1, 2) for flag in rest[2::3]):
+        points = [(px, py) for px, py, flag in zip(rest[::3], rest[1::3], rest[2::3]) if flag]
+        no_polygon = len(values) % 2 or 2 in rest[2::3]
+    elif len(rest) % 2 == 0 and len(rest) >= 6:
+        points = [(px, py) for px, py in zip(rest[::2], rest[1::2]) if px or py]
+        no_polygon = False
+    else:
+        return False
+    if not points:  # none of the keypoints was marked
+        return not any(rest)
+
+    def inside(px: float, py: float) -> bool:
+        return abs(px - x) <= w * 0.6 + 0.01 and abs(py - y) <= h * 0.6 + 0.01
+
+    return all(inside(*point) for point in points) and (no_polygon or not inside(w, h))

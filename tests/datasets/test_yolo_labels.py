@@ -1,0 +1,309 @@
+"""YOLO's label files: which belongs to which image, what their lines say, what the classes are called."""
+
+import numpy as np
+import pytest
+
+from ddetr.datasets import load_annotations
+from ddetr.datasets.readers.yolo.rows import class_id_of
+from ddetr.errors import InputError
+
+ROW = "0 .5 .5 .2 .2"
+NAMES = "names: [cat, dog]\n"
+YAML = f"train: images\n{NAMES}"
+
+
+def said(annotations, kind):
+    return [(f.action, f.count, f.message) for f in annotations.findings if f.kind == kind]
+
+
+# ---- label files -----------------------------------------------------------------------------------------------------
+
+
+def test_labels_beside_images_in_a_folder_called_images(make_yolo, kinds):
+    root = make_yolo(
+        {"one/a.jpg": None, "two/images/b.jpg": None, "two/images/c.jpg": ROW}, data_yaml=f"train: .\n{NAMES}"
+    )
+    (root / "one/a.txt").write_text(ROW)
+    (root / "two/images/b.txt").write_text(ROW)
+    train = load_annotations(root, "train")
+    assert [len(record.labels) for record in train.images] == [1, 1, 1]
+    ((action, _, message),) = said(train, "labels-in-two-places")
+    assert action == "note"
+    assert f"1 in {root}/two/images, 1 in {root}/two/labels; all were used" in message
+    (root / "two/images/c.txt").write_text(ROW)
+    assert said(load_annotations(root, "train"), "two-label-files")[0][1] == 1
+
+
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("train_images", "train_labels"),
+        ("train_images/sub", "train_labels/sub"),
+        ("images_train", "labels_train"),
+        ("JPEGImages", "labels"),
+        ("Train/IMAGES", "Train/LABELS"),
+        ("train", "train/labels"),
+        ("train", "labels/train"),
+        ("images (1)", "images (1)"),
+    ],
+)
+def test_places_of_labels(make_yolo, images, labels):
+    root = make_yolo({f"{images}/images.jpg": None}, data_yaml=f"train: {images}\n{NAMES}")
+    (root / labels).mkdir(exist_ok=True, parents=True)
+    (root / labels / "images.txt").write_text(ROW)
+    train = load_annotations(root, "train")
+    assert (len(train.images[0].labels), train.findings) == (1, ())
+
+
+def test_label_files_named_with_the_suffix_and_files_of_several_images(make_yolo):
+    root = make_yolo({"images/a.jpg": None, "images/b.jpg": ROW, "images/b.png": None}, data_yaml=YAML)
+    (root / "labels/a.jpg.txt").write_text(ROW)
+    train = load_annotations(root, "train")
+    assert [len(record.labels) for record in train.images] == [1, 1, 1]
+    ((action, count, message),) = said(train, "shared-label-file")
+    assert (action, count) == ("note", 1)
+    assert "b.jpg, b.png" in message
+
+
+def test_labels_without_an_image(make_yolo):
+    root = make_yolo({"images/a.jpg": ROW, "images/b.jpg": ROW}, data_yaml=YAML)
+    for name in ("labels/ghost.txt", "labels/part/deep.txt", "labels/raw.txt", "labels/listed.txt"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(ROW)
+    for name, text in {"classes.txt": "cat\ndog\n", "notes.txt": "seen on Monday, 5 of 9\n", "empty.txt": ""}.items():
+        (root / "labels" / name).write_text(text)
+    (root / "images/raw.xyz").write_bytes(b"x")
+    (root / "train.txt").write_text("images/a.jpg\n")
+    train = load_annotations(root, "train")
+    findings = [f for f in train.findings if f.kind == "labels-without-image"]
+    assert [(f.where, f.action, f.count) for f in findings] == [
+        (str(root / "labels"), "note", 3),
+        (str(root / "labels/part"), "note", 1),
+    ]
+    assert "such as ghost.txt, listed.txt, raw.txt" in findings[0].message
+    (root / "labels/ghost.txt").unlink()
+    (root / "labels/listed.txt").unlink()
+    (finding,) = [f for f in load_annotations(root, "train").findings if f.where == str(root / "labels")]
+    assert "raw.xyz, which is not read as an image" in finding.message
+
+
+def test_labels_of_images_that_are_in_another_list_are_not_alone(make_yolo):
+    root = make_yolo({"images/a.jpg": ROW, "images/b.jpg": ROW}, data_yaml=f"train: train.txt\n{NAMES}")
+    (root / "train.txt").write_text("images/a.jpg\n")
+    assert load_annotations(root, "train").findings == ()
+
+
+def test_images_without_label_files_are_counted_by_folder(make_yolo):
+    tree = {f"images/part{i // 3}/{i}.jpg": ROW if i == 0 else None for i in range(6)}
+    train = load_annotations(make_yolo(tree, data_yaml=YAML), "train")
+    found = [f for f in train.findings if f.kind == "images-without-labels"]
+    assert [f.count for f in found] == [2, 3]
+    assert "3 of 3 images have no label file and count as background, such as 3.jpg, 4.jpg, 5.jpg" in found[1].message
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+BOX = "0.28125 0.29167 0.3125 0.33333"
+
+
+def boxes_of(make_yolo, rows, more=""):
+    annotations = load_annotations(make_yolo({"images/a.jpg": "\n".join(rows)}, data_yaml=f"{YAML}{more}\n"), "train")
+    return annotations.images[0].boxes_xyxy.round(1).tolist(), annotations
+
+
+def test_keypoints_where_the_yaml_says_so(make_yolo):
+    rows = [f"0 {BOX} 0.2 0.2 0.3 0.2 0.3 0.3 0.2 0.3", f"1 {BOX}", f"1 {BOX} 0.9", f"0 {BOX} 0.1 0.2 0.3"]
+    boxes, annotations = boxes_of(make_yolo, rows, "kpt_shape: [4, 2]")
+    assert boxes == [[8, 6, 28, 22]] * 3
+    assert [(f.kind, f.where) for f in annotations.findings] == [("malformed-label", "labels/a.txt, line 4")]
+    boxes, annotations = boxes_of(make_yolo, [f"0 {BOX} 0.2 0.2 2 0.3 0.2 1 0 0 0"], "kpt_shape: [17, 3]")
+    assert (boxes, annotations.findings) == ([[8, 6, 28, 22]], ())
+    with pytest.raises(InputError, match=r"kpt_shape must be \[number of keypoints, 2 or 3\], got 17"):
+        boxes_of(make_yolo, rows, "kpt_shape: 17")
+
+
+POSE = "0.7 0.6 0.1 0.2"  # its second pair lies far away from it
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [f"0 {POSE} 0.68 0.55 0.72 0.55 0.7 0.65"],
+        [f"0 {POSE} 0.68 0.55 0.72 0.55 0.7 {y} 0 0" for y in (0.64, 0.65, 0.66)]
+        + ["0 .1 .1 .2 .1 .2 .2 .15 .25 .1 .2"],
+        [f"0 {POSE} 0.68 0.55 2 0.72 0.55 2 0.7 0.65 1"],  # 13 numbers
+        [f"0 {POSE} 0.68 0.55 2 0.72 0.55 1"],  # 10
+        [f"0 {POSE} 0.68 0.55 2 0.72 0.55 2", f"0 {POSE} 0 0 0 0 0 0"],
+    ],
+)
+def test_keypoints_that_nothing_speaks_of_stop(make_yolo, rows):
+    boxes, annotations = boxes_of(make_yolo, rows)
+    ((action, _, message),) = said(annotations, "keypoints-or-polygons")
+    assert action == "refused"
+    assert "Add kpt_shape" in message
+    np.testing.assert_allclose(boxes[0], [41.6, 24, 48, 33.6], atol=0.1)
+
+
+def test_polygons_are_not_taken_for_keypoints(make_yolo):
+    rng = np.random.default_rng(0)
+    angles = np.linspace(0, 6, 7)
+    rows = []
+    for x, y, r in rng.uniform([0.1, 0.1, 0.01], [0.9, 0.9, 0.1], (60, 3)):
+        points = np.stack([x + r * np.cos(angles), y + r * np.sin(angles)], axis=1).clip(0, 1)
+        rows.append("0 " + " ".join(f"{value:.4f}" for value in points.ravel()))
+    boxes, annotations = boxes_of(make_yolo, rows)
+    assert len(boxes) == 60
+    assert annotations.findings == ()
+    rows = [f"0 {POSE} 0.68 0.55 0.72 0.55 0.7 0.65"]
+    assert boxes_of(make_yolo, rows, "task: segment")[1].findings == ()
+
+
+def test_rows_that_are_no_polygon_are_reported(make_yolo):
+    rows = [
+        f"0 {BOX}",
+        "0 0.125 0.125 0.4375 0.125 0.4375 0.458 0.125",
+        "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2 1",
+        "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 20",  # pixels among fractions
+        "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2 0.05",
+        "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2",
+        "0.5 0.5 0.5 0.2 0.2",
+        ",;",
+    ]
+    boxes, annotations = boxes_of(make_yolo, rows)
+    assert len(boxes) == 2
+    found = sorted((f.kind, f.action, f.where) for f in annotations.findings)
+    assert found == [("malformed-label", "dropped", f"labels/a.txt, line {n}") for n in (2, 3, 4, 5, 7, 8)]
+
+
+def test_confidences_and_tracks_behind_boxes(make_yolo):
+    rows = [f"0 {BOX} 0.9 7", f"0 {BOX} 0.8 1", f"1 {BOX} 12", f"0 {BOX} 0.25"]
+    boxes, annotations = boxes_of(make_yolo, rows)
+    assert boxes == [[8, 6, 28, 22]] * 4
+    assert [(f.kind, f.action, f.count) for f in annotations.findings] == [("track-numbers", "note", 1)]
+    triangle = "0 0.1 0.1 0.5 0.1 0.5 1"
+    np.testing.assert_allclose(boxes_of(make_yolo, [triangle])[0], [[6.4, 4.8, 32, 48]], rtol=1e-5)
+
+
+def test_lines_that_repeat_another_are_used_once(make_yolo):
+    boxes, annotations = boxes_of(make_yolo, [f"0 {BOX}", f"0.0 {BOX}0", f"1 {BOX}", f"0 {BOX}"])
+    assert boxes == [[8, 6, 28, 22]] * 2
+    assert [(action, count) for action, count, _ in said(annotations, "repeated-line")] == [("repaired", 2)]
+
+
+def test_commas(make_yolo):
+    rows = [
+        "0,0.28125,0.29167,0.3125,0.33331",
+        "0, 0.28125, 0.29167, 0.3125, 0.33332",
+        "0 0,28125 0,29167 0,3125 0,33333",
+        "0;0.28125;0.29167;0.3125;0.33334",
+        "0\t0.28125\t0.29167\t0.3125\t0.33335",
+        "0 2.8125e-01 2.9167e-01 3.125e-01 3.3336e-01",
+    ]
+    boxes, annotations = boxes_of(make_yolo, rows)
+    assert boxes == [[8, 6, 28, 22]] * 6
+    assert [(f.kind, f.action) for f in annotations.findings] == [("commas", "repaired")] * 4
+
+
+def test_pixels_in_place_of_fractions(make_yolo):
+    _, annotations = boxes_of(make_yolo, ["0 10 10 30 30", "0 20 10 30 30", f"0 {BOX}"])
+    assert [(action, count) for action, count, _ in said(annotations, "pixels-not-fractions")] == [("refused", 2)]
+    _, annotations = boxes_of(make_yolo, ["0 10 10 30 30", f"0 {BOX}"])
+    assert {f.kind for f in annotations.findings} == {"not-relative"}
+
+
+def test_corners_in_place_of_centres(make_yolo):
+    rows = ["0 0.1 0.1 0.3 0.3", "0 0.5 0.5 0.9 0.9", "1 0.6 0.1 0.9 0.5", "1 0.2 0.6 0.95 0.99"]
+    _, annotations = boxes_of(make_yolo, rows)
+    assert [action for action, _, _ in said(annotations, "corners-not-centres")] == ["refused"]
+    _, annotations = boxes_of(make_yolo, [*rows, "0 0.5 0.5 0.2 0.2"])
+    assert said(annotations, "corners-not-centres") == []
+
+
+# ---- classes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "class_id"),
+    [
+        ("0", 0),
+        ("0.0", 0),
+        ("1e1", 10),
+        ("-1", -1),
+        ("0.5", None),
+        ("nan", None),
+        ("inf", None),
+        ("cat", None),
+        ("²", None),
+    ],
+)
+def test_class_ids(word, class_id):
+    assert class_id_of(word) == class_id
+
+
+def test_class_ids_of_numpy_without_a_yaml(make_yolo):
+    root = make_yolo({"images/a.jpg": "0.000000e+00 .5 .5 .2 .2\n1.0 .5 .5 .2 .2"})
+    annotations = load_annotations(root, "all")
+    assert [category.name for category in annotations.categories] == ["class_0", "class_1"]
+    assert annotations.images[0].labels.tolist() == [0, 1]
+    ((action, _, message),) = said(annotations, "no-class-names")
+    assert (action, len(annotations.findings)) == ("note", 1)
+    assert "No file names the classes; they are called by their ids" in message
+
+
+@pytest.mark.parametrize(
+    ("yaml", "names"),
+    [
+        ("[no, yes]", ["no", "yes"]),
+        ("[on, 010, 2020-01-02, null, 1e3, ~, 0x1F, 1_000, .5, 12:30:00, true]", None),
+        ("{0: no, 1: 'yes'}", ["no", "yes"]),
+        ('{"0": cat, "1": dog}', ["cat", "dog"]),
+        ("{1.0: dog, 0.0: cat}", ["cat", "dog"]),
+        ("\n- 0: cat\n- 1: dog", ["cat", "dog"]),
+        ("cat,dog", ["cat", "dog"]),
+        ("cat", ["cat"]),
+        ("\"['cat', 'dog']\"", ["cat", "dog"]),
+        ("|\n  cat\n  dog\n", ["cat", "dog"]),
+        ("obj.names", ["a cat", "a dog"]),
+        ("\nnc: 2", ["class_0", "class_1"]),
+        ("[]\nnc: '2'", ["class_0", "class_1"]),
+    ],
+)
+def test_names_are_the_words_that_stand_there(make_yolo, yaml, names):
+    root = make_yolo({"images/a.jpg": ROW}, data_yaml=f"train: images\nnames: {yaml}\n")
+    (root / "obj.names").write_text("a cat\na dog\n")
+    annotations = load_annotations(root, "train")
+    assert [c.name for c in annotations.categories] == (names or yaml.strip("[]").split(", "))
+    assert annotations.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("yaml", "match"),
+    [
+        ("names: {cat: 0, dog: 1}", "keys of names must be class ids"),
+        ("names: [[cat], dog]", "a class name must be a word"),
+        ("names: {0: cat, 0: dog}", "'0' stands twice in the map that begins at line 2"),
+        ("names: [cat]\ntrain: elsewhere", "'train' stands twice"),
+        ("nc: many", "nc must be a number of classes"),
+        ('path: "D:\\sets"\nnames: [cat]', "write paths with / or without quotes"),
+        ("", "neither names"),
+    ],
+)
+def test_names_that_say_nothing(make_yolo, yaml, match):
+    root = make_yolo({"images/a.jpg": ROW}, data_yaml=f"train: images\n{yaml}\n")
+    with pytest.raises(InputError, match=match):
+        load_annotations(root / "data.yaml", "train")
+
+
+def test_ids_counted_from_one_stop(make_yolo):
+    tree = {"images/a.jpg": "1 .5 .5 .2 .2\n2 .5 .5 .2 .2"}
+    ((action, _, message),) = said(load_annotations(make_yolo(tree, data_yaml=YAML), "train"), "ids-from-one")
+    assert action == "refused"
+    assert "names: {1: ..., 2: ...}" in message
+    root = make_yolo(tree, data_yaml="train: images\nnames: {1: cat, 2: dog}\n")
+    assert load_annotations(root, "train").findings == ()
+
+
+def test_names_in_another_encoding_are_mentioned(make_yolo, kinds):
+    root = make_yolo({"images/a.jpg": ROW}, data_yaml="")
+    (root / "data.yaml").write_bytes("train: images\nnames: [猫, 狗]\n".encode("gbk"))
+    assert kinds(load_annotations(root, "train")) == {"names-not-utf8": "note"}
