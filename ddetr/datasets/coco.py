@@ -11,7 +11,7 @@ from typing import Any
 from ddetr.datasets.annotations import Annotations
 from ddetr.datasets.dataset import DetectionDataset
 from ddetr.datasets.load import default_splits, load_annotations
-from ddetr.datasets.readers.coco_json import read_categories
+from ddetr.datasets.readers.coco.content import read_categories
 from ddetr.datasets.transforms import official_eval, official_train
 from ddetr.errors import InputError
 

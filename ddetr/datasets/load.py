@@ -10,8 +10,8 @@ from typing import get_args
 
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.readers.coco import read_coco
-from ddetr.datasets.readers.coco_layout import coco_splits, folders_in
+from ddetr.datasets.readers.coco.layout import coco_splits, folders_in
+from ddetr.datasets.readers.coco.reader import read_coco
 from ddetr.datasets.readers.createml import createml_splits, read_createml
 from ddetr.datasets.readers.csv_boxes import csv_splits, read_csv_boxes
 from ddetr.datasets.readers.cvat import cvat_splits, read_cvat

@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 
 from ddetr.datasets import available_splits, build_coco_dataset, default_splits, detect_format, load_annotations
 from ddetr.datasets.annotations import Category
-from ddetr.datasets.readers.coco_json import read_categories
+from ddetr.datasets.readers.coco.content import read_categories
 from ddetr.errors import InputError
 
 

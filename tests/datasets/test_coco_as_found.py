@@ -11,7 +11,7 @@ from dataset_parts import coco_object
 
 from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.image_files import ImageFolders
-from ddetr.datasets.readers.coco_mask import box_of_mask
+from ddetr.datasets.readers.coco.mask import box_of_mask
 from ddetr.datasets.readers.file_names import spellings
 from ddetr.errors import InputError
 

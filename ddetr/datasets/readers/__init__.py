@@ -3,10 +3,7 @@
 reader.py         what a reader is; what those of one label file per image have in common
 foreign.py        what a folder is that no reader knows, and what converts it
 file_names.py     the files that names in annotations mean: addresses, Windows, other folders
-coco_layout.py    where COCO data sets keep things
-coco_json.py      a COCO file's JSON
-coco_mask.py      the box around a mask
-coco.py           reader: COCO
+coco/             reader: COCO
 label_folders.py  what readers of folders of label files share: splits by folders, images beside, boxes around shapes
 voc.py            reader: Pascal VOC
 kitti.py          reader: KITTI

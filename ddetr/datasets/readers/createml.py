@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import Annotations, FindingLog
-from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, list_files, load_list, number
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
+from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, list_files, load_list
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled
 from ddetr.untrusted import one_line
 
 WHOLE = "all"

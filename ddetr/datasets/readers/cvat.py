@@ -25,12 +25,10 @@ from ddetr.datasets.readers.label_folders import (
     box_around_turned,
     label_files,
     named_splits,
-    number,
-    size_hw,
     subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, decode_xml, one_line, parse_xml, read_bytes, xml_root_name
 

@@ -14,8 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ddetr.datasets.annotations import Annotations, FindingLog
-from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, number, size_hw, visible
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
+from ddetr.datasets.image_files import visible
+from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_ANNOTATION_BYTES,
@@ -43,7 +44,9 @@ def huggingface_splits(path: Path) -> dict[str, tuple[Path, str]]:
     if path.is_file():
         return {WHOLE: (path, "")} if path.name in _NAMES and _has_objects(path) else {}
     for pattern in ("{}", "*/{}", "data/*/{}", "images/*/{}"):
-        files = [file for name in _NAMES for file in visible(path, pattern.format(name)) if _has_objects(file)]
+        files = [
+            file for name in _NAMES for file in visible(path.glob(pattern.format(name)), path) if _has_objects(file)
+        ]
         if len(files) == 1 and files[0].parent in (path, path / "data", path / "images"):
             folders = sorted(f.name for f in files[0].parent.iterdir() if f.name in _USUAL_SPLITS and f.is_dir())
             return {name: (files[0], name) for name in folders} or {WHOLE: (files[0], "")}

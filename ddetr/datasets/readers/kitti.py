@@ -23,12 +23,11 @@ from ddetr.datasets.readers.label_folders import (
     is_split_name,
     label_files,
     named_splits,
-    number,
     report_images,
     subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled
 from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, open_file, read_text, shortened
 
 _LABELS = ("label_2", "labels", "label")

@@ -213,19 +213,3 @@ def box_around_turned(cx: float, cy: float, width: float, height: float, radians
     cos, sin = abs(math.cos(radians)), abs(math.sin(radians))
     half_w, half_h = (width * cos + height * sin) / 2, (width * sin + height * cos) / 2
     return [cx - half_w, cy - half_h, cx + half_w, cy + half_h]
-
-
-def number(value: object) -> float:
-    """A number as written, with a decimal comma too, but not `1,234`: it may be a thousand. NaN for what is none."""
-    if isinstance(value, str) and "," in value and not re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", value):
-        value = value.replace(",", ".")
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return math.nan
-
-
-def size_hw(height: object, width: object) -> tuple[int, int] | None:
-    """A stated size; None for what is none."""
-    sides = number(height), number(width)
-    return (round(sides[0]), round(sides[1])) if all(1 <= side < 2**31 for side in sides) else None

@@ -17,8 +17,8 @@ import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_formats import is_image_name
-from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, list_files, load_list, number, size_hw
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
+from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, list_files, load_list
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
 from ddetr.untrusted import one_line
 
 WHOLE = "all"

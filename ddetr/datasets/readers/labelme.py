@@ -21,13 +21,11 @@ from ddetr.datasets.readers.label_folders import (
     is_split_name,
     label_files,
     named_splits,
-    number,
     report_images,
-    size_hw,
     subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_LABEL_BYTES,

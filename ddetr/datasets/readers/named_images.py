@@ -14,7 +14,7 @@ import numpy as np
 from ddetr.datasets.annotations import FindingLog, report_crowd
 from ddetr.datasets.image_files import ImageFolders, visible
 from ddetr.datasets.image_formats import is_clutter, is_image_name
-from ddetr.datasets.readers.coco_layout import image_dirs
+from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.reader import LabelledImage
 from ddetr.errors import InputError
 from ddetr.untrusted import (
@@ -186,26 +186,6 @@ class ImageCollector:
             )
 
 
-def visible(path: Path, pattern: str) -> list[Path]:
-    """The files of a pattern in a folder, without hidden ones and what lies in hidden folders (a Mac's, Jupyter's)."""
-    files = (file for file in path.glob(pattern) if file.is_file())
-    return visible(files, path)
-
-
-def number(value: Any) -> float:
-    """NaN for what is none."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return float("nan")
-
-
-def size_hw(height: Any, width: Any) -> tuple[int, int] | None:
-    """A stated size; None for what is none."""
-    sides = (number(height), number(width))
-    return tuple(round(side) for side in sides) if all(1 <= side < 2**31 for side in sides) else None
-
-
 # ---- JSON files whose content is a list of images --------------------------------------------------------------------
 
 
@@ -214,7 +194,7 @@ def list_files(path: Path, patterns: Sequence[str], is_ours: Callable[[bytes], b
     if path.is_file():
         return [path] if path.suffix.lower() == ".json" and _starts_as(path, is_ours) else []
     for pattern in patterns:
-        files = [file for file in visible(path, pattern) if _starts_as(file, is_ours)]
+        files = [file for file in visible(path.glob(pattern), path) if _starts_as(file, is_ours)]
         if files:
             return files
     return []

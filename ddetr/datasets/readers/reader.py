@@ -3,6 +3,8 @@ objects by name; sizes, boxes and labels are settled here, by the same rules for
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -157,3 +159,19 @@ def _check_meaning(
         sizes_hw = np.repeat([size_hw for _, _, size_hw in mine], [len(boxes) for _, boxes, _ in mine], axis=0)
         boxes = np.concatenate([boxes for _, boxes, _ in mine])
         check_meaning(boxes, sizes_hw, own, form, log, f"{mine[0][0].where} and on")
+
+
+def number(value: object) -> float:
+    """A number as written, with a decimal comma too, but not `1,234`: it may be a thousand. NaN for what is none."""
+    if isinstance(value, str) and "," in value and not re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", value):
+        value = value.replace(",", ".")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def size_hw(height: object, width: object) -> tuple[int, int] | None:
+    """A stated size; None for what is none."""
+    sides = number(height), number(width)
+    return (round(sides[0]), round(sides[1])) if all(1 <= side < 2**31 for side in sides) else None

@@ -1,6 +1,6 @@
 """YOLO: one text file of `class x y w h` lines per image, `labels/` mirroring `images/`, classes in a `data.yaml`.
 
-yolo_layout.py finds the images, yolo_labels.py the label file of each, yolo_rows.py reads its lines; here they become a
+layout.py finds the images, labels.py the label file of each, rows.py reads its lines; here they become a
 split, with the classes that the YAML, Darknet's `obj.names` or a `classes.txt` name. `category_id` is the id in the
 label files. An image without a label file is background, as YOLO defines it, and counted; polygons (segmentation,
 oriented boxes) become the box around them.

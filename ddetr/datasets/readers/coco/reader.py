@@ -30,9 +30,9 @@ from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_rel
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import ImageFolders, read_headers, report_unread, settle_size
 from ddetr.datasets.image_formats import is_unread_name
-from ddetr.datasets.readers.coco_json import categories_of, entries_of, load_json, whole_number, without_collector
-from ddetr.datasets.readers.coco_layout import image_dirs
-from ddetr.datasets.readers.coco_mask import box_of_mask
+from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
+from ddetr.datasets.readers.coco.layout import image_dirs
+from ddetr.datasets.readers.coco.mask import box_of_mask
 from ddetr.datasets.readers.file_names import find_files
 from ddetr.datasets.readers.reader import Wanted
 from ddetr.errors import InputError

@@ -1,0 +1,7 @@
+"""COCO: from a folder to its annotation files, their JSON and the boxes.
+
+layout.py    where COCO data sets keep things
+content.py   an annotation file's JSON
+mask.py      the box around a mask
+reader.py    reader: COCO
+"""
