@@ -119,9 +119,11 @@ def read_bytes(path: str | os.PathLike, most_bytes: int) -> bytes:
 
 def read_text(path: str | os.PathLike, most_bytes: int, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
     """All of a regular text file with `\\n` at the ends of lines; raises as `open_file`, or UnicodeDecodeError. UTF-16,
-    which Windows' shell writes, is read too where its mark stands first."""
+    which Windows' shell writes, and UTF-32 are read too where their mark stands first."""
     content = read_bytes(path, most_bytes)
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # first: one begins as UTF-16 does
+        encoding = "utf-32"
+    elif content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     text = content.decode(encoding, errors)
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text

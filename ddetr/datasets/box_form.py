@@ -73,7 +73,8 @@ def ordered_corners(boxes_xyxy: np.ndarray, log: FindingLog, where: Callable[[in
     """The (n, 4) boxes with the smaller corner first; `where(i)` names the place of box i."""
     low = np.minimum(boxes_xyxy[:, :2], boxes_xyxy[:, 2:])
     high = np.maximum(boxes_xyxy[:, :2], boxes_xyxy[:, 2:])
-    for i in np.flatnonzero((boxes_xyxy[:, 2:] < boxes_xyxy[:, :2]).any(axis=1)).tolist():
+    swapped = (boxes_xyxy[:, 2:] < boxes_xyxy[:, :2]).any(axis=1) & np.isfinite(boxes_xyxy).all(axis=1)
+    for i in np.flatnonzero(swapped).tolist():
         numbers = ", ".join(f"{value:g}" for value in boxes_xyxy[i])
         message = f"The corners of the box ({numbers}) are swapped; the smaller numbers were taken as the first corner."
         log.add("swapped-corners", "repaired", where(i), message)

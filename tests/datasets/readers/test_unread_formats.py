@@ -70,6 +70,7 @@ def test_a_file_that_is_no_data_set(tmp_path: Path, write_image: Callable[..., P
 
 def test_a_folder_too_high_or_too_low(tmp_path: Path, make_coco: Callable[..., Path]) -> None:
     root = make_coco(root=tmp_path / "download" / "sets" / "coco")
+    (tmp_path / "download" / "notes").mkdir()  # a folder that is the only one is looked into
     with pytest.raises(InputError, match="download is no data set itself, but .*coco is one: give that path"):
         detect_format(tmp_path / "download")
     with pytest.raises(InputError, match="train is no data set itself, but .*coco is one"):

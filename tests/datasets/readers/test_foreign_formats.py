@@ -147,7 +147,7 @@ def test_what_is_wrong_with_a_table(tmp_path: Path, write_image: Callable[..., P
         ("nan-box", "refused", "train.csv, a.jpg, row 4"),
         ("missing-image", "dropped", "train.csv, gone.jpg"),
         ("nan-box", "refused", "train.csv, a.jpg, row 6"),
-        ("degenerate-box", "dropped", "train.csv, a.jpg, row 7"),
+        ("swapped-corners", "repaired", "train.csv, a.jpg, row 7"),
     }
     (tmp_path / "train.csv").write_text(f"{TENSORFLOW}a.jpg,64,48,cat,.1,.1,.5,.5\n")
     assert kinds(load_annotations(tmp_path, "train"))["relative-boxes"] == "refused"
