@@ -81,7 +81,8 @@ class Parser(ArgumentParser):
             if name not in self._option_string_actions:
                 name = RENAMED.get(name, name)
             if name not in self._option_string_actions and name.startswith("--data."):
-                name = f"--{name.removeprefix('--data.')}"  # as `train` has it, for commands on data alone
+                alone = f"--{name.removeprefix('--data.')}"  # as it is called where a command is on data alone
+                name = alone if alone in self._option_string_actions else name
             if SHORT.get(name) in self._option_string_actions:
                 name = SHORT.get(name, name)
             value = _as_list(value) if name in lists else value
