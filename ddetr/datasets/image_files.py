@@ -140,6 +140,15 @@ def reading_shown(progress: Progress | None) -> Iterator[None]:
         _progress.reset(token)
 
 
+@contextmanager
+def reading_on_screen(path: str | os.PathLike) -> Iterator[None]:
+    """In it, people see that the data set at `path` is being read, and how far."""
+    from ddetr import console
+
+    with console.reading(f"reading {path}", "image headers") as update, reading_shown(update):
+        yield
+
+
 def read_headers(paths: Sequence[Path | str]) -> list[ImageHeader | InputError]:
     """The header of each file, or what is wrong with it, in order; `reading_shown` says who hears how far it is."""
 

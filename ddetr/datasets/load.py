@@ -167,14 +167,20 @@ def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:
     return list(FORMATS[format].splits(place))
 
 
-def default_splits(path: str | PathLike, format: str = "auto") -> tuple[str, str | None]:
-    """(training split, validation split) by their names; the second is None where there is none."""
+def default_splits(path: str | PathLike, format: str = "auto", train: str | None = None) -> tuple[str, str | None]:
+    """(training split, validation split) by their names; the second is None where there is none.
+
+    train: the training split, where its name is known.
+    """
     splits = available_splits(path, format)
     if not splits:
         raise InputError(f"{path} holds no {format} data set")
-    train = _train_split(splits)
+    train = train or _train_split(splits)
     if train is None:
-        raise InputError(f"{path} has the splits {', '.join(splits)}: none is called train; name the one to train on")
+        raise InputError(
+            f"{path} has the splits {', '.join(splits)}: none is called train; name the one to train on by "
+            "--data.train_split"
+        )
     others = [split for split in splits if split not in (train, "trainval")]
     return train, _first(others, _VAL_NAMES, "val")
 

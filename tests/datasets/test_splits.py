@@ -126,7 +126,7 @@ def test_a_fraction_is_a_part(flat, fraction):
 
 def test_one_class_in_one_image_is_left_to_training(make_coco):
     root = make_coco([coco_object()], num_images=1, categories=[{"id": 3, "name": "cat"}])
-    with pytest.raises(InputError, match="has 1 images, and val_fraction 0.5 would hold back no image"):
+    with pytest.raises(InputError, match="has 1 images, and --data.val_fraction 0.5 would hold back no image"):
         load_splits(TrainingSource(str(root), val_fraction=0.5))
 
 
@@ -152,3 +152,12 @@ def test_names_do_not_depend_on_where_one_stands(flat, monkeypatch):
     monkeypatch.chdir(flat.parent)
     _, same = load_splits(TrainingSource(flat.name, val_fraction=0.2))
     assert image_names(same, Path(flat.name)) == image_names(val, flat)
+
+
+def test_the_named_training_split_is_enough(make_coco):
+    make_coco(split="alpha")
+    root = make_coco(split="val")
+    with pytest.raises(InputError, match="none is called train; name the one to train on by --data.train_split"):
+        load_splits(TrainingSource(str(root)))
+    train, val = load_splits(TrainingSource(str(root), train_split="alpha"))
+    assert (train.name, val.name) == ("set/alpha", "set/val")
