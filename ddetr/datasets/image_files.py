@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_formats import is_clutter, is_image_name, unread_files
+from ddetr.datasets.image_formats import is_clutter, is_image_name, is_unread_name, unread_files
 from ddetr.datasets.image_header import ImageHeader
 from ddetr.datasets.images import image_header, size_mismatch
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, read_text
+from ddetr.untrusted import MAX_LABEL_BYTES, one_line, read_text
+from ddetr.wording import first_few
 
 _HEADER_THREADS = 8  # they wait for the disk; more gains nothing locally, and on network storage the disk is the limit
 _HEADERS_A_TASK = 256
@@ -26,12 +29,35 @@ _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
 _ROUNDING_PX = 1.5  # what labelling tools' rounding and inclusive corners add to a box at the image's edge
 
 
+# The options of every command that say where images lie; in brackets the argument of `load_annotations`.
+IMAGES_OPTION = "--data.train_images or --data.val_images (image_dir)"
+
+
+class AlikeNames:
+    """Image files by their names, whatever the capitals, how accents are composed, and the suffix: of two that fit
+    neither is meant."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[bool, str], Any] = {}
+
+    def add(self, name: str, place: Any) -> None:
+        for key in ((True, folded(name)), (False, folded(name.rpartition(".")[0]))):
+            self._places[key] = None if key in self._places else place
+
+    def find(self, name: str, *, any_suffix: bool = True) -> Any:
+        """The place of this name; one of another suffix only with `any_suffix`, or where the name has none."""
+        whole = self._places.get((True, folded(name)))
+        if whole is not None or (is_image_name(name) and not any_suffix):
+            return whole
+        return self._places.get((False, folded(name.rpartition(".")[0] if is_image_name(name) else name)))
+
+
 class ImageFolders:
     """File names of folders, each listed once: 118,000 look-ups cost one directory read."""
 
     def __init__(self) -> None:
         self._exact: dict[Path, frozenset[str]] = {}
-        self._loose: dict[Path, dict[tuple[bool, str], str | None]] = {}
+        self._alike: dict[Path, AlikeNames] = {}
 
     def names(self, folder: Path) -> frozenset[str]:
         if folder not in self._exact:
@@ -50,16 +76,11 @@ class ImageFolders:
         names = self.names(path.parent)
         if path.name in names:
             return path
-        if path.parent not in self._loose:
-            loose: dict[tuple[bool, str], str | None] = {}
-            for name in names:
-                if is_image_name(name):
-                    for key in ((True, folded(name)), (False, folded(name.rpartition(".")[0]))):
-                        loose[key] = None if key in loose else name  # two that fit are none: no guessing
-            self._loose[path.parent] = loose
-        stem = path.name.rpartition(".")[0] if is_image_name(path.name) else path.name
-        loose = self._loose[path.parent]
-        found = loose.get((True, folded(path.name))) or loose.get((False, folded(stem)))
+        if path.parent not in self._alike:
+            alike = self._alike[path.parent] = AlikeNames()
+            for name in filter(is_image_name, names):
+                alike.add(name, name)
+        found = self._alike[path.parent].find(path.name)
         return path.parent / found if found else None
 
     def report_unread(self, log: FindingLog) -> None:
@@ -115,6 +136,41 @@ def listed_lines(listing: Path) -> list[str]:
         return read_text(listing, MAX_LABEL_BYTES, errors="replace").splitlines()
     except OSError as error:
         raise InputError(f"{listing} can't be read: {error.strerror or error}") from None
+
+
+def report_all_missing(
+    log: FindingLog, where: str, first: str, count: int, looked: Iterable[str | Path], cure: str | None = None
+) -> None:
+    """Adds that none of `count` images was found, of which `first` is one, in any of the places of `looked`."""
+    message = (
+        f"None of its {count:,} images was found (the first is {one_line(first)}; looked in "
+        f"{first_few(looked, 4)}). {cure or f'Name their folder by {IMAGES_OPTION}.'}"
+    )
+    log.add("every-image-missing", "refused", where, message, count=count)
+
+
+def report_unlisted(
+    paths: Iterable[Path | None], folders: ImageFolders, log: FindingLog, shown: str, known: Collection[str] = ()
+) -> None:
+    """Counts the images that lie beside those of the annotations, and what is not read there.
+
+    paths: of the annotations' images. known: names that other splits have.
+    """
+    listed: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        if path is not None:
+            folder, _, name = str(path).rpartition(os.sep)
+            listed[folder].add(name)
+    for folder, names in sorted(listed.items()):
+        unlisted = [name for name in folders.images(Path(folder)) if name not in names and name not in known]
+        if unlisted:
+            message = (
+                f"{len(unlisted):,} images in {folder} are not listed in {shown} and not used, such as "
+                f"{one_line(unlisted[0])}."
+            )
+            log.add("unlisted-images", "note", folder, message, count=len(unlisted))
+        others = filter(is_unread_name, folders.names(Path(folder)))  # first: it is quick
+        report_unread((name for name in others if name not in names), folder, log)
 
 
 def report_unread(names: Iterable[str], where: str, log: FindingLog, *, are_left_out: bool = False) -> None:

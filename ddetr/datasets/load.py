@@ -10,6 +10,7 @@ from typing import get_args
 
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.config import BoxForm
+from ddetr.datasets.image_files import IMAGES_OPTION
 from ddetr.datasets.readers.coco.layout import coco_splits, folders_in
 from ddetr.datasets.readers.coco.reader import read_coco
 from ddetr.datasets.readers.createml import createml_splits, read_createml
@@ -18,10 +19,9 @@ from ddetr.datasets.readers.cvat import cvat_splits, read_cvat
 from ddetr.datasets.readers.foreign import what_it_is
 from ddetr.datasets.readers.huggingface import huggingface_splits, read_huggingface
 from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
-from ddetr.datasets.readers.label_folders import WHOLE
 from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
-from ddetr.datasets.readers.reader import Reader, Wanted
+from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.reader import read_yolo
@@ -29,6 +29,7 @@ from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.wording import did_you_mean, first_few
 
+ANNOTATIONS_OPTION = "--data.train_annotations or --data.val_annotations (annotation_file)"
 _TRAIN_NAMES = ("train", "train2017", "training", "trainval", "all")
 _WRAPPERS = 3  # folders one in another, of which each holds only the next, as archives are unpacked
 _VAL_NAMES = ("val", "val2017", "valid", "validation", "test", "testing")
@@ -62,13 +63,13 @@ def load_annotations(
             (centre and size) in pixels, or with "-relative" in fractions of the image.
     """
     if boxes not in (known := get_args(BoxForm)):
-        raise InputError(f"boxes is one of {', '.join(known)}, not {boxes!r}{did_you_mean(boxes, known)}")
+        raise InputError(f"--data.boxes is one of {', '.join(known)}, not {boxes!r}{did_you_mean(boxes, known)}")
     path = existing(path)
-    images = _inside(path, image_dir, "image_dir") if image_dir is not None else None
+    images = _inside(path, image_dir, IMAGES_OPTION) if image_dir is not None else None
     if annotation_file is not None:
         if format not in ("auto", "coco", *_OF_ONE_FILE):
-            raise InputError(f"annotation_file is for the COCO format; {format} has none")
-        file = _inside(path, annotation_file, "annotation_file")
+            raise InputError(f"{ANNOTATIONS_OPTION} is for formats of one file, {format} has one for each image")
+        file = _inside(path, annotation_file, ANNOTATIONS_OPTION)
         for one in _OF_ONE_FILE if format == "auto" else [format]:
             if one in _OF_ONE_FILE and (names := list(FORMATS[one].splits(file))):
                 places = images or (path if path.is_dir() and not file.is_relative_to(path) else None)
@@ -118,7 +119,7 @@ def detect_format(path: str | PathLike) -> str:
     known = [f"{reader.title} ({reader.layout})" for reader in FORMATS.values()]
     raise InputError(
         f"{path} is no data set that is known: expected {', '.join(known[:-1])} or {known[-1]}; found {found}; "
-        "files of other names can be given as annotation_file and image_dir"
+        f"files of other names can be given by {ANNOTATIONS_OPTION} and {IMAGES_OPTION}"
     )
 
 

@@ -19,12 +19,11 @@ import numpy as np
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_files import visible
 from ddetr.datasets.image_formats import is_image_name
-from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.named_images import ImageCollector, Place
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, read_csv
 
-WHOLE = "all"  # the one split of a table that names none
 _PLACES = ("*/_annotations.csv", "*.[ct]sv", "annotations/*.[ct]sv", "*/*.[ct]sv", "*/labels/*.[ct]sv")
 _FILE_WORDS = re.compile(
     r"(?:^|[_.-])(?:annotations?|annots?|labels?|bbox(?:es)?|boxes|detections?|oidv\d|csv|data)(?=[_.-]|$)", re.I
@@ -111,50 +110,34 @@ def read_csv_boxes(wanted: Wanted) -> Annotations:
 
     def read(file: Path, log: FindingLog) -> list[LabelledImage]:
         split = next(name for name in splits if splits[name] == file)
-        finder = ImageFinder(root, file, split, wanted.image_dir)
-        return _read(file, str(file.relative_to(root)), finder, _class_names(root, file), log)
+        return _read(Place(root, file, split), wanted, _class_names(root, file), log)
 
     return read_labelled(wanted, "csv", splits, read)
 
 
-def _read(
-    file: Path, shown: str, finder: ImageFinder, class_names: Mapping[str, str], log: FindingLog
-) -> list[LabelledImage]:
-    layout = _layout(file)
+def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: FindingLog) -> list[LabelledImage]:
+    file, layout = place.file, _layout(place.file)
     if layout is None:  # it was one when its folder was looked at
         raise InputError(f"{file} is no table of boxes any more")
-    images = ImageCollector(finder, shown, log, in_fractions=layout.in_fractions, unit="row")
-    corners = [layout.columns.get(key, -1) for key in ("x1", "y1", "x2", "y2")]
-    by_size = -1 in corners
-    if by_size:
-        corners = [layout.columns[key] for key in ("x1", "y1", "w", "h")]
+    by_size = not {"x2", "y2"} <= layout.columns.keys()
+    form = "xywh" if by_size else "xyxy"
+    images = ImageCollector(place, wanted, log, form=form, in_fractions=layout.in_fractions, unit="row")
+    box_columns = [layout.columns[key] for key in ("x1", "y1", *(("w", "h") if by_size else ("x2", "y2")))]
     get = partial(_cell, layout.columns)
-    largest, num_boxes = 0.0, 0
     for line, row in _rows(file, layout.has_header):
         image = images.of(get(row, "image"))
-        if image is None:
-            continue
         image.declared_hw = image.declared_hw or size_hw(get(row, "height"), get(row, "width"))
-        words = [row[i].strip() if i < len(row) else "" for i in corners]
+        words = [row[i].strip() if i < len(row) else "" for i in box_columns]
         if not any(words):  # an image without objects
             continue
         name = get(row, "class")
         box = [number(word.replace(",", ".")) for word in words]
-        if by_size:
-            box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
         image.add(class_names.get(name, name), box, line, ignore=get(row, "group") == "1")
-        largest, num_boxes = max(largest, *map(abs, box)), num_boxes + 1
-    if num_boxes and largest <= 1 and not layout.in_fractions:
-        message = (
-            "Every box lies in 0..1: these look like fractions of the image, and pixels are expected. Multiply them by "
-            "the width and height of their images."
-        )
-        log.add("relative-boxes", "refused", shown, message, count=num_boxes)
     found = images.images()
     ids = {name for image in found for name in image.classes if name.startswith(("/m/", "/g/"))}
     if ids:
         message = f"{len(ids)} classes have ids for names, such as {min(ids)}: no class-descriptions*.csv names them."
-        log.add("unnamed-classes", "note", shown, message, count=len(ids))
+        log.add("unnamed-classes", "note", place.shown, message, count=len(ids))
     return found
 
 

@@ -16,18 +16,16 @@ import numpy as np
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
 from ddetr.datasets.image_files import listed_lines
 from ddetr.datasets.readers.label_folders import (
-    WHOLE,
     ImagesBeside,
     Source,
     folder_named,
-    is_split_name,
     label_files,
     named_splits,
     report_images,
     subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, split_kind
 from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, open_file, read_text, shortened
 
 _LABELS = ("label_2", "labels", "label")
@@ -49,7 +47,7 @@ def kitti_splits(path: Path) -> dict[str, list[Source]]:
     (name, whole), known = found[0], {file.stem for file in label_files(found[0][1].folder, ".txt")}
     lists = [file for sets in folder_named(path, ("ImageSets",)) for file in label_files(sets, ".txt")]
     listed = {file.stem: [Source(whole.folder, file)] for file in lists if known & {*_names(file)}}
-    return listed or {name if is_split_name(name) else WHOLE: [whole]}
+    return listed or {name if split_kind(name) else WHOLE: [whole]}
 
 
 def _names(listing: Path) -> list[str]:

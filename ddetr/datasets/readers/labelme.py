@@ -15,17 +15,15 @@ import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
 from ddetr.datasets.readers.label_folders import (
-    WHOLE,
     ImagesBeside,
     box_around,
-    is_split_name,
     label_files,
     named_splits,
     report_images,
     subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_LABEL_BYTES,
@@ -52,7 +50,7 @@ def labelme_splits(path: Path) -> dict[str, list[Path]]:
     found = []
     for sub in subfolders(path):
         inner = [sub] if _holds_labelme(sub) else [folder for folder in subfolders(sub) if _holds_labelme(folder)]
-        is_one = len(inner) == 1 and is_split_name(sub.name)  # train/annotations/*.json
+        is_one = len(inner) == 1 and split_kind(sub.name)  # train/annotations/*.json
         found += [(sub.name if is_one else folder.name, folder) for folder in inner]
     return named_splits(found)
 
@@ -113,8 +111,7 @@ def _images(
         where = str(file.relative_to(root))
         stated = str(content["imagePath"] or "")
         by_name = beside.find_own(file)
-        name = stated.replace("\\", "/").rpartition("/")[2]
-        by_statement = beside.find_stated(file, stated) or beside.find(file, name)
+        by_statement = beside.find_stated(file, stated) or beside.find(file, stated)
         if by_statement is not None and by_statement.stem == file.stem:
             by_name = by_statement  # of a.jpg and a.png the one that it names
         path = by_statement or by_name

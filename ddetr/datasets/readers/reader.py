@@ -30,6 +30,17 @@ from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import read_headers, settle_size
 from ddetr.errors import InputError
 
+WHOLE = "all"  # the one split of a data set that has none
+_SPLIT_NAME = re.compile(
+    r"(?:(train)(?:val|ing)?|(val)(?:id|idate|idation)?|(test)(?:ing)?)(?:[\W_\d]|$)", re.IGNORECASE
+)
+
+
+def split_kind(name: str) -> str | None:
+    """ "train", "val" or "test" for the name of a file or folder that begins as a split's does; None for another."""
+    found = _SPLIT_NAME.match(name)
+    return next(filter(None, found.groups())).lower() if found else None
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -109,7 +120,15 @@ def table_of(
     """The images that can be read, with the objects that can be used; what is left out, and why, goes to the log.
 
     label_of: label of each class, -1 or nothing for one that is left out; said_of: why. form: `Wanted.boxes`.
+
+    Raises:
+        InputError: a form is given, and the format holds fractions of the image.
     """
+    if form != "auto" and (relative := next((image for image in images if image.in_fractions), None)):
+        raise InputError(
+            f"--data.boxes (boxes) is for formats in pixels: {relative.where} holds fractions of the image, as its "
+            "format says"
+        )
     said_of = cache(said_of)
     framed = []
     for image, header in zip(images, read_headers([image.path for image in images]), strict=True):

@@ -25,20 +25,18 @@ from ddetr.datasets.image_files import ImageFolders, listed_lines
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.label_folders import (
     IMAGE_FOLDERS,
-    WHOLE,
     ImagesBeside,
     Source,
     box_around,
     box_around_turned,
     folder_named,
-    is_split_name,
     label_files,
     named_splits,
     report_images,
     subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_LABEL_BYTES,
@@ -90,7 +88,7 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
         return {}
     sources = []
     for sub in subfolders(root):
-        inner = _xml_folder(sub) if is_split_name(sub.name) else None
+        inner = _xml_folder(sub) if split_kind(sub.name) else None
         if inner is not None or _holds_voc(sub):
             sources.append((sub.name, Source(inner or sub)))
     if sources:
@@ -147,7 +145,7 @@ def _unlisted(folder: Path) -> dict[str, list[Source]]:
     inner = [] if _holds_voc(folder) else [sub for sub in subfolders(folder) if _holds_voc(sub)]
     if not inner:  # all XML files in one folder, the images in one for each split
         places = [sub for place in folder_named(folder.parent, IMAGE_FOLDERS) for sub in subfolders(place)]
-        splits = {sub.name: [Source(folder, sub)] for sub in places if is_split_name(sub.name)}
+        splits = {sub.name: [Source(folder, sub)] for sub in places if split_kind(sub.name)}
         return splits or {WHOLE: [Source(folder)]}
     return named_splits([(sub.name, Source(sub)) for sub in inner])
 
@@ -280,7 +278,7 @@ def _find_image(
     file: Path, tree: ElementTree.Element, beside: ImagesBeside, where: str, log: FindingLog
 ) -> Path | None:
     """By the XML's own name first: <filename> is often wrong after a data set has been renamed."""
-    stated = _text(tree, "filename").replace("\\", "/").rpartition("/")[2]
+    stated = _text(tree, "filename")
     by_statement = beside.find(file, stated)
     if by_statement is not None and by_statement.stem == file.stem:  # of a.jpg and a.png the one that it names
         return by_statement

@@ -368,7 +368,7 @@ def test_explicit_files(make_coco, tmp_path, monkeypatch):
         assert annotations.findings == ()
     monkeypatch.chdir(root / "odd")
     assert len(load_annotations(root, "x", annotation_file="boxes.v2.json", image_dir="pictures").images) == 2
-    with pytest.raises(InputError, match=r"annotation_file: there is no nothing\.json in"):
+    with pytest.raises(InputError, match=r"\(annotation_file\): there is no nothing\.json in"):
         load_annotations(root, "x", annotation_file="nothing.json")
 
 

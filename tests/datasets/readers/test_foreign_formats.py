@@ -150,7 +150,12 @@ def test_what_is_wrong_with_a_table(tmp_path: Path, write_image: Callable[..., P
         ("swapped-corners", "repaired", "train.csv, a.jpg, row 7"),
     }
     (tmp_path / "train.csv").write_text(f"{TENSORFLOW}a.jpg,64,48,cat,.1,.1,.5,.5\n")
-    assert kinds(load_annotations(tmp_path, "train"))["relative-boxes"] == "refused"
+    (refused,) = load_annotations(tmp_path, "train").findings
+    assert (refused.kind, refused.action) == ("boxes-look-relative", "refused")
+    assert "--data.boxes xyxy-relative" in refused.message
+    read = load_annotations(tmp_path, "train", boxes="xyxy-relative")
+    assert objects(read)["a.jpg"] == [("cat", [6.4, 4.8, 32.0, 24.0])]
+    assert not read.findings
 
 
 def test_images_of_one_name_are_never_guessed(tmp_path: Path, write_image: Callable[..., Path]) -> None:
@@ -167,7 +172,7 @@ def test_images_of_one_name_are_never_guessed(tmp_path: Path, write_image: Calla
     assert kinds(load_annotations(tmp_path, "all")) == {"every-image-missing": "refused"}
     write_image(tmp_path / "1.jpg")
     table.write_text(f"{TENSORFLOW}x/1.jpg,64,48,cat,4,6,24,18\ny/1.jpg,64,48,dog,4,6,24,18\n")  # two for one file
-    assert kinds(load_annotations(tmp_path, "all"))["duplicate-image-id"] == "refused"
+    assert kinds(load_annotations(tmp_path, "all"))["ambiguous-image"] == "refused"
 
 
 @pytest.mark.parametrize(
@@ -255,7 +260,7 @@ def test_label_studio_shapes(tmp_path: Path, write_image: Callable[..., Path]) -
         "a.jpg": [("cat", [20.0, 24.0, 32.0, 40.0]), ("dog", BOX), ("fox", [0.0, 0.0, 32.0, 24.0])],
         "b.jpg": [],
     }
-    assert kinds(annotations) == {"no-box": "dropped"}
+    assert kinds(annotations) == {"missing-box": "dropped"}
 
 
 def test_label_studio_drawn_twice(tmp_path: Path, write_image: Callable[..., Path]) -> None:

@@ -389,7 +389,7 @@ def test_which_image_is_whose(tmp_path, write_image, make_voc):
     annotations = load_annotations(root, "all")
     assert len(annotations.images) == 1
     (finding,) = annotations.findings
-    assert (finding.kind, finding.action) == ("duplicate-image-id", "refused")
+    assert (finding.kind, finding.action) == ("ambiguous-image", "refused")
 
 
 def test_numbers_and_shapes(make_voc):

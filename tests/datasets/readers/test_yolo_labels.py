@@ -96,7 +96,7 @@ def test_labels_of_images_that_are_in_another_list_are_not_alone(make_yolo):
 def test_images_without_label_files_are_counted_by_folder(make_yolo):
     tree = {f"images/part{i // 3}/{i}.jpg": ROW if i == 0 else None for i in range(6)}
     train = load_annotations(make_yolo(tree, data_yaml=YAML), "train")
-    found = [f for f in train.findings if f.kind == "images-without-labels"]
+    found = [f for f in train.findings if f.kind == "image-without-labels"]
     assert [f.count for f in found] == [2, 3]
     assert "3 of 3 images have no label file and count as background, such as 3.jpg, 4.jpg, 5.jpg" in found[1].message
 
@@ -206,7 +206,7 @@ def test_commas(make_yolo):
 
 def test_pixels_in_place_of_fractions(make_yolo):
     _, annotations = boxes_of(make_yolo, ["0 10 10 30 30", "0 20 10 30 30", f"0 {BOX}"])
-    assert [(action, count) for action, count, _ in said(annotations, "pixels-not-fractions")] == [("refused", 2)]
+    assert [(action, count) for action, count, _ in said(annotations, "boxes-not-relative")] == [("refused", 2)]
     _, annotations = boxes_of(make_yolo, ["0 10 10 30 30", f"0 {BOX}"])
     assert {f.kind for f in annotations.findings} == {"not-relative"}
 
@@ -245,7 +245,7 @@ def test_class_ids_of_numpy_without_a_yaml(make_yolo):
     annotations = load_annotations(root, "all")
     assert [category.name for category in annotations.categories] == ["class_0", "class_1"]
     assert annotations.images[0].labels.tolist() == [0, 1]
-    ((action, _, message),) = said(annotations, "no-class-names")
+    ((action, _, message),) = said(annotations, "unnamed-classes")
     assert (action, len(annotations.findings)) == ("note", 1)
     assert "No file names the classes; they are called by their ids" in message
 

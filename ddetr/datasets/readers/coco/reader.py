@@ -7,7 +7,6 @@ n objects as they stand in the file, m of them that are used.
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -28,8 +27,7 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, ordered_corners
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import ImageFolders, read_headers, report_unread, settle_size
-from ddetr.datasets.image_formats import is_unread_name
+from ddetr.datasets.image_files import ImageFolders, read_headers, report_unlisted, settle_size
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
@@ -60,8 +58,8 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
 
     folders = ImageFolders()
     places = [wanted.image_dir] if wanted.image_dir else image_dirs(root, annotation_file, wanted.split)
-    paths = find_files(places, names, folders, log, shown)
-    _report_unlisted(paths, folders, log, shown)
+    paths = find_files(places, names, folders, log, shown, root=wanted.image_dir or root, split=wanted.split)
+    report_unlisted(paths, folders, log, shown)
     image_index, labels, usable, boxes_xyxy = _objects(
         objects, index_of_id, label_of_id, names, declared, form, log, shown
     )
@@ -162,24 +160,6 @@ def _integer_ids(ids: Sequence[Any], log: FindingLog, shown: str) -> np.ndarray:
     message = "Image ids are no whole numbers; the images were numbered from 1 in the file's order."
     log.add("image-id-not-integer", "repaired", shown, message, count=len(ids))
     return np.arange(1, len(ids) + 1)
-
-
-def _report_unlisted(paths: Sequence[Path | None], folders: ImageFolders, log: FindingLog, shown: str) -> None:
-    """Counts the images that lie beside those of the annotations."""
-    listed: dict[str, set[str]] = defaultdict(set)
-    for path in paths:
-        if path is not None:
-            folder, _, name = str(path).rpartition(os.sep)
-            listed[folder].add(name)
-    for folder, names in sorted(listed.items()):
-        unlisted = [name for name in folders.images(Path(folder)) if name not in names]
-        if unlisted:
-            message = (
-                f"{len(unlisted)} images in {folder} are not listed in {shown} and not used, such as {unlisted[0]}."
-            )
-            log.add("unlisted-images", "note", folder, message, count=len(unlisted))
-        others = filter(is_unread_name, folders.names(Path(folder)))  # first: it is quick
-        report_unread((name for name in others if name not in names), folder, log)
 
 
 def _settle_shared_files(

@@ -9,7 +9,8 @@ from itertools import islice
 from pathlib import Path
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, is_clutter, walk_files
+from ddetr.datasets.image_files import ImageFolders, walk_files
+from ddetr.datasets.image_formats import is_clutter
 from ddetr.datasets.readers.yolo.layout import has_rows
 from ddetr.datasets.readers.yolo.paths import names_of_labels, written_like
 from ddetr.untrusted import one_line
@@ -90,7 +91,7 @@ class LabelFiles:
                     f"{len(images):,} of {total:,} images have no label file and count as background, such as "
                     f"{_few(image.name for image in images)} (expected {expected})."
                 )
-                log.add("images-without-labels", "note", str(folder), message, count=len(images))
+                log.add("image-without-labels", "note", str(folder), message, count=len(images))
         for folder, used in self._used.items():
             if len(used) > 1:
                 parts = ", ".join(f"{count:,} in {place}" for place, count in sorted(used.items()))

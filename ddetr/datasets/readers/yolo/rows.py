@@ -139,7 +139,7 @@ class RowReader:
                 f"{self.num_in_pixels:,} lines, more than half, hold no fractions of the image; they look like pixels. "
                 "Divide x and width by the image's width, y and height by its height."
             )
-            self.log.add("pixels-not-fractions", "refused", str(root), message, count=self.num_in_pixels)
+            self.log.add("boxes-not-relative", "refused", str(root), message, count=self.num_in_pixels)
         if self.num_boxes > _FEW and self.num_ordered == self.num_boxes and self.num_reaching_out * 4 > self.num_boxes:
             message = (
                 f"All {self.num_boxes:,} boxes look like `class x1 y1 x2 y2`: read as centre and size, "
