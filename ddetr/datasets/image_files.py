@@ -99,6 +99,16 @@ def visible(paths: Iterable[Path], root: Path) -> list[Path]:
     return sorted(path for path in paths if not any(map(is_clutter, path.relative_to(root).parts)))
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder that are no clutter, sorted."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if e.is_dir() and not is_clutter(e.name)]
+    except OSError:
+        return []
+    return [folder / name for name in sorted(names)]
+
+
 def walk_files(folder: Path) -> list[Path]:
     """All files in a folder and below that are no clutter, sorted. Links to folders are followed, each folder is walked
     once, and none that the folder itself lies in.

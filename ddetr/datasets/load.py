@@ -10,8 +10,8 @@ from typing import get_args
 
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import IMAGES_OPTION
-from ddetr.datasets.readers.coco.layout import coco_splits, folders_in
+from ddetr.datasets.image_files import IMAGES_OPTION, folders_in
+from ddetr.datasets.readers.coco.layout import coco_splits
 from ddetr.datasets.readers.coco.reader import read_coco
 from ddetr.datasets.readers.createml import createml_splits, read_createml
 from ddetr.datasets.readers.csv_boxes import csv_splits, read_csv_boxes
@@ -168,19 +168,21 @@ def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:
     return list(FORMATS[format].splits(place))
 
 
-def default_splits(path: str | PathLike, format: str = "auto", train: str | None = None) -> tuple[str, str | None]:
+def default_splits(
+    path: str | PathLike, format: str = "auto", train_split: str | None = None
+) -> tuple[str, str | None]:
     """(training split, validation split) by their names; the second is None where there is none.
 
-    train: the training split, where its name is known.
+    train_split: the training split, where its name doesn't say it.
     """
     splits = available_splits(path, format)
     if not splits:
         raise InputError(f"{path} holds no {format} data set")
-    train = train or _train_split(splits)
+    train = train_split or _train_split(splits)
     if train is None:
         raise InputError(
-            f"{path} has the splits {', '.join(splits)}: none is called train; name the one to train on by "
-            "--data.train_split"
+            f"{path} has the splits {first_few(splits, 8)}: none is called train; --data.train_split (and "
+            "--data.val_split, or --data.val_fraction 0.1) names the one to train on"
         )
     others = [split for split in splits if split not in (train, "trainval")]
     return train, _first(others, _VAL_NAMES, "val")

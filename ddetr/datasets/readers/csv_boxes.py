@@ -19,8 +19,9 @@ import numpy as np
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_files import visible
 from ddetr.datasets.image_formats import is_image_name
+from ddetr.datasets.readers.coco.layout import split_word
 from ddetr.datasets.readers.named_images import ImageCollector, Place
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, is_true, number, read_labelled, size_hw
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, read_csv
 
@@ -72,9 +73,9 @@ def csv_splits(path: Path) -> dict[str, Path]:
 
 
 def _split_name(file: Path, root: Path) -> str:
-    """`train` of train_labels.csv, of train/_annotations.csv, of train/labels/detections.csv."""
+    """`train` of train_labels.csv, of custom_train.csv, of train/_annotations.csv, of train/labels/detections.csv."""
     names = [file.stem, *reversed(file.relative_to(root).parts[:-1])]
-    return next((word for name in names if (word := _FILE_WORDS.sub("", name).strip("_.-"))), WHOLE)
+    return next((split_word(word) for name in names if (word := _FILE_WORDS.sub("", name).strip("_.-"))), WHOLE)
 
 
 def _layout(file: Path) -> _Layout | None:
@@ -132,7 +133,7 @@ def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: Fin
             continue
         name = get(row, "class")
         box = [number(word.replace(",", ".")) for word in words]
-        image.add(class_names.get(name, name), box, line, ignore=get(row, "group") == "1")
+        image.add(class_names.get(name, name), box, line, ignore=is_true(get(row, "group")))
     found = images.images()
     ids = {name for image in found for name in image.classes if name.startswith(("/m/", "/g/"))}
     if ids:

@@ -17,14 +17,13 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import IMAGES_OPTION, ImageFolders, report_all_missing, report_unlisted
+from ddetr.datasets.image_files import IMAGES_OPTION, ImageFolders, folders_in, report_all_missing, report_unlisted
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.label_folders import (
     box_around,
     box_around_turned,
     label_files,
     named_splits,
-    subfolders,
     without_shared,
 )
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw
@@ -44,7 +43,7 @@ def cvat_splits(path: Path) -> dict[str, list[_Source]]:
     files = [path] if path.suffix.lower() == ".xml" and path.is_file() else label_files(path, ".xml")
     file = next((file for file in files if xml_root_name(file) == "annotations"), None)
     if file is None:
-        exports = [(sub.name, sub / "annotations.xml") for sub in subfolders(path)]
+        exports = [(sub.name, sub / "annotations.xml") for sub in folders_in(path)]
         found = [(name, inner) for name, inner in exports if xml_root_name(inner) == "annotations"]
         return named_splits([(name, (inner, None)) for name, inner in found if _load(inner)])
     subsets = sorted({image.get("subset") or _NO_SUBSET for image in _load(file)})

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import listed_lines
+from ddetr.datasets.image_files import folders_in, listed_lines
 from ddetr.datasets.readers.label_folders import (
     ImagesBeside,
     Source,
@@ -22,7 +22,6 @@ from ddetr.datasets.readers.label_folders import (
     label_files,
     named_splits,
     report_images,
-    subfolders,
     without_shared,
 )
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, split_kind
@@ -36,9 +35,9 @@ _SAMPLED = 8  # files of a folder whose first line says what it holds
 def kitti_splits(path: Path) -> dict[str, list[Source]]:
     """Split name -> where its images come from; {} where there is no KITTI data set."""
     found = []
-    for base in (path, *subfolders(path)):
+    for base in (path, *folders_in(path)):
         for labels in folder_named(base, _LABELS):
-            for folder in (labels, *subfolders(labels)):
+            for folder in (labels, *folders_in(labels)):
                 if _holds_kitti(folder):
                     name = folder.name if folder != labels else WHOLE if base == path else base.name
                     found.append((name, Source(folder)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, report_all_missing
+from ddetr.datasets.image_files import ImageFolders, folders_in, report_all_missing
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.file_names import last_parts
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, split_kind
@@ -45,16 +45,6 @@ def label_files(folder: Path, suffix: str, most: int | None = None) -> list[Path
     return [folder / name for name in (sorted(names) if most is None else heapq.nsmallest(most, names))]
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """Those that are not hidden, sorted."""
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not is_clutter(entry.name))
-    except OSError:
-        return []
-    return [folder / name for name in names]
-
-
 def folder_named(folder: Path, names: Sequence[str]) -> list[Path]:
     """The subfolders called by one of `names`, in their order, with the usual capitals. The folder, of which there may
     be many with 100,000 images, is not listed."""
@@ -69,7 +59,7 @@ def folder_named(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def holds_json_labels(folder: Path) -> bool:
     """Whether there, or in its folders, are JSON files and no text files: a folder called labels that isn't YOLO's."""
-    places = [folder, *subfolders(folder)]
+    places = [folder, *folders_in(folder)]
     return any(label_files(p, ".json", 1) for p in places) and not any(label_files(p, ".txt", 1) for p in places)
 
 
@@ -129,7 +119,7 @@ class ImagesBeside:
         """The folders in those of images: images/train of labels that lie all in one folder."""
         if folder not in self._below:
             usual = [] if self._image_dir else [p for p in self.places(folder) if p.name.lower() in _IMAGE_NAMES]
-            self._below[folder] = [sub for place in usual for sub in subfolders(place)]
+            self._below[folder] = [sub for place in usual for sub in folders_in(place)]
         return self._below[folder]
 
     def _look(self, folder: Path) -> list[Path]:
@@ -141,7 +131,7 @@ class ImagesBeside:
         usual = list(dict.fromkeys([*usual, *above]))
         if any(self.folders.images(place) for place in usual):
             return usual
-        others = [sub for up in above for sub in subfolders(up) if sub not in usual and self.folders.images(sub)]
+        others = [sub for up in above for sub in folders_in(up) if sub not in usual and self.folders.images(sub)]
         return [*usual, *others] if len(others) == 1 else usual  # of photos and masks, which are the images?
 
 

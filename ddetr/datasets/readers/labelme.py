@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
+from ddetr.datasets.image_files import folders_in
 from ddetr.datasets.readers.label_folders import (
     ImagesBeside,
     box_around,
     label_files,
     named_splits,
     report_images,
-    subfolders,
     without_shared,
 )
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
@@ -48,8 +48,8 @@ def labelme_splits(path: Path) -> dict[str, list[Path]]:
     if _holds_labelme(path):
         return {WHOLE: [path]}
     found = []
-    for sub in subfolders(path):
-        inner = [sub] if _holds_labelme(sub) else [folder for folder in subfolders(sub) if _holds_labelme(folder)]
+    for sub in folders_in(path):
+        inner = [sub] if _holds_labelme(sub) else [folder for folder in folders_in(sub) if _holds_labelme(folder)]
         is_one = len(inner) == 1 and split_kind(sub.name)  # train/annotations/*.json
         found += [(sub.name if is_one else folder.name, folder) for folder in inner]
     return named_splits(found)

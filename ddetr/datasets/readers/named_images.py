@@ -34,10 +34,15 @@ class Place:
         """The file, for people."""
         return str(self.file.relative_to(self.root)) if self.file.is_relative_to(self.root) else self.file.name
 
+    @property
+    def top(self) -> Path:
+        """The folder below which the images lie."""
+        return self.file.parent if self.beside_file else self.root
+
     def image_dirs(self, image_dir: Path | None) -> list[Path]:
         """The folders that may hold the images, the likeliest first; `image_dir` alone where it is given."""
         if image_dir or self.beside_file:
-            return [image_dir or self.file.parent]
+            return [image_dir or self.top]
         above = self.file.parent.parent
         also = [place for place in (above / "images" / self.split, above / self.split) if place.is_dir()]
         return list(dict.fromkeys([*image_dirs(self.root, self.file, self.split), *also]))
@@ -99,7 +104,7 @@ class ImageCollector:
             folders,
             self._log,
             place.shown,
-            root=self._wanted.image_dir or place.root,
+            root=self._wanted.image_dir or place.top,
             split=place.split,
             spell=self._spell,
             are_addresses=self._are_addresses,

@@ -194,3 +194,13 @@ def size_hw(height: object, width: object) -> tuple[int, int] | None:
     """A stated size; None for what is none."""
     sides = number(height), number(width)
     return (round(sides[0]), round(sides[1])) if all(1 <= side < 2**31 for side in sides) else None
+
+
+def is_true(written: Any) -> bool:
+    """Of 1, 1.0, true, and the same as text."""
+    text = str(written).strip().lower()
+    try:
+        value = float(text)
+        return value != 0 and not math.isnan(value)
+    except ValueError:
+        return text in ("true", "yes")

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import ImageFolders, listed_lines
+from ddetr.datasets.image_files import ImageFolders, folders_in, listed_lines
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.label_folders import (
     IMAGE_FOLDERS,
@@ -33,10 +33,18 @@ from ddetr.datasets.readers.label_folders import (
     label_files,
     named_splits,
     report_images,
-    subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
+from ddetr.datasets.readers.reader import (
+    WHOLE,
+    LabelledImage,
+    Wanted,
+    is_true,
+    number,
+    read_labelled,
+    size_hw,
+    split_kind,
+)
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_LABEL_BYTES,
@@ -75,7 +83,7 @@ def _layout(path: Path) -> tuple[Path, dict[str, list[Source]]]:
             raise InputError(f"{path} holds several Pascal VOC data sets ({names}); name one of them")
         if found:
             return next(iter(found.items()))
-        level = [sub for folder in level for sub in subfolders(folder)]
+        level = [sub for folder in level for sub in folders_in(folder)]
     return path, {}
 
 
@@ -87,7 +95,7 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
     if not beside_images:
         return {}
     sources = []
-    for sub in subfolders(root):
+    for sub in folders_in(root):
         inner = _xml_folder(sub) if split_kind(sub.name) else None
         if inner is not None or _holds_voc(sub):
             sources.append((sub.name, Source(inner or sub)))
@@ -99,7 +107,7 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
 def _xml_folder(root: Path) -> Path | None:
     """The folder below `root` whose XML files, or whose folders of them, describe images."""
     for folder in folder_named(root, _XML_FOLDERS):
-        if _holds_voc(folder) or any(_holds_voc(sub) for sub in subfolders(folder)):
+        if _holds_voc(folder) or any(_holds_voc(sub) for sub in folders_in(folder)):
             return folder
     return None
 
@@ -142,9 +150,9 @@ def _lists_images(file: Path, index: dict[str, Path | None]) -> bool:
 
 
 def _unlisted(folder: Path) -> dict[str, list[Source]]:
-    inner = [] if _holds_voc(folder) else [sub for sub in subfolders(folder) if _holds_voc(sub)]
+    inner = [] if _holds_voc(folder) else [sub for sub in folders_in(folder) if _holds_voc(sub)]
     if not inner:  # all XML files in one folder, the images in one for each split
-        places = [sub for place in folder_named(folder.parent, IMAGE_FOLDERS) for sub in subfolders(place)]
+        places = [sub for place in folder_named(folder.parent, IMAGE_FOLDERS) for sub in folders_in(place)]
         splits = {sub.name: [Source(folder, sub)] for sub in places if split_kind(sub.name)}
         return splits or {WHOLE: [Source(folder)]}
     return named_splits([(sub.name, Source(sub)) for sub in inner])
@@ -154,7 +162,7 @@ def _unlisted(folder: Path) -> dict[str, list[Source]]:
 
 
 def _xml_files(folder: Path) -> list[Path]:
-    return label_files(folder, ".xml") or [file for sub in subfolders(folder) for file in label_files(sub, ".xml")]
+    return label_files(folder, ".xml") or [file for sub in folders_in(folder) for file in label_files(sub, ".xml")]
 
 
 def _by_name(folder: Path) -> dict[str, Path | None]:
@@ -301,7 +309,7 @@ def _objects(
     for i, obj in enumerate(objects[:MAX_OBJECTS], 1):
         place = f"{where}, object {i}"
         name = _text(obj, "name")
-        if _text(obj, "deleted") == "1":
+        if is_true(_text(obj, "deleted")):
             log.add("deleted-object", "note", place, "The object is marked as deleted; it was left out.")
             continue
         box = _box(obj, place, log)
@@ -314,7 +322,7 @@ def _objects(
             log.add("missing-name", "dropped", place, "The object has no name; it was left out.")
             continue
         names.append(name)
-        difficult.append(_text(obj, "difficult") in ("1", "true", "True"))
+        difficult.append(is_true(_text(obj, "difficult")))
         boxes.append(box)
         numbers.append(i)
     return names, np.array(difficult, dtype=bool), np.array(boxes, dtype=np.float64).reshape(-1, 4), numbers

@@ -7,11 +7,11 @@ Recognised under a folder, the first that is there: `annotations/instances_{spli
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddetr.datasets.image_files import folders_in
 from ddetr.datasets.image_formats import is_clutter
 from ddetr.untrusted import open_file
 
@@ -54,16 +54,6 @@ def _order(folder: Path) -> int:
     return _FOLDERS.index(folder.name.lower())
 
 
-def folders_in(path: Path) -> list[Path]:
-    """Sorted; without hidden ones and what a Mac adds to an archive."""
-    try:
-        with os.scandir(path) as entries:
-            names = [e.name for e in entries if e.is_dir() and not is_clutter(e.name)]
-    except OSError:
-        return []
-    return [path / name for name in sorted(names)]
-
-
 def _json_files(folder: Path, pattern: str = "*.json") -> list[Path]:
     """Those of a folder that holds few of them; hidden ones (`._train.json` of a Mac's zip) are none."""
     files = [file for file in sorted(folder.glob(pattern)) if not is_clutter(file.name)]
@@ -93,6 +83,11 @@ def _named(files: dict[str, Path]) -> dict[str, Path]:
 def _split_name(file: Path) -> str:
     """ "train_v2" of "train_v2.json" and of "instances_train_v2.json", "train" of "custom_train.json"."""
     name = _FILE_WORDS.sub("", file.stem).strip("_.- ") or file.stem
+    return split_word(name)
+
+
+def split_word(name: str) -> str:
+    """ "train" of "custom_train"; a name that has no such word at its end or in it, or begins with it, as it is."""
     word = _SPLIT_WORD.search(name)
     return word[0] if word and word.start() else name
 

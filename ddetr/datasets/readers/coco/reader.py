@@ -32,7 +32,7 @@ from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
 from ddetr.datasets.readers.file_names import find_files
-from ddetr.datasets.readers.reader import Wanted
+from ddetr.datasets.readers.reader import Wanted, is_true
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_PATH, one_line
 
@@ -322,17 +322,7 @@ def _crowd(objects: Sequence[dict[str, Any]], selected: np.ndarray, log: Finding
     values = [objects[i].get("iscrowd") for i in selected.tolist()]
     if set(map(type, values)) <= {int, bool, type(None)}:
         return np.array(values, dtype=bool)
-    return np.array([_is_true(value) for value in values], dtype=bool)
-
-
-def _is_true(value: Any) -> bool:
-    """Of 1, 1.0, true, and the same as text."""
-    text = str(value).strip().lower()
-    try:
-        number = float(text)
-        return number != 0 and not math.isnan(number)
-    except ValueError:
-        return text in ("true", "yes")
+    return np.array([is_true(value) for value in values], dtype=bool)
 
 
 def _look_up(keys: Sequence[Any], index: Mapping[Any, int]) -> np.ndarray:

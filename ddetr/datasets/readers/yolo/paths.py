@@ -14,8 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, folded, listed_lines, report_all_missing
-from ddetr.datasets.image_formats import is_clutter
+from ddetr.datasets.image_files import ImageFolders, folded, folders_in, listed_lines, report_all_missing
 from ddetr.datasets.readers.file_names import last_parts, spellings
 from ddetr.untrusted import MAX_PATH, MAX_PATH_PARTS, one_line
 from ddetr.wording import did_you_mean, first_few
@@ -48,7 +47,7 @@ class Places:
         if stated not in (".", "./"):
             self.bases.append(Path(os.path.expanduser(stated)).absolute())
         self.bases += homes
-        self._below = [place for place in _folders(self.home) if place.name.lower() != "labels"][:_FEW_FOLDERS]
+        self._below = [place for place in folders_in(self.home) if place.name.lower() != "labels"][:_FEW_FOLDERS]
 
     def find(self, text: str, needed: int) -> Path | None:
         """What a path stands for; needed: so many of its last parts tell it from the others."""
@@ -85,7 +84,7 @@ class Places:
             bare = bare[-needed:]
         while len(bare) > 1 and len(bare) <= MAX_PATH_PARTS and _exists(folder / bare[0]):
             folder, bare = folder / bare[0], bare[1:]
-        names = [place.name for place in _folders(folder)]
+        names = [place.name for place in folders_in(folder)]
         if bare and bare[0].lower().endswith(".txt"):
             names = sorted(name for name in ImageFolders().names(folder) if name.lower().endswith(".txt"))
         names = names or sorted(ImageFolders().names(folder))
@@ -181,16 +180,11 @@ def _in_other_capitals(base: Path, parts: Parts) -> Path | None:
     if not parts or len(parts) > MAX_PATH_PARTS:
         return None
     for part in parts:
-        alike = [place for place in _folders(base) if folded(place.name) == folded(part)]
+        alike = [place for place in folders_in(base) if folded(place.name) == folded(part)]
         if len(alike) != 1:
             return None
         base = alike[0]
     return base
-
-
-def _folders(folder: Path) -> list[Path]:
-    names = (name for name in ImageFolders().names(folder) if not is_clutter(name))
-    return sorted(folder / name for name in names if (folder / name).is_dir())
 
 
 def _exists(place: Path) -> bool:
