@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import Annotations, FindingLog
-from ddetr.datasets.readers.named_images import ImageCollector, Place, list_files, load_list
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled
+from ddetr.datasets.readers.json_files import list_splits, load_list
+from ddetr.datasets.readers.named_images import ImageCollector, Place
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled
 from ddetr.untrusted import one_line
 
 _PLACES = ("*/_annotations.createml.json", "*.json", "annotations/*.json", "*/*.json")
@@ -18,11 +19,7 @@ _PLACES = ("*/_annotations.createml.json", "*.json", "annotations/*.json", "*/*.
 
 def createml_splits(path: Path) -> dict[str, Path]:
     """Split name -> its file; {} where there is none."""
-    files = list_files(path, _PLACES, lambda start: b'"coordinates"' in start and b'"label"' in start)
-    if len(files) == 1 and files[0].parent == (path.parent if path.is_file() else path):
-        return {WHOLE: files[0]}
-    folders = [file.parent for file in files]
-    return {file.parent.name if folders.count(file.parent) == 1 else file.stem: file for file in files}
+    return list_splits(path, _PLACES, lambda start: b'"coordinates"' in start and b'"label"' in start)
 
 
 def read_createml(wanted: Wanted) -> Annotations:
@@ -34,7 +31,7 @@ def read_createml(wanted: Wanted) -> Annotations:
         split = next(name for name in splits if splits[name] == file)
         place = Place(root, file, split)
         images = ImageCollector(place, wanted, log, form="cxcywh")
-        for position, entry in enumerate(load_list(file)):
+        for position, entry in enumerate(load_list(file, log, place.shown)):
             name, objects = _first(entry, "image", "imagefilename"), _first(entry, "annotations", "annotation")
             if not isinstance(name, str) or not isinstance(objects, list):
                 message = f'An image needs "image" and "annotations"; this one has {one_line(list(entry))}.'

@@ -16,8 +16,9 @@ import numpy as np
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.file_names import last_parts, spellings
-from ddetr.datasets.readers.named_images import ImageCollector, Objects, Place, list_files, load_list
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.json_files import list_splits, load_list
+from ddetr.datasets.readers.named_images import ImageCollector, Objects, Place
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
 from ddetr.untrusted import MAX_PATH, one_line
 
 _LABELS = ("rectanglelabels", "polygonlabels", "labels")
@@ -30,8 +31,7 @@ def label_studio_splits(path: Path) -> dict[str, Path]:
     def is_ours(start: bytes) -> bool:
         return b"labels" in start and any(word in start for word in (b'"result"', b'"rectanglelabels"', b'"annotator"'))
 
-    files = list_files(path, ("*.json", "annotations/*.json", "*/*.json"), is_ours)
-    return {WHOLE: files[0]} if len(files) == 1 else {file.stem: file for file in files}
+    return list_splits(path, ("*.json", "annotations/*.json", "*/*.json"), is_ours)
 
 
 def read_label_studio(wanted: Wanted) -> Annotations:
@@ -43,7 +43,7 @@ def read_label_studio(wanted: Wanted) -> Annotations:
         split = next(name for name in splits if splits[name] == file)
         place = Place(root, file, split)
         images = ImageCollector(place, wanted, log, in_fractions=True, spell=_spellings, are_addresses=True)
-        for position, task in enumerate(load_list(file)):
+        for position, task in enumerate(load_list(file, log, place.shown)):
             where = f"{place.shown}, task {one_line(task.get('id', position))}"
             name, regions = _image_name(task), _regions(task, where, log)
             if name is None:

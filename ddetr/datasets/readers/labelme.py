@@ -15,6 +15,7 @@ import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
 from ddetr.datasets.image_files import folders_in
+from ddetr.datasets.readers.json_files import json_text
 from ddetr.datasets.readers.label_folders import (
     ImagesBeside,
     box_around,
@@ -32,7 +33,6 @@ from ddetr.untrusted import (
     one_line,
     open_file,
     parse_json,
-    read_text,
     shortened,
 )
 
@@ -93,8 +93,8 @@ def read_labelme(wanted: Wanted) -> Annotations:
 def _load(file: Path, where: str, log: FindingLog) -> dict[str, Any] | None:
     """Of a file only what is used: the image in it may have megabytes."""
     try:
-        content = parse_json(read_text(file, MAX_LABEL_BYTES), "the file")
-    except (OSError, UnicodeDecodeError, InputError) as error:
+        content = parse_json(json_text(file, MAX_LABEL_BYTES, log, where), "the file")
+    except InputError as error:
         log.add("malformed-json", "dropped", where, f"It can't be read ({error}); the image was left out.")
         return None
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ddetr.datasets.annotations import FindingLog, report_crowd
 from ddetr.datasets.box_form import corners_of
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import ImageFolders, report_unlisted, visible
+from ddetr.datasets.image_files import ImageFolders, report_unlisted
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.file_names import Spell, find_files, spellings
 from ddetr.datasets.readers.reader import LabelledImage, Wanted
-from ddetr.errors import InputError
-from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_OBJECTS, MAX_PATH, one_line, open_file, parse_json, read_text
+from ddetr.untrusted import MAX_OBJECTS, MAX_PATH, one_line
 
 
 @dataclass(frozen=True)
@@ -136,38 +134,3 @@ class ImageCollector:
                 ignore=np.array([found.ignore[i] for i in named], dtype=bool),
                 unit=self._unit,
             )
-
-
-# ---- JSON files whose content is a list of images --------------------------------------------------------------------
-
-
-def list_files(path: Path, patterns: Sequence[str], is_ours: Callable[[bytes], bool]) -> list[Path]:
-    """The file at `path`, or those of the first pattern in the folder, whose first kilobytes are `is_ours`."""
-    if path.is_file():
-        return [path] if path.suffix.lower() == ".json" and _starts_as(path, is_ours) else []
-    for pattern in patterns:
-        files = [file for file in visible(path.glob(pattern), path) if _starts_as(file, is_ours)]
-        if files:
-            return files
-    return []
-
-
-def _starts_as(file: Path, is_ours: Callable[[bytes], bool]) -> bool:
-    try:
-        with open_file(file) as stream:
-            start = stream.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")
-    except OSError:
-        return False
-    return start[:1] == b"[" and is_ours(start)
-
-
-def load_list(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON file that holds a list of them."""
-    try:
-        text = read_text(file, MAX_ANNOTATION_BYTES)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    content = parse_json(text, str(file))
-    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
-        raise InputError(f"{file}: expected a list with an object for each image")
-    return content

@@ -400,3 +400,35 @@ def test_hugging_face_of_anything(
     (tmp_path / "metadata.jsonl").write_text(first + "\n{")
     with pytest.raises(InputError, match="metadata.jsonl, line 2, is broken JSON"):
         load_annotations(tmp_path, "all")
+
+
+# ---- JSON files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "cp1252"])
+def test_encodings_of_json(tmp_path: Path, write_image: Callable[..., Path], encoding: str) -> None:
+    write_image(tmp_path / "a.jpg")
+    text = json.dumps([task("a.jpg", [region("Bär")])], ensure_ascii=False)
+    (tmp_path / "export.json").write_text(text, encoding=encoding)
+    annotations = load_annotations(tmp_path, "all")
+    assert [category.name for category in annotations.categories] == ["Bär"]
+    assert kinds(annotations) == ({"encoding": "repaired"} if encoding == "cp1252" else {})
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (["train/export.json", "val/export.json"], ["train", "val"]),
+        (["custom_train.json", "custom_val.json"], ["train", "val"]),
+        (["annotations/project.json"], ["all"]),
+        (["x/train.json", "x/val.json"], ["train", "val"]),
+    ],
+)
+def test_splits_of_json_files(
+    tmp_path: Path, write_image: Callable[..., Path], files: list[str], splits: list[str]
+) -> None:
+    write_image(tmp_path / "images" / "a.jpg")
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(json.dumps([task("a.jpg", [region()])]))
+    assert sorted(available_splits(tmp_path)) == splits

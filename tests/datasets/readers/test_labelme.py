@@ -169,6 +169,7 @@ def test_broken_files(write_labelme):
         ("malformed-json", "b.json"),
         ("malformed-json", "c.json"),
         ("other-json", "d.json"),
+        ("encoding", "e.json"),
         ("malformed-json", "e.json"),
     ]
     assert annotations.num_images_left_out == 3

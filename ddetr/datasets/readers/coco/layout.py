@@ -22,7 +22,7 @@ _FILE_WORDS = re.compile(r"(?:^|[_.\s-])(?:instances?|annotations?|annots?|label
 _SPLIT_WORD = re.compile(
     r"(?:^|(?<=[_.\s-]))(?:train(?:ing|val)?|val(?:id|idation)?|minival|test(?:ing)?)[0-9]*(?=[_.\s-]|$)", re.IGNORECASE
 )
-_MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # what may stand before the first brace, in UTF-8, 16 or 32
+JSON_MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # what may stand before the first bracket, in UTF-8, 16 or 32
 _MOST_FILES = 100  # JSON files of a folder that holds data sets: with more it has one for each image
 
 
@@ -32,7 +32,7 @@ def coco_splits(path: Path) -> dict[str, Path]:
         return {_split_name(path): path} if _looks_like_coco(path) else {}
     own = _json_files(path / "annotations", "instances_*.json")
     if own:
-        return _named({file.stem.removeprefix("instances_"): file for file in own})
+        return named_by_split({file.stem.removeprefix("instances_"): file for file in own})
     folders = folders_in(path)
     roboflow = {folder.name: folder / "_annotations.coco.json" for folder in folders}
     roboflow = {name: file for name, file in roboflow.items() if file.is_file()}
@@ -44,7 +44,7 @@ def coco_splits(path: Path) -> dict[str, Path]:
     for folder in (*for_annotations, path):
         files = _coco_files(folder)
         if files:
-            return _named({file.stem: file for file in files})
+            return named_by_split({file.stem: file for file in files})
         if folder != path and (inner := _of_folders(folders_in(folder))):
             return inner
     return _of_folders([folder for folder in folders if folder not in for_annotations])
@@ -74,7 +74,7 @@ def _of_folders(folders: Sequence[Path]) -> dict[str, Path]:
     return {name: files[0] for name, files in inside.items() if len(files) == 1}
 
 
-def _named(files: dict[str, Path]) -> dict[str, Path]:
+def named_by_split(files: dict[str, Path]) -> dict[str, Path]:
     """The same files by the names of their splits, or as they were where those don't tell them apart."""
     names = [_split_name(file) for file in files.values()]
     return {n if names.count(n) == 1 else stem: f for n, (stem, f) in zip(names, files.items(), strict=True)}
@@ -102,7 +102,7 @@ def _looks_like_coco(file: Path) -> bool:
             ends = start + stream.read()
     except OSError:
         return False
-    start, ends = start.lstrip(_MARKS), ends.replace(b"\0", b"")  # UTF-16 has a zero byte in each letter
+    start, ends = start.lstrip(JSON_MARKS), ends.replace(b"\0", b"")  # UTF-16 has a zero byte in each letter
     if start[:1] != b"{" or (b'"items"' in start and b'"images"' not in ends):  # Datumaro's
         return False
     if b'"images"' in ends or b'"image_id"' in ends:
