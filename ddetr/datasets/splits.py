@@ -93,7 +93,8 @@ def _name_of_split(data: DataSource, which: Literal["train", "val"]) -> str | No
         return named
     if getattr(data, f"{which}_annotations", None):
         return which
-    return dict(zip(("train", "val"), default_splits(data.path, data.format)))[which]
+    train = getattr(data, "train_split", None)
+    return dict(zip(("train", "val"), default_splits(data.path, data.format, train)))[which]
 
 
 def without_empty_images(annotations: Annotations) -> Annotations:

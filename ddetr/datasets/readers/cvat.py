@@ -111,7 +111,8 @@ def _images(file: Path, subset: str | None, wanted: Wanted, log: FindingLog) -> 
         yield LabelledImage(path, where, classes, boxes, numbers, declared_hw=declared_hw, unit="shape")
     if elements and not used:
         message = (
-            f"None of the {len(elements)} images was found in {home / 'images'}; export them too, or give image_dir."
+            f"None of the {len(elements)} images was found in {home / 'images'}; export them too, or "
+            "give image_dir (--data.train_images, --data.val_images)."
         )
         log.add("every-image-missing", "refused", str(file), message, count=len(elements))
     for parent in sorted({path.parent for path in used}):

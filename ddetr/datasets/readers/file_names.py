@@ -121,7 +121,8 @@ def find_files(
     if home is None:
         looked = ", ".join(str(place) for place in places[:4]) or "no folder"
         message = (
-            f"None of its {len(names)} images was found (the first is {names[0]}; looked in {looked}); give image_dir."
+            f"None of its {len(names)} images was found (the first is {names[0]}; looked in {looked}); "
+            "give image_dir (--data.train_images, --data.val_images)."
         )
         log.add("every-image-missing", "refused", shown, message, count=len(names))
         return [None] * len(names)

@@ -166,7 +166,10 @@ def report_images(
     paths = {image.path for image in found}
     if labels and not paths:
         places = first_few([str(place) for place in beside.places(labels[0].parent)], 3)
-        message = f"None of the {len(labels)} images was found (looked in {places}); give image_dir."
+        message = (
+            f"None of the {len(labels)} images was found (looked in {places}); "
+            "give image_dir (--data.train_images, --data.val_images)."
+        )
         log.add("every-image-missing", "refused", str(wanted.path), message, count=len(labels))
     beside.folders.report_unread(log)
     for folder in sorted({path.parent for path in paths}):

@@ -143,7 +143,7 @@ class ImageCollector:
             looked = ", ".join(str(place) for place in self._finder.places[:4]) or "no folder"
             message = (
                 f"None of its {len(self._missing)} images was found (the first is {one_line(self._missing[0])}; looked "
-                f"in {looked}); give image_dir."
+                f"in {looked}); give image_dir (--data.train_images, --data.val_images)."
             )
             self._log.add("every-image-missing", "refused", self._shown, message, count=len(self._missing))
         for name in self._missing if self._of_path else ():

@@ -11,6 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,13 @@ from ddetr.datasets.image_formats import is_unread_name
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
-from ddetr.datasets.readers.file_names import find_files
+from ddetr.datasets.readers.file_names import choose_home, find_files
 from ddetr.datasets.readers.reader import Wanted
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_PATH, one_line
 
+_SAMPLED_NAMES = 32  # that are looked for in folders of any name
+_MOST_FOLDERS = 1000  # of those
 _NAME_KEYS = ("file_name", "filename", "path", "coco_url")  # the first that an image has; tools write others
 
 
@@ -60,6 +63,8 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
 
     folders = ImageFolders()
     places = [wanted.image_dir] if wanted.image_dir else image_dirs(root, annotation_file, wanted.split)
+    if names and not wanted.image_dir and choose_home(places, names, folders) is None:
+        places += _place_below([p for p in places if p.is_relative_to(root)], names, folders)
     paths = find_files(places, names, folders, log, shown)
     _report_unlisted(paths, folders, log, shown)
     image_index, labels, usable, boxes_xyxy = _objects(
@@ -104,6 +109,19 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
         ignore=_crowd(objects, selected, log, shown),
     )
     return whole(f"{root.name}/{wanted.split}", "coco", categories or own, table, log)
+
+
+def _place_below(usual: Sequence[Path], names: Sequence[str], folders: ImageFolders) -> list[Path]:
+    """The folder below the likeliest usual one (images/train/data) that holds all images of a sample, where it is the
+    only one."""
+    step = max(1, len(names) // _SAMPLED_NAMES)
+    sample = {name.replace("\\", "/").rpartition("/")[2] for name in names[::step]}
+    for place in usual:
+        inside = (Path(folder) for folder, _, _ in islice(os.walk(place), _MOST_FOLDERS))
+        found = [folder for folder in inside if folder not in usual and sample <= folders.names(folder)]
+        if found:
+            return found if len(found) == 1 else []
+    return []
 
 
 def _images(
@@ -260,7 +278,9 @@ def _objects(
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
     for i in np.flatnonzero(labels < 0):
-        message = f"Its category id {objects[i].get('category_id')!r} is not among the categories; left out."
+        category_id = objects[i].get("category_id")
+        said = f"Its category id {category_id!r} is not among the categories"
+        message = f"{'It has no category id' if category_id is None else said}; left out."
         log.add("category-unknown", "dropped", _where(objects[i], shown, names, image_index[i]), message)
     annotation_ids = {obj["id"] for obj in objects if isinstance(obj.get("id"), (int, str))}
     num_without_id = sum(not isinstance(obj.get("id"), (int, str)) for obj in objects)
