@@ -110,10 +110,12 @@ _OF_ONE_FILE = ("csv", "label_studio", "createml", "huggingface")  # whose split
 def detect_format(path: str | PathLike) -> str:
     """A key of `FORMATS`; where none is there, `InputError` says what is, and what can be done about it."""
     path = existing(path)
-    place = _place(path, list(FORMATS))
+    broken: list[InputError] = []
+    place = _place(path, list(FORMATS), broken)
     if place is not None:
         return place[0]
-    if said := what_it_is(path, lambda place: any(reader.splits(place) for reader in FORMATS.values())):
+    wrong = str(broken[0]) if broken else None
+    if said := what_it_is(path, lambda place: _found_in(place, list(FORMATS), []) is not None, wrong):
         raise InputError(said)
     found = "a file of another kind" if path.is_file() else first_few(sorted(entry.name for entry in path.iterdir()), 8)
     known = [f"{reader.title} ({reader.layout})" for reader in FORMATS.values()]
@@ -128,24 +130,34 @@ def _only_folder(path: Path) -> Path | None:
     return inside[0] if len(inside) == 1 else None
 
 
-def _place(path: Path, formats: Sequence[str]) -> tuple[str, Path] | None:
-    """The format, and the folder that holds it: `path`, or the only one in it, as archives are unpacked; None where
-    neither does."""
-
-    def found_in(place: Path) -> tuple[str, list[str]] | None:
-        for format in formats:
+def _found_in(
+    place: Path, formats: Sequence[str], broken: list[InputError] | None = None
+) -> tuple[str, list[str]] | None:
+    """The format that lies in a folder itself, and its splits. What a reader finds broken ends the search, or goes to
+    `broken`: it may be no part of the data."""
+    for format in formats:
+        try:
             splits = list(FORMATS[format].splits(place))
-            # but not XML files without splits beside a data.yaml that has some: what it was made of
-            if splits and not (splits == [WHOLE] and "yolo" in formats and format != "yolo" and yolo_file(place)):
-                return format, splits
-        return None
+        except InputError as error:
+            if broken is None:
+                raise
+            broken.append(error)
+            continue
+        # but not XML files without splits beside a data.yaml that has some: what it was made of
+        if splits and not (splits == [WHOLE] and "yolo" in formats and format != "yolo" and yolo_file(place)):
+            return format, splits
+    return None
 
+
+def _place(path: Path, formats: Sequence[str], broken: list[InputError] | None = None) -> tuple[str, Path] | None:
+    """The format, and the folder that holds it: `path`, or the only one in it, as archives are unpacked; None where
+    neither does. broken: as in `_found_in`."""
     for _ in range(_WRAPPERS):
-        here, inner = found_in(path), _only_folder(path)
+        here, inner = _found_in(path, formats, broken), _only_folder(path)
         if here is not None:
             format, splits = here
             if inner is not None and splits == [inner.name]:  # a split, or a whole data set in a folder of its name
-                inside = found_in(inner)
+                inside = _found_in(inner, formats, broken)
                 if inside is not None and (len(inside[1]) > 1 or formats.index(inside[0]) < formats.index(format)):
                     return inside[0], inner
             return format, path

@@ -36,6 +36,15 @@ def test_without_a_validation_split_training_is_read_and_the_cure_is_named(flat)
     assert "--data.val_split" in str(no_validation(TrainingSource(str(flat))))
 
 
+def test_a_training_split_of_any_name_needs_no_validation_split(make_coco):
+    root = make_coco(split="photos")
+    make_coco(split="more", root=root)
+    with pytest.raises(InputError, match=r"splits more, photos: none is called train; --data\.train_split"):
+        load_splits(TrainingSource(str(root)))
+    train, val = load_splits(TrainingSource(str(root), train_split="photos"))
+    assert (train.name, val) == ("set/photos", None)
+
+
 def test_a_fraction_is_held_back_the_same_each_time(flat):
     source = TrainingSource(str(flat), val_fraction=0.1)
     train, val = load_splits(source)

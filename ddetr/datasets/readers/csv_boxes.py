@@ -81,7 +81,8 @@ def _split_name(file: Path, root: Path) -> str:
 def _layout(file: Path) -> _Layout | None:
     """None where it is no table of boxes."""
     try:
-        first = next(read_csv(file, MAX_ANNOTATION_BYTES, errors="replace"), [])
+        rows = read_csv(file, MAX_ANNOTATION_BYTES, errors="replace")
+        first = next(rows, [])
     except (OSError, ValueError):
         return None
     cells = [re.sub(r"[\s-]+", "_", cell.strip().lstrip("#").lower()) for cell in first]
@@ -90,6 +91,9 @@ def _layout(file: Path) -> _Layout | None:
         for key, names in _COLUMNS.items()
         if any(name in cells for name in names)
     }
+    if "image" not in found:  # called otherwise: the only column that holds names of images
+        images = [i for i, cell in enumerate(_first_row(rows)[: len(cells)]) if is_image_name(cell.strip())]
+        found |= {"image": images[0]} if len(images) == 1 else {}
     if {"image", "class", "x1", "y1"} <= found.keys() and ({"x2", "y2"} <= found.keys() or {"w", "h"} <= found.keys()):
         return _Layout(found, True, in_fractions={"imageid", "labelname"} <= set(cells))
     for names in _HEADLESS:
@@ -98,6 +102,13 @@ def _layout(file: Path) -> _Layout | None:
         if len(first) in (6, 8) and is_image_name(first[found["image"]].strip()) and _are_numbers(numbers):
             return _Layout(found, False, in_fractions=False)
     return None
+
+
+def _first_row(rows: Iterator[list[str]]) -> list[str]:
+    try:
+        return next(rows, [])
+    except (OSError, ValueError):  # reading it will say what is wrong
+        return []
 
 
 def _are_numbers(cells: Sequence[str]) -> bool:

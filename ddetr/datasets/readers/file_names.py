@@ -173,8 +173,8 @@ def find_files(
     action = "note" if are_addresses else "repaired"
     for i in guessed:
         path = paths[i]
-        if path is None or path.with_suffix("") == base / names[i]:  # OpenImages' names have no suffix
-            continue
+        if path is None or names[i] == path.name or path.with_suffix("") == base / names[i]:
+            continue  # in another folder, which no name states; without suffixes, as OpenImages has its names
         if path.name not in names[i] and not are_addresses:
             message = f"The file is called {one_line(path.name)}; it was used."
             log.add("file-name-differs", "repaired", f"{shown}, {one_line(names[i])}", message)

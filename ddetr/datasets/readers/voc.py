@@ -61,6 +61,7 @@ from ddetr.untrusted import (
 
 _XML_FOLDERS = ("annotations", "annotation", "annots", "annot", "xmls", "xml", "labels", "label")
 _SAMPLED = 8  # files of a folder whose beginning says what it holds
+_FLAG = re.compile(r"\s+(-1|0|1)$")  # whether an image holds objects of a list's class
 _MOST_WORDS = 32  # of a line of a list that are tried as the name of an image
 
 
@@ -133,9 +134,22 @@ def _listed(root: Path, folder: Path) -> dict[str, list[Source]]:
         names = {file.stem for file in lists}
         # "aeroplane_train" is train once more with a flag for aeroplanes: no split of its own
         own = [f for f in lists if f.stem.rpartition("_")[2] not in names or "_" not in f.stem]
-        if own:
-            return {file.stem: [Source(folder, file)] for file in own}
+        splits: dict[str, list[Source]] = {}
+        for file in own:
+            _, mark, word = file.stem.rpartition("_")
+            of_a_class = mark and split_kind(word) and _has_flags(file)  # where those are all, as VoTT writes
+            splits.setdefault(word if of_a_class else file.stem, []).append(Source(folder, file))
+        if splits:
+            return splits
     return {}
+
+
+def _has_flags(file: Path) -> bool:
+    """Whether its first line ends in what the images of a class have: `name -1`."""
+    try:
+        return any(_FLAG.search(line.rstrip()) for line in listed_lines(file)[:1])
+    except InputError:
+        return False
 
 
 def _lists_images(file: Path, index: dict[str, Path | None]) -> bool:
@@ -210,7 +224,7 @@ def _listed_files(source: Source, log: FindingLog) -> list[Path]:
         where = f"{source.listing.name}, line {line_number}"
         file = _named(line, index)
         if file is None:
-            name = re.sub(r"\s+(-1|0|1)$", "", line.strip())
+            name = _FLAG.sub("", line.strip())
             message = f"The image {shortened(name, SHOWN_NAME)!r} has no annotation file; it was left out."
             log.add("missing-annotation", "dropped", where, message)
         elif file in files:

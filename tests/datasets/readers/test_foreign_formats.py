@@ -48,6 +48,7 @@ OPEN_IMAGES = (
         "a.jpg,4,6,24,18,cat,64,48\n",  # SKU-110K
         "cat,4,6,20,12,a.jpg,64,48\n",  # makesense.ai, before and after it wrote a header
         "label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name,image_width,image_height\ncat,4,6,20,12,a.jpg,64,48\n",
+        "Location, class, x1, y1, x2, y2\na.jpg, cat, 4, 6, 24, 18\n",  # the column that holds names of images
         "image_id, Class Name, x_min, y_min, x_max, y_max\na, cat, 4, 6, 24, 18\n\n",  # without suffixes
         OPEN_IMAGES + "a,xclick,cat,1,0.0625,0.375,0.125,0.375,0,0,0,0,0\n",
         'class,filename,y1,x1,y2,x2\n"cat",".\\imgs\\a.jpg",6,4,18,24\n',

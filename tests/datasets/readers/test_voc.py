@@ -40,6 +40,17 @@ def test_class_flags_in_lists_are_no_part_of_the_name(make_voc):
     assert len(load_annotations(root, "train").images) == 1
 
 
+def test_lists_of_one_class_each_make_the_splits_together(make_voc):
+    """As VoTT writes them: no list of its own for a split. What has no flags is a split of its own."""
+    files = {name: voc_xml([voc_object()]) for name in "abc"}
+    lists = {"cat_train": "a.jpg 1\nb.jpg -1\n", "dog_train": "a.jpg -1\nb.jpg 1\n", "cat_val": "c.jpg 1\n"}
+    root = make_voc(files, lists)
+    assert default_splits(root) == ("train", "val")
+    assert [len(load_annotations(root, split).images) for split in ("train", "val")] == [2, 1]
+    root = make_voc(files, {"day_train": "a\n", "night_train": "b\nc\n"}, root=root.parent / "parts")
+    assert available_splits(root) == ["day_train", "night_train"]
+
+
 def test_devkit_nesting(make_voc, tmp_path):
     root = make_voc({"a": voc_xml([voc_object()])}, root=tmp_path / "kit" / "VOCdevkit" / "VOC2007")
     for path in (root, root.parent, tmp_path / "kit"):

@@ -55,6 +55,24 @@ def test_places_of_labels(make_yolo, images, labels):
     assert (len(train.images[0].labels), train.findings) == (1, ())
 
 
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        ("images/train", "labels"),
+        ("train/images", "train/labelTxt"),
+        ("images", "annotations"),
+        ("photos", "annotations/obj"),
+    ],
+)
+def test_label_files_in_another_place_are_named(make_yolo, images, labels):
+    root = make_yolo({f"{images}/a.jpg": None}, data_yaml=f"train: {images}\n{NAMES}")
+    (root / labels).mkdir(exist_ok=True, parents=True)
+    (root / labels / "a.txt").write_text(ROW)
+    ((action, _, message),) = said(load_annotations(root, "train"), "no-label-files")
+    assert action == "refused"
+    assert f"There is {root / labels / 'a.txt'}" in message
+
+
 def test_label_files_named_with_the_suffix_and_files_of_several_images(make_yolo):
     root = make_yolo({"images/a.jpg": None, "images/b.jpg": ROW, "images/b.png": None}, data_yaml=YAML)
     (root / "labels/a.jpg.txt").write_text(ROW)

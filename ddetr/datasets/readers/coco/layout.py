@@ -17,11 +17,15 @@ from ddetr.untrusted import open_file
 
 _FOLDERS = ("annotations", "annotation", "annots", "annot", "anns", "ann", "labels", "label", "json", "jsons")
 _IMAGE_FOLDERS = ("images", "JPEGImages", "data", "image", "imgs", "img", "pictures", "photos", "frames")
-_OTHER_TASKS = re.compile(r"^(captions|person_keypoints|stuff|panoptic|image_info|deprecated)_", re.IGNORECASE)
-_FILE_WORDS = re.compile(r"(?:^|[_.\s-])(?:instances?|annotations?|annots?|labels?|coco)(?=[_.\s-]|$)", re.IGNORECASE)
+_OTHER_TASKS = re.compile(r"^(captions|stuff|panoptic|image_info|deprecated)_", re.IGNORECASE)
+_KEYPOINTS = re.compile(r"^person_keypoints_", re.IGNORECASE)  # has boxes, but of persons only
+_FILE_WORDS = re.compile(
+    r"(?:^|[_.\s-])(?:instances?|person_keypoints|annotations?|annots?|labels?|coco)(?=[_.\s-]|$)", re.IGNORECASE
+)
 _SPLIT_WORD = re.compile(
     r"(?:^|(?<=[_.\s-]))(?:train(?:ing|val)?|val(?:id|idation)?|minival|test(?:ing)?)[0-9]*(?=[_.\s-]|$)", re.IGNORECASE
 )
+_OTHERS = (b'"items"', b'"image":')  # Datumaro's, and Segment Anything's, which has one image a file
 JSON_MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # what may stand before the first bracket, in UTF-8, 16 or 32
 _MOST_FILES = 100  # JSON files of a folder that holds data sets: with more it has one for each image
 
@@ -61,7 +65,8 @@ def _json_files(folder: Path, pattern: str = "*.json") -> list[Path]:
 
 
 def _coco_files(folder: Path) -> list[Path]:
-    return [file for file in _json_files(folder) if not _OTHER_TASKS.match(file.name) and _looks_like_coco(file)]
+    files = [file for file in _json_files(folder) if not _OTHER_TASKS.match(file.name) and _looks_like_coco(file)]
+    return [file for file in files if not _KEYPOINTS.match(file.name)] or files
 
 
 def _of_folders(folders: Sequence[Path]) -> dict[str, Path]:
@@ -103,7 +108,7 @@ def _looks_like_coco(file: Path) -> bool:
     except OSError:
         return False
     start, ends = start.lstrip(JSON_MARKS), ends.replace(b"\0", b"")  # UTF-16 has a zero byte in each letter
-    if start[:1] != b"{" or (b'"items"' in start and b'"images"' not in ends):  # Datumaro's
+    if start[:1] != b"{" or (b'"images"' not in ends and any(word in start for word in _OTHERS)):
         return False
     if b'"images"' in ends or b'"image_id"' in ends:
         return True
@@ -114,9 +119,11 @@ def _looks_like_coco(file: Path) -> bool:
 def image_dirs(root: Path, annotation_file: Path, split: str) -> list[Path]:
     """The folders that may hold the images, the likeliest first."""
     beside = annotation_file.parent
+    dated = [folder for folder in folders_in(root) if re.fullmatch(re.escape(split) + r"_?[0-9]{4}", folder.name)]
     places = [
         root / split,
         *(root / name / split for name in _IMAGE_FOLDERS),
+        *dated,  # train2017
         *(root / split / name for name in _IMAGE_FOLDERS),
         beside / annotation_file.stem,
         beside / split,

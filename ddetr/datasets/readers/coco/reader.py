@@ -240,7 +240,9 @@ def _objects(
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
     for i in np.flatnonzero(labels < 0):
-        message = f"Its category id {objects[i].get('category_id')!r} is not among the categories; left out."
+        category_id = objects[i].get("category_id")
+        said = f"Its category id {category_id!r} is not among the categories"
+        message = f"{'It has no category id' if category_id is None else said}; left out."
         log.add("category-unknown", "dropped", _where(objects[i], shown, names, image_index[i]), message)
     annotation_ids = {obj["id"] for obj in objects if isinstance(obj.get("id"), (int, str))}
     num_without_id = sum(not isinstance(obj.get("id"), (int, str)) for obj in objects)

@@ -15,6 +15,8 @@ from ddetr.datasets.readers.yolo.layout import has_rows
 from ddetr.datasets.readers.yolo.paths import names_of_labels, written_like
 from ddetr.untrusted import one_line
 
+_NEAR = 1000  # folders in which lost label files are looked for
+
 
 def label_file(image: Path) -> Path:
     """Where an image's label file belongs: the last `images` of its path becomes `labels`, else beside it."""
@@ -82,6 +84,8 @@ class LabelFiles:
             message = (
                 f"No image has a label file (the first was expected at {label_file(first)}); all would be background."
             )
+            if (other := _elsewhere(first)) is not None:
+                message += f" There is {one_line(other)}: if it is a label file, put it and the others there."
             log.add("no-label-files", "refused", str(first.parent), message, count=num_without)
         elif num_without:
             for folder, images in self._without.items():
@@ -141,6 +145,14 @@ class LabelFiles:
     def _other_file(self, name: str, folders: Sequence[Path]) -> Path | None:
         same = (folder / other for folder in folders for other in sorted(self._folders.names(folder)))
         return next((file for file in same if file.stem == name[:-4] and file.suffix != ".txt"), None)
+
+
+def _elsewhere(image: Path) -> Path | None:
+    """The text file called as an image is, in one of the next folders around it."""
+    name = f"{image.stem}.txt"
+    top = Path(os.path.commonpath([label_file(image).parent, image.parent]))
+    walk = islice(os.walk(top if top != image.parent else top.parent), _NEAR)
+    return next((Path(folder, name) for folder, _, files in walk if name in files), None)
 
 
 def _few(names: Iterable[str]) -> str:
