@@ -66,7 +66,7 @@ def no_validation(data: DataSource) -> InputError:
     return InputError(
         f"{data.path} has no validation split of a usual name (val, valid, test, ...; {has}): --data.val_fraction 0.1 "
         "holds back a tenth of the training images, --data.val_split names another split, --data.val_annotations "
-        "another COCO file"
+        "another file"
     )
 
 

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
@@ -24,6 +25,7 @@ _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://[^/]*/")  # https://host/, s3:
 _DRIVE = re.compile(r"^[A-Za-z]:(?=/)")
 _SAMPLED_NAMES = 32  # file names tried in each folder that might hold the images
 _DEPTH = 4  # folders below the data set's that are searched for images that lie in no usual place
+_MOST_FOLDERS = 10_000  # of those
 Spell = Callable[[str], list[str]]  # what a name may mean, the likeliest first
 
 
@@ -212,7 +214,7 @@ def _below(root: Path, split: str, found: Collection[str]) -> AlikeNames:
     name as one of `found`: they run beside the images, as masks, depths and other resolutions do."""
     kind, alike = split_kind(split), AlikeNames()
     others = {"train", "val", "test"} - {kind} if kind and "trainval" not in split.lower() else set()
-    for folder, inner, files in os.walk(root):
+    for folder, inner, files in islice(os.walk(root), _MOST_FOLDERS):
         deep = len(Path(folder).relative_to(root).parts) >= _DEPTH
         inner[:] = [] if deep else [name for name in inner if not is_clutter(name) and split_kind(name) not in others]
         images = list(filter(is_image_name, files))

@@ -23,6 +23,7 @@ import numpy as np
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
 from ddetr.datasets.image_files import ImageFolders, folders_in, listed_lines
 from ddetr.datasets.image_formats import is_image_name
+from ddetr.datasets.readers.file_names import last_parts
 from ddetr.datasets.readers.label_folders import (
     IMAGE_FOLDERS,
     ImagesBeside,
@@ -198,7 +199,8 @@ def _named(line: str, index: dict[str, Path | None]) -> Path | None:
     -1" in lists of one class) or another path ("images/name.jpg labels/name.xml")."""
     name = _composed(line.strip().replace("\\", "/"))
     for _ in range(_MOST_WORDS):
-        for key in (name.removeprefix("./"), PurePosixPath(name).name):
+        in_other_words = last_parts(name) if "%" in name or "?" in name else ()
+        for key in (name.removeprefix("./"), PurePosixPath(name).name, *in_other_words):
             stem, _, suffix = key.rpartition(".")
             bare = stem if is_image_name(key) or suffix.lower() == "xml" else key
             for known in (key, bare):
