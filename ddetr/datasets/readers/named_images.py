@@ -93,7 +93,7 @@ class ImageCollector:
     def images(self) -> list[LabelledImage]:
         """The images that are there; those that are not, and those beside them that are not named, go to the log."""
         place, folders, names = self._place, ImageFolders(), [name for name in self._of_name if len(name) <= MAX_PATH]
-        for name in self._of_name.keys() - set(names):
+        for name in (name for name in self._of_name if len(name) > MAX_PATH):
             message = "The name is longer than any file's; the image was left out."
             self._log.add("missing-image", "dropped", f"{place.shown}, {one_line(name)}", message)
         paths = find_files(
