@@ -22,7 +22,7 @@ from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, read_csv
+from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, one_line, read_csv
 
 WHOLE = "all"  # the one split of a table that names none
 _PLACES = ("*/_annotations.csv", "*.[ct]sv", "annotations/*.[ct]sv", "*/*.[ct]sv", "*/labels/*.[ct]sv")
@@ -57,6 +57,7 @@ class _Layout:
     columns: Mapping[str, int]
     has_header: bool
     in_fractions: bool
+    num_columns: int
 
 
 def csv_splits(path: Path) -> dict[str, Path]:
@@ -95,12 +96,12 @@ def _layout(file: Path) -> _Layout | None:
         images = [i for i, cell in enumerate(_first_row(rows)[: len(cells)]) if is_image_name(cell.strip())]
         found |= {"image": images[0]} if len(images) == 1 else {}
     if {"image", "class", "x1", "y1"} <= found.keys() and ({"x2", "y2"} <= found.keys() or {"w", "h"} <= found.keys()):
-        return _Layout(found, True, in_fractions={"imageid", "labelname"} <= set(cells))
+        return _Layout(found, True, {"imageid", "labelname"} <= set(cells), len(first))
     for names in _HEADLESS:
         found = {key: i for i, key in enumerate(names[: len(first)])}
         numbers = [first[i].strip() for key, i in found.items() if key not in ("image", "class")]
         if len(first) in (6, 8) and is_image_name(first[found["image"]].strip()) and _are_numbers(numbers):
-            return _Layout(found, False, in_fractions=False)
+            return _Layout(found, False, False, len(first))
     return None
 
 
@@ -142,6 +143,13 @@ def _read(
     get = partial(_cell, layout.columns)
     largest, num_boxes = 0.0, 0
     for line, row in _rows(file, layout.has_header):
+        beyond = [cell for cell in row[layout.num_columns :] if cell.strip()]
+        if beyond:
+            message = (
+                f"It has {len(row)} cells, the first row {layout.num_columns}; those beyond were left out, such as "
+                f"{one_line(beyond[0], 40)}. Write a row for each box."
+            )
+            log.add("cells-beyond", "dropped", f"{shown}, row {line}", message)
         image = images.of(get(row, "image"))
         if image is None:
             continue

@@ -40,6 +40,14 @@ def test_class_flags_in_lists_are_no_part_of_the_name(make_voc):
     assert len(load_annotations(root, "train").images) == 1
 
 
+def test_an_object_with_several_boxes_is_several_objects(make_voc, kinds):
+    second = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"
+    two = voc_object().replace("</object>", f"{second}</object>")
+    train = load_annotations(make_voc({"a": voc_xml([two])}), "train")
+    assert train.images[0].boxes_xyxy.tolist() == [[5, 6, 25, 16], [1, 2, 9, 8]]
+    assert kinds(train) == {"several-boxes": "repaired"}
+
+
 def test_lists_of_one_class_each_make_the_splits_together(make_voc):
     """As VoTT writes them: no list of its own for a split. What has no flags is a split of its own."""
     files = {name: voc_xml([voc_object()]) for name in "abc"}

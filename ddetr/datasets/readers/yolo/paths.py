@@ -117,7 +117,10 @@ def listed_images(listing: Path, bases: Sequence[Path], log: FindingLog) -> Iter
     if split and len(absent) == len(split):
         looked = first_few(homes, 4)
         shown = one_line(absent[0][1])
-        message = f"None of the {len(split):,} images that it lists is there, such as {shown}; looked in {looked}."
+        message = (
+            f"None of the {len(split):,} images that it lists is there, such as {shown}; looked in {looked}. Put them "
+            "where it says, or correct it."
+        )
         log.add("every-image-missing", "refused", str(listing), message, count=len(split))
         return
     for number, name in absent:
