@@ -29,6 +29,11 @@ from ddetr.datasets.box_form import check_meaning, in_pixels, is_relative, order
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import read_headers, settle_size
 from ddetr.errors import InputError
+from ddetr.untrusted import one_line
+from ddetr.wording import first_few
+
+_UNNAMED = 10  # objects of ids without a name, and
+_UNNAMED_PART = 0.01  # of all: more are no slip
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,21 @@ def _check_meaning(
         sizes_hw = np.repeat([size_hw for _, _, size_hw in mine], [len(boxes) for _, boxes, _ in mine], axis=0)
         boxes = np.concatenate([boxes for _, boxes, _ in mine])
         check_meaning(boxes, sizes_hw, own, form, log, f"{mine[0][0].where} and on")
+
+
+def check_unnamed(unnamed: Mapping[Any, int], total: int, where: str, log: FindingLog) -> None:
+    """Whether the objects of class ids without a name are too many for a slip: left out, they would be background.
+
+    unnamed: how many objects each such id has; total: how many objects there are.
+    """
+    lost = sum(unnamed.values())
+    if lost >= _UNNAMED and lost > _UNNAMED_PART * total:
+        ids = first_few([one_line(class_id, 40) for class_id in sorted(unnamed, key=str)], 5)
+        message = (
+            f"{lost:,} of {total:,} objects have class ids that have no name ({ids}); left out, they would be "
+            "background. Name them, or take them out of the annotations."
+        )
+        log.add("unnamed-ids", "refused", where, message, count=lost)
 
 
 def number(value: object) -> float:

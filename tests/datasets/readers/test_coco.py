@@ -131,6 +131,11 @@ def test_unknown_ids_are_dropped_and_named(make_coco):
     ]
 
 
+def test_many_objects_of_unlisted_categories_stop(make_coco, kinds):
+    objects = [coco_object(category_id=7 if i % 2 else 8) for i in range(20)]
+    assert kinds(load_annotations(make_coco(objects), "train"))["unnamed-ids"] == "refused"
+
+
 def test_missing_images_are_left_out(make_coco):
     root = make_coco([coco_object(), coco_object(image_id=2), coco_object(image_id=3)], num_images=3)
     (root / "train" / "2.jpg").unlink()

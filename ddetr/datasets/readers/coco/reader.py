@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -35,7 +35,7 @@ from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
 from ddetr.datasets.readers.file_names import choose_home, find_files
-from ddetr.datasets.readers.reader import Wanted
+from ddetr.datasets.readers.reader import Wanted, check_unnamed
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_PATH, one_line
 
@@ -277,6 +277,8 @@ def _objects(
     for i in np.flatnonzero(image_index < 0):
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
+    unnamed = Counter(one_line(repr(objects[i].get("category_id")), 40) for i in np.flatnonzero(labels < 0))
+    check_unnamed(unnamed, len(objects), shown, log)
     for i in np.flatnonzero(labels < 0):
         category_id = objects[i].get("category_id")
         said = f"Its category id {category_id!r} is not among the categories"

@@ -212,7 +212,6 @@ def names_of_labels(images: str) -> list[str]:
 
 
 def written_like(word: str, other: str) -> Sequence[str]:
-    """`other` in small letters, and written as `word` is: Labels beside Images."""
-    return dict.fromkeys(
-        [other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other, other]
-    )
+    """`other` written as `word` is (Labels beside Images), then in small letters and in capitals."""
+    alike = other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+    return list(dict.fromkeys([alike, other, other.capitalize(), other.upper()]))
