@@ -230,6 +230,18 @@ def test_pixels_in_place_of_fractions(make_yolo):
     assert {f.kind for f in annotations.findings} == {"not-relative"}
 
 
+def test_label_files_of_another_format_stop(make_yolo):
+    """BBox-Label-Tool's: how many boxes, then their corners. A line or two are a slip."""
+    root = make_yolo({"images/a.jpg": f"1\n76 45 146 87\n{ROW}"}, data_yaml=YAML)
+    assert said(load_annotations(root, "train"), "not-yolo-rows") == []
+    for name in "bcd":
+        (root / "images" / f"{name}.jpg").write_bytes((root / "images" / "a.jpg").read_bytes())
+        (root / "labels" / f"{name}.txt").write_text("1\n76 45 146 87\n")
+    ((action, count, message),) = said(load_annotations(root, "train"), "not-yolo-rows")
+    assert (action, count) == ("refused", 8)
+    assert "such as '1'" in message
+
+
 def test_corners_in_place_of_centres(make_yolo):
     rows = ["0 0.1 0.1 0.3 0.3", "0 0.5 0.5 0.9 0.9", "1 0.6 0.1 0.9 0.5", "1 0.2 0.6 0.95 0.99"]
     _, annotations = boxes_of(make_yolo, rows)
