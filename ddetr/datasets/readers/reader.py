@@ -27,7 +27,7 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, in_pixels, is_relative, ordered_corners, read_as
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import read_headers, settle_size
+from ddetr.datasets.image_files import Resized, read_headers, settle_size
 from ddetr.errors import InputError
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few
@@ -116,15 +116,18 @@ def table_of(
     label_of: label of each class, -1 or nothing for one that is left out; said_of: why. form: `Wanted.boxes`.
     """
     said_of = cache(said_of)
-    framed = []
+    framed, resized = [], Resized()
     for image, header in zip(images, read_headers([image.path for image in images]), strict=True):
         if isinstance(header, InputError):
             log.add("unreadable-image", "dropped", image.where, f"{header} It was left out.")
             continue
         boxes = image.boxes_xyxy if image.in_fractions else read_as(image.boxes_xyxy, image.form, form)
+        if not (image.in_fractions or is_relative(form)):
+            resized.look_at(header, image.declared_hw, boxes, image.where)
         size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where)
         if size_hw is not None:
             framed.append((image, boxes, size_hw))
+    resized.report(len(images), log)
     _check_meaning(framed, form, log)
     records = []
     for image, boxes, size_hw in framed:

@@ -253,6 +253,17 @@ def test_image_of_another_size(make_coco, write_image):
     ]
 
 
+def test_images_that_were_resized_after_annotation_stop(make_coco, kinds):
+    def edit(content):
+        for entry in content["images"]:
+            entry.update(width=128, height=96)
+
+    root = make_coco([coco_object(image_id=i) for i in (1, 2, 3, 4)], num_images=4, edit=edit)
+    assert kinds(load_annotations(root, "train"))["images-resized"] == "refused"
+    root = make_coco([coco_object(image_id=i, bbox=(100, 100, 20, 20)) for i in (1, 2, 3, 4)], num_images=4, edit=edit)
+    assert "images-resized" not in kinds(load_annotations(root, "train"))  # the stated size is wrong
+
+
 def test_broken_json_names_line_and_column(make_coco):
     root = make_coco()
     file = root / "annotations" / "instances_train.json"

@@ -157,6 +157,19 @@ def test_size_of_the_real_image(make_voc, write_image, kinds):
         assert kinds(annotations) == {"missing-size": "repaired"}
 
 
+def test_images_that_were_resized_after_annotation_stop(make_voc, tmp_path, kinds):
+    """Boxes that happen to fit into the smaller images mean other places."""
+    double = "<size><width>128</width><height>96</height></size>"
+    files = {name: voc_xml([voc_object()], double) for name in "abcd"}
+    assert kinds(load_annotations(make_voc(files), "train")) == {
+        "size-mismatch": "repaired",
+        "images-resized": "refused",
+    }
+    flat = double.replace("96", "80")  # another shape: the stated size is what is wrong
+    root = make_voc({name: voc_xml([voc_object()], flat) for name in "abcd"}, root=tmp_path / "flat")
+    assert "images-resized" not in kinds(load_annotations(root, "train"))
+
+
 def test_unknown_split(make_voc):
     root = make_voc({"a": voc_xml([])})
     with pytest.raises(InputError, match=r'has no split "trian"; it has: train \(did you mean train\?\)'):

@@ -29,7 +29,7 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, ordered_corners
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import ImageFolders, read_headers, report_unread, settle_size
+from ddetr.datasets.image_files import ImageFolders, Resized, read_headers, report_unread, settle_size
 from ddetr.datasets.image_formats import is_unread_name
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco.layout import image_dirs
@@ -317,6 +317,7 @@ def _sizes(
     headers = read_headers([paths[i] for i in to_read])
     boxes_in_order = np.flatnonzero(usable)[np.argsort(image_index[usable], kind="stable")]
     ends = np.searchsorted(image_index[boxes_in_order], np.arange(len(paths)), side="right")
+    resized = Resized()
     for i, header in zip(to_read.tolist(), headers, strict=True):
         if isinstance(header, InputError):
             kept[i] = False
@@ -324,9 +325,11 @@ def _sizes(
         else:
             boxes = boxes_xyxy[boxes_in_order[ends[i - 1] if i else 0 : ends[i]]]
             declared_hw = None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1]))
+            resized.look_at(header, declared_hw, boxes, f"{shown}, {names[i]}")
             size_hw = settle_size(paths[i], header, declared_hw, boxes, log, f"{shown}, {names[i]}")
             kept[i] = size_hw is not None
             sizes_hw[i] = size_hw or (0, 0)
+    resized.report(len(to_read), log)
     return sizes_hw, kept
 
 
