@@ -26,6 +26,9 @@ _HEADER_THREADS = 8  # they wait for the disk; more gains nothing locally, and o
 _HEADERS_A_TASK = 256
 Progress = Callable[[int, int], None]  # (done, total)
 _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
+_SAME_SHAPE = 0.02  # by how much the sides of an image that was resized differ in their factors
+_OTHER_SIZE = 0.05
+_FEW_RESIZED = 3  # say nothing of a data set
 _ROUNDING_PX = 1.5  # what labelling tools' rounding and inclusive corners add to a box at the image's edge
 
 
@@ -238,6 +241,38 @@ def read_headers(paths: Sequence[Path | str]) -> list[ImageHeader | InputError]:
             if progress is not None:
                 progress(len(headers), len(paths))
     return headers
+
+
+class Resized:
+    """Images that were resized after they were annotated: boxes that happen to fit mean other places all the same."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, tuple[int, int], tuple[int, int]]] = []  # where, declared and actual (h, w)
+
+    def look_at(
+        self, header: ImageHeader, declared_hw: tuple[int, int] | None, boxes_xyxy: np.ndarray, where: str
+    ) -> None:
+        """One image; arguments as those of `settle_size`."""
+        actual_hw = header.upright_hw
+        if declared_hw is None or declared_hw in (actual_hw, header.stored_hw) or not len(boxes_xyxy):
+            return
+        by_height, by_width = (actual / declared for actual, declared in zip(actual_hw, declared_hw, strict=True))
+        if abs(by_height / by_width - 1) > _SAME_SHAPE or abs(by_width - 1) < _OTHER_SIZE:
+            return
+        limits = np.array([declared_hw[1], declared_hw[0]], dtype=np.float64) + _ROUNDING_PX
+        if (boxes_xyxy[:, 2:] <= limits).all():  # not where the stated size is what is wrong
+            self._found.append((where, declared_hw, actual_hw))
+
+    def report(self, num_images: int, log: FindingLog) -> None:
+        """Adds a finding where many of the images are such."""
+        if len(self._found) > _FEW_RESIZED and len(self._found) * 2 > num_images:
+            where, (height, width), (actual_height, actual_width) = self._found[0]
+            message = (
+                f"{len(self._found):,} of {num_images:,} images have the shape that their annotations state, in "
+                f"another size, as {actual_width} x {actual_height} for {width} x {height} pixels: they look resized, "
+                "and their boxes may not be. Restore the images, or scale the boxes and state the new size."
+            )
+            log.add("images-resized", "refused", where, message, count=len(self._found))
 
 
 def settle_size(

@@ -23,7 +23,7 @@ from ddetr.datasets.readers.coco.layout import split_word
 from ddetr.datasets.readers.named_images import ImageCollector, Place
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, is_true, number, read_labelled, size_hw
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, read_csv
+from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, one_line, read_csv
 
 _PLACES = ("*/_annotations.csv", "*.[ct]sv", "annotations/*.[ct]sv", "*/*.[ct]sv", "*/labels/*.[ct]sv")
 _FILE_WORDS = re.compile(
@@ -57,6 +57,7 @@ class _Layout:
     columns: Mapping[str, int]
     has_header: bool
     in_fractions: bool
+    num_columns: int
 
 
 def csv_splits(path: Path) -> dict[str, Path]:
@@ -95,12 +96,12 @@ def _layout(file: Path) -> _Layout | None:
         images = [i for i, cell in enumerate(_first_row(rows)[: len(cells)]) if is_image_name(cell.strip())]
         found |= {"image": images[0]} if len(images) == 1 else {}
     if {"image", "class", "x1", "y1"} <= found.keys() and ({"x2", "y2"} <= found.keys() or {"w", "h"} <= found.keys()):
-        return _Layout(found, True, in_fractions={"imageid", "labelname"} <= set(cells))
+        return _Layout(found, True, {"imageid", "labelname"} <= set(cells), len(first))
     for names in _HEADLESS:
         found = {key: i for i, key in enumerate(names[: len(first)])}
         numbers = [first[i].strip() for key, i in found.items() if key not in ("image", "class")]
         if len(first) in (6, 8) and is_image_name(first[found["image"]].strip()) and _are_numbers(numbers):
-            return _Layout(found, False, in_fractions=False)
+            return _Layout(found, False, False, len(first))
     return None
 
 
@@ -137,6 +138,13 @@ def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: Fin
     box_columns = [layout.columns[key] for key in ("x1", "y1", *(("w", "h") if by_size else ("x2", "y2")))]
     get = partial(_cell, layout.columns)
     for line, row in _rows(file, layout.has_header):
+        beyond = [cell for cell in row[layout.num_columns :] if cell.strip()]
+        if beyond:
+            message = (
+                f"It has {len(row)} cells, the first row {layout.num_columns}; those beyond were left out, such as "
+                f"{one_line(beyond[0], 40)}. Write a row for each box."
+            )
+            log.add("cells-beyond", "dropped", f"{place.shown}, row {line}", message)
         image = images.of(get(row, "image"))
         image.declared_hw = image.declared_hw or size_hw(get(row, "height"), get(row, "width"))
         words = [row[i].strip() if i < len(row) else "" for i in box_columns]

@@ -141,6 +141,12 @@ def _is_oid(words: list[str]) -> bool:
     return len(words) > 4 and _numbers(words) == 0 and _numbers(words[-4:]) == 4
 
 
+def _is_keras_yolo(words: list[str]) -> bool:
+    """`images/a.jpg 5,6,25,16,0 50,60,90,100,1`."""
+    rest = [word.split(",") for word in words[1:]]
+    return is_image_name(words[0]) and bool(rest) and all(_numbers(cells) == 5 == len(cells) for cells in rest)
+
+
 def _boxes_in_one_column(look: _Look) -> Path | None:
     """A table whose first row holds a list of numbers, or of boxes, in one of its cells."""
     tables = (f for f in look.starts if f.suffix.lower() == ".csv")
@@ -170,6 +176,11 @@ _KINDS = (
         "is read",
     ),
     _Kind("a project of VGG's Image Annotator (VIA)", _via, "open it in VIA, and export its annotations as COCO"),
+    _Kind(
+        "a CSV export of Label Studio",
+        lambda look: look.any_start(".csv", b"annotation_id", b"lead_time"),
+        "export it as JSON, which is read, with its images",
+    ),
     _Kind("a Supervisely project", _supervisely, "export it from Supervisely as COCO, Pascal VOC or YOLO"),
     _Kind("a VoTT project", lambda look: look.any_file(".vott") or look.any_start(".json", b'"asset"'), _BY_DATUMARO),
     _Kind("Datumaro's JSON", lambda look: look.any_start(".json", b'"items"', b'"categories"'), _BY_DATUMARO),
@@ -199,6 +210,11 @@ _KINDS = (
         lambda look: _lines_of(look, _is_yolo),
         "put the images into a folder called images and these text files into one called labels beside it, or all "
         "into one folder",
+    ),
+    _Kind(
+        "a list with images and boxes in each line, as keras-yolo3 has",
+        lambda look: _lines_of(look, _is_keras_yolo),
+        _BY_HAND,
     ),
     _Kind("label files of OIDv4 ToolKit", lambda look: _lines_of(look, _is_oid), _BY_HAND),
     _Kind(

@@ -44,8 +44,14 @@ def kitti_splits(path: Path) -> dict[str, list[Source]]:
     if len(found) != 1:
         return named_splits(found)
     (name, whole), known = found[0], {file.stem for file in label_files(found[0][1].folder, ".txt")}
-    lists = [file for sets in folder_named(path, ("ImageSets",)) for file in label_files(sets, ".txt")]
-    listed = {file.stem: [Source(whole.folder, file)] for file in lists if known & {*_names(file)}}
+    sets = folder_named(path, ("ImageSets",))
+    sets = sets or [sub for sub in folders_in(path) if sub.name.startswith("ImageSets_")]  # ImageSets_3dop: train_3dop
+    lists = [
+        (f"{file.stem}{folder.name.removeprefix('ImageSets') if len(sets) > 1 else ''}", file)
+        for folder in sets
+        for file in label_files(folder, ".txt")
+    ]
+    listed = {split: [Source(whole.folder, file)] for split, file in lists if known & {*_names(file)}}
     return listed or {name if split_kind(name) else WHOLE: [whole]}
 
 

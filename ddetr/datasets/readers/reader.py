@@ -27,8 +27,13 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, in_pixels, is_relative, ordered_corners, read_as
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import read_headers, settle_size
+from ddetr.datasets.image_files import Resized, read_headers, settle_size
 from ddetr.errors import InputError
+from ddetr.untrusted import one_line
+from ddetr.wording import first_few
+
+_UNNAMED = 10  # objects of ids without a name, and
+_UNNAMED_PART = 0.01  # of all: more are no slip
 
 WHOLE = "all"  # the one split of a data set that has none
 _SPLIT_NAME = re.compile(
@@ -130,15 +135,18 @@ def table_of(
             "format says"
         )
     said_of = cache(said_of)
-    framed = []
+    framed, resized = [], Resized()
     for image, header in zip(images, read_headers([image.path for image in images]), strict=True):
         if isinstance(header, InputError):
             log.add("unreadable-image", "dropped", image.where, f"{header} It was left out.")
             continue
         boxes = image.boxes_xyxy if image.in_fractions else read_as(image.boxes_xyxy, image.form, form)
+        if not (image.in_fractions or is_relative(form)):
+            resized.look_at(header, image.declared_hw, boxes, image.where)
         size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where)
         if size_hw is not None:
             framed.append((image, boxes, size_hw))
+    resized.report(len(images), log)
     _check_meaning(framed, form, log)
     records = []
     for image, boxes, size_hw in framed:
@@ -178,6 +186,21 @@ def _check_meaning(
         sizes_hw = np.repeat([size_hw for _, _, size_hw in mine], [len(boxes) for _, boxes, _ in mine], axis=0)
         boxes = np.concatenate([boxes for _, boxes, _ in mine])
         check_meaning(boxes, sizes_hw, own, form, log, f"{mine[0][0].where} and on")
+
+
+def check_unnamed(unnamed: Mapping[Any, int], total: int, where: str, log: FindingLog) -> None:
+    """Whether the objects of class ids without a name are too many for a slip: left out, they would be background.
+
+    unnamed: how many objects each such id has; total: how many objects there are.
+    """
+    lost = sum(unnamed.values())
+    if lost >= _UNNAMED and lost > _UNNAMED_PART * total:
+        ids = first_few([one_line(class_id, 40) for class_id in sorted(unnamed, key=str)], 5)
+        message = (
+            f"{lost:,} of {total:,} objects have class ids that have no name ({ids}); left out, they would be "
+            "background. Name them, or take them out of the annotations."
+        )
+        log.add("unnamed-ids", "refused", where, message, count=lost)
 
 
 def number(value: object) -> float:

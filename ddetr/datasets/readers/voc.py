@@ -320,8 +320,9 @@ def _objects(
     """Names, difficult (n,) bool, corners as written (n, 4), and the number of each object that has a box."""
     names, difficult, boxes, numbers = [], [], [], []
     objects = list(tree.iter("object"))
-    if len(objects) > MAX_OBJECTS:
-        report_crowd(log, where, len(objects))
+    total = sum(max(1, len(obj.findall("bndbox"))) for obj in objects)
+    if total > MAX_OBJECTS:
+        report_crowd(log, where, total)
     for i, obj in enumerate(objects[:MAX_OBJECTS], 1):
         place = f"{where}, object {i}"
         name = _text(obj, "name")
@@ -337,10 +338,15 @@ def _objects(
         if not name:
             log.add("missing-name", "dropped", place, "The object has no name; it was left out.")
             continue
-        names.append(name)
-        difficult.append(is_true(_text(obj, "difficult")))
-        boxes.append(box)
-        numbers.append(i)
+        others = [_corners(other) for other in obj.findall("bndbox")[1:]]
+        if others:
+            message = f"It has {1 + len(others)} boxes; each was read as an object of its own."
+            log.add("several-boxes", "repaired", place, message)
+        for one in [box, *others][: MAX_OBJECTS - len(names)]:
+            names.append(name)
+            difficult.append(is_true(_text(obj, "difficult")))
+            boxes.append(one)
+            numbers.append(i)
     return names, np.array(difficult, dtype=bool), np.array(boxes, dtype=np.float64).reshape(-1, 4), numbers
 
 
@@ -348,7 +354,7 @@ def _box(obj: ElementTree.Element, place: str, log: FindingLog) -> list[float] |
     """An object's corners: its <bndbox>, or what is around its turned box (radians) or its polygon."""
     box, turned, polygon = (obj.find(key) for key in ("bndbox", "robndbox", "polygon"))
     if box is not None:
-        return [number(_text(box, key)) for key in ("xmin", "ymin", "xmax", "ymax")]
+        return _corners(box)
     if turned is not None:
         around = box_around_turned(*(number(_text(turned, key)) for key in ("cx", "cy", "w", "h", "angle")))
     elif polygon is not None:  # <x1>, <y1>, <x2>, ...; or <pt> of <x> and <y>
@@ -360,6 +366,10 @@ def _box(obj: ElementTree.Element, place: str, log: FindingLog) -> list[float] |
         return None
     log.add("box-from-shape", "note", place, "It has a turned box or a polygon, no bndbox; the box around it was used.")
     return around
+
+
+def _corners(box: ElementTree.Element) -> list[float]:
+    return [number(_text(box, key)) for key in ("xmin", "ymin", "xmax", "ymax")]
 
 
 def _text(element: ElementTree.Element, key: str) -> str:

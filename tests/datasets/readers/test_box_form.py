@@ -64,7 +64,7 @@ def test_another_form_is_found(objects, form, own, n):
         return
     assert [finding.action for finding in findings] == ["refused"]
     if n > 20 and objects == "medium":
-        assert f"--data.boxes {form} (" in findings[0].message
+        assert f"--data.boxes {form};" in findings[0].message
     assert ("-relative" in findings[0].message) == form.endswith("-relative")
     assert f"by --data.boxes {own}." in findings[0].message
     assert found(misread(boxes_of(objects, n), form, own), own, own) == ()  # the option silences it

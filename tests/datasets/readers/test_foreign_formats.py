@@ -68,6 +68,16 @@ def test_tables_of_boxes(tmp_path: Path, write_image: Callable[..., Path], text:
     assert ("b.jpg" in objects(annotations)) == ("b.jpg" in text)
 
 
+def test_cells_beyond_the_columns_are_named(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """A second box in the row of the first would be lost without a word."""
+    for name in ("a.jpg", "b.jpg"):
+        write_image(tmp_path / name)
+    (tmp_path / "annotations.csv").write_text("a.jpg,4,6,24,18,cat\nb.jpg,4,6,24,18,cat,1,2,9,8,dog\n")
+    annotations = load_annotations(tmp_path, "all")
+    assert objects(annotations) == {"a.jpg": [("cat", BOX)], "b.jpg": [("cat", BOX)]}
+    assert kinds(annotations) == {"cells-beyond": "dropped"}
+
+
 def test_a_table_of_any_place(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     """Given as COCO files are: by itself, with the folder of its images."""
     for name in ("a.jpg", "b.jpg"):

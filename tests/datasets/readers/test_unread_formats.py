@@ -46,6 +46,14 @@ IMAGE = "an image"
             "Segment A",
         ),
         ({"train/Soda can/Label/1.txt": "Soda can 178.56 749.4 238.1 812.2\n", "train/Soda can/1.jpg": IMAGE}, "OIDv4"),
+        (
+            {"train.txt": "imgs/a.jpg 5,6,25,16,0 50,60,90,100,1\nimgs/b.jpg 1,2,3,4,0\n", "imgs/a.jpg": IMAGE},
+            "keras-yolo3",
+        ),
+        (
+            {"project.csv": "annotation_id,annotator,id,image,label,lead_time\n", "a.jpg": IMAGE},
+            "Label Studio.* as JSON",
+        ),
         ({"train.csv": 'image_id,bbox\na,"[834.0, 222.0, 56.0, 36.0]"\n', "a.jpg": IMAGE}, "as lists in one column"),
         ({"set.zip": "PK", "a.jpg": IMAGE}, r"an archive \(set.zip\): unpack it first"),
         ({"VOC.tar.gz": ""}, "unpack it first"),

@@ -42,6 +42,7 @@ def test_labels_beside_images_in_a_folder_called_images(make_yolo, kinds):
         ("images_train", "labels_train"),
         ("JPEGImages", "labels"),
         ("Train/IMAGES", "Train/LABELS"),
+        ("test/images", "test/Labels"),
         ("train", "train/labels"),
         ("train", "labels/train"),
         ("images (1)", "images (1)"),
@@ -229,6 +230,18 @@ def test_pixels_in_place_of_fractions(make_yolo):
     assert {f.kind for f in annotations.findings} == {"not-relative"}
 
 
+def test_label_files_of_another_format_stop(make_yolo):
+    """BBox-Label-Tool's: how many boxes, then their corners. A line or two are a slip."""
+    root = make_yolo({"images/a.jpg": f"1\n76 45 146 87\n{ROW}"}, data_yaml=YAML)
+    assert said(load_annotations(root, "train"), "not-yolo-rows") == []
+    for name in "bcd":
+        (root / "images" / f"{name}.jpg").write_bytes((root / "images" / "a.jpg").read_bytes())
+        (root / "labels" / f"{name}.txt").write_text("1\n76 45 146 87\n")
+    ((action, count, message),) = said(load_annotations(root, "train"), "not-yolo-rows")
+    assert (action, count) == ("refused", 8)
+    assert "such as '1'" in message
+
+
 def test_corners_in_place_of_centres(make_yolo):
     rows = ["0 0.1 0.1 0.3 0.3", "0 0.5 0.5 0.9 0.9", "1 0.6 0.1 0.9 0.5", "1 0.2 0.6 0.95 0.99"]
     _, annotations = boxes_of(make_yolo, rows)
@@ -310,6 +323,18 @@ def test_names_that_say_nothing(make_yolo, yaml, match):
     root = make_yolo({"images/a.jpg": ROW}, data_yaml=f"train: images\n{yaml}\n")
     with pytest.raises(InputError, match=match):
         load_annotations(root / "data.yaml", "train")
+
+
+def test_many_objects_of_ids_without_a_name_stop(make_yolo):
+    """A few are a slip; where a class has been forgotten, its objects would be learned as background."""
+    rows = "".join(f"0 0.5 0.5 0.{i} 0.2\n" for i in range(1, 10))
+    root = make_yolo({"images/a.jpg": rows + "1 0.5 0.5 0.2 0.2\n"}, data_yaml=f"train: images\n{NAMES}")
+    (root / "data.yaml").write_text("train: images\nnames: [cat]\n")
+    assert said(load_annotations(root, "train"), "unnamed-ids") == []
+    (root / "labels" / "a.txt").write_text(rows + rows.replace("0 0.5", "1 0.4") + "7 0.5 0.5 0.2 0.2\n")
+    ((action, count, message),) = said(load_annotations(root, "train"), "unnamed-ids")
+    assert (action, count) == ("refused", 10)
+    assert "10 of 19 objects have class ids that have no name (1, 7)" in message
 
 
 def test_ids_counted_from_one_stop(make_yolo):

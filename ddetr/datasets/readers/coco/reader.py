@@ -7,7 +7,7 @@ n objects as they stand in the file, m of them that are used.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,12 +27,12 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, ordered_corners
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import ImageFolders, read_headers, report_unlisted, settle_size
+from ddetr.datasets.image_files import ImageFolders, Resized, read_headers, report_unlisted, settle_size
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
 from ddetr.datasets.readers.file_names import find_files
-from ddetr.datasets.readers.reader import Wanted, is_true
+from ddetr.datasets.readers.reader import Wanted, check_unnamed, is_true
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_PATH, one_line
 
@@ -239,6 +239,8 @@ def _objects(
     for i in np.flatnonzero(image_index < 0):
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
+    unnamed = Counter(one_line(repr(objects[i].get("category_id")), 40) for i in np.flatnonzero(labels < 0))
+    check_unnamed(unnamed, len(objects), shown, log)
     for i in np.flatnonzero(labels < 0):
         category_id = objects[i].get("category_id")
         said = f"Its category id {category_id!r} is not among the categories"
@@ -277,6 +279,7 @@ def _sizes(
     headers = read_headers([paths[i] for i in to_read])
     boxes_in_order = np.flatnonzero(usable)[np.argsort(image_index[usable], kind="stable")]
     ends = np.searchsorted(image_index[boxes_in_order], np.arange(len(paths)), side="right")
+    resized = Resized()
     for i, header in zip(to_read.tolist(), headers, strict=True):
         if isinstance(header, InputError):
             kept[i] = False
@@ -284,9 +287,11 @@ def _sizes(
         else:
             boxes = boxes_xyxy[boxes_in_order[ends[i - 1] if i else 0 : ends[i]]]
             declared_hw = None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1]))
+            resized.look_at(header, declared_hw, boxes, f"{shown}, {names[i]}")
             size_hw = settle_size(paths[i], header, declared_hw, boxes, log, f"{shown}, {names[i]}")
             kept[i] = size_hw is not None
             sizes_hw[i] = size_hw or (0, 0)
+    resized.report(len(to_read), log)
     return sizes_hw, kept
 
 

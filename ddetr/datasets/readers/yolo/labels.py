@@ -27,11 +27,8 @@ def _usual_folder(folder: Path) -> Path:
     parts = list(folder.parts)
     for i in reversed(range(len(parts))):
         if parts[i].lower() == "images":
-            for labels in written_like(parts[i], "labels"):
-                place = Path(*parts[:i], labels, *parts[i + 1 :])
-                if place.is_dir():
-                    return place
-            return Path(*parts[:i], "labels", *parts[i + 1 :])
+            places = [Path(*parts[:i], labels, *parts[i + 1 :]) for labels in written_like(parts[i], "labels")]
+            return next((place for place in places if place.is_dir()), Path(*parts[:i], "labels", *parts[i + 1 :]))
     return folder
 
 
@@ -42,7 +39,11 @@ def _label_folders(folder: Path) -> list[Path]:
         head, tail = folder.parts[: len(folder.parts) - depth], folder.parts[len(folder.parts) - depth + 1 :]
         places += [Path(*head, name, *tail) for name in names_of_labels(part)]
     places += [folder, folder / "labels", folder.parent / "labels" / folder.name]
-    return [place for place in dict.fromkeys(places) if place == places[0] or place.is_dir()]
+    found = [places[0]]
+    for place in dict.fromkeys(places):  # a Mac's disk has one folder for labels and Labels
+        if place.is_dir() and not any(other.is_dir() and place.samefile(other) for other in found):
+            found.append(place)
+    return found
 
 
 class LabelFiles:

@@ -118,7 +118,7 @@ def listed_images(listing: Path, bases: Sequence[Path], log: FindingLog) -> Iter
         else:
             absent.append((number, f"{parent}/{name}" if parent else name))
     if split and len(absent) == len(split):
-        cure = "Correct the paths in the list."
+        cure = "Put them where the list says, or correct it."
         report_all_missing(log, str(listing), absent[0][1], len(split), homes, cure)
         return
     for number, name in absent:
@@ -213,7 +213,6 @@ def names_of_labels(images: str) -> list[str]:
 
 
 def written_like(word: str, other: str) -> Sequence[str]:
-    """`other` in small letters, and written as `word` is: Labels beside Images."""
-    return dict.fromkeys(
-        [other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other, other]
-    )
+    """`other` written as `word` is (Labels beside Images), then in small letters and in capitals."""
+    alike = other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+    return list(dict.fromkeys([alike, other, other.capitalize(), other.upper()]))

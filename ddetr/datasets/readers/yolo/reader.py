@@ -8,6 +8,7 @@ oriented boxes) become the box around them.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ddetr.datasets.annotations import (
     whole,
 )
 from ddetr.datasets.image_files import IMAGES_OPTION, listed_lines, visible
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, table_of
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
 from ddetr.datasets.readers.yolo.labels import LabelFiles
 from ddetr.datasets.readers.yolo.layout import description, image_paths, yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.paths import Places, given
@@ -79,9 +80,11 @@ def read_yolo(wanted: Wanted) -> Annotations:
     for image, read in zip(images, rows, strict=True):
         ids, boxes, numbers = reader.boxes(read, keypoints)
         found.append(LabelledImage(image, read.where, ids, boxes, numbers, in_fractions=True, unit="line"))
-    return whole(
-        f"{root.name}/{split}", "yolo", categories, table_of(found, label_of_id, log, said_of, wanted.boxes), log
-    )
+    num_of_id = Counter(class_id for image in found for class_id in image.classes)
+    unnamed = {class_id: count for class_id, count in num_of_id.items() if class_id not in name_of_id}
+    check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
+    table = table_of(found, label_of_id, log, said_of, wanted.boxes)
+    return whole(f"{root.name}/{split}", "yolo", categories, table, log)
 
 
 def _read_lines(file: Path, log: FindingLog) -> list[str]:
