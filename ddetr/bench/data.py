@@ -21,6 +21,7 @@ from ddetr.bench.timing import fixed_threads
 from ddetr.datasets import Annotations, DetectionDataset, build_transform, collate, padded_shapes, sample_seed
 from ddetr.datasets.config import DataConfig
 from ddetr.datasets.dataset import seeded
+from ddetr.datasets.image_files import reading_on_screen
 from ddetr.datasets.images import decode_image, image_header
 from ddetr.datasets.splits import load_split
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, MAX_PADDED_SHAPES
@@ -86,7 +87,7 @@ def bench_data(
         raise InputError(f"--workers: expected at least 0, got {workers}")
     most_workers = min(MOST_WORKERS, available_cores()) if workers is None else workers
     folder = make_folder(Path(output), "--output") if output else None
-    with console.waiting(f"reading {data.path}"):
+    with reading_on_screen(data.path):
         whole = load_split(data, "train")
     chosen = comparable(whole, images)
     if len(chosen.images) < batch_size:

@@ -21,6 +21,7 @@ from ddetr.bench.sides import reason_of
 from ddetr.bench.stopwatch import StopWatch
 from ddetr.datasets import Annotations, Category, padded_shapes
 from ddetr.datasets.config import DataConfig
+from ddetr.datasets.image_files import reading_on_screen
 from ddetr.datasets.splits import load_split
 from ddetr.engine.compile import CompiledForward, check_compiler
 from ddetr.engine.config import TrainConfig
@@ -309,7 +310,7 @@ def _annotations(config: TrainConfig, synthetic: str | None) -> Annotations:
     if synthetic is None:
         if not config.data.path:
             raise InputError("bench train needs --data PATH, or --synthetic HEIGHTxWIDTH")
-        with console.waiting(f"reading {config.data.path}"):
+        with reading_on_screen(config.data.path):
             return load_split(config.data, "train")
     return no_images()
 

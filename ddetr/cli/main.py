@@ -23,7 +23,7 @@ from ddetr.wording import did_you_mean
 
 
 def train_command(parser: Parser) -> Callable[[Any], None]:
-    """Train on a COCO, Pascal VOC or YOLO folder."""
+    """Train on a data set as it lies there: COCO, Pascal VOC, YOLO and others."""
     parser.usage = "ddetr train --data PATH [options]"
     add_training_options(parser)
 
@@ -100,7 +100,7 @@ def print_result(result: Any) -> None:
 What next:
   ddetr predict --checkpoint {checkpoint} {image} --output predictions
   ddetr eval --checkpoint {checkpoint} --data {data}
-  ddetr train --config configs/cpu_small.yaml --data PATH    # COCO, Pascal VOC or YOLO: your own images"""
+  ddetr train --config configs/cpu_small.yaml --data PATH    # your own images, in any format that is read"""
     )
 
 
@@ -212,14 +212,14 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
 
     def run(settings: Any) -> None:
         from ddetr.datasets import audit
-        from ddetr.datasets.image_files import reading_shown
+        from ddetr.datasets.image_files import reading_on_screen
         from ddetr.datasets.splits import load_splits
         from ddetr.files import make_folder, write_text
 
         options = dict(vars(settings))
         extra = {name: options.pop(name) for name in ("num_queries", "max_detections", "decode")}
         output, data = options.pop("output"), TrainingSource(**options)
-        with console.reading(f"reading {data.path}", "image headers") as update, reading_shown(update):
+        with reading_on_screen(data.path):
             train, val = load_splits(data)
         with console.reading(f"decoding images of {data.path}", "images") as update:
             report = audit(train, val, **extra, strict=data.strict, progress=update)
@@ -240,7 +240,7 @@ def show_command(parser: Parser) -> Callable[[Any], None]:
     from ddetr.datasets.config import SEEN_NOWHERE, DataConfig, PageConfig
 
     parser.usage = "ddetr data show [options] PATH"
-    parser.add_argument("path", type=str, help="folder of the data set: COCO, Pascal VOC or YOLO")
+    parser.add_argument("path", type=str, help="folder of the data set, in any format that is read")
     parser.add_class_arguments(DataConfig, skip={"path", *SEEN_NOWHERE}, instantiate=False)
     parser.add_class_arguments(PageConfig, instantiate=False)
     parser.add_argument("--output", type=str, default="data.html", metavar="FILE", help="the page")
@@ -254,12 +254,13 @@ def show_command(parser: Parser) -> Callable[[Any], None]:
         root = root if root.is_dir() else root.parent
         if output == parser.get_default("output") and Path.cwd().resolve().is_relative_to(root.resolve()):
             raise InputError(f"{output} would lie among the data, in {root.resolve()}: say where to by --output FILE")
+        from ddetr.datasets.image_files import reading_on_screen
         from ddetr.datasets.splits import load_splits
         from ddetr.files import make_folder
         from ddetr.report.data_page import check_place, write_data_page
 
         check_place(place)
-        with console.waiting(f"reading {data.path}"):
+        with reading_on_screen(data.path):
             train, val = load_splits(data)
         place = make_folder(place.parent, "--output") / place.name
         with console.progress("draw") as update:
@@ -292,11 +293,12 @@ def convert_command(parser: Parser) -> Callable[[Any], None]:
         from ddetr.datasets import audit
         from ddetr.datasets.audit import render_findings
         from ddetr.datasets.convert import convert, read_source
+        from ddetr.datasets.image_files import reading_on_screen
 
         options = dict(vars(settings))
         to, output, split, images = (options.pop(name) for name in ("to", "output", "split", "images"))
         data = TrainingSource(**options)
-        with console.waiting(f"reading {data.path}"):
+        with reading_on_screen(data.path):
             source = read_source(data, split)
         report = audit(source.first, source.splits.get(source.val or ""), strict=data.strict)
         others = [f for name in source.others for f in source.splits[name].findings]

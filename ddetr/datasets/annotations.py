@@ -8,7 +8,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +70,7 @@ _IMAGE_KINDS = frozenset(
         *("image-entry", "missing-image", "every-image-missing", "unreadable-image", "size-mismatch"),
         *("missing-annotation", "malformed-xml", "malformed-json", "malformed-labels", "image-path-differs"),
         *("duplicate-image-id", "ambiguous-image", "duplicate-file", "image-not-read"),
+        "several-annotations",
     ]
 )
 
@@ -188,6 +189,7 @@ class FindingLog:
         self._findings: list[Finding] = []
         self._seen: Counter[tuple[str, str]] = Counter()
         self._first_unlisted: dict[tuple[str, str], Finding] = {}
+        self._unlisted: Counter[tuple[str, str]] = Counter()  # places
 
     def add(self, kind: str, action: str, where: str, message: str, count: int = 1) -> None:
         key = (kind, action)
@@ -196,13 +198,12 @@ class FindingLog:
         if self._seen[key] <= MAX_PLACES:
             self._findings.append(Finding(kind, action, where, message, count))
         else:
-            self._first_unlisted.setdefault(key, Finding(kind, action, where, message))
+            self._unlisted[key] += count
+            if key not in self._first_unlisted:
+                self._first_unlisted[key] = Finding(kind, action, f"{where} and on", message)
 
     def freeze(self) -> tuple[Finding, ...]:
-        rest = [
-            Finding(first.kind, first.action, f"{first.where} and on", first.message, self._seen[key] - MAX_PLACES)
-            for key, first in self._first_unlisted.items()
-        ]
+        rest = (replace(first, count=self._unlisted[key]) for key, first in self._first_unlisted.items())
         return (*self._findings, *rest)
 
 

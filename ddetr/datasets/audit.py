@@ -323,11 +323,12 @@ def _report_crowded(scan: _Scan, num_queries: int, max_detections: int, log: Fin
     for i in np.flatnonzero(scan.per_image > min(num_queries, max_detections)):
         num_objects, where = scan.per_image[i], str(scan.paths[i])
         if num_objects > num_queries:
-            message = f"{num_objects} objects, {num_queries} queries: some can't be found. Raise num_queries."
+            message = f"{num_objects} objects, {num_queries} queries: some can't be found. Raise --model.num_queries."
             log.add("more-objects-than-queries", "note", where, message)
         else:
             message = (
-                f"{num_objects} objects, {max_detections} detections kept: some count as missed. Raise max_detections."
+                f"{num_objects} objects, {max_detections} detections kept: some count as missed. Raise "
+                "--max_detections."
             )
             log.add("more-objects-than-detections", "note", where, message)
 

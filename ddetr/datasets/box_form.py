@@ -103,9 +103,7 @@ def check_meaning(
     elif is_relative(wanted):
         beyond = (np.abs(boxes_xyxy) > 2).any(axis=1)
         if beyond.mean() > _MOSTLY:
-            message = (
-                f"{_of(beyond)} are no fractions of an image, but were read as {wanted}: correct the option boxes."
-            )
+            message = f"{_of(beyond)} are no fractions of an image, but were read as {wanted}: correct --data.boxes."
             log.add("boxes-not-relative", "refused", where, message, count=int(beyond.sum()))
 
 
@@ -170,7 +168,4 @@ def _said(forms: Sequence[str]) -> str:
 
 def _cure(forms: Sequence[str], own: str) -> str:
     wanted = " or ".join(forms)
-    return (
-        f"If so, read them by --data.boxes {wanted} (ddetr data audit: --boxes); if they are right as they are, by "
-        f"--data.boxes {own}."
-    )
+    return f"If so, read them by --data.boxes {wanted}; if they are right as they are, by --data.boxes {own}."

@@ -33,9 +33,9 @@ class DataSource:
     val_split: str | None = None
     """Name of the validation split; by default the first of val, val2017, valid, test, ... that is there."""
     val_annotations: str | None = None
-    """COCO annotation file of the validation split."""
+    """Annotation file of the validation split, where it has another place or name: COCO's, a CSV table or the like."""
     val_images: str | None = None
-    """Folder of the validation images."""
+    """Folder of the validation images, where they are not found by themselves."""
     boxes: BoxForm = "auto"
     """What the four numbers of a box are, where they are not what the format says (the audit tells): corners "xyxy",
     corner and size "xywh", centre and size "cxcywh", in pixels; with "-relative" in fractions of the image."""
@@ -59,9 +59,9 @@ class TrainingSource(DataSource):
     train_split: str | None = None
     """Name of the training split; by default the first of train, train2017, ... that is there."""
     train_annotations: str | None = None
-    """COCO annotation file of the training split, where it has another place or name."""
+    """Annotation file of the training split, where it has another place or name: COCO's, a CSV table or the like."""
     train_images: str | None = None
-    """Folder of the training images, where it has another place or name."""
+    """Folder of the training images, where they are not found by themselves."""
     strict: bool = False
     """Refuse to train where the audit repaired or dropped anything."""
 

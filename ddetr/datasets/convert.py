@@ -28,7 +28,7 @@ from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.image_header import open_image
 from ddetr.datasets.images import image_header, read_image
 from ddetr.datasets.load import available_splits, default_splits
-from ddetr.datasets.splits import load_split
+from ddetr.datasets.splits import hold_back, load_split
 from ddetr.errors import InputError
 from ddetr.files import remove_leftovers, write_folder_atomically
 from ddetr.untrusted import one_line, printable
@@ -67,22 +67,25 @@ class Source:
 
 
 def read_source(data: TrainingSource, split: str | None = None) -> Source:
-    """All splits, or the one called `split`.
+    """All splits, or the one called `split`; with `data.val_fraction` the training split in two, called train and val.
 
     Raises:
-        InputError: as `load_annotations`; no such split; none that is called train, and no `train_split`.
+        InputError: as `load_annotations` and `hold_back`; no such split; none that is called train, and no
+            `train_split`; a fraction to hold back, and a split to convert alone or a validation split that is there.
     """
+    if data.val_fraction is not None and split is not None:
+        raise InputError("--split converts one split alone, --val_fraction parts the training split: give one of them")
     if data.train_annotations or data.val_annotations:
         train, val, others = data.train_split or "train", data.val_split or "val", []
     else:
         known = available_splits(data.path, data.format)
-        if split is not None and data.train_split is None and known == [split]:
-            train, val = split, None
-        else:
-            found = default_splits(data.path, data.format) if data.train_split is None else (data.train_split, None)
-            train, val = found[0], data.val_split or found[1]
+        train = split if known == [split] else None
+        train, val = default_splits(data.path, data.format, data.train_split or train)
+        val = data.val_split or val
         others = [name for name in known if name not in (train, val)]
     annotations = load_split(data, "train", train)
+    if data.val_fraction is not None:
+        return _parted(annotations, data, [*([val] if val and data.val_split is None else []), *others])
     splits = {train: annotations}
     names = [*([val] if val else []), *others] if split is None else [split] if split != train else []
     for name in names:
@@ -98,6 +101,17 @@ def read_source(data: TrainingSource, split: str | None = None) -> Source:
             del splits[name]
         seen |= paths
     return Source(splits, train if train in splits else None, val if val in splits else None, tuple(left_out))
+
+
+def _parted(annotations: Annotations, data: TrainingSource, others: Sequence[str]) -> Source:
+    """The training split in two, and the other splits."""
+    if taken := [name for name in others if name.lower().startswith(("train", "val"))]:
+        raise InputError(
+            f"{data.path} has the split {taken[0]} already: --val_fraction is for data without a validation split"
+        )
+    train, val = hold_back(annotations, data)
+    rest = {name: load_split(data, "val", name, categories=train.categories) for name in others}
+    return Source({"train": train, "val": val, **rest}, "train", "val")
 
 
 # ---- the conversion --------------------------------------------------------------------------------------------------

@@ -4,26 +4,55 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_formats import is_clutter, is_image_name, unread_files
+from ddetr.datasets.image_formats import is_clutter, is_image_name, is_unread_name, unread_files
 from ddetr.datasets.image_header import ImageHeader
 from ddetr.datasets.images import image_header, size_mismatch
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, read_text
+from ddetr.untrusted import MAX_LABEL_BYTES, one_line, read_text
+from ddetr.wording import first_few
 
 _HEADER_THREADS = 8  # they wait for the disk; more gains nothing locally, and on network storage the disk is the limit
 _HEADERS_A_TASK = 256
 Progress = Callable[[int, int], None]  # (done, total)
 _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
+_SAME_SHAPE = 0.02  # by how much the sides of an image that was resized differ in their factors
+_OTHER_SIZE = 0.05
+_FEW_RESIZED = 3  # say nothing of a data set
 _ROUNDING_PX = 1.5  # what labelling tools' rounding and inclusive corners add to a box at the image's edge
+
+
+# The options of every command that say where images lie; in brackets the argument of `load_annotations`.
+IMAGES_OPTION = "--data.train_images or --data.val_images (image_dir)"
+
+
+class AlikeNames:
+    """Image files by their names, whatever the capitals, how accents are composed, and the suffix: of two that fit
+    neither is meant."""
+
+    def __init__(self) -> None:
+        self._places: dict[tuple[bool, str], Any] = {}
+
+    def add(self, name: str, place: Any) -> None:
+        for key in ((True, folded(name)), (False, folded(name.rpartition(".")[0]))):
+            self._places[key] = None if key in self._places else place
+
+    def find(self, name: str, *, any_suffix: bool = True) -> Any:
+        """The place of this name; one of another suffix only with `any_suffix`, or where the name has none."""
+        whole = self._places.get((True, folded(name)))
+        if whole is not None or (is_image_name(name) and not any_suffix):
+            return whole
+        return self._places.get((False, folded(name.rpartition(".")[0] if is_image_name(name) else name)))
 
 
 class ImageFolders:
@@ -31,7 +60,7 @@ class ImageFolders:
 
     def __init__(self) -> None:
         self._exact: dict[Path, frozenset[str]] = {}
-        self._loose: dict[Path, dict[tuple[bool, str], str | None]] = {}
+        self._alike: dict[Path, AlikeNames] = {}
 
     def names(self, folder: Path) -> frozenset[str]:
         if folder not in self._exact:
@@ -50,16 +79,11 @@ class ImageFolders:
         names = self.names(path.parent)
         if path.name in names:
             return path
-        if path.parent not in self._loose:
-            loose: dict[tuple[bool, str], str | None] = {}
-            for name in names:
-                if is_image_name(name):
-                    for key in ((True, folded(name)), (False, folded(name.rpartition(".")[0]))):
-                        loose[key] = None if key in loose else name  # two that fit are none: no guessing
-            self._loose[path.parent] = loose
-        stem = path.name.rpartition(".")[0] if is_image_name(path.name) else path.name
-        loose = self._loose[path.parent]
-        found = loose.get((True, folded(path.name))) or loose.get((False, folded(stem)))
+        if path.parent not in self._alike:
+            alike = self._alike[path.parent] = AlikeNames()
+            for name in filter(is_image_name, names):
+                alike.add(name, name)
+        found = self._alike[path.parent].find(path.name)
         return path.parent / found if found else None
 
     def report_unread(self, log: FindingLog) -> None:
@@ -76,6 +100,16 @@ def folded(name: str) -> str:
 def visible(paths: Iterable[Path], root: Path) -> list[Path]:
     """Of what was found below `root`, sorted: what is no clutter and lies in none."""
     return sorted(path for path in paths if not any(map(is_clutter, path.relative_to(root).parts)))
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder that are no clutter, sorted."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if e.is_dir() and not is_clutter(e.name)]
+    except OSError:
+        return []
+    return [folder / name for name in sorted(names)]
 
 
 def walk_files(folder: Path) -> list[Path]:
@@ -117,6 +151,41 @@ def listed_lines(listing: Path) -> list[str]:
         raise InputError(f"{listing} can't be read: {error.strerror or error}") from None
 
 
+def report_all_missing(
+    log: FindingLog, where: str, first: str, count: int, looked: Iterable[str | Path], cure: str | None = None
+) -> None:
+    """Adds that none of `count` images was found, of which `first` is one, in any of the places of `looked`."""
+    message = (
+        f"None of its {count:,} images was found (the first is {one_line(first)}; looked in "
+        f"{first_few(looked, 4)}). {cure or f'Name their folder by {IMAGES_OPTION}.'}"
+    )
+    log.add("every-image-missing", "refused", where, message, count=count)
+
+
+def report_unlisted(
+    paths: Iterable[Path | None], folders: ImageFolders, log: FindingLog, shown: str, known: Collection[str] = ()
+) -> None:
+    """Counts the images that lie beside those of the annotations, and what is not read there.
+
+    paths: of the annotations' images. known: names that other splits have.
+    """
+    listed: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        if path is not None:
+            folder, _, name = str(path).rpartition(os.sep)
+            listed[folder].add(name)
+    for folder, names in sorted(listed.items()):
+        unlisted = [name for name in folders.images(Path(folder)) if name not in names and name not in known]
+        if unlisted:
+            message = (
+                f"{len(unlisted):,} images in {folder} are not listed in {shown} and not used, such as "
+                f"{one_line(unlisted[0])}."
+            )
+            log.add("unlisted-images", "note", folder, message, count=len(unlisted))
+        others = filter(is_unread_name, folders.names(Path(folder)))  # first: it is quick
+        report_unread((name for name in others if name not in names), folder, log)
+
+
 def report_unread(names: Iterable[str], where: str, log: FindingLog, *, are_left_out: bool = False) -> None:
     """Adds a finding for each kind of image files, of these names in a folder, that is not read.
 
@@ -138,6 +207,15 @@ def reading_shown(progress: Progress | None) -> Iterator[None]:
         yield
     finally:
         _progress.reset(token)
+
+
+@contextmanager
+def reading_on_screen(path: str | os.PathLike) -> Iterator[None]:
+    """In it, people see that the data set at `path` is being read, and how far."""
+    from ddetr import console
+
+    with console.reading(f"reading {path}", "image headers") as update, reading_shown(update):
+        yield
 
 
 def read_headers(paths: Sequence[Path | str]) -> list[ImageHeader | InputError]:
@@ -163,6 +241,38 @@ def read_headers(paths: Sequence[Path | str]) -> list[ImageHeader | InputError]:
             if progress is not None:
                 progress(len(headers), len(paths))
     return headers
+
+
+class Resized:
+    """Images that were resized after they were annotated: boxes that happen to fit mean other places all the same."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[str, tuple[int, int], tuple[int, int]]] = []  # where, declared and actual (h, w)
+
+    def look_at(
+        self, header: ImageHeader, declared_hw: tuple[int, int] | None, boxes_xyxy: np.ndarray, where: str
+    ) -> None:
+        """One image; arguments as those of `settle_size`."""
+        actual_hw = header.upright_hw
+        if declared_hw is None or declared_hw in (actual_hw, header.stored_hw) or not len(boxes_xyxy):
+            return
+        by_height, by_width = (actual / declared for actual, declared in zip(actual_hw, declared_hw, strict=True))
+        if abs(by_height / by_width - 1) > _SAME_SHAPE or abs(by_width - 1) < _OTHER_SIZE:
+            return
+        limits = np.array([declared_hw[1], declared_hw[0]], dtype=np.float64) + _ROUNDING_PX
+        if (boxes_xyxy[:, 2:] <= limits).all():  # not where the stated size is what is wrong
+            self._found.append((where, declared_hw, actual_hw))
+
+    def report(self, num_images: int, log: FindingLog) -> None:
+        """Adds a finding where many of the images are such."""
+        if len(self._found) > _FEW_RESIZED and len(self._found) * 2 > num_images:
+            where, (height, width), (actual_height, actual_width) = self._found[0]
+            message = (
+                f"{len(self._found):,} of {num_images:,} images have the shape that their annotations state, in "
+                f"another size, as {actual_width} x {actual_height} for {width} x {height} pixels: they look resized, "
+                "and their boxes may not be. Restore the images, or scale the boxes and state the new size."
+            )
+            log.add("images-resized", "refused", where, message, count=len(self._found))
 
 
 def settle_size(

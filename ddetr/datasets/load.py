@@ -10,7 +10,8 @@ from typing import get_args
 
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.readers.coco.layout import coco_splits, folders_in
+from ddetr.datasets.image_files import IMAGES_OPTION, folders_in
+from ddetr.datasets.readers.coco.layout import coco_splits
 from ddetr.datasets.readers.coco.reader import read_coco
 from ddetr.datasets.readers.createml import createml_splits, read_createml
 from ddetr.datasets.readers.csv_boxes import csv_splits, read_csv_boxes
@@ -18,10 +19,9 @@ from ddetr.datasets.readers.cvat import cvat_splits, read_cvat
 from ddetr.datasets.readers.foreign import what_it_is
 from ddetr.datasets.readers.huggingface import huggingface_splits, read_huggingface
 from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
-from ddetr.datasets.readers.label_folders import WHOLE
 from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
-from ddetr.datasets.readers.reader import Reader, Wanted
+from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.reader import read_yolo
@@ -29,6 +29,7 @@ from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.wording import did_you_mean, first_few
 
+ANNOTATIONS_OPTION = "--data.train_annotations or --data.val_annotations (annotation_file)"
 _TRAIN_NAMES = ("train", "train2017", "training", "trainval", "all")
 _WRAPPERS = 3  # folders one in another, of which each holds only the next, as archives are unpacked
 _VAL_NAMES = ("val", "val2017", "valid", "validation", "test", "testing")
@@ -62,13 +63,13 @@ def load_annotations(
             (centre and size) in pixels, or with "-relative" in fractions of the image.
     """
     if boxes not in (known := get_args(BoxForm)):
-        raise InputError(f"boxes is one of {', '.join(known)}, not {boxes!r}{did_you_mean(boxes, known)}")
+        raise InputError(f"--data.boxes is one of {', '.join(known)}, not {boxes!r}{did_you_mean(boxes, known)}")
     path = existing(path)
-    images = _inside(path, image_dir, "image_dir") if image_dir is not None else None
+    images = _inside(path, image_dir, IMAGES_OPTION) if image_dir is not None else None
     if annotation_file is not None:
         if format not in ("auto", "coco", *_OF_ONE_FILE):
-            raise InputError(f"annotation_file is for the COCO format; {format} has none")
-        file = _inside(path, annotation_file, "annotation_file")
+            raise InputError(f"{ANNOTATIONS_OPTION} is for formats of one file, {format} has one for each image")
+        file = _inside(path, annotation_file, ANNOTATIONS_OPTION)
         for one in _OF_ONE_FILE if format == "auto" else [format]:
             if one in _OF_ONE_FILE and (names := list(FORMATS[one].splits(file))):
                 places = images or (path if path.is_dir() and not file.is_relative_to(path) else None)
@@ -109,16 +110,18 @@ _OF_ONE_FILE = ("csv", "label_studio", "createml", "huggingface")  # whose split
 def detect_format(path: str | PathLike) -> str:
     """A key of `FORMATS`; where none is there, `InputError` says what is, and what can be done about it."""
     path = existing(path)
-    place = _place(path, list(FORMATS))
+    broken: list[InputError] = []
+    place = _place(path, list(FORMATS), broken)
     if place is not None:
         return place[0]
-    if said := what_it_is(path, lambda place: any(reader.splits(place) for reader in FORMATS.values())):
+    wrong = str(broken[0]) if broken else None
+    if said := what_it_is(path, lambda place: _found_in(place, list(FORMATS), []) is not None, wrong):
         raise InputError(said)
     found = "a file of another kind" if path.is_file() else first_few(sorted(entry.name for entry in path.iterdir()), 8)
     known = [f"{reader.title} ({reader.layout})" for reader in FORMATS.values()]
     raise InputError(
         f"{path} is no data set that is known: expected {', '.join(known[:-1])} or {known[-1]}; found {found}; "
-        "files of other names can be given as annotation_file and image_dir"
+        f"files of other names can be given by {ANNOTATIONS_OPTION} and {IMAGES_OPTION}"
     )
 
 
@@ -127,24 +130,34 @@ def _only_folder(path: Path) -> Path | None:
     return inside[0] if len(inside) == 1 else None
 
 
-def _place(path: Path, formats: Sequence[str]) -> tuple[str, Path] | None:
-    """The format, and the folder that holds it: `path`, or the only one in it, as archives are unpacked; None where
-    neither does."""
-
-    def found_in(place: Path) -> tuple[str, list[str]] | None:
-        for format in formats:
+def _found_in(
+    place: Path, formats: Sequence[str], broken: list[InputError] | None = None
+) -> tuple[str, list[str]] | None:
+    """The format that lies in a folder itself, and its splits. What a reader finds broken ends the search, or goes to
+    `broken`: it may be no part of the data."""
+    for format in formats:
+        try:
             splits = list(FORMATS[format].splits(place))
-            # but not XML files without splits beside a data.yaml that has some: what it was made of
-            if splits and not (splits == [WHOLE] and "yolo" in formats and format != "yolo" and yolo_file(place)):
-                return format, splits
-        return None
+        except InputError as error:
+            if broken is None:
+                raise
+            broken.append(error)
+            continue
+        # but not XML files without splits beside a data.yaml that has some: what it was made of
+        if splits and not (splits == [WHOLE] and "yolo" in formats and format != "yolo" and yolo_file(place)):
+            return format, splits
+    return None
 
+
+def _place(path: Path, formats: Sequence[str], broken: list[InputError] | None = None) -> tuple[str, Path] | None:
+    """The format, and the folder that holds it: `path`, or the only one in it, as archives are unpacked; None where
+    neither does. broken: as in `_found_in`."""
     for _ in range(_WRAPPERS):
-        here, inner = found_in(path), _only_folder(path)
+        here, inner = _found_in(path, formats, broken), _only_folder(path)
         if here is not None:
             format, splits = here
             if inner is not None and splits == [inner.name]:  # a split, or a whole data set in a folder of its name
-                inside = found_in(inner)
+                inside = _found_in(inner, formats, broken)
                 if inside is not None and (len(inside[1]) > 1 or formats.index(inside[0]) < formats.index(format)):
                     return inside[0], inner
             return format, path
@@ -167,14 +180,22 @@ def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:
     return list(FORMATS[format].splits(place))
 
 
-def default_splits(path: str | PathLike, format: str = "auto") -> tuple[str, str | None]:
-    """(training split, validation split) by their names; the second is None where there is none."""
+def default_splits(
+    path: str | PathLike, format: str = "auto", train_split: str | None = None
+) -> tuple[str, str | None]:
+    """(training split, validation split) by their names; the second is None where there is none.
+
+    train_split: the training split, where its name doesn't say it.
+    """
     splits = available_splits(path, format)
     if not splits:
         raise InputError(f"{path} holds no {format} data set")
-    train = _train_split(splits)
+    train = train_split or _train_split(splits)
     if train is None:
-        raise InputError(f"{path} has the splits {', '.join(splits)}: none is called train; name the one to train on")
+        raise InputError(
+            f"{path} has the splits {first_few(splits, 8)}: none is called train; --data.train_split (and "
+            "--data.val_split, or --data.val_fraction 0.1) names the one to train on"
+        )
     others = [split for split in splits if split not in (train, "trainval")]
     return train, _first(others, _VAL_NAMES, "val")
 

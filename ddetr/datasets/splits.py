@@ -66,7 +66,7 @@ def no_validation(data: DataSource) -> InputError:
     return InputError(
         f"{data.path} has no validation split of a usual name (val, valid, test, ...; {has}): --data.val_fraction 0.1 "
         "holds back a tenth of the training images, --data.val_split names another split, --data.val_annotations "
-        "another COCO file"
+        "another file"
     )
 
 
@@ -93,7 +93,8 @@ def _name_of_split(data: DataSource, which: Literal["train", "val"]) -> str | No
         return named
     if getattr(data, f"{which}_annotations", None):
         return which
-    return dict(zip(("train", "val"), default_splits(data.path, data.format)))[which]
+    train = getattr(data, "train_split", None)
+    return dict(zip(("train", "val"), default_splits(data.path, data.format, train)))[which]
 
 
 def without_empty_images(annotations: Annotations) -> Annotations:
@@ -145,7 +146,9 @@ def hold_back(
     """
     for option in ("val_split", "val_annotations", "val_images"):
         if getattr(data, option) is not None:
-            raise InputError(f"val_fraction holds back images of the training split, {option} names others: give one")
+            raise InputError(
+                f"--data.val_fraction holds back images of the training split, --data.{option} names others: give one"
+            )
     names = image_names(train, existing(data.path))
     if held_back is None:
         chosen = _chosen(_groups(train, names, data), len(names), data)
@@ -154,9 +157,9 @@ def hold_back(
     if not chosen or len(chosen) == len(names):
         what = "no image" if not chosen else "all images"
         raise InputError(
-            f"{train.name} has {len(names):,} images, and val_fraction {data.val_fraction:g} would hold back {what} "
-            "for validation (no class may lose its last image of training): give another fraction, another "
-            "group_pattern, or a validation split"
+            f"{train.name} has {len(names):,} images, and --data.val_fraction {data.val_fraction:g} would hold back "
+            f"{what} for validation (no class may lose its last image of training): give another fraction, another "
+            "--data.group_pattern, or a validation split"
         )
     is_val = np.zeros(len(names), dtype=bool)
     is_val[chosen] = True
@@ -175,10 +178,12 @@ def _groups(train: Annotations, names: Sequence[str], data: DataSource) -> list[
         try:
             pattern = re.compile(data.group_pattern)
         except re.error as error:
-            raise InputError(f"group_pattern: {data.group_pattern!r} is no regular expression ({error})") from None
+            raise InputError(
+                f"--data.group_pattern: {data.group_pattern!r} is no regular expression ({error})"
+            ) from None
         matches = [pattern.search(name) for name in names]
         if not any(matches):
-            raise InputError(f"group_pattern: {data.group_pattern!r} matches no image, such as {names[0]}")
+            raise InputError(f"--data.group_pattern: {data.group_pattern!r} matches no image, such as {names[0]}")
         keys = [
             name if match is None else "\0".join(["", *(match.groups("") or [match[0]])])
             for name, match in zip(names, matches, strict=True)

@@ -20,7 +20,7 @@ from ddetr.checkpoint import Checkpoint, load_weights
 from ddetr.checkpoint.foreign import check_is_weights
 from ddetr.datasets import Annotations, AuditReport, audit
 from ddetr.datasets.augment import Augmentation, describe
-from ddetr.datasets.image_files import reading_shown
+from ddetr.datasets.image_files import reading_on_screen
 from ddetr.datasets.splits import image_names, load_splits, no_validation
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.batch_size import MemoryPlan
@@ -178,7 +178,7 @@ def prepare(config: TrainConfig) -> Prepared:
             with run.claimed(is_new=False):
                 pass  # whoever cannot have it is told so before the data are read
     _check_options(config, where["devices"] * where["num_nodes"], is_resumed=resume_file is not None)
-    with console.reading(f"reading {config.data.path}", "image headers") as update, reading_shown(update):
+    with reading_on_screen(config.data.path):
         held_back = run.held_back() if resume_file is not None else None
         train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty, held_back=held_back)
     if val_set is None:

@@ -94,13 +94,13 @@ def _read(data: DataSource, split: str | None, categories: Any, *, accept_refuse
     """The split in the checkpoint's classes, after what was found in it is shown."""
     from ddetr.datasets import available_splits
     from ddetr.datasets.audit import render_findings
-    from ddetr.datasets.image_files import reading_shown
+    from ddetr.datasets.image_files import reading_on_screen
     from ddetr.datasets.splits import load_split
 
     if split is None and data.val_split is None and data.val_annotations is None and data.val_fraction is None:
         splits = available_splits(data.path, data.format)
         split = splits[0] if len(splits) == 1 else None
-    with console.reading(f"reading {data.path}", "image headers") as update, reading_shown(update):
+    with reading_on_screen(data.path):
         annotations = load_split(data, "val", split, categories=categories)
     if annotations.findings:
         console.show(render_findings(annotations.findings))

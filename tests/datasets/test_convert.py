@@ -326,3 +326,24 @@ def test_coco_files_of_any_name(make_coco: Callable[..., Path], tmp_path: Path) 
     done = convert(read_source(data), tmp_path / "out", "yolo")
     assert done.num_images == {"train": 2, "val": 2}
     assert (tmp_path / "out" / "images" / "val" / "1.jpg").is_file()
+
+
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc"])
+def test_a_validation_split_is_held_back(
+    make_voc: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], to: str
+) -> None:
+    objects = [voc_object("cat", (1, 2, 20, 30))]
+    root, out = (
+        make_voc({stem: voc_xml(objects) for stem in "abcd"}, lists={"everything": "a\nb\nc\nd"}),
+        tmp_path / "out",
+    )
+    arguments = ["data", "convert", str(root), str(out), "--to", to, "--val_fraction", "0.25"]
+    assert cli.main(arguments) == 0
+    assert [len(load_annotations(out, name).images) for name in ("train", "val")] == [3, 1]
+    assert cli.main([*arguments, "--split", "everything"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_no_validation_split_is_held_back_beside_another(coco: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has the split val already"):
+        read_source(TrainingSource(str(coco), val_fraction=0.5))

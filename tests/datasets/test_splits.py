@@ -36,6 +36,15 @@ def test_without_a_validation_split_training_is_read_and_the_cure_is_named(flat)
     assert "--data.val_split" in str(no_validation(TrainingSource(str(flat))))
 
 
+def test_a_training_split_of_any_name_needs_no_validation_split(make_coco):
+    root = make_coco(split="photos")
+    make_coco(split="more", root=root)
+    with pytest.raises(InputError, match=r"splits more, photos: none is called train; --data\.train_split"):
+        load_splits(TrainingSource(str(root)))
+    train, val = load_splits(TrainingSource(str(root), train_split="photos"))
+    assert (train.name, val) == ("set/photos", None)
+
+
 def test_a_fraction_is_held_back_the_same_each_time(flat):
     source = TrainingSource(str(flat), val_fraction=0.1)
     train, val = load_splits(source)
@@ -126,7 +135,7 @@ def test_a_fraction_is_a_part(flat, fraction):
 
 def test_one_class_in_one_image_is_left_to_training(make_coco):
     root = make_coco([coco_object()], num_images=1, categories=[{"id": 3, "name": "cat"}])
-    with pytest.raises(InputError, match="has 1 images, and val_fraction 0.5 would hold back no image"):
+    with pytest.raises(InputError, match="has 1 images, and --data.val_fraction 0.5 would hold back no image"):
         load_splits(TrainingSource(str(root), val_fraction=0.5))
 
 
@@ -152,3 +161,12 @@ def test_names_do_not_depend_on_where_one_stands(flat, monkeypatch):
     monkeypatch.chdir(flat.parent)
     _, same = load_splits(TrainingSource(flat.name, val_fraction=0.2))
     assert image_names(same, Path(flat.name)) == image_names(val, flat)
+
+
+def test_the_named_training_split_is_enough(make_coco):
+    make_coco(split="alpha")
+    root = make_coco(split="val")
+    with pytest.raises(InputError, match="none is called train; --data.train_split .* names the one to train on"):
+        load_splits(TrainingSource(str(root)))
+    train, val = load_splits(TrainingSource(str(root), train_split="alpha"))
+    assert (train.name, val.name) == ("set/alpha", "set/val")

@@ -1,5 +1,6 @@
 """The page of `ddetr data show`: whole and self-contained for any data set, and it shows what a person has to see."""
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -300,6 +301,25 @@ def test_the_command_names_images_that_cannot_be_read(show: Callable, damaged: P
     code, out, err = show(damaged, "--num_images", "20")
     assert (code, err) == (0, "")
     assert re.search(r"not read     \S*\.(png|jpg): ", out)
+
+
+def test_the_command_on_strips_and_without_a_validation_split(show: Callable, shapes: Path, tmp_path: Path) -> None:
+    root = tmp_path / "strips"
+    shutil.copytree(shapes, root)
+    for path in root.rglob("*val*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (file,) = root.glob("annotations/*.json")
+    content = json.loads(file.read_text())
+    Image.new("RGB", (2400, 2)).save(root / "strip.png")
+    content["images"].append({"id": 10**6, "file_name": "../strip.png", "width": 2400, "height": 2})
+    strip = {"id": 10**6, "image_id": 10**6, "category_id": content["categories"][0]["id"], "bbox": [0, 0, 30, 2]}
+    content["annotations"].append(strip | {"area": 60, "iscrowd": 0})
+    file.write_text(json.dumps(content))
+    assert show(root, "--num_images", 20)[::2] == (0, "")
+    assert "a strip" in Page((tmp_path / "here" / "data.html").read_text()).text
+    code, _, err = show(root, "--split", "val")
+    assert (code, "there is no validation split" in err) == (2, True)
+    assert show(root, "--split", "val", "--data.val_fraction", 0.3)[::2] == (0, "")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ cvat.py           reader: CVAT for images
 labelme.py        reader: LabelMe
 yolo/             reader: YOLO
 named_images.py   images that one file of annotations names: how they are found, how their objects are collected
+json_files.py     JSON files: their text, and those that hold a list of images
 csv_boxes.py      reader: CSV tables of boxes (Roboflow, TensorFlow, RetinaNet, OpenImages, makesense.ai)
 label_studio.py   reader: Label Studio's JSON and JSON-MIN
 createml.py       reader: Create ML's JSON

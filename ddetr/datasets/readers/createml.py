@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import Annotations, FindingLog
-from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, list_files, load_list
+from ddetr.datasets.readers.json_files import list_splits, load_list
+from ddetr.datasets.readers.named_images import ImageCollector, Place
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled
 from ddetr.untrusted import one_line
 
-WHOLE = "all"
 _PLACES = ("*/_annotations.createml.json", "*.json", "annotations/*.json", "*/*.json")
 
 
 def createml_splits(path: Path) -> dict[str, Path]:
     """Split name -> its file; {} where there is none."""
-    files = list_files(path, _PLACES, lambda start: b'"coordinates"' in start and b'"label"' in start)
-    if len(files) == 1 and files[0].parent == (path.parent if path.is_file() else path):
-        return {WHOLE: files[0]}
-    folders = [file.parent for file in files]
-    return {file.parent.name if folders.count(file.parent) == 1 else file.stem: file for file in files}
+    return list_splits(path, _PLACES, lambda start: b'"coordinates"' in start and b'"label"' in start)
 
 
 def read_createml(wanted: Wanted) -> Annotations:
@@ -33,20 +29,19 @@ def read_createml(wanted: Wanted) -> Annotations:
 
     def read(file: Path, log: FindingLog) -> list[LabelledImage]:
         split = next(name for name in splits if splits[name] == file)
-        shown = str(file.relative_to(root))
-        finder = ImageFinder(root, file, split, wanted.image_dir)
-        images = ImageCollector(finder, shown, log)
-        for position, entry in enumerate(load_list(file)):
+        place = Place(root, file, split)
+        images = ImageCollector(place, wanted, log, form="cxcywh")
+        for position, entry in enumerate(load_list(file, log, place.shown)):
             name, objects = _first(entry, "image", "imagefilename"), _first(entry, "annotations", "annotation")
             if not isinstance(name, str) or not isinstance(objects, list):
                 message = f'An image needs "image" and "annotations"; this one has {one_line(list(entry))}.'
-                log.add("image-entry", "dropped", f"{shown}, image {position}", message)
+                log.add("image-entry", "dropped", f"{place.shown}, image {position}", message)
                 continue
             image = images.of(name)
-            for obj in objects if image is not None else ():
+            for obj in objects:
                 box, label = (obj.get("coordinates"), obj.get("label")) if isinstance(obj, dict) else (None, None)
-                x, y, w, h = (number(box.get(k)) if isinstance(box, dict) else number(None) for k in _KEYS)
-                image.add(str(label or "").strip(), (x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+                numbers = [number(box.get(key) if isinstance(box, dict) else None) for key in _KEYS]
+                image.add(str(label or "").strip(), numbers)
         return images.images()
 
     return read_labelled(wanted, "createml", splits, read)

@@ -19,12 +19,12 @@ import numpy as np
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_files import visible
 from ddetr.datasets.image_formats import is_image_name
-from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.coco.layout import split_word
+from ddetr.datasets.readers.named_images import ImageCollector, Place
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, is_true, number, read_labelled, size_hw
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, read_csv
+from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, one_line, read_csv
 
-WHOLE = "all"  # the one split of a table that names none
 _PLACES = ("*/_annotations.csv", "*.[ct]sv", "annotations/*.[ct]sv", "*/*.[ct]sv", "*/labels/*.[ct]sv")
 _FILE_WORDS = re.compile(
     r"(?:^|[_.-])(?:annotations?|annots?|labels?|bbox(?:es)?|boxes|detections?|oidv\d|csv|data)(?=[_.-]|$)", re.I
@@ -57,6 +57,7 @@ class _Layout:
     columns: Mapping[str, int]
     has_header: bool
     in_fractions: bool
+    num_columns: int
 
 
 def csv_splits(path: Path) -> dict[str, Path]:
@@ -73,15 +74,16 @@ def csv_splits(path: Path) -> dict[str, Path]:
 
 
 def _split_name(file: Path, root: Path) -> str:
-    """`train` of train_labels.csv, of train/_annotations.csv, of train/labels/detections.csv."""
+    """`train` of train_labels.csv, of custom_train.csv, of train/_annotations.csv, of train/labels/detections.csv."""
     names = [file.stem, *reversed(file.relative_to(root).parts[:-1])]
-    return next((word for name in names if (word := _FILE_WORDS.sub("", name).strip("_.-"))), WHOLE)
+    return next((split_word(word) for name in names if (word := _FILE_WORDS.sub("", name).strip("_.-"))), WHOLE)
 
 
 def _layout(file: Path) -> _Layout | None:
     """None where it is no table of boxes."""
     try:
-        first = next(read_csv(file, MAX_ANNOTATION_BYTES, errors="replace"), [])
+        rows = read_csv(file, MAX_ANNOTATION_BYTES, errors="replace")
+        first = next(rows, [])
     except (OSError, ValueError):
         return None
     cells = [re.sub(r"[\s-]+", "_", cell.strip().lstrip("#").lower()) for cell in first]
@@ -90,14 +92,24 @@ def _layout(file: Path) -> _Layout | None:
         for key, names in _COLUMNS.items()
         if any(name in cells for name in names)
     }
+    if "image" not in found:  # called otherwise: the only column that holds names of images
+        images = [i for i, cell in enumerate(_first_row(rows)[: len(cells)]) if is_image_name(cell.strip())]
+        found |= {"image": images[0]} if len(images) == 1 else {}
     if {"image", "class", "x1", "y1"} <= found.keys() and ({"x2", "y2"} <= found.keys() or {"w", "h"} <= found.keys()):
-        return _Layout(found, True, in_fractions={"imageid", "labelname"} <= set(cells))
+        return _Layout(found, True, {"imageid", "labelname"} <= set(cells), len(first))
     for names in _HEADLESS:
         found = {key: i for i, key in enumerate(names[: len(first)])}
         numbers = [first[i].strip() for key, i in found.items() if key not in ("image", "class")]
         if len(first) in (6, 8) and is_image_name(first[found["image"]].strip()) and _are_numbers(numbers):
-            return _Layout(found, False, in_fractions=False)
+            return _Layout(found, False, False, len(first))
     return None
+
+
+def _first_row(rows: Iterator[list[str]]) -> list[str]:
+    try:
+        return next(rows, [])
+    except (OSError, ValueError):  # reading it will say what is wrong
+        return []
 
 
 def _are_numbers(cells: Sequence[str]) -> bool:
@@ -111,50 +123,41 @@ def read_csv_boxes(wanted: Wanted) -> Annotations:
 
     def read(file: Path, log: FindingLog) -> list[LabelledImage]:
         split = next(name for name in splits if splits[name] == file)
-        finder = ImageFinder(root, file, split, wanted.image_dir)
-        return _read(file, str(file.relative_to(root)), finder, _class_names(root, file), log)
+        return _read(Place(root, file, split), wanted, _class_names(root, file), log)
 
     return read_labelled(wanted, "csv", splits, read)
 
 
-def _read(
-    file: Path, shown: str, finder: ImageFinder, class_names: Mapping[str, str], log: FindingLog
-) -> list[LabelledImage]:
-    layout = _layout(file)
+def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: FindingLog) -> list[LabelledImage]:
+    file, layout = place.file, _layout(place.file)
     if layout is None:  # it was one when its folder was looked at
         raise InputError(f"{file} is no table of boxes any more")
-    images = ImageCollector(finder, shown, log, in_fractions=layout.in_fractions, unit="row")
-    corners = [layout.columns.get(key, -1) for key in ("x1", "y1", "x2", "y2")]
-    by_size = -1 in corners
-    if by_size:
-        corners = [layout.columns[key] for key in ("x1", "y1", "w", "h")]
+    by_size = not {"x2", "y2"} <= layout.columns.keys()
+    form = "xywh" if by_size else "xyxy"
+    images = ImageCollector(place, wanted, log, form=form, in_fractions=layout.in_fractions, unit="row")
+    box_columns = [layout.columns[key] for key in ("x1", "y1", *(("w", "h") if by_size else ("x2", "y2")))]
     get = partial(_cell, layout.columns)
-    largest, num_boxes = 0.0, 0
     for line, row in _rows(file, layout.has_header):
+        beyond = [cell for cell in row[layout.num_columns :] if cell.strip()]
+        if beyond:
+            message = (
+                f"It has {len(row)} cells, the first row {layout.num_columns}; those beyond were left out, such as "
+                f"{one_line(beyond[0], 40)}. Write a row for each box."
+            )
+            log.add("cells-beyond", "dropped", f"{place.shown}, row {line}", message)
         image = images.of(get(row, "image"))
-        if image is None:
-            continue
         image.declared_hw = image.declared_hw or size_hw(get(row, "height"), get(row, "width"))
-        words = [row[i].strip() if i < len(row) else "" for i in corners]
+        words = [row[i].strip() if i < len(row) else "" for i in box_columns]
         if not any(words):  # an image without objects
             continue
         name = get(row, "class")
         box = [number(word.replace(",", ".")) for word in words]
-        if by_size:
-            box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
-        image.add(class_names.get(name, name), box, line, ignore=get(row, "group") == "1")
-        largest, num_boxes = max(largest, *map(abs, box)), num_boxes + 1
-    if num_boxes and largest <= 1 and not layout.in_fractions:
-        message = (
-            "Every box lies in 0..1: these look like fractions of the image, and pixels are expected. Multiply them by "
-            "the width and height of their images."
-        )
-        log.add("relative-boxes", "refused", shown, message, count=num_boxes)
+        image.add(class_names.get(name, name), box, line, ignore=is_true(get(row, "group")))
     found = images.images()
     ids = {name for image in found for name in image.classes if name.startswith(("/m/", "/g/"))}
     if ids:
         message = f"{len(ids)} classes have ids for names, such as {min(ids)}: no class-descriptions*.csv names them."
-        log.add("unnamed-classes", "note", shown, message, count=len(ids))
+        log.add("unnamed-classes", "note", place.shown, message, count=len(ids))
     return found
 
 

@@ -17,18 +17,16 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import ImageFolders
+from ddetr.datasets.image_files import IMAGES_OPTION, ImageFolders, folders_in, report_all_missing, report_unlisted
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.label_folders import (
-    WHOLE,
     box_around,
     box_around_turned,
     label_files,
     named_splits,
-    subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, decode_xml, one_line, parse_xml, read_bytes, xml_root_name
 
@@ -45,7 +43,7 @@ def cvat_splits(path: Path) -> dict[str, list[_Source]]:
     files = [path] if path.suffix.lower() == ".xml" and path.is_file() else label_files(path, ".xml")
     file = next((file for file in files if xml_root_name(file) == "annotations"), None)
     if file is None:
-        exports = [(sub.name, sub / "annotations.xml") for sub in subfolders(path)]
+        exports = [(sub.name, sub / "annotations.xml") for sub in folders_in(path)]
         found = [(name, inner) for name, inner in exports if xml_root_name(inner) == "annotations"]
         return named_splits([(name, (inner, None)) for name, inner in found if _load(inner)])
     subsets = sorted({image.get("subset") or _NO_SUBSET for image in _load(file)})
@@ -110,17 +108,10 @@ def _images(file: Path, subset: str | None, wanted: Wanted, log: FindingLog) -> 
         declared_hw = size_hw(image.get("height"), image.get("width"))
         yield LabelledImage(path, where, classes, boxes, numbers, declared_hw=declared_hw, unit="shape")
     if elements and not used:
-        message = (
-            f"None of the {len(elements)} images was found in {home / 'images'}; export them too, or give image_dir."
-        )
-        log.add("every-image-missing", "refused", str(file), message, count=len(elements))
-    for parent in sorted({path.parent for path in used}):
-        unlisted = [name for name in folders.images(parent) if parent / name not in used and name not in times]
-        if unlisted:
-            message = (
-                f"{len(unlisted)} images in {parent} are not in the file and not used, as {one_line(unlisted[0])}."
-            )
-            log.add("unlisted-images", "note", str(parent), message, count=len(unlisted))
+        cure = f"Export them too, or name their folder by {IMAGES_OPTION}."
+        looked = [wanted.image_dir or home / "images"]
+        report_all_missing(log, str(file), str(_name(elements[0])), len(elements), looked, cure)
+    report_unlisted(used, folders, log, file.name, known=times)
 
 
 def _name(image: ElementTree.Element) -> PurePosixPath:

@@ -6,21 +6,27 @@ would get one file by a guess, neither gets it: boxes must never land on another
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, folded
-from ddetr.datasets.image_formats import is_image_name
-from ddetr.untrusted import MAX_PATH_PARTS
+from ddetr.datasets.image_files import AlikeNames, ImageFolders, folded, report_all_missing
+from ddetr.datasets.image_formats import is_clutter, is_image_name
+from ddetr.datasets.readers.reader import split_kind
+from ddetr.untrusted import MAX_PATH_PARTS, one_line
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://[^/]*/")  # https://host/, s3://bucket/, file:///
 _DRIVE = re.compile(r"^[A-Za-z]:(?=/)")
 _SAMPLED_NAMES = 32  # file names tried in each folder that might hold the images
+_DEPTH = 4  # folders below the data set's that are searched for images that lie in no usual place
+_MOST_FOLDERS = 10_000  # of those
+Spell = Callable[[str], list[str]]  # what a name may mean, the likeliest first
 
 
 def spellings(name: str) -> list[str]:
@@ -31,7 +37,7 @@ def spellings(name: str) -> list[str]:
     path, found = name[address.end() :] if address else name, []
     head, mark, query = path.partition("?")
     given = parse_qs(query, errors="surrogateescape").get("d", []) if mark else []
-    if mark and (address or given or is_image_name(head)):
+    if mark and (address or given or is_image_name(head.replace("\\", "/").rpartition("/")[2])):
         found, path = given[:1], head
     if address:
         path = path.partition("#")[0]
@@ -53,32 +59,44 @@ def path_parts(spelling: str) -> tuple[str, ...]:
     return () if ".." in parts or len(parts) > MAX_PATH_PARTS else tuple(parts)
 
 
+def last_parts(name: str) -> list[str]:
+    """The file names, without folders, that a name may mean, in the order in which they are tried."""
+    return list(dict.fromkeys(parts[-1] for one in spellings(name) if (parts := path_parts(one))))
+
+
 class FileNames:
     """Looks for the files of names below one folder; each folder is listed once."""
 
-    def __init__(self, folders: ImageFolders, home: Path, by_ends: bool) -> None:
+    def __init__(self, folders: ImageFolders, home: Path, by_ends: bool, spell: Spell) -> None:
         """by_ends: a name whose folders are not here is looked for by ever shorter ends of its path."""
-        self.home = home
-        self._folders, self._by_ends = folders, by_ends
+        self.home, self.by_ends = home, by_ends
+        self._folders, self._spell = folders, spell
         self._known: dict[tuple[str, ...], Path | None] = {(): home}
 
     def find(self, name: str) -> Path | None:
         return self.as_written(name) or next(self._guesses(name), None)
 
     def as_written(self, name: str) -> Path | None:
-        if "/" not in name and name in self._folders.names(self.home):
-            return self.home / name
+        if "/" not in name:
+            return self._in(self.home, name)
         path = self.home / name
-        return path if path.name in self._folders.names(path.parent) else None
+        return self._in(path.parent, path.name)
+
+    def _in(self, folder: Path, name: str) -> Path | None:
+        """The file of this name to the letter; a folder is none."""
+        if name not in self._folders.names(folder):
+            return None
+        path = folder / name
+        return path if is_image_name(name) or path.is_file() else None
 
     def _guesses(self, name: str) -> Iterator[Path]:
-        whole = [parts for parts in map(path_parts, spellings(name)) if parts]
-        longest = max(map(len, whole), default=0) if self._by_ends else 0
+        whole = [parts for parts in map(path_parts, self._spell(name)) if parts]
+        longest = max(map(len, whole), default=0) if self.by_ends else 0
         ends = [parts[-length:] for length in range(longest - 1, 0, -1) for parts in whole if len(parts) > length]
         for tries in (whole, ends):
             tries = list(dict.fromkeys(tries))
             places = [(folder, parts[-1]) for parts in tries if (folder := self._folder(parts[:-1])) is not None]
-            yield from (folder / last for folder, last in places if last in self._folders.names(folder))
+            yield from filter(None, (self._in(folder, last) for folder, last in places))
             yield from filter(None, (self._folders.find(folder / last) for folder, last in places))
 
     def _folder(self, parts: tuple[str, ...]) -> Path | None:
@@ -91,18 +109,20 @@ class FileNames:
         return self._known[parts]
 
 
-def choose_home(places: Sequence[Path], names: Sequence[str], folders: ImageFolders) -> FileNames | None:
+def choose_home(
+    places: Sequence[Path], names: Sequence[str], folders: ImageFolders, spell: Spell = spellings
+) -> FileNames | None:
     """Where the images of `names` lie: the place that holds most of a sample of them; None where none holds any."""
     step = max(1, len(names) // _SAMPLED_NAMES)
     sample = set(names[::step][:_SAMPLED_NAMES])
-    homes = [FileNames(folders, place, by_ends=False) for place in places]
+    homes = [FileNames(folders, place, False, spell) for place in places]
     written = [sum(home.as_written(name) is not None for name in sample) for home in homes]
     if written and max(written) > len(sample) / 2:  # such as images beside masks of the same names
         places = [homes[written.index(max(written))].home]
     best, most = None, 0
     for by_ends in (False, True):
         for place in places:
-            tried = FileNames(folders, place, by_ends)
+            tried = FileNames(folders, place, by_ends, spell)
             found = len({tried.find(name) for name in sample} - {None})
             if found > most:
                 best, most = tried, found
@@ -112,45 +132,96 @@ def choose_home(places: Sequence[Path], names: Sequence[str], folders: ImageFold
 
 
 def find_files(
-    places: Sequence[Path], names: Sequence[str], folders: ImageFolders, log: FindingLog, shown: str
+    places: Sequence[Path],
+    names: Sequence[str],
+    folders: ImageFolders,
+    log: FindingLog,
+    shown: str,
+    *,
+    root: Path,
+    split: str,
+    spell: Spell = spellings,
+    are_addresses: bool = False,
 ) -> list[Path | None]:
-    """The file of each name, None where there is none or where it can't be known, which the log says."""
+    """The file of each name, None where there is none or where it can't be known, which the log says.
+
+    Args:
+        places: folders that may hold the images, the likeliest first.
+        shown: the annotation file, for people.
+        root: the data set's folder: images that are in none of the places are looked for below it.
+        split: its name; folders of other splits hold none of its images.
+        are_addresses: the folders in names are those of a server, and nothing is repaired by leaving them out.
+    """
     if not names:
         return []
-    home = choose_home(places, names, folders)
-    if home is None:
-        looked = ", ".join(str(place) for place in places[:4]) or "no folder"
-        message = (
-            f"None of its {len(names)} images was found (the first is {names[0]}; looked in {looked}); give image_dir."
-        )
-        log.add("every-image-missing", "refused", shown, message, count=len(names))
-        return [None] * len(names)
-    paths = [home.find(name) for name in names]
-    guessed = [i for i, path in enumerate(paths) if path is not None and not _says(names[i], path, home.home)]
+    home = choose_home(places, names, folders, spell)
+    paths = [home.find(name) if home else None for name in names]
+    _look_elsewhere(paths, names, root, split, home, spell)
+    if not any(paths):
+        report_all_missing(log, shown, names[0], len(names), places)
+        return paths
+    base = home.home if home else root
+    guessed = [i for i, path in enumerate(paths) if path is not None and not _says(names[i], path, base)]
     clashing = _clashing(paths, names, guessed)
     in_other_words = []
     for i, name in enumerate(names):
         path = paths[i]
         if path is None:
-            message = f"There is no {home.home / name}; the image was left out."
-            log.add("missing-image", "dropped", f"{shown}, {name}", message)
+            message = f"There is no {one_line(base / name)}, or more than one that it could be; the image was left out."
+            log.add("missing-image", "dropped", f"{shown}, {one_line(name)}", message)
         elif i in clashing:
             paths[i] = None
             _report_clash(name, path, clashing[i], log, shown)
+    action = "note" if are_addresses else "repaired"
     for i in guessed:
         path = paths[i]
-        if path is None:
-            continue
-        if path.name not in names[i]:
-            message = f"The file is called {path.name}; it was used."
-            log.add("file-name-differs", "repaired", f"{shown}, {names[i]}", message)
+        if path is None or names[i] == path.name or path.with_suffix("") == base / names[i]:
+            continue  # in another folder, which no name states; without suffixes, as OpenImages has its names
+        if path.name not in names[i] and not are_addresses:
+            message = f"The file is called {one_line(path.name)}; it was used."
+            log.add("file-name-differs", "repaired", f"{shown}, {one_line(names[i])}", message)
         else:
             in_other_words.append(i)
     if in_other_words:
         i = in_other_words[0]
-        message = f"File names carry more than is here, such as {names[i]}; it was found as {paths[i]}."
-        log.add("file-name-path", "repaired", shown, message, count=len(in_other_words))
+        message = (
+            f"File names say more or less than the path, such as {one_line(names[i])}; it was found as {paths[i]}."
+        )
+        log.add("file-name-path", action, shown, message, count=len(in_other_words))
     return paths
+
+
+def _look_elsewhere(
+    paths: list[Path | None],
+    names: Sequence[str],
+    root: Path,
+    split: str,
+    home: FileNames | None,
+    spell: Spell,
+) -> None:
+    """Fills in what lies in other folders than most images do: names without folders, or with such as are not here."""
+    left = [i for i, path in enumerate(paths) if path is None and (not home or home.by_ends or "/" not in names[i])]
+    if not left:
+        return
+    elsewhere = _below(root, split, {folded(path.stem) for path in paths if path is not None})
+    for i in left:
+        parts = filter(None, map(path_parts, spell(names[i])))
+        paths[i] = next(filter(None, (elsewhere.find(one[-1], any_suffix=False) for one in parts)), None)
+
+
+def _below(root: Path, split: str, found: Collection[str]) -> AlikeNames:
+    """The images below a folder, without the folders of other splits, and without those that hold an image of the same
+    name as one of `found`: they run beside the images, as masks, depths and other resolutions do."""
+    kind, alike = split_kind(split), AlikeNames()
+    others = {"train", "val", "test"} - {kind} if kind and "trainval" not in split.lower() else set()
+    for folder, inner, files in islice(os.walk(root), _MOST_FOLDERS):
+        deep = len(Path(folder).relative_to(root).parts) >= _DEPTH
+        inner[:] = [] if deep else [name for name in inner if not is_clutter(name) and split_kind(name) not in others]
+        images = list(filter(is_image_name, files))
+        if not any(folded(os.path.splitext(name)[0]) in found for name in images):
+            for name in images:
+                alike.add(name, Path(folder, name))
+    return alike
 
 
 def _says(name: str, path: Path, home: Path) -> bool:
@@ -176,13 +247,14 @@ def _clashing(paths: Sequence[Path | None], names: Sequence[str], guessed: Seque
 
 
 def _report_clash(name: str, path: Path, owner: str | None, log: FindingLog, shown: str) -> None:
-    where = f"{shown}, {name}"
+    where = f"{shown}, {one_line(name)}"
     if owner is not None:
+        owner = one_line(owner)
         message = f"There is no such file; {path}, which is nearest, belongs to {owner}. The image was left out."
         log.add("missing-image", "dropped", where, message)
         return
     message = (
         f"It and other entries could all mean {path}: whose boxes are whose can't be known. Put the images into "
-        "folders as file_name names them, or correct file_name."
+        "folders as the names say, or correct the names."
     )
     log.add("ambiguous-image", "refused", where, message)

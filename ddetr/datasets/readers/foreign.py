@@ -13,7 +13,7 @@ from ddetr.errors import InputError
 from ddetr.untrusted import one_line, open_file
 from ddetr.wording import first_few
 
-_DEPTH = 3  # folders below the one that was given
+_DEPTH = 4  # folders below the one that was given
 _FILES = 20_000  # that are looked at; what it is shows long before
 _NEAR = 50  # folders inside that are tried
 _STARTS = 200  # files whose first bytes are read
@@ -123,6 +123,36 @@ def _mot(look: _Look) -> Path | None:
     return next((file for file in look.files if file.name == "gt.txt" and file.parent.name == "gt"), None)
 
 
+def _of_another_task(look: _Look) -> Path | None:
+    names = ("captions_", "panoptic_", "stuff_", "image_info_")
+    return next((f for f in look.starts if f.suffix.lower() == ".json" and f.name.lower().startswith(names)), None)
+
+
+def _are_fractions(words: list[str]) -> bool:
+    return all(word.replace(".", "", 1).isdigit() and 0 <= float(word) <= 1 for word in words)
+
+
+def _is_yolo(words: list[str]) -> bool:
+    return len(words) == 5 and words[0].isdigit() and _are_fractions(words[1:])
+
+
+def _is_oid(words: list[str]) -> bool:
+    """`Soda can 178.56 749.44 238.08 812.16`."""
+    return len(words) > 4 and _numbers(words) == 0 and _numbers(words[-4:]) == 4
+
+
+def _is_keras_yolo(words: list[str]) -> bool:
+    """`images/a.jpg 5,6,25,16,0 50,60,90,100,1`."""
+    rest = [word.split(",") for word in words[1:]]
+    return is_image_name(words[0]) and bool(rest) and all(_numbers(cells) == 5 == len(cells) for cells in rest)
+
+
+def _boxes_in_one_column(look: _Look) -> Path | None:
+    """A table whose first row holds a list of numbers, or of boxes, in one of its cells."""
+    tables = (f for f in look.starts if f.suffix.lower() == ".csv")
+    return next((f for f in tables if any(b'"[' in line for line in look.starts[f].splitlines()[1:3])), None)
+
+
 def _labelbox(look: _Look) -> Path | None:
     return look.any_start(".ndjson", b'"data_row"') or look.any_start(".json", b'"data_row"')
 
@@ -146,6 +176,11 @@ _KINDS = (
         "is read",
     ),
     _Kind("a project of VGG's Image Annotator (VIA)", _via, "open it in VIA, and export its annotations as COCO"),
+    _Kind(
+        "a CSV export of Label Studio",
+        lambda look: look.any_start(".csv", b"annotation_id", b"lead_time"),
+        "export it as JSON, which is read, with its images",
+    ),
     _Kind("a Supervisely project", _supervisely, "export it from Supervisely as COCO, Pascal VOC or YOLO"),
     _Kind("a VoTT project", lambda look: look.any_file(".vott") or look.any_start(".json", b'"asset"'), _BY_DATUMARO),
     _Kind("Datumaro's JSON", lambda look: look.any_start(".json", b'"items"', b'"categories"'), _BY_DATUMARO),
@@ -161,11 +196,38 @@ _KINDS = (
         _BY_DATUMARO,
     ),
     _Kind(
+        "COCO's annotations of another task",
+        _of_another_task,
+        "those of detection are called instances_*.json, and come with the same download",
+    ),
+    _Kind(
+        "Segment Anything's masks",
+        lambda look: look.any_start(".json", b'"image":', b'"stability_score"'),
+        "its masks have no classes: draw or choose the objects of yours in a labelling tool, and export COCO",
+    ),
+    _Kind(
+        "rows as YOLO's are",
+        lambda look: _lines_of(look, _is_yolo),
+        "put the images into a folder called images and these text files into one called labels beside it, or all "
+        "into one folder",
+    ),
+    _Kind(
+        "a list with images and boxes in each line, as keras-yolo3 has",
+        lambda look: _lines_of(look, _is_keras_yolo),
+        _BY_HAND,
+    ),
+    _Kind("label files of OIDv4 ToolKit", lambda look: _lines_of(look, _is_oid), _BY_HAND),
+    _Kind(
         "VisDrone's annotations",
         lambda look: _lines_of(look, lambda words: len(words) == 8 == _numbers(words), ","),
         f"Ultralytics' VisDrone.yaml makes YOLO of it, or {_BY_HAND}",
     ),
     _Kind("an archive", lambda look: look.any_file(*_ARCHIVES), "unpack it first, and give the folder that comes out"),
+    _Kind(
+        "a table with boxes as lists in one column",
+        _boxes_in_one_column,
+        "write a row for each box, with columns filename, class, xmin, ymin, xmax and ymax, in pixels",
+    ),
     _Kind(
         "a table without the columns of boxes",
         lambda look: look.any_file(".csv", ".tsv"),
@@ -179,16 +241,18 @@ _KINDS = (
 )
 
 
-def what_it_is(path: Path, is_known: Callable[[Path], bool]) -> str | None:
+def what_it_is(path: Path, is_known: Callable[[Path], bool], wrong: str | None = None) -> str | None:
     """A sentence or two about a folder or file in which no reader found its format; None where nothing is recognised.
 
-    is_known: whether a reader finds its format in a folder.
+    is_known: whether a reader finds its format in a folder. wrong: what a reader found broken in `path`.
     """
     look = _Look(path)
     near: list[Path] = []
     for place in _near(look):
         if not any(place.is_relative_to(other) for other in near) and _is_one(place, is_known):
             near.append(place)
+    if wrong and len(near) != 1:
+        return wrong
     if near:
         what = f"{near[0]} is one: give that path" if len(near) == 1 else f"there are {first_few(near, 4)}: give one"
         return f"{path} is no data set itself, but {what}"

@@ -15,8 +15,8 @@ from typing import Any
 
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_files import visible
-from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.named_images import ImageCollector, Place
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_ANNOTATION_BYTES,
@@ -31,11 +31,9 @@ from ddetr.untrusted import (
     read_text,
 )
 
-WHOLE = "all"
 _NAMES = ("metadata.jsonl", "metadata.csv")
 _BOXES = ("bbox", "bboxes", "boxes")
 _CLASSES = ("categories", "category", "labels", "label", "category_id", "categories_id", "class", "classes")
-_USUAL_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 def huggingface_splits(path: Path) -> dict[str, tuple[Path, str]]:
@@ -48,7 +46,7 @@ def huggingface_splits(path: Path) -> dict[str, tuple[Path, str]]:
             file for name in _NAMES for file in visible(path.glob(pattern.format(name)), path) if _has_objects(file)
         ]
         if len(files) == 1 and files[0].parent in (path, path / "data", path / "images"):
-            folders = sorted(f.name for f in files[0].parent.iterdir() if f.name in _USUAL_SPLITS and f.is_dir())
+            folders = sorted(f.name for f in files[0].parent.iterdir() if split_kind(f.name) and f.is_dir())
             return {name: (files[0], name) for name in folders} or {WHOLE: (files[0], "")}
         if files:
             return {file.parent.name: (file, "") for file in reversed(files)}  # reversed: JSON before CSV
@@ -105,9 +103,10 @@ def read_huggingface(wanted: Wanted) -> Annotations:
 
     def read(place: tuple[Path, str], log: FindingLog) -> list[LabelledImage]:
         file, folder = place
-        shown = str(file.relative_to(root))
         split = next(name for name in splits if splits[name] == place)
-        images = ImageCollector(ImageFinder(root, file, split, wanted.image_dir or file.parent), shown, log)
+        where_it_is = Place(root, file, split, beside_file=True)
+        shown = where_it_is.shown
+        images = ImageCollector(where_it_is, wanted, log, form="xywh")
         unnamed: set[str] = set()
         for line, entry in enumerate(_entries(file), 1):
             name, where = entry.get("file_name"), f"{shown}, line {line}"
@@ -119,14 +118,10 @@ def read_huggingface(wanted: Wanted) -> Annotations:
             if folder and folder not in parts[:-1]:
                 continue
             image = images.of(name)
-            if image is None:
-                continue
             image.declared_hw = size_hw(entry.get("height"), entry.get("width"))
             for box, label in _objects(_objects_of(entry), where, log):
-                x, y, w, h = (
-                    number(value) for value in (box if isinstance(box, list) and len(box) == 4 else [None] * 4)
-                )
-                image.add(_name(label, names_of_ids, unnamed), (x, y, x + w, y + h))
+                numbers = [number(value) for value in (box if isinstance(box, list) and len(box) == 4 else [None] * 4)]
+                image.add(_name(label, names_of_ids, unnamed), numbers)
         if unnamed:
             message = f"{len(unnamed)} classes have numbers and no names: they are called {min(unnamed)} and so on."
             log.add("unnamed-classes", "note", shown, message, count=len(unnamed))

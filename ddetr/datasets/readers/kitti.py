@@ -14,20 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import listed_lines
+from ddetr.datasets.image_files import folders_in, listed_lines
 from ddetr.datasets.readers.label_folders import (
-    WHOLE,
     ImagesBeside,
     Source,
     folder_named,
-    is_split_name,
     label_files,
     named_splits,
     report_images,
-    subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, split_kind
 from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, open_file, read_text, shortened
 
 _LABELS = ("label_2", "labels", "label")
@@ -38,18 +35,24 @@ _SAMPLED = 8  # files of a folder whose first line says what it holds
 def kitti_splits(path: Path) -> dict[str, list[Source]]:
     """Split name -> where its images come from; {} where there is no KITTI data set."""
     found = []
-    for base in (path, *subfolders(path)):
+    for base in (path, *folders_in(path)):
         for labels in folder_named(base, _LABELS):
-            for folder in (labels, *subfolders(labels)):
+            for folder in (labels, *folders_in(labels)):
                 if _holds_kitti(folder):
                     name = folder.name if folder != labels else WHOLE if base == path else base.name
                     found.append((name, Source(folder)))
     if len(found) != 1:
         return named_splits(found)
     (name, whole), known = found[0], {file.stem for file in label_files(found[0][1].folder, ".txt")}
-    lists = [file for sets in folder_named(path, ("ImageSets",)) for file in label_files(sets, ".txt")]
-    listed = {file.stem: [Source(whole.folder, file)] for file in lists if known & {*_names(file)}}
-    return listed or {name if is_split_name(name) else WHOLE: [whole]}
+    sets = folder_named(path, ("ImageSets",))
+    sets = sets or [sub for sub in folders_in(path) if sub.name.startswith("ImageSets_")]  # ImageSets_3dop: train_3dop
+    lists = [
+        (f"{file.stem}{folder.name.removeprefix('ImageSets') if len(sets) > 1 else ''}", file)
+        for folder in sets
+        for file in label_files(folder, ".txt")
+    ]
+    listed = {split: [Source(whole.folder, file)] for split, file in lists if known & {*_names(file)}}
+    return listed or {name if split_kind(name) else WHOLE: [whole]}
 
 
 def _names(listing: Path) -> list[str]:

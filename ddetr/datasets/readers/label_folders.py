@@ -6,21 +6,19 @@ from __future__ import annotations
 import heapq
 import math
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders
+from ddetr.datasets.image_files import ImageFolders, folders_in, report_all_missing
 from ddetr.datasets.image_formats import is_clutter, is_image_name
-from ddetr.datasets.readers.reader import LabelledImage, Wanted
+from ddetr.datasets.readers.file_names import last_parts
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, split_kind
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few
 
-WHOLE = "all"  # the one split of a data set that has none
-_SPLIT_NAME = re.compile(r"(train(val|ing)?|val(id|idate|idation)?|test(ing)?)([\W_\d]|$)", re.IGNORECASE)
 IMAGE_FOLDERS = ("JPEGImages", "images", "image", "imgs", "img", "image_2")
 _IMAGE_NAMES = frozenset(name.lower() for name in IMAGE_FOLDERS)
 _ABOVE = 4  # folders above a label file's own in which a folder of images is looked for
@@ -47,16 +45,6 @@ def label_files(folder: Path, suffix: str, most: int | None = None) -> list[Path
     return [folder / name for name in (sorted(names) if most is None else heapq.nsmallest(most, names))]
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """Those that are not hidden, sorted."""
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not is_clutter(entry.name))
-    except OSError:
-        return []
-    return [folder / name for name in names]
-
-
 def folder_named(folder: Path, names: Sequence[str]) -> list[Path]:
     """The subfolders called by one of `names`, in their order, with the usual capitals. The folder, of which there may
     be many with 100,000 images, is not listed."""
@@ -71,12 +59,8 @@ def folder_named(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def holds_json_labels(folder: Path) -> bool:
     """Whether there, or in its folders, are JSON files and no text files: a folder called labels that isn't YOLO's."""
-    places = [folder, *subfolders(folder)]
+    places = [folder, *folders_in(folder)]
     return any(label_files(p, ".json", 1) for p in places) and not any(label_files(p, ".txt", 1) for p in places)
-
-
-def is_split_name(name: str) -> bool:
-    return _SPLIT_NAME.match(name) is not None
 
 
 def named_splits(sources: Sequence[tuple[str, T]]) -> dict[str, list[T]]:
@@ -85,7 +69,7 @@ def named_splits(sources: Sequence[tuple[str, T]]) -> dict[str, list[T]]:
     named: dict[str, list[T]] = {}
     for name, source in sources:
         named.setdefault(name, []).append(source)
-    if any(is_split_name(name) for name in named):
+    if any(map(split_kind, named)):
         return named
     whole = {WHOLE: [source for _, source in sources]} if sources else {}
     return whole if len(named) == 1 else {**named, **whole}
@@ -100,10 +84,12 @@ class ImagesBeside:
         self._places: dict[Path, list[Path]] = {}
         self._below: dict[Path, list[Path]] = {}
 
-    def find(self, label_file: Path, name: str) -> Path | None:
+    def find(self, label_file: Path, stated: str) -> Path | None:
+        """The image of a name that the label file gives, whatever folders, addresses and other systems add to it."""
+        return next((found for name in last_parts(stated) if (found := self._find(label_file, name)) is not None), None)
+
+    def _find(self, label_file: Path, name: str) -> Path | None:
         """The image called `name`, or as it is but for capitals and its image suffix."""
-        if not name or "/" in name or "\0" in name:
-            return None
         for place in self.places(label_file.parent):
             image = self.folders.find(place / name)
             if image is not None and is_image_name(image.name):
@@ -114,8 +100,8 @@ class ImagesBeside:
     def find_own(self, label_file: Path) -> Path | None:
         """The image that is called as the label file is (`a.xml`, `a.jpg.xml`)."""
         stem = label_file.stem
-        found = self.find(label_file, stem) if is_image_name(stem) else None
-        return found or self.find(label_file, f"{stem}.jpg")
+        found = self._find(label_file, stem) if is_image_name(stem) else None
+        return found or self._find(label_file, f"{stem}.jpg")
 
     def find_stated(self, label_file: Path, path: str) -> Path | None:
         """The image at a path that the label file gives from its own folder; whoever wrote it may have used Windows."""
@@ -133,7 +119,7 @@ class ImagesBeside:
         """The folders in those of images: images/train of labels that lie all in one folder."""
         if folder not in self._below:
             usual = [] if self._image_dir else [p for p in self.places(folder) if p.name.lower() in _IMAGE_NAMES]
-            self._below[folder] = [sub for place in usual for sub in subfolders(place)]
+            self._below[folder] = [sub for place in usual for sub in folders_in(place)]
         return self._below[folder]
 
     def _look(self, folder: Path) -> list[Path]:
@@ -145,7 +131,7 @@ class ImagesBeside:
         usual = list(dict.fromkeys([*usual, *above]))
         if any(self.folders.images(place) for place in usual):
             return usual
-        others = [sub for up in above for sub in subfolders(up) if sub not in usual and self.folders.images(sub)]
+        others = [sub for up in above for sub in folders_in(up) if sub not in usual and self.folders.images(sub)]
         return [*usual, *others] if len(others) == 1 else usual  # of photos and masks, which are the images?
 
 
@@ -165,9 +151,7 @@ def report_images(
     """
     paths = {image.path for image in found}
     if labels and not paths:
-        places = first_few([str(place) for place in beside.places(labels[0].parent)], 3)
-        message = f"None of the {len(labels)} images was found (looked in {places}); give image_dir."
-        log.add("every-image-missing", "refused", str(wanted.path), message, count=len(labels))
+        report_all_missing(log, str(wanted.path), labels[0].stem, len(labels), beside.places(labels[0].parent))
     beside.folders.report_unread(log)
     for folder in sorted({path.parent for path in paths}):
         if wanted.split not in (wanted.train_split, folder.name, folder.parent.name):
@@ -194,7 +178,7 @@ def without_shared(images: Iterable[LabelledImage], log: FindingLog) -> list[Lab
             f"It and {one_line(where)} both lead to {one_line(image.path)}: whose boxes these are can't be known; give "
             "each image the name of its label file."
         )
-        log.add("duplicate-image-id", "refused", image.where, message)
+        log.add("ambiguous-image", "refused", image.where, message)
     return kept
 
 

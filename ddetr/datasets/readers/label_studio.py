@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_formats import is_image_name
-from ddetr.datasets.readers.named_images import ImageCollector, ImageFinder, list_files, load_list
+from ddetr.datasets.readers.file_names import last_parts, spellings
+from ddetr.datasets.readers.json_files import list_splits, load_list
+from ddetr.datasets.readers.named_images import ImageCollector, Objects, Place
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
-from ddetr.untrusted import one_line
+from ddetr.untrusted import MAX_PATH, one_line
 
-WHOLE = "all"
 _LABELS = ("rectanglelabels", "polygonlabels", "labels")
-_UPLOAD = re.compile(r"^[0-9a-f]{8}-(?=.)")
+_UPLOAD = re.compile(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)")
 
 
 def label_studio_splits(path: Path) -> dict[str, Path]:
@@ -32,8 +31,7 @@ def label_studio_splits(path: Path) -> dict[str, Path]:
     def is_ours(start: bytes) -> bool:
         return b"labels" in start and any(word in start for word in (b'"result"', b'"rectanglelabels"', b'"annotator"'))
 
-    files = list_files(path, ("*.json", "annotations/*.json", "*/*.json"), is_ours)
-    return {WHOLE: files[0]} if len(files) == 1 else {file.stem: file for file in files}
+    return list_splits(path, ("*.json", "annotations/*.json", "*/*.json"), is_ours)
 
 
 def read_label_studio(wanted: Wanted) -> Annotations:
@@ -43,16 +41,15 @@ def read_label_studio(wanted: Wanted) -> Annotations:
 
     def read(file: Path, log: FindingLog) -> list[LabelledImage]:
         split = next(name for name in splits if splits[name] == file)
-        shown = str(file.relative_to(root))
-        images = ImageCollector(
-            ImageFinder(root, file, split, wanted.image_dir), shown, log, in_fractions=True, are_addresses=True
-        )
-        for position, task in enumerate(load_list(file)):
-            where = f"{shown}, task {one_line(task.get('id', position))}"
+        place = Place(root, file, split)
+        images = ImageCollector(place, wanted, log, in_fractions=True, spell=_spellings, are_addresses=True)
+        for position, task in enumerate(load_list(file, log, place.shown)):
+            where = f"{place.shown}, task {one_line(task.get('id', position))}"
             name, regions = _image_name(task), _regions(task, where, log)
             if name is None:
                 log.add("image-entry", "dropped", where, "The task names no image; it was left out.")
-            elif regions is not None and (image := images.of(name, _other_names)) is not None:
+            elif regions is not None:
+                image = images.of(name)
                 for region in regions:
                     _add(image, region, where, log)
         return images.images()
@@ -61,28 +58,17 @@ def read_label_studio(wanted: Wanted) -> Annotations:
 
 
 def _image_name(task: dict[str, Any]) -> str | None:
-    """Of an address, the path in it; of a local file's, what stands behind `?d=`."""
+    """The address of an image, or its path."""
     data = task["data"] if isinstance(task.get("data"), dict) else task
     values = [data.get("image"), data.get("img"), *data.values()]
-    names = [name for value in values if isinstance(value, str) and (name := _path_of(value))]
-    return next((name for name in names if is_image_name(name.rpartition("/")[2])), None)
+    names = (value for value in values if isinstance(value, str) and len(value) <= MAX_PATH)
+    return next((name for name in names if any(map(is_image_name, last_parts(name)))), None)
 
 
-def _path_of(address: str) -> str:
-    try:
-        parts = urlsplit(address)
-        local = parse_qs(parts.query).get("d") if "://" in address or address.startswith("/") else None
-    except ValueError:  # such as a bracket that is not closed
-        return address
-    if local:
-        return local[0].replace("\\", "/")
-    return unquote(parts.path) if parts.scheme or address.startswith("/data/") else address.replace("\\", "/")
-
-
-def _other_names(name: str) -> Iterator[str]:
-    last = name.rpartition("/")[2]
-    yield _UPLOAD.sub("", last)
-    yield unquote(last)
+def _spellings(name: str) -> list[str]:
+    """With and without what an upload gets before its name."""
+    found = spellings(name)
+    return list(dict.fromkeys([*found, *(_UPLOAD.sub(r"\1", one) for one in found)]))
 
 
 def _regions(task: dict[str, Any], where: str, log: FindingLog) -> list[dict[str, Any]] | None:
@@ -111,14 +97,14 @@ def _regions(task: dict[str, Any], where: str, log: FindingLog) -> list[dict[str
     return list(by_id.values())
 
 
-def _add(image: Any, region: dict[str, Any], where: str, log: FindingLog) -> None:
+def _add(image: Objects, region: dict[str, Any], where: str, log: FindingLog) -> None:
     labels = next((region[key] for key in _LABELS if isinstance(region.get(key), list) and region[key]), None)
     is_drawn = "x" in region or "points" in region
     if labels is None or not is_drawn:
         kinds = ", ".join(key for key in region if key.endswith("labels"))
         if is_drawn or kinds:
             message = f"A region {f'of {one_line(kinds)} ' if kinds else 'without a label '}is no box; it was left out."
-            log.add("no-box", "dropped", where, message)
+            log.add("missing-box", "dropped", where, message)
         return
     size = size_hw(region.get("original_height"), region.get("original_width"))
     if number(region.get("image_rotation", 0)) % 360 != 0:

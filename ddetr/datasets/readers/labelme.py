@@ -14,18 +14,17 @@ from typing import Any
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
+from ddetr.datasets.image_files import folders_in
+from ddetr.datasets.readers.json_files import json_text
 from ddetr.datasets.readers.label_folders import (
-    WHOLE,
     ImagesBeside,
     box_around,
-    is_split_name,
     label_files,
     named_splits,
     report_images,
-    subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_LABEL_BYTES,
@@ -34,7 +33,6 @@ from ddetr.untrusted import (
     one_line,
     open_file,
     parse_json,
-    read_text,
     shortened,
 )
 
@@ -50,9 +48,9 @@ def labelme_splits(path: Path) -> dict[str, list[Path]]:
     if _holds_labelme(path):
         return {WHOLE: [path]}
     found = []
-    for sub in subfolders(path):
-        inner = [sub] if _holds_labelme(sub) else [folder for folder in subfolders(sub) if _holds_labelme(folder)]
-        is_one = len(inner) == 1 and is_split_name(sub.name)  # train/annotations/*.json
+    for sub in folders_in(path):
+        inner = [sub] if _holds_labelme(sub) else [folder for folder in folders_in(sub) if _holds_labelme(folder)]
+        is_one = len(inner) == 1 and split_kind(sub.name)  # train/annotations/*.json
         found += [(sub.name if is_one else folder.name, folder) for folder in inner]
     return named_splits(found)
 
@@ -95,8 +93,8 @@ def read_labelme(wanted: Wanted) -> Annotations:
 def _load(file: Path, where: str, log: FindingLog) -> dict[str, Any] | None:
     """Of a file only what is used: the image in it may have megabytes."""
     try:
-        content = parse_json(read_text(file, MAX_LABEL_BYTES), "the file")
-    except (OSError, UnicodeDecodeError, InputError) as error:
+        content = parse_json(json_text(file, MAX_LABEL_BYTES, log, where), "the file")
+    except InputError as error:
         log.add("malformed-json", "dropped", where, f"It can't be read ({error}); the image was left out.")
         return None
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
@@ -113,8 +111,7 @@ def _images(
         where = str(file.relative_to(root))
         stated = str(content["imagePath"] or "")
         by_name = beside.find_own(file)
-        name = stated.replace("\\", "/").rpartition("/")[2]
-        by_statement = beside.find_stated(file, stated) or beside.find(file, name)
+        by_statement = beside.find_stated(file, stated) or beside.find(file, stated)
         if by_statement is not None and by_statement.stem == file.stem:
             by_name = by_statement  # of a.jpg and a.png the one that it names
         path = by_statement or by_name

@@ -27,8 +27,24 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, in_pixels, is_relative, ordered_corners, read_as
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import read_headers, settle_size
+from ddetr.datasets.image_files import Resized, read_headers, settle_size
 from ddetr.errors import InputError
+from ddetr.untrusted import one_line
+from ddetr.wording import first_few
+
+_UNNAMED = 10  # objects of ids without a name, and
+_UNNAMED_PART = 0.01  # of all: more are no slip
+
+WHOLE = "all"  # the one split of a data set that has none
+_SPLIT_NAME = re.compile(
+    r"(?:(train)(?:val|ing)?|(val)(?:id|idate|idation)?|(test)(?:ing)?)(?:[\W_\d]|$)", re.IGNORECASE
+)
+
+
+def split_kind(name: str) -> str | None:
+    """ "train", "val" or "test" for the name of a file or folder that begins as a split's does; None for another."""
+    found = _SPLIT_NAME.match(name)
+    return next(filter(None, found.groups())).lower() if found else None
 
 
 @dataclass(frozen=True)
@@ -109,17 +125,28 @@ def table_of(
     """The images that can be read, with the objects that can be used; what is left out, and why, goes to the log.
 
     label_of: label of each class, -1 or nothing for one that is left out; said_of: why. form: `Wanted.boxes`.
+
+    Raises:
+        InputError: a form is given, and the format holds fractions of the image.
     """
+    if form != "auto" and (relative := next((image for image in images if image.in_fractions), None)):
+        raise InputError(
+            f"--data.boxes (boxes) is for formats in pixels: {relative.where} holds fractions of the image, as its "
+            "format says"
+        )
     said_of = cache(said_of)
-    framed = []
+    framed, resized = [], Resized()
     for image, header in zip(images, read_headers([image.path for image in images]), strict=True):
         if isinstance(header, InputError):
             log.add("unreadable-image", "dropped", image.where, f"{header} It was left out.")
             continue
         boxes = image.boxes_xyxy if image.in_fractions else read_as(image.boxes_xyxy, image.form, form)
+        if not (image.in_fractions or is_relative(form)):
+            resized.look_at(header, image.declared_hw, boxes, image.where)
         size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where)
         if size_hw is not None:
             framed.append((image, boxes, size_hw))
+    resized.report(len(images), log)
     _check_meaning(framed, form, log)
     records = []
     for image, boxes, size_hw in framed:
@@ -161,6 +188,21 @@ def _check_meaning(
         check_meaning(boxes, sizes_hw, own, form, log, f"{mine[0][0].where} and on")
 
 
+def check_unnamed(unnamed: Mapping[Any, int], total: int, where: str, log: FindingLog) -> None:
+    """Whether the objects of class ids without a name are too many for a slip: left out, they would be background.
+
+    unnamed: how many objects each such id has; total: how many objects there are.
+    """
+    lost = sum(unnamed.values())
+    if lost >= _UNNAMED and lost > _UNNAMED_PART * total:
+        ids = first_few([one_line(class_id, 40) for class_id in sorted(unnamed, key=str)], 5)
+        message = (
+            f"{lost:,} of {total:,} objects have class ids that have no name ({ids}); left out, they would be "
+            "background. Name them, or take them out of the annotations."
+        )
+        log.add("unnamed-ids", "refused", where, message, count=lost)
+
+
 def number(value: object) -> float:
     """A number as written, with a decimal comma too, but not `1,234`: it may be a thousand. NaN for what is none."""
     if isinstance(value, str) and "," in value and not re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+\s*", value):
@@ -175,3 +217,13 @@ def size_hw(height: object, width: object) -> tuple[int, int] | None:
     """A stated size; None for what is none."""
     sides = number(height), number(width)
     return (round(sides[0]), round(sides[1])) if all(1 <= side < 2**31 for side in sides) else None
+
+
+def is_true(written: Any) -> bool:
+    """Of 1, 1.0, true, and the same as text."""
+    text = str(written).strip().lower()
+    try:
+        value = float(text)
+        return value != 0 and not math.isnan(value)
+    except ValueError:
+        return text in ("true", "yes")

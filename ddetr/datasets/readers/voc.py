@@ -21,24 +21,31 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import ImageFolders, listed_lines
+from ddetr.datasets.image_files import ImageFolders, folders_in, listed_lines
 from ddetr.datasets.image_formats import is_image_name
+from ddetr.datasets.readers.file_names import last_parts
 from ddetr.datasets.readers.label_folders import (
     IMAGE_FOLDERS,
-    WHOLE,
     ImagesBeside,
     Source,
     box_around,
     box_around_turned,
     folder_named,
-    is_split_name,
     label_files,
     named_splits,
     report_images,
-    subfolders,
     without_shared,
 )
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.reader import (
+    WHOLE,
+    LabelledImage,
+    Wanted,
+    is_true,
+    number,
+    read_labelled,
+    size_hw,
+    split_kind,
+)
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_LABEL_BYTES,
@@ -55,6 +62,7 @@ from ddetr.untrusted import (
 
 _XML_FOLDERS = ("annotations", "annotation", "annots", "annot", "xmls", "xml", "labels", "label")
 _SAMPLED = 8  # files of a folder whose beginning says what it holds
+_FLAG = re.compile(r"\s+(-1|0|1)$")  # whether an image holds objects of a list's class
 _MOST_WORDS = 32  # of a line of a list that are tried as the name of an image
 
 
@@ -77,7 +85,7 @@ def _layout(path: Path) -> tuple[Path, dict[str, list[Source]]]:
             raise InputError(f"{path} holds several Pascal VOC data sets ({names}); name one of them")
         if found:
             return next(iter(found.items()))
-        level = [sub for folder in level for sub in subfolders(folder)]
+        level = [sub for folder in level for sub in folders_in(folder)]
     return path, {}
 
 
@@ -89,8 +97,8 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
     if not beside_images:
         return {}
     sources = []
-    for sub in subfolders(root):
-        inner = _xml_folder(sub) if is_split_name(sub.name) else None
+    for sub in folders_in(root):
+        inner = _xml_folder(sub) if split_kind(sub.name) else None
         if inner is not None or _holds_voc(sub):
             sources.append((sub.name, Source(inner or sub)))
     if sources:
@@ -101,7 +109,7 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
 def _xml_folder(root: Path) -> Path | None:
     """The folder below `root` whose XML files, or whose folders of them, describe images."""
     for folder in folder_named(root, _XML_FOLDERS):
-        if _holds_voc(folder) or any(_holds_voc(sub) for sub in subfolders(folder)):
+        if _holds_voc(folder) or any(_holds_voc(sub) for sub in folders_in(folder)):
             return folder
     return None
 
@@ -127,9 +135,22 @@ def _listed(root: Path, folder: Path) -> dict[str, list[Source]]:
         names = {file.stem for file in lists}
         # "aeroplane_train" is train once more with a flag for aeroplanes: no split of its own
         own = [f for f in lists if f.stem.rpartition("_")[2] not in names or "_" not in f.stem]
-        if own:
-            return {file.stem: [Source(folder, file)] for file in own}
+        splits: dict[str, list[Source]] = {}
+        for file in own:
+            _, mark, word = file.stem.rpartition("_")
+            of_a_class = mark and split_kind(word) and _has_flags(file)  # where those are all, as VoTT writes
+            splits.setdefault(word if of_a_class else file.stem, []).append(Source(folder, file))
+        if splits:
+            return splits
     return {}
+
+
+def _has_flags(file: Path) -> bool:
+    """Whether its first line ends in what the images of a class have: `name -1`."""
+    try:
+        return any(_FLAG.search(line.rstrip()) for line in listed_lines(file)[:1])
+    except InputError:
+        return False
 
 
 def _lists_images(file: Path, index: dict[str, Path | None]) -> bool:
@@ -144,10 +165,10 @@ def _lists_images(file: Path, index: dict[str, Path | None]) -> bool:
 
 
 def _unlisted(folder: Path) -> dict[str, list[Source]]:
-    inner = [] if _holds_voc(folder) else [sub for sub in subfolders(folder) if _holds_voc(sub)]
+    inner = [] if _holds_voc(folder) else [sub for sub in folders_in(folder) if _holds_voc(sub)]
     if not inner:  # all XML files in one folder, the images in one for each split
-        places = [sub for place in folder_named(folder.parent, IMAGE_FOLDERS) for sub in subfolders(place)]
-        splits = {sub.name: [Source(folder, sub)] for sub in places if is_split_name(sub.name)}
+        places = [sub for place in folder_named(folder.parent, IMAGE_FOLDERS) for sub in folders_in(place)]
+        splits = {sub.name: [Source(folder, sub)] for sub in places if split_kind(sub.name)}
         return splits or {WHOLE: [Source(folder)]}
     return named_splits([(sub.name, Source(sub)) for sub in inner])
 
@@ -156,7 +177,7 @@ def _unlisted(folder: Path) -> dict[str, list[Source]]:
 
 
 def _xml_files(folder: Path) -> list[Path]:
-    return label_files(folder, ".xml") or [file for sub in subfolders(folder) for file in label_files(sub, ".xml")]
+    return label_files(folder, ".xml") or [file for sub in folders_in(folder) for file in label_files(sub, ".xml")]
 
 
 def _by_name(folder: Path) -> dict[str, Path | None]:
@@ -178,7 +199,8 @@ def _named(line: str, index: dict[str, Path | None]) -> Path | None:
     -1" in lists of one class) or another path ("images/name.jpg labels/name.xml")."""
     name = _composed(line.strip().replace("\\", "/"))
     for _ in range(_MOST_WORDS):
-        for key in (name.removeprefix("./"), PurePosixPath(name).name):
+        in_other_words = last_parts(name) if "%" in name or "?" in name else ()
+        for key in (name.removeprefix("./"), PurePosixPath(name).name, *in_other_words):
             stem, _, suffix = key.rpartition(".")
             bare = stem if is_image_name(key) or suffix.lower() == "xml" else key
             for known in (key, bare):
@@ -204,7 +226,7 @@ def _listed_files(source: Source, log: FindingLog) -> list[Path]:
         where = f"{source.listing.name}, line {line_number}"
         file = _named(line, index)
         if file is None:
-            name = re.sub(r"\s+(-1|0|1)$", "", line.strip())
+            name = _FLAG.sub("", line.strip())
             message = f"The image {shortened(name, SHOWN_NAME)!r} has no annotation file; it was left out."
             log.add("missing-annotation", "dropped", where, message)
         elif file in files:
@@ -280,7 +302,7 @@ def _find_image(
     file: Path, tree: ElementTree.Element, beside: ImagesBeside, where: str, log: FindingLog
 ) -> Path | None:
     """By the XML's own name first: <filename> is often wrong after a data set has been renamed."""
-    stated = _text(tree, "filename").replace("\\", "/").rpartition("/")[2]
+    stated = _text(tree, "filename")
     by_statement = beside.find(file, stated)
     if by_statement is not None and by_statement.stem == file.stem:  # of a.jpg and a.png the one that it names
         return by_statement
@@ -298,12 +320,13 @@ def _objects(
     """Names, difficult (n,) bool, corners as written (n, 4), and the number of each object that has a box."""
     names, difficult, boxes, numbers = [], [], [], []
     objects = list(tree.iter("object"))
-    if len(objects) > MAX_OBJECTS:
-        report_crowd(log, where, len(objects))
+    total = sum(max(1, len(obj.findall("bndbox"))) for obj in objects)
+    if total > MAX_OBJECTS:
+        report_crowd(log, where, total)
     for i, obj in enumerate(objects[:MAX_OBJECTS], 1):
         place = f"{where}, object {i}"
         name = _text(obj, "name")
-        if _text(obj, "deleted") == "1":
+        if is_true(_text(obj, "deleted")):
             log.add("deleted-object", "note", place, "The object is marked as deleted; it was left out.")
             continue
         box = _box(obj, place, log)
@@ -315,10 +338,15 @@ def _objects(
         if not name:
             log.add("missing-name", "dropped", place, "The object has no name; it was left out.")
             continue
-        names.append(name)
-        difficult.append(_text(obj, "difficult") in ("1", "true", "True"))
-        boxes.append(box)
-        numbers.append(i)
+        others = [_corners(other) for other in obj.findall("bndbox")[1:]]
+        if others:
+            message = f"It has {1 + len(others)} boxes; each was read as an object of its own."
+            log.add("several-boxes", "repaired", place, message)
+        for one in [box, *others][: MAX_OBJECTS - len(names)]:
+            names.append(name)
+            difficult.append(is_true(_text(obj, "difficult")))
+            boxes.append(one)
+            numbers.append(i)
     return names, np.array(difficult, dtype=bool), np.array(boxes, dtype=np.float64).reshape(-1, 4), numbers
 
 
@@ -326,7 +354,7 @@ def _box(obj: ElementTree.Element, place: str, log: FindingLog) -> list[float] |
     """An object's corners: its <bndbox>, or what is around its turned box (radians) or its polygon."""
     box, turned, polygon = (obj.find(key) for key in ("bndbox", "robndbox", "polygon"))
     if box is not None:
-        return [number(_text(box, key)) for key in ("xmin", "ymin", "xmax", "ymax")]
+        return _corners(box)
     if turned is not None:
         around = box_around_turned(*(number(_text(turned, key)) for key in ("cx", "cy", "w", "h", "angle")))
     elif polygon is not None:  # <x1>, <y1>, <x2>, ...; or <pt> of <x> and <y>
@@ -338,6 +366,10 @@ def _box(obj: ElementTree.Element, place: str, log: FindingLog) -> list[float] |
         return None
     log.add("box-from-shape", "note", place, "It has a turned box or a polygon, no bndbox; the box around it was used.")
     return around
+
+
+def _corners(box: ElementTree.Element) -> list[float]:
+    return [number(_text(box, key)) for key in ("xmin", "ymin", "xmax", "ymax")]
 
 
 def _text(element: ElementTree.Element, key: str) -> str:

@@ -64,7 +64,7 @@ def test_another_form_is_found(objects, form, own, n):
         return
     assert [finding.action for finding in findings] == ["refused"]
     if n > 20 and objects == "medium":
-        assert f"--data.boxes {form} (" in findings[0].message
+        assert f"--data.boxes {form};" in findings[0].message
     assert ("-relative" in findings[0].message) == form.endswith("-relative")
     assert f"by --data.boxes {own}." in findings[0].message
     assert found(misread(boxes_of(objects, n), form, own), own, own) == ()  # the option silences it
@@ -129,7 +129,7 @@ def test_an_option_that_does_not_fit_is_refused(make_coco, make_yolo):
     objects = [coco_object(bbox=box) for box in written("xywh")]
     kinds = {f.kind: f.action for f in load_annotations(make_coco(objects), "train", boxes="xywh-relative").findings}
     assert kinds["boxes-not-relative"] == "refused"
-    with pytest.raises(InputError, match="boxes is for formats in pixels"):
+    with pytest.raises(InputError, match=r"--data\.boxes \(boxes\) is for formats in pixels"):
         load_annotations(make_yolo({"images/train/a.jpg": "0 .5 .5 .2 .2"}), "train", boxes="xyxy")
     with pytest.raises(InputError, match=r"boxes is one of auto, .* \(did you mean xywh\?\)"):
         load_annotations(make_coco(objects), "train", boxes="xyhw")

@@ -131,6 +131,11 @@ def test_unknown_ids_are_dropped_and_named(make_coco):
     ]
 
 
+def test_many_objects_of_unlisted_categories_stop(make_coco, kinds):
+    objects = [coco_object(category_id=7 if i % 2 else 8) for i in range(20)]
+    assert kinds(load_annotations(make_coco(objects), "train"))["unnamed-ids"] == "refused"
+
+
 def test_missing_images_are_left_out(make_coco):
     root = make_coco([coco_object(), coco_object(image_id=2), coco_object(image_id=3)], num_images=3)
     (root / "train" / "2.jpg").unlink()
@@ -246,6 +251,17 @@ def test_image_of_another_size(make_coco, write_image):
         ("size-mismatch", "repaired"),
         ("size-mismatch", "dropped"),
     ]
+
+
+def test_images_that_were_resized_after_annotation_stop(make_coco, kinds):
+    def edit(content):
+        for entry in content["images"]:
+            entry.update(width=128, height=96)
+
+    root = make_coco([coco_object(image_id=i) for i in (1, 2, 3, 4)], num_images=4, edit=edit)
+    assert kinds(load_annotations(root, "train"))["images-resized"] == "refused"
+    root = make_coco([coco_object(image_id=i, bbox=(100, 100, 20, 20)) for i in (1, 2, 3, 4)], num_images=4, edit=edit)
+    assert "images-resized" not in kinds(load_annotations(root, "train"))  # the stated size is wrong
 
 
 def test_broken_json_names_line_and_column(make_coco):
@@ -368,7 +384,7 @@ def test_explicit_files(make_coco, tmp_path, monkeypatch):
         assert annotations.findings == ()
     monkeypatch.chdir(root / "odd")
     assert len(load_annotations(root, "x", annotation_file="boxes.v2.json", image_dir="pictures").images) == 2
-    with pytest.raises(InputError, match=r"annotation_file: there is no nothing\.json in"):
+    with pytest.raises(InputError, match=r"\(annotation_file\): there is no nothing\.json in"):
         load_annotations(root, "x", annotation_file="nothing.json")
 
 

@@ -312,6 +312,14 @@ def test_a_broken_encoding_is_one_sentence(make_coco):
         ("annotations/train/x.json", "annotations/val/x.json", "images/{split}", ("train", "val")),
         ("annotations/instances_my_train.json", "annotations/instances_my_val.json", "{split}", ("train", "val")),
         ("train coco.json", "val coco.json", "images", ("train", "val")),
+        ("annotations/custom_train.json", "annotations/custom_val.json", "{split}2017", ("train", "val")),
+        (
+            "annotations/person_keypoints_train.json",
+            "annotations/person_keypoints_val.json",
+            "{split}",
+            ("train", "val"),
+        ),
+        ("annotations/train.json", "annotations/val.json", "images/{split}/data", ("train", "val")),
         ("set1_train.json", "set2_train.json", "images", None),
     ],
 )
@@ -336,6 +344,18 @@ def test_guessed_layouts(make_coco, tmp_path, write_image, train_json, val_json,
         annotations = load_annotations(top, split)
         assert [len(record.labels) for record in annotations.images] == [1, 0]
         assert annotations.findings == ()
+
+
+def test_images_that_lie_in_one_of_many_folders_are_not_guessed(make_coco, kinds):
+    """Below the usual folders, only the one folder that has them all is theirs."""
+    root: Path = make_coco()
+    (root / "train").rename(root / "data")
+    (root / "data" / "a").mkdir()
+    for name in ("1.jpg", "2.jpg"):
+        (root / "data" / name).rename(root / "data" / "a" / name)
+    assert len(load_annotations(root, "train").images) == 2
+    shutil.copytree(root / "data" / "a", root / "data" / "b")
+    assert kinds(load_annotations(root, "train")) == {"every-image-missing": "refused"}
 
 
 @pytest.mark.parametrize(

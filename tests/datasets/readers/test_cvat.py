@@ -115,6 +115,15 @@ def test_an_export_for_each_split(write_cvat):
     assert load_annotations(root, "val").images[0].path == root / "val/images/a.jpg"
 
 
+def test_what_is_broken_beside_a_data_set_does_not_end_the_search(write_cvat, make_coco, tmp_path):
+    """Another export that can't be read, in a folder of its own, as tools' own files lie about."""
+    track = '<track id="0" label="car"><box frame="0" xtl="1" ytl="1" xbr="2" ybr="2" outside="0"/></track>'
+    write_cvat(track, images=(), file="sets/video/annotations.xml")
+    make_coco(root=tmp_path / "sets" / "deep" / "coco")
+    with pytest.raises(InputError, match="no data set itself, but .*coco is one"):
+        detect_format(tmp_path / "sets")
+
+
 def test_a_video_says_what_to_export(write_cvat):
     root = write_cvat('<track id="0" label="car"><box frame="0" xtl="1" ytl="1" xbr="2" ybr="2" outside="0"/></track>')
     with pytest.raises(InputError, match=r"export of a video .* export the task as CVAT for images 1\.1"):

@@ -48,6 +48,7 @@ OPEN_IMAGES = (
         "a.jpg,4,6,24,18,cat,64,48\n",  # SKU-110K
         "cat,4,6,20,12,a.jpg,64,48\n",  # makesense.ai, before and after it wrote a header
         "label_name,bbox_x,bbox_y,bbox_width,bbox_height,image_name,image_width,image_height\ncat,4,6,20,12,a.jpg,64,48\n",
+        "Location, class, x1, y1, x2, y2\na.jpg, cat, 4, 6, 24, 18\n",  # the column that holds names of images
         "image_id, Class Name, x_min, y_min, x_max, y_max\na, cat, 4, 6, 24, 18\n\n",  # without suffixes
         OPEN_IMAGES + "a,xclick,cat,1,0.0625,0.375,0.125,0.375,0,0,0,0,0\n",
         'class,filename,y1,x1,y2,x2\n"cat",".\\imgs\\a.jpg",6,4,18,24\n',
@@ -65,6 +66,16 @@ def test_tables_of_boxes(tmp_path: Path, write_image: Callable[..., Path], text:
         assert set(kinds(annotations)) <= {"unlisted-images", "file-name-path"}
         assert ("file-name-path" in kinds(annotations)) == ("imgs" in text)
     assert ("b.jpg" in objects(annotations)) == ("b.jpg" in text)
+
+
+def test_cells_beyond_the_columns_are_named(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """A second box in the row of the first would be lost without a word."""
+    for name in ("a.jpg", "b.jpg"):
+        write_image(tmp_path / name)
+    (tmp_path / "annotations.csv").write_text("a.jpg,4,6,24,18,cat\nb.jpg,4,6,24,18,cat,1,2,9,8,dog\n")
+    annotations = load_annotations(tmp_path, "all")
+    assert objects(annotations) == {"a.jpg": [("cat", BOX)], "b.jpg": [("cat", BOX)]}
+    assert kinds(annotations) == {"cells-beyond": "dropped"}
 
 
 def test_a_table_of_any_place(tmp_path: Path, write_image: Callable[..., Path]) -> None:
@@ -150,7 +161,12 @@ def test_what_is_wrong_with_a_table(tmp_path: Path, write_image: Callable[..., P
         ("swapped-corners", "repaired", "train.csv, a.jpg, row 7"),
     }
     (tmp_path / "train.csv").write_text(f"{TENSORFLOW}a.jpg,64,48,cat,.1,.1,.5,.5\n")
-    assert kinds(load_annotations(tmp_path, "train"))["relative-boxes"] == "refused"
+    (refused,) = load_annotations(tmp_path, "train").findings
+    assert (refused.kind, refused.action) == ("boxes-look-relative", "refused")
+    assert "--data.boxes xyxy-relative" in refused.message
+    read = load_annotations(tmp_path, "train", boxes="xyxy-relative")
+    assert objects(read)["a.jpg"] == [("cat", [6.4, 4.8, 32.0, 24.0])]
+    assert not read.findings
 
 
 def test_images_of_one_name_are_never_guessed(tmp_path: Path, write_image: Callable[..., Path]) -> None:
@@ -167,7 +183,7 @@ def test_images_of_one_name_are_never_guessed(tmp_path: Path, write_image: Calla
     assert kinds(load_annotations(tmp_path, "all")) == {"every-image-missing": "refused"}
     write_image(tmp_path / "1.jpg")
     table.write_text(f"{TENSORFLOW}x/1.jpg,64,48,cat,4,6,24,18\ny/1.jpg,64,48,dog,4,6,24,18\n")  # two for one file
-    assert kinds(load_annotations(tmp_path, "all"))["duplicate-image-id"] == "refused"
+    assert kinds(load_annotations(tmp_path, "all"))["ambiguous-image"] == "refused"
 
 
 @pytest.mark.parametrize(
@@ -255,7 +271,7 @@ def test_label_studio_shapes(tmp_path: Path, write_image: Callable[..., Path]) -
         "a.jpg": [("cat", [20.0, 24.0, 32.0, 40.0]), ("dog", BOX), ("fox", [0.0, 0.0, 32.0, 24.0])],
         "b.jpg": [],
     }
-    assert kinds(annotations) == {"no-box": "dropped"}
+    assert kinds(annotations) == {"missing-box": "dropped"}
 
 
 def test_label_studio_drawn_twice(tmp_path: Path, write_image: Callable[..., Path]) -> None:
@@ -395,3 +411,35 @@ def test_hugging_face_of_anything(
     (tmp_path / "metadata.jsonl").write_text(first + "\n{")
     with pytest.raises(InputError, match="metadata.jsonl, line 2, is broken JSON"):
         load_annotations(tmp_path, "all")
+
+
+# ---- JSON files ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "cp1252"])
+def test_encodings_of_json(tmp_path: Path, write_image: Callable[..., Path], encoding: str) -> None:
+    write_image(tmp_path / "a.jpg")
+    text = json.dumps([task("a.jpg", [region("Bär")])], ensure_ascii=False)
+    (tmp_path / "export.json").write_text(text, encoding=encoding)
+    annotations = load_annotations(tmp_path, "all")
+    assert [category.name for category in annotations.categories] == ["Bär"]
+    assert kinds(annotations) == ({"encoding": "repaired"} if encoding == "cp1252" else {})
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (["train/export.json", "val/export.json"], ["train", "val"]),
+        (["custom_train.json", "custom_val.json"], ["train", "val"]),
+        (["annotations/project.json"], ["all"]),
+        (["x/train.json", "x/val.json"], ["train", "val"]),
+    ],
+)
+def test_splits_of_json_files(
+    tmp_path: Path, write_image: Callable[..., Path], files: list[str], splits: list[str]
+) -> None:
+    write_image(tmp_path / "images" / "a.jpg")
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(json.dumps([task("a.jpg", [region()])]))
+    assert sorted(available_splits(tmp_path)) == splits

@@ -50,6 +50,20 @@ def test_lists_of_the_usual_development_kits(make_kitti):
     assert [record.path.stem for record in load_annotations(root, "val").images] == ["000002"]
 
 
+def test_several_folders_of_lists(make_kitti):
+    """As papers divide KITTI: without them, validation images would be trained on."""
+    root = make_kitti({"000000": ROWS, "000001": ROWS, "000002": ROWS})
+    for folder, train, val in (
+        ("ImageSets_3dop", "000000", "000001\n000002"),
+        ("ImageSets_subcnn", "000001", "000002"),
+    ):
+        (root / folder).mkdir()
+        (root / folder / "train.txt").write_text(train)
+        (root / folder / "val.txt").write_text(val)
+    assert default_splits(root) == ("train_3dop", "val_3dop")
+    assert [record.path.stem for record in load_annotations(root, "val_subcnn").images] == ["000002"]
+
+
 @pytest.mark.parametrize(
     ("folder", "splits"),
     [

@@ -143,7 +143,7 @@ def test_whose_shapes_these_are(write_labelme, write_image, tmp_path):
     assert [record.path.name for record in annotations.images] == ["a.jpg"]
     assert {(f.kind, f.action, f.where) for f in annotations.findings if f.action == "refused"} == {
         ("image-path-differs", "refused", "b.json"),
-        ("duplicate-image-id", "refused", "c.json"),
+        ("ambiguous-image", "refused", "c.json"),
     }
     assert {f.kind: f.message for f in annotations.findings}["image-without-labels"].endswith("not used (d.jpg).")
 
@@ -169,6 +169,7 @@ def test_broken_files(write_labelme):
         ("malformed-json", "b.json"),
         ("malformed-json", "c.json"),
         ("other-json", "d.json"),
+        ("encoding", "e.json"),
         ("malformed-json", "e.json"),
     ]
     assert annotations.num_images_left_out == 3

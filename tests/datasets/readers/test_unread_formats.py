@@ -35,6 +35,26 @@ IMAGE = "an image"
         ({"labelTxt/P0000.txt": "imagesource:GoogleEarth\n", "images/P0000.png": IMAGE}, "DOTA"),
         ({"annfiles/P1.txt": "937.0 913.0 921.0 912.0 923.0 874.0 940.0 875.0 small-vehicle 0\n"}, "DOTA"),
         ({"annotations/1.txt": "684,8,273,116,0,0,0,0\n406,119,265,70,0,0,0,0\n", "images/1.jpg": IMAGE}, "VisDrone"),
+        (
+            {"0001.txt": "15 0.430176 0.397786 0.418945 0.149740\n", "b.txt": "0 0.5 0.5 1 1\n"},
+            "YOLO's .*called labels",
+        ),
+        ({"Annotations/1.txt": "0 0.5 0.5 0.2 0.2\n", "Images/1.jpg": IMAGE}, "YOLO's .*called labels"),
+        ({"annotations/captions_train2017.json": "{}", "train2017/1.jpg": IMAGE}, r"another task .*instances_\*\.json"),
+        (
+            {"a.json": '{"image": {"image_id": 1}, "annotations": [{"stability_score": 1}]}', "a.jpg": IMAGE},
+            "Segment A",
+        ),
+        ({"train/Soda can/Label/1.txt": "Soda can 178.56 749.4 238.1 812.2\n", "train/Soda can/1.jpg": IMAGE}, "OIDv4"),
+        (
+            {"train.txt": "imgs/a.jpg 5,6,25,16,0 50,60,90,100,1\nimgs/b.jpg 1,2,3,4,0\n", "imgs/a.jpg": IMAGE},
+            "keras-yolo3",
+        ),
+        (
+            {"project.csv": "annotation_id,annotator,id,image,label,lead_time\n", "a.jpg": IMAGE},
+            "Label Studio.* as JSON",
+        ),
+        ({"train.csv": 'image_id,bbox\na,"[834.0, 222.0, 56.0, 36.0]"\n', "a.jpg": IMAGE}, "as lists in one column"),
         ({"set.zip": "PK", "a.jpg": IMAGE}, r"an archive \(set.zip\): unpack it first"),
         ({"VOC.tar.gz": ""}, "unpack it first"),
         (

@@ -40,6 +40,25 @@ def test_class_flags_in_lists_are_no_part_of_the_name(make_voc):
     assert len(load_annotations(root, "train").images) == 1
 
 
+def test_an_object_with_several_boxes_is_several_objects(make_voc, kinds):
+    second = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"
+    two = voc_object().replace("</object>", f"{second}</object>")
+    train = load_annotations(make_voc({"a": voc_xml([two])}), "train")
+    assert train.images[0].boxes_xyxy.tolist() == [[5, 6, 25, 16], [1, 2, 9, 8]]
+    assert kinds(train) == {"several-boxes": "repaired"}
+
+
+def test_lists_of_one_class_each_make_the_splits_together(make_voc):
+    """As VoTT writes them: no list of its own for a split. What has no flags is a split of its own."""
+    files = {name: voc_xml([voc_object()]) for name in "abc"}
+    lists = {"cat_train": "a.jpg 1\nb.jpg -1\n", "dog_train": "a.jpg -1\nb.jpg 1\n", "cat_val": "c.jpg 1\n"}
+    root = make_voc(files, lists)
+    assert default_splits(root) == ("train", "val")
+    assert [len(load_annotations(root, split).images) for split in ("train", "val")] == [2, 1]
+    root = make_voc(files, {"day_train": "a\n", "night_train": "b\nc\n"}, root=root.parent / "parts")
+    assert available_splits(root) == ["day_train", "night_train"]
+
+
 def test_devkit_nesting(make_voc, tmp_path):
     root = make_voc({"a": voc_xml([voc_object()])}, root=tmp_path / "kit" / "VOCdevkit" / "VOC2007")
     for path in (root, root.parent, tmp_path / "kit"):
@@ -136,6 +155,19 @@ def test_size_of_the_real_image(make_voc, write_image, kinds):
         annotations = load_annotations(make_voc({"a": voc_xml([voc_object()], none)}), "train")
         assert annotations.images[0].size_hw == (48, 64)
         assert kinds(annotations) == {"missing-size": "repaired"}
+
+
+def test_images_that_were_resized_after_annotation_stop(make_voc, tmp_path, kinds):
+    """Boxes that happen to fit into the smaller images mean other places."""
+    double = "<size><width>128</width><height>96</height></size>"
+    files = {name: voc_xml([voc_object()], double) for name in "abcd"}
+    assert kinds(load_annotations(make_voc(files), "train")) == {
+        "size-mismatch": "repaired",
+        "images-resized": "refused",
+    }
+    flat = double.replace("96", "80")  # another shape: the stated size is what is wrong
+    root = make_voc({name: voc_xml([voc_object()], flat) for name in "abcd"}, root=tmp_path / "flat")
+    assert "images-resized" not in kinds(load_annotations(root, "train"))
 
 
 def test_unknown_split(make_voc):
@@ -389,7 +421,7 @@ def test_which_image_is_whose(tmp_path, write_image, make_voc):
     annotations = load_annotations(root, "all")
     assert len(annotations.images) == 1
     (finding,) = annotations.findings
-    assert (finding.kind, finding.action) == ("duplicate-image-id", "refused")
+    assert (finding.kind, finding.action) == ("ambiguous-image", "refused")
 
 
 def test_numbers_and_shapes(make_voc):

@@ -66,7 +66,7 @@ def test_lists_of_images(make_yolo):
     assert [(f.kind, f.action) for f in train.findings] == [
         ("missing-image", "dropped"),
         ("duplicate-image", "repaired"),
-        ("images-without-labels", "note"),
+        ("image-without-labels", "note"),
     ]
     assert train.findings[0].where == "train.txt, line 3"
     assert len(load_annotations(root, "val").images) == 1
@@ -137,7 +137,7 @@ def test_missing_label_file_is_background_but_not_for_all(make_yolo, kinds):
     root = make_yolo({"images/a.jpg": "0 .5 .5 .2 .2", "images/b.jpg": None}, data_yaml=yaml)
     annotations = load_annotations(root, "train")
     assert [len(record.labels) for record in annotations.images] == [1, 0]
-    assert kinds(annotations) == {"images-without-labels": "note"}
+    assert kinds(annotations) == {"image-without-labels": "note"}
     assert "1 of 2 images have no label file and count as background, such as b.jpg" in annotations.findings[0].message
     (root / "labels" / "b.txt").touch()  # an empty file says that there is nothing
     assert kinds(load_annotations(root, "train")) == {}

@@ -237,7 +237,7 @@ def test_a_list_of_which_nothing_is_there_says_where_it_looked(make_yolo):
     (root / "train.txt").write_text("/home/x/1.jpg\n/home/x/2.jpg\n")
     ((action, count, message),) = said(load_annotations(root, "train"), "every-image-missing")
     assert (action, count) == ("refused", 2)
-    assert f"None of the 2 images that it lists is there, such as /home/x/1.jpg; looked in {root}" in message
+    assert f"None of its 2 images was found (the first is /home/x/1.jpg; looked in {root}" in message
 
 
 def test_equal_names_in_several_folders_of_a_list_are_not_mixed_up(make_yolo):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import Category, FindingLog
+from ddetr.datasets.readers.json_files import json_text
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_ANNOTATION_BYTES, one_line, open_file, parse_json, read_text, without_doubles
+from ddetr.untrusted import MAX_ANNOTATION_BYTES, one_line, open_file, parse_json, without_doubles
 from ddetr.wording import first_few
 
 _WHOLE = re.compile(r"([+-]?[0-9]{1,20})(?:\.0*)?")
@@ -42,7 +43,7 @@ def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
             del entry["segmentation"]
         return entry
 
-    content = parse_json(_text(file, log), str(file), without_mask)
+    content = parse_json(json_text(file, MAX_ANNOTATION_BYTES, log, file.name), str(file), without_mask)
     if not isinstance(content, dict) or "images" not in content:
         found = "the keys " + first_few(content, 8) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise InputError(
@@ -50,29 +51,6 @@ def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
             f"found {found}"
         )
     return content
-
-
-def _text(file: Path, log: FindingLog) -> str:
-    """The file's text, in whichever encoding a tool has written it."""
-    try:
-        with open_file(file, MAX_ANNOTATION_BYTES) as stream:
-            encoding = json.detect_encoding(stream.read(4))  # UTF-8, 16 or 32
-        try:
-            return read_text(file, MAX_ANNOTATION_BYTES, encoding)
-        except UnicodeDecodeError as error:
-            if not encoding.startswith("utf-8"):
-                raise
-            text = read_text(file, MAX_ANNOTATION_BYTES, "cp1252", errors="replace")
-            line = text.count("\n", 0, error.start) + 1
-            near = text[max(0, error.start - 20) : error.start + 20]
-            message = (
-                f"The file is not {encoding.upper()} as JSON must be (line {line}: {near!r}); its letters were read as "
-                "those of Windows-1252. If they look wrong, save it as UTF-8."
-            )
-            log.add("encoding", "repaired", file.name, message)
-            return text
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} can't be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def whole_number(value: Any) -> int | None:

@@ -7,22 +7,26 @@ Recognised under a folder, the first that is there: `annotations/instances_{spli
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddetr.datasets.image_files import folders_in
 from ddetr.datasets.image_formats import is_clutter
 from ddetr.untrusted import open_file
 
 _FOLDERS = ("annotations", "annotation", "annots", "annot", "anns", "ann", "labels", "label", "json", "jsons")
 _IMAGE_FOLDERS = ("images", "JPEGImages", "data", "image", "imgs", "img", "pictures", "photos", "frames")
-_OTHER_TASKS = re.compile(r"^(captions|person_keypoints|stuff|panoptic|image_info|deprecated)_", re.IGNORECASE)
-_FILE_WORDS = re.compile(r"(?:^|[_.\s-])(?:instances?|annotations?|annots?|labels?|coco)(?=[_.\s-]|$)", re.IGNORECASE)
+_OTHER_TASKS = re.compile(r"^(captions|stuff|panoptic|image_info|deprecated)_", re.IGNORECASE)
+_KEYPOINTS = re.compile(r"^person_keypoints_", re.IGNORECASE)  # has boxes, but of persons only
+_FILE_WORDS = re.compile(
+    r"(?:^|[_.\s-])(?:instances?|person_keypoints|annotations?|annots?|labels?|coco)(?=[_.\s-]|$)", re.IGNORECASE
+)
 _SPLIT_WORD = re.compile(
     r"(?:^|(?<=[_.\s-]))(?:train(?:ing|val)?|val(?:id|idation)?|minival|test(?:ing)?)[0-9]*(?=[_.\s-]|$)", re.IGNORECASE
 )
-_MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # what may stand before the first brace, in UTF-8, 16 or 32
+_OTHERS = (b'"items"', b'"image":')  # Datumaro's, and Segment Anything's, which has one image a file
+JSON_MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # what may stand before the first bracket, in UTF-8, 16 or 32
 _MOST_FILES = 100  # JSON files of a folder that holds data sets: with more it has one for each image
 
 
@@ -32,7 +36,7 @@ def coco_splits(path: Path) -> dict[str, Path]:
         return {_split_name(path): path} if _looks_like_coco(path) else {}
     own = _json_files(path / "annotations", "instances_*.json")
     if own:
-        return _named({file.stem.removeprefix("instances_"): file for file in own})
+        return named_by_split({file.stem.removeprefix("instances_"): file for file in own})
     folders = folders_in(path)
     roboflow = {folder.name: folder / "_annotations.coco.json" for folder in folders}
     roboflow = {name: file for name, file in roboflow.items() if file.is_file()}
@@ -44,7 +48,7 @@ def coco_splits(path: Path) -> dict[str, Path]:
     for folder in (*for_annotations, path):
         files = _coco_files(folder)
         if files:
-            return _named({file.stem: file for file in files})
+            return named_by_split({file.stem: file for file in files})
         if folder != path and (inner := _of_folders(folders_in(folder))):
             return inner
     return _of_folders([folder for folder in folders if folder not in for_annotations])
@@ -54,16 +58,6 @@ def _order(folder: Path) -> int:
     return _FOLDERS.index(folder.name.lower())
 
 
-def folders_in(path: Path) -> list[Path]:
-    """Sorted; without hidden ones and what a Mac adds to an archive."""
-    try:
-        with os.scandir(path) as entries:
-            names = [e.name for e in entries if e.is_dir() and not is_clutter(e.name)]
-    except OSError:
-        return []
-    return [path / name for name in sorted(names)]
-
-
 def _json_files(folder: Path, pattern: str = "*.json") -> list[Path]:
     """Those of a folder that holds few of them; hidden ones (`._train.json` of a Mac's zip) are none."""
     files = [file for file in sorted(folder.glob(pattern)) if not is_clutter(file.name)]
@@ -71,7 +65,8 @@ def _json_files(folder: Path, pattern: str = "*.json") -> list[Path]:
 
 
 def _coco_files(folder: Path) -> list[Path]:
-    return [file for file in _json_files(folder) if not _OTHER_TASKS.match(file.name) and _looks_like_coco(file)]
+    files = [file for file in _json_files(folder) if not _OTHER_TASKS.match(file.name) and _looks_like_coco(file)]
+    return [file for file in files if not _KEYPOINTS.match(file.name)] or files
 
 
 def _of_folders(folders: Sequence[Path]) -> dict[str, Path]:
@@ -84,7 +79,7 @@ def _of_folders(folders: Sequence[Path]) -> dict[str, Path]:
     return {name: files[0] for name, files in inside.items() if len(files) == 1}
 
 
-def _named(files: dict[str, Path]) -> dict[str, Path]:
+def named_by_split(files: dict[str, Path]) -> dict[str, Path]:
     """The same files by the names of their splits, or as they were where those don't tell them apart."""
     names = [_split_name(file) for file in files.values()]
     return {n if names.count(n) == 1 else stem: f for n, (stem, f) in zip(names, files.items(), strict=True)}
@@ -93,6 +88,11 @@ def _named(files: dict[str, Path]) -> dict[str, Path]:
 def _split_name(file: Path) -> str:
     """ "train_v2" of "train_v2.json" and of "instances_train_v2.json", "train" of "custom_train.json"."""
     name = _FILE_WORDS.sub("", file.stem).strip("_.- ") or file.stem
+    return split_word(name)
+
+
+def split_word(name: str) -> str:
+    """ "train" of "custom_train"; a name that has no such word at its end or in it, or begins with it, as it is."""
     word = _SPLIT_WORD.search(name)
     return word[0] if word and word.start() else name
 
@@ -107,8 +107,8 @@ def _looks_like_coco(file: Path) -> bool:
             ends = start + stream.read()
     except OSError:
         return False
-    start, ends = start.lstrip(_MARKS), ends.replace(b"\0", b"")  # UTF-16 has a zero byte in each letter
-    if start[:1] != b"{" or (b'"items"' in start and b'"images"' not in ends):  # Datumaro's
+    start, ends = start.lstrip(JSON_MARKS), ends.replace(b"\0", b"")  # UTF-16 has a zero byte in each letter
+    if start[:1] != b"{" or (b'"images"' not in ends and any(word in start for word in _OTHERS)):
         return False
     if b'"images"' in ends or b'"image_id"' in ends:
         return True
@@ -119,9 +119,11 @@ def _looks_like_coco(file: Path) -> bool:
 def image_dirs(root: Path, annotation_file: Path, split: str) -> list[Path]:
     """The folders that may hold the images, the likeliest first."""
     beside = annotation_file.parent
+    dated = [folder for folder in folders_in(root) if re.fullmatch(re.escape(split) + r"_?[0-9]{4}", folder.name)]
     places = [
         root / split,
         *(root / name / split for name in _IMAGE_FOLDERS),
+        *dated,  # train2017
         *(root / split / name for name in _IMAGE_FOLDERS),
         beside / annotation_file.stem,
         beside / split,

@@ -7,8 +7,7 @@ n objects as they stand in the file, m of them that are used.
 from __future__ import annotations
 
 import math
-import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,13 +27,12 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, ordered_corners
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import ImageFolders, read_headers, report_unread, settle_size
-from ddetr.datasets.image_formats import is_unread_name
+from ddetr.datasets.image_files import ImageFolders, Resized, read_headers, report_unlisted, settle_size
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
 from ddetr.datasets.readers.file_names import find_files
-from ddetr.datasets.readers.reader import Wanted
+from ddetr.datasets.readers.reader import Wanted, check_unnamed, is_true
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_PATH, one_line
 
@@ -60,8 +58,8 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
 
     folders = ImageFolders()
     places = [wanted.image_dir] if wanted.image_dir else image_dirs(root, annotation_file, wanted.split)
-    paths = find_files(places, names, folders, log, shown)
-    _report_unlisted(paths, folders, log, shown)
+    paths = find_files(places, names, folders, log, shown, root=wanted.image_dir or root, split=wanted.split)
+    report_unlisted(paths, folders, log, shown)
     image_index, labels, usable, boxes_xyxy = _objects(
         objects, index_of_id, label_of_id, names, declared, form, log, shown
     )
@@ -165,24 +163,6 @@ def _integer_ids(ids: Sequence[Any], log: FindingLog, shown: str) -> np.ndarray:
     return np.arange(1, len(ids) + 1)
 
 
-def _report_unlisted(paths: Sequence[Path | None], folders: ImageFolders, log: FindingLog, shown: str) -> None:
-    """Counts the images that lie beside those of the annotations."""
-    listed: dict[str, set[str]] = defaultdict(set)
-    for path in paths:
-        if path is not None:
-            folder, _, name = str(path).rpartition(os.sep)
-            listed[folder].add(name)
-    for folder, names in sorted(listed.items()):
-        unlisted = [name for name in folders.images(Path(folder)) if name not in names]
-        if unlisted:
-            message = (
-                f"{len(unlisted)} images in {folder} are not listed in {shown} and not used, such as {unlisted[0]}."
-            )
-            log.add("unlisted-images", "note", folder, message, count=len(unlisted))
-        others = filter(is_unread_name, folders.names(Path(folder)))  # first: it is quick
-        report_unread((name for name in others if name not in names), folder, log)
-
-
 def _settle_shared_files(
     paths: list[Path | None],
     names: Sequence[str],
@@ -260,8 +240,12 @@ def _objects(
     for i in np.flatnonzero(image_index < 0):
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
+    unnamed = Counter(one_line(repr(objects[i].get("category_id")), 40) for i in np.flatnonzero(labels < 0))
+    check_unnamed(unnamed, len(objects), shown, log)
     for i in np.flatnonzero(labels < 0):
-        message = f"Its category id {objects[i].get('category_id')!r} is not among the categories; left out."
+        category_id = objects[i].get("category_id")
+        said = f"Its category id {category_id!r} is not among the categories"
+        message = f"{'It has no category id' if category_id is None else said}; left out."
         log.add("category-unknown", "dropped", _where(objects[i], shown, names, image_index[i]), message)
     annotation_ids = {obj["id"] for obj in objects if isinstance(obj.get("id"), (int, str))}
     num_without_id = sum(not isinstance(obj.get("id"), (int, str)) for obj in objects)
@@ -296,6 +280,7 @@ def _sizes(
     headers = read_headers([paths[i] for i in to_read])
     boxes_in_order = np.flatnonzero(usable)[np.argsort(image_index[usable], kind="stable")]
     ends = np.searchsorted(image_index[boxes_in_order], np.arange(len(paths)), side="right")
+    resized = Resized()
     for i, header in zip(to_read.tolist(), headers, strict=True):
         if isinstance(header, InputError):
             kept[i] = False
@@ -303,9 +288,11 @@ def _sizes(
         else:
             boxes = boxes_xyxy[boxes_in_order[ends[i - 1] if i else 0 : ends[i]]]
             declared_hw = None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1]))
+            resized.look_at(header, declared_hw, boxes, f"{shown}, {names[i]}")
             size_hw = settle_size(paths[i], header, declared_hw, boxes, log, f"{shown}, {names[i]}")
             kept[i] = size_hw is not None
             sizes_hw[i] = size_hw or (0, 0)
+    resized.report(len(to_read), log)
     return sizes_hw, kept
 
 
@@ -343,17 +330,7 @@ def _crowd(objects: Sequence[dict[str, Any]], selected: np.ndarray, log: Finding
     values = [objects[i].get("iscrowd") for i in selected.tolist()]
     if set(map(type, values)) <= {int, bool, type(None)}:
         return np.array(values, dtype=bool)
-    return np.array([_is_true(value) for value in values], dtype=bool)
-
-
-def _is_true(value: Any) -> bool:
-    """Of 1, 1.0, true, and the same as text."""
-    text = str(value).strip().lower()
-    try:
-        number = float(text)
-        return number != 0 and not math.isnan(number)
-    except ValueError:
-        return text in ("true", "yes")
+    return np.array([is_true(value) for value in values], dtype=bool)
 
 
 def _look_up(keys: Sequence[Any], index: Mapping[Any, int]) -> np.ndarray:

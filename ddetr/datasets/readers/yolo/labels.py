@@ -9,10 +9,13 @@ from itertools import islice
 from pathlib import Path
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, is_clutter, walk_files
+from ddetr.datasets.image_files import ImageFolders, walk_files
+from ddetr.datasets.image_formats import is_clutter
 from ddetr.datasets.readers.yolo.layout import has_rows
 from ddetr.datasets.readers.yolo.paths import names_of_labels, written_like
 from ddetr.untrusted import one_line
+
+_NEAR = 1000  # folders in which lost label files are looked for
 
 
 def label_file(image: Path) -> Path:
@@ -24,11 +27,8 @@ def _usual_folder(folder: Path) -> Path:
     parts = list(folder.parts)
     for i in reversed(range(len(parts))):
         if parts[i].lower() == "images":
-            for labels in written_like(parts[i], "labels"):
-                place = Path(*parts[:i], labels, *parts[i + 1 :])
-                if place.is_dir():
-                    return place
-            return Path(*parts[:i], "labels", *parts[i + 1 :])
+            places = [Path(*parts[:i], labels, *parts[i + 1 :]) for labels in written_like(parts[i], "labels")]
+            return next((place for place in places if place.is_dir()), Path(*parts[:i], "labels", *parts[i + 1 :]))
     return folder
 
 
@@ -39,7 +39,11 @@ def _label_folders(folder: Path) -> list[Path]:
         head, tail = folder.parts[: len(folder.parts) - depth], folder.parts[len(folder.parts) - depth + 1 :]
         places += [Path(*head, name, *tail) for name in names_of_labels(part)]
     places += [folder, folder / "labels", folder.parent / "labels" / folder.name]
-    return [place for place in dict.fromkeys(places) if place == places[0] or place.is_dir()]
+    found = [places[0]]
+    for place in dict.fromkeys(places):  # a Mac's disk has one folder for labels and Labels
+        if place.is_dir() and not any(other.is_dir() and place.samefile(other) for other in found):
+            found.append(place)
+    return found
 
 
 class LabelFiles:
@@ -81,6 +85,8 @@ class LabelFiles:
             message = (
                 f"No image has a label file (the first was expected at {label_file(first)}); all would be background."
             )
+            if (other := _elsewhere(first)) is not None:
+                message += f" There is {one_line(other)}: if it is a label file, put it and the others there."
             log.add("no-label-files", "refused", str(first.parent), message, count=num_without)
         elif num_without:
             for folder, images in self._without.items():
@@ -90,7 +96,7 @@ class LabelFiles:
                     f"{len(images):,} of {total:,} images have no label file and count as background, such as "
                     f"{_few(image.name for image in images)} (expected {expected})."
                 )
-                log.add("images-without-labels", "note", str(folder), message, count=len(images))
+                log.add("image-without-labels", "note", str(folder), message, count=len(images))
         for folder, used in self._used.items():
             if len(used) > 1:
                 parts = ", ".join(f"{count:,} in {place}" for place, count in sorted(used.items()))
@@ -140,6 +146,14 @@ class LabelFiles:
     def _other_file(self, name: str, folders: Sequence[Path]) -> Path | None:
         same = (folder / other for folder in folders for other in sorted(self._folders.names(folder)))
         return next((file for file in same if file.stem == name[:-4] and file.suffix != ".txt"), None)
+
+
+def _elsewhere(image: Path) -> Path | None:
+    """The text file called as an image is, in one of the next folders around it."""
+    name = f"{image.stem}.txt"
+    top = Path(os.path.commonpath([label_file(image).parent, image.parent]))
+    walk = islice(os.walk(top if top != image.parent else top.parent), _NEAR)
+    return next((Path(folder, name) for folder, _, files in walk if name in files), None)
 
 
 def _few(names: Iterable[str]) -> str:

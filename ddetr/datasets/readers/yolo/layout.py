@@ -20,6 +20,7 @@ from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, report_unread, visible, walk_files
 from ddetr.datasets.image_formats import is_image_name, is_unread_name
 from ddetr.datasets.readers.label_folders import holds_json_labels
+from ddetr.datasets.readers.reader import WHOLE
 from ddetr.datasets.readers.yolo.paths import (
     FEW,
     Places,
@@ -32,7 +33,6 @@ from ddetr.datasets.readers.yolo.paths import (
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_SPLIT_PATHS, MAX_YAML_BYTES, one_line, open_file, parse_yaml, read_text
 
-WHOLE = "all"  # the one split of a data set that has none
 _SPLIT_KEYS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 _YAML, _DARKNET = (".yaml", ".yml"), (".data",)
 _LISTS = ("", "ImageSets", "ImageSets/Main")

@@ -11,9 +11,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, is_clutter, listed_lines
+from ddetr.datasets.image_files import ImageFolders, folded, folders_in, listed_lines, report_all_missing
+from ddetr.datasets.readers.file_names import last_parts, spellings
 from ddetr.untrusted import MAX_PATH, MAX_PATH_PARTS, one_line
 from ddetr.wording import did_you_mean, first_few
 
@@ -45,7 +47,7 @@ class Places:
         if stated not in (".", "./"):
             self.bases.append(Path(os.path.expanduser(stated)).absolute())
         self.bases += homes
-        self._below = [place for place in _folders(self.home) if place.name.lower() != "labels"][:_FEW_FOLDERS]
+        self._below = [place for place in folders_in(self.home) if place.name.lower() != "labels"][:_FEW_FOLDERS]
 
     def find(self, text: str, needed: int) -> Path | None:
         """What a path stands for; needed: so many of its last parts tell it from the others."""
@@ -82,7 +84,7 @@ class Places:
             bare = bare[-needed:]
         while len(bare) > 1 and len(bare) <= MAX_PATH_PARTS and _exists(folder / bare[0]):
             folder, bare = folder / bare[0], bare[1:]
-        names = [place.name for place in _folders(folder)]
+        names = [place.name for place in folders_in(folder)]
         if bare and bare[0].lower().endswith(".txt"):
             names = sorted(name for name in ImageFolders().names(folder) if name.lower().endswith(".txt"))
         names = names or sorted(ImageFolders().names(folder))
@@ -97,7 +99,7 @@ def listed_images(listing: Path, bases: Sequence[Path], log: FindingLog) -> Iter
     bases: the folders that its paths may start from, beside its own.
     """
     homes = [listing.parent, *bases]
-    lines = [line.strip().strip("\"'").replace("\\", "/") for line in listed_lines(listing)]
+    lines = [_meant(line.strip().strip("\"'")) for line in listed_lines(listing)]
     split = [(number, *line.rpartition("/")[::2]) for number, line in enumerate(lines, 1) if line]
     homes = list(dict.fromkeys(_tidy(home) for home in homes))
     parents = {parent: bare_parts(parent) for _, parent, _ in split}
@@ -109,20 +111,24 @@ def listed_images(listing: Path, bases: Sequence[Path], log: FindingLog) -> Iter
     }
     absent = []
     for number, parent, name in split:
-        found = next(filter(None, (folders.find(folder / name) for folder in candidates[parent])), None)
+        places = (folders.find(folder / one) for one in (name, *last_parts(name)) for folder in candidates[parent])
+        found = next(filter(None, places), None)
         if found is not None:
             yield found
         else:
             absent.append((number, f"{parent}/{name}" if parent else name))
     if split and len(absent) == len(split):
-        looked = first_few(homes, 4)
-        shown = one_line(absent[0][1])
-        message = f"None of the {len(split):,} images that it lists is there, such as {shown}; looked in {looked}."
-        log.add("every-image-missing", "refused", str(listing), message, count=len(split))
+        cure = "Put them where the list says, or correct it."
+        report_all_missing(log, str(listing), absent[0][1], len(split), homes, cure)
         return
     for number, name in absent:
-        message = f"There is no {listing.parent / name}; the image was left out."
+        message = f"There is no {one_line(listing.parent / name)}; the image was left out."
         log.add("missing-image", "dropped", f"{listing.name}, line {number}", message)
+
+
+def _meant(line: str) -> str:
+    """A line as a path; of an address without its host and query."""
+    return spellings(line)[0] if "://" in line or "?" in line else line.replace("\\", "/")
 
 
 def _folders_meant(text: str, bare: Parts, homes: list[Path], needed: int, folders: ImageFolders) -> Iterator[Path]:
@@ -135,6 +141,8 @@ def _folders_meant(text: str, bare: Parts, homes: list[Path], needed: int, folde
         end = bare[i:]
         yield from (home.joinpath(*end) for home in homes if not end or end[0] in folders.names(home))
     yield from filter(None, (_in_other_capitals(home, bare) for home in homes))
+    if (decoded := unquote(text)) != text:
+        yield from _folders_meant(decoded, bare_parts(decoded), homes, needed, folders)
 
 
 # ---- paths -----------------------------------------------------------------------------------------------------------
@@ -167,20 +175,16 @@ def _images_elsewhere(bare: Parts) -> Iterator[Parts]:
 
 
 def _in_other_capitals(base: Path, parts: Parts) -> Path | None:
-    """The one folder whose path differs from this only in capitals, which make no difference where it was written."""
+    """The one folder whose path differs from this only in capitals, or in how accents are composed, which make no
+    difference where it was written."""
     if not parts or len(parts) > MAX_PATH_PARTS:
         return None
     for part in parts:
-        alike = [place for place in _folders(base) if place.name.lower() == part.lower()]
+        alike = [place for place in folders_in(base) if folded(place.name) == folded(part)]
         if len(alike) != 1:
             return None
         base = alike[0]
     return base
-
-
-def _folders(folder: Path) -> list[Path]:
-    names = (name for name in ImageFolders().names(folder) if not is_clutter(name))
-    return sorted(folder / name for name in names if (folder / name).is_dir())
 
 
 def _exists(place: Path) -> bool:
@@ -209,7 +213,6 @@ def names_of_labels(images: str) -> list[str]:
 
 
 def written_like(word: str, other: str) -> Sequence[str]:
-    """`other` in small letters, and written as `word` is: Labels beside Images."""
-    return dict.fromkeys(
-        [other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other, other]
-    )
+    """`other` written as `word` is (Labels beside Images), then in small letters and in capitals."""
+    alike = other.upper() if word.isupper() else other.capitalize() if word[0].isupper() else other
+    return list(dict.fromkeys([alike, other, other.capitalize(), other.upper()]))

@@ -8,6 +8,7 @@ oriented boxes) become the box around them.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from ddetr.datasets.annotations import (
     unlike_training,
     whole,
 )
-from ddetr.datasets.image_files import listed_lines, visible
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, table_of
+from ddetr.datasets.image_files import IMAGES_OPTION, listed_lines, visible
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
 from ddetr.datasets.readers.yolo.labels import LabelFiles
 from ddetr.datasets.readers.yolo.layout import description, image_paths, yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.paths import Places, given
@@ -36,9 +37,7 @@ _LIST_MARKS = " []\"'"
 def read_yolo(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
     if wanted.image_dir is not None:
-        raise InputError("image_dir is for COCO and VOC; a YOLO data set names its images in data.yaml")
-    if wanted.boxes != "auto":
-        raise InputError("boxes is for formats in pixels; a YOLO label file holds x, y, width, height in fractions")
+        raise InputError(f"{IMAGES_OPTION} is for other formats: a YOLO data set names its images in its data.yaml")
     path, split = wanted.path, wanted.split
     splits = yolo_splits(path)
     if split not in splits:
@@ -81,7 +80,11 @@ def read_yolo(wanted: Wanted) -> Annotations:
     for image, read in zip(images, rows, strict=True):
         ids, boxes, numbers = reader.boxes(read, keypoints)
         found.append(LabelledImage(image, read.where, ids, boxes, numbers, in_fractions=True, unit="line"))
-    return whole(f"{root.name}/{split}", "yolo", categories, table_of(found, label_of_id, log, said_of), log)
+    num_of_id = Counter(class_id for image in found for class_id in image.classes)
+    unnamed = {class_id: count for class_id, count in num_of_id.items() if class_id not in name_of_id}
+    check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
+    table = table_of(found, label_of_id, log, said_of, wanted.boxes)
+    return whole(f"{root.name}/{split}", "yolo", categories, table, log)
 
 
 def _read_lines(file: Path, log: FindingLog) -> list[str]:
@@ -185,7 +188,7 @@ def _numbered(ids: set[int], root: Path, log: FindingLog) -> list[Category]:
         message = (
             "No file names the classes; they are called by their ids, class_0 and so on. Name them in a data.yaml."
         )
-        log.add("no-class-names", "note", str(root), message)
+        log.add("unnamed-classes", "note", str(root), message)
     return [Category(i, f"class_{i}") for i in range(most + 1)]
 
 

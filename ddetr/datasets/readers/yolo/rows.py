@@ -42,6 +42,8 @@ class RowReader:
     keypoint_numbers: int | None = None  # numbers of a keypoint, where the description says that there are keypoints
     polygons: bool = False  # the description says that long rows are polygons
     num_in_pixels: int = 0
+    malformed: str = ""  # the first line that is no object, and
+    num_malformed: int = 0
     num_boxes: int = 0
     num_ordered: int = 0  # boxes whose third and fourth number are above the first and second: corners, perhaps
     num_reaching_out: int = 0  # boxes read as centre and size
@@ -67,6 +69,8 @@ class RowReader:
             except (ValueError, OverflowError):
                 message = f"Expected `class x y w h`, found {one_line(line.strip(), 60)!r}; the line was left out."
                 self.log.add("malformed-label", "dropped", place, message)
+                self.malformed = self.malformed or line
+                self.num_malformed += 1
                 continue
             if any(abs(value) > MAX_RELATIVE for value in values[:4]):
                 message = (
@@ -139,7 +143,13 @@ class RowReader:
                 f"{self.num_in_pixels:,} lines, more than half, hold no fractions of the image; they look like pixels. "
                 "Divide x and width by the image's width, y and height by its height."
             )
-            self.log.add("pixels-not-fractions", "refused", str(root), message, count=self.num_in_pixels)
+            self.log.add("boxes-not-relative", "refused", str(root), message, count=self.num_in_pixels)
+        if self.num_malformed > _FEW + self.num_boxes + self.num_long:
+            message = (
+                f"{self.num_malformed:,} lines, more than half, are no `class x y w h`, such as "
+                f"{one_line(self.malformed.strip(), 60)!r}: these are not YOLO's label files. Convert them first."
+            )
+            self.log.add("not-yolo-rows", "refused", str(root), message, count=self.num_malformed)
         if self.num_boxes > _FEW and self.num_ordered == self.num_boxes and self.num_reaching_out * 4 > self.num_boxes:
             message = (
                 f"All {self.num_boxes:,} boxes look like `class x1 y1 x2 y2`: read as centre and size, "

@@ -1,0 +1,75 @@
+"""JSON files of annotations: their text, in whichever encoding a tool has written it; those that hold a list of images,
+and the splits that they are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.image_files import visible
+from ddetr.datasets.readers.coco.layout import JSON_MARKS, named_by_split
+from ddetr.datasets.readers.reader import WHOLE, split_kind
+from ddetr.errors import InputError
+from ddetr.untrusted import MAX_ANNOTATION_BYTES, open_file, parse_json, read_text
+
+
+def json_text(file: Path, most_bytes: int, log: FindingLog, where: str) -> str:
+    """The file's text; an encoding that JSON doesn't have goes to the log.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    try:
+        with open_file(file, most_bytes) as stream:
+            encoding = json.detect_encoding(stream.read(4))  # UTF-8, 16 or 32
+        try:
+            return read_text(file, most_bytes, encoding)
+        except UnicodeDecodeError as error:
+            if not encoding.startswith("utf-8"):
+                raise
+            text = read_text(file, most_bytes, "cp1252", errors="replace")
+            line = text.count("\n", 0, error.start) + 1
+            near = text[max(0, error.start - 20) : error.start + 20]
+            message = (
+                f"The file is not {encoding.upper()} as JSON must be (line {line}: {near!r}); its letters were read as "
+                "those of Windows-1252. If they look wrong, save it as UTF-8."
+            )
+            log.add("encoding", "repaired", where, message)
+            return text
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} can't be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def list_splits(path: Path, patterns: Sequence[str], is_ours: Callable[[bytes], bool]) -> dict[str, Path]:
+    """Split name -> its file, of the file at `path`, or of those of the first pattern in the folder, whose first
+    kilobytes are `is_ours`. A file that is alone in its folder is called as the folder is."""
+    if path.is_file():
+        return {WHOLE: path} if path.suffix.lower() == ".json" and _starts_as(path, is_ours) else {}
+    found = ([file for file in visible(path.glob(pattern), path) if _starts_as(file, is_ours)] for pattern in patterns)
+    files = next(filter(None, found), [])
+    if len(files) == 1 and (files[0].parent == path or not split_kind(files[0].parent.name)):
+        return {WHOLE: files[0]}
+    folders = [file.parent for file in files]
+    alone = [file for file in files if file.parent != path and folders.count(file.parent) == 1]
+    others = {str(file.relative_to(path).with_suffix("")): file for file in files if file not in alone}
+    return {file.parent.name: file for file in alone} | named_by_split(others)
+
+
+def _starts_as(file: Path, is_ours: Callable[[bytes], bool]) -> bool:
+    try:
+        with open_file(file) as stream:
+            start = stream.read(1 << 16).lstrip(JSON_MARKS).replace(b"\0", b"")
+    except OSError:
+        return False
+    return start[:1] == b"[" and is_ours(start)
+
+
+def load_list(file: Path, log: FindingLog, where: str) -> list[dict[str, Any]]:
+    """The objects of a JSON file that holds a list of them."""
+    content = parse_json(json_text(file, MAX_ANNOTATION_BYTES, log, where), str(file))
+    if not isinstance(content, list) or not all(isinstance(entry, dict) for entry in content):
+        raise InputError(f"{file}: expected a list with an object for each image")
+    return content
