@@ -84,6 +84,7 @@ def print_result(result: Any) -> None:
     best = next((path / name for name in ("best.pth", "last.pth") if (path / name).exists()), path / "best.pth")
     places = (best, result.image_example, result.data_path)
     checkpoint, image, data = (shlex.quote(str(place)) for place in places)
+    options = "".join(f" {shlex.quote(word)}" for word in result.data_options)
     left = {
         "checkpoint": [best.name],
         "metrics": ["metrics.json", "per_class.csv", "train.csv", "val.csv"],
@@ -99,7 +100,7 @@ def print_result(result: Any) -> None:
         f"""
 What next:
   ddetr predict --checkpoint {checkpoint} {image} --output predictions
-  ddetr eval --checkpoint {checkpoint} --data {data}
+  ddetr eval --checkpoint {checkpoint} --data {data}{options}
   ddetr train --config configs/cpu_small.yaml --data PATH    # your own images, in any format that is read"""
     )
 

@@ -50,6 +50,10 @@ class DataSource:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.group_pattern is not None and self.val_fraction is None:
+            raise InputError(
+                "group_pattern says which images stay together where val_fraction holds some back: give both"
+            )
 
 
 @dataclass(frozen=True)

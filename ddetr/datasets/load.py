@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -32,7 +33,8 @@ from ddetr.wording import did_you_mean, first_few
 ANNOTATIONS_OPTION = "--data.train_annotations or --data.val_annotations (annotation_file)"
 _TRAIN_NAMES = ("train", "train2017", "training", "trainval", "all")
 _WRAPPERS = 3  # folders one in another, of which each holds only the next, as archives are unpacked
-_VAL_NAMES = ("val", "val2017", "valid", "validation", "test", "testing")
+_VAL_NAMES = ("val", "val2017", "valid", "validate", "validation", "dev", "eval", "evaluation", "holdout")
+_VAL_NAMES += ("test", "testing")
 
 
 def load_annotations(
@@ -172,6 +174,19 @@ def _located(path: str | PathLike, format: str) -> tuple[str, Path]:
     path = existing(path)
     format = detect_format(path) if format == "auto" else _known(format)
     return _place(path, [format]) or (format, path)
+
+
+def also_there(path: str | PathLike, format: str = "auto") -> list[tuple[str, list[str]]]:
+    """The other formats, with their splits, in which the folder holds annotations too."""
+    read, place = _located(path, format)
+    if not place.is_dir():
+        return []
+    found = []
+    for other, reader in FORMATS.items():
+        with suppress(InputError):  # a broken one is no data set
+            if other != read and (splits := list(reader.splits(place))):
+                found.append((other, splits))
+    return found
 
 
 def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:

@@ -10,15 +10,17 @@ from typing import Literal
 
 import numpy as np
 
-from ddetr.datasets import Annotations, Category, ImageTable, available_splits, load_annotations
+from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
-from ddetr.datasets.load import default_splits
+from ddetr.datasets.load import FORMATS, also_there, default_splits
 from ddetr.errors import InputError
 from ddetr.files import existing
+from ddetr.untrusted import MAX_LABEL_BYTES, parse_json, read_text
 from ddetr.wording import first_few
 
 logger = logging.getLogger(__name__)
 
+HELD_BACK_FILE = "held_back.json"  # of a run folder: the names of the images that `hold_back` chose
 _FRAMES = re.compile(r"^(.*[^0-9].*?)[0-9]+\.\w+$", re.DOTALL)  # "videos/cam1_00017.jpg": "videos/cam1_"
 _FRAMES_A_VIDEO = 5
 
@@ -50,13 +52,34 @@ def load_splits(
         held_back: with `val_fraction`, the images that were held back before (see `image_names`).
     """
     train = _load(data, "train", None, None)
+    if data.format == "auto" and data.train_annotations is None:
+        train = replace(train, findings=(*train.findings, *_other_annotations(data, train)))
     if data.val_fraction is not None:
+        unused = None if data.train_annotations else _name_of_split(data, "val")
+        if unused is not None:
+            logger.warning("val_fraction: the validation split %s of %s is not used", unused, data.path)
         train, val = hold_back(train, data, held_back)
     elif _name_of_split(data, "val") is None:
         val = None
+        if others := [name for name in available_splits(data.path, data.format) if not train.name.endswith(f"/{name}")]:
+            message = f"None of the other splits ({first_few(others, 8)}) has a usual name: --data.val_split names one."
+            found = Finding("no-validation-split", "note", str(data.path), message)
+            train = replace(train, findings=(*train.findings, found))
     else:
         val = _load(data, "val", None, train.categories)
     return (train if keep_empty else without_empty_images(train)), val
+
+
+def _other_annotations(data: TrainingSource, train: Annotations) -> list[Finding]:
+    """Of other formats, which are not read: they may be what was meant."""
+    found = []
+    for other, splits in also_there(data.path, data.format):
+        message = (
+            f"{FORMATS[other].title} annotations lie there too (splits: {first_few(splits, 5)}); {train.format} was "
+            f"read. --data.format {other} reads the others."
+        )
+        found.append(Finding("other-annotations", "note", str(data.path), message))
+    return found
 
 
 def no_validation(data: DataSource) -> InputError:
@@ -110,6 +133,21 @@ def without_empty_images(annotations: Annotations) -> Annotations:
 
 
 # ---- a validation split where there is none --------------------------------------------------------------------------
+
+
+def read_held_back(run: Path) -> list[str] | None:
+    """The images that a run holds back for validation; None where it chose none, or lost the list.
+
+    Raises:
+        InputError: the list is broken.
+    """
+    file = run / HELD_BACK_FILE
+    if not file.is_file():
+        return None
+    names = parse_json(read_text(file, MAX_LABEL_BYTES), str(file))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{file} is broken: expected a list of image names; restore it")
+    return names
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from ddetr.checkpoint import Checkpoint, load_weights
 from ddetr.checkpoint.foreign import check_is_weights
 from ddetr.datasets import Annotations, AuditReport, audit
 from ddetr.datasets.augment import Augmentation, describe
+from ddetr.datasets.config import DataSource
 from ddetr.datasets.image_files import reading_on_screen
-from ddetr.datasets.splits import image_names, load_splits, no_validation
+from ddetr.datasets.splits import HELD_BACK_FILE, image_names, load_splits, no_validation, read_held_back
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.batch_size import MemoryPlan
 from ddetr.engine.blackbox.guard import StepGuard
@@ -39,7 +40,7 @@ from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
 from ddetr.engine.preflight.run import run_preflight
 from ddetr.engine.run.data import DATA_FILE, DataTraits, check_same_data
-from ddetr.engine.run.folder import HELD_BACK_FILE, PREFLIGHT_FILE, RunFolder
+from ddetr.engine.run.folder import PREFLIGHT_FILE, RunFolder
 from ddetr.engine.run.states import RESUME_FILE
 from ddetr.engine.run_report import Report, finish, last_word
 from ddetr.engine.saving import SaveState, StateFiles
@@ -79,6 +80,7 @@ class RunResult:
     data_path: Path
     image_example: Path
     metrics: Metrics
+    data_options: Sequence[str] = ()  # of `ddetr eval`, to measure on the same images
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,14 @@ def _run(prepared: Prepared, built: Built) -> RunResult:
         run.check_written()
     # Only a run that was complete before it was resumed has had no validation now.
     metrics = built.module.metrics or run.last_metrics()
-    return RunResult(run.path, Path(config.data.path), prepared.val_set.images[0].path, metrics)
+    example = prepared.val_set.images[0].path
+    return RunResult(run.path, Path(config.data.path), example, metrics, _data_options(config.data))
+
+
+def _data_options(data: DataSource) -> list[str]:
+    given = {field.name: getattr(data, field.name) for field in fields(DataSource) if field.name != "path"}
+    changed = [field.name for field in fields(DataSource) if given.get(field.name) not in (None, field.default)]
+    return [word for name in changed for word in (f"--data.{name}", str(given[name]))]
 
 
 def preflight(config: TrainConfig) -> None:
@@ -179,7 +188,7 @@ def prepare(config: TrainConfig) -> Prepared:
                 pass  # whoever cannot have it is told so before the data are read
     _check_options(config, where["devices"] * where["num_nodes"], is_resumed=resume_file is not None)
     with reading_on_screen(config.data.path):
-        held_back = run.held_back() if resume_file is not None else None
+        held_back = read_held_back(run.path) if resume_file is not None else None
         train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty, held_back=held_back)
     if val_set is None:
         raise no_validation(config.data)

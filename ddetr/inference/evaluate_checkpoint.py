@@ -70,6 +70,7 @@ def evaluate_checkpoint(
         keep_freed_memory()
     folder = make_folder(Path(output), "--output") if output is not None else None
     annotations = _read(data, split, predictor.categories, accept_refused=accept_refused)
+    _say_what_was_trained_on(Path(checkpoint), annotations, existing(data.path))
     evaluator = CocoEvaluator(annotations, max_detections)
     metrics = _measure(predictor, evaluator, batch_size, num_workers)
     if not metrics.num_images:
@@ -115,6 +116,21 @@ def _read(data: DataSource, split: str | None, categories: Any, *, accept_refuse
         names = ", ".join([*(category.name for category in categories[:5]), *["..."] * (len(categories) > 5)])
         raise InputError(f"{annotations.name} has no object of the checkpoint's classes ({names}): nothing to measure")
     return annotations
+
+
+def _say_what_was_trained_on(checkpoint: Path, annotations: "Annotations", root: Path) -> None:
+    """Where a run has held images back, on which others of the same data set it is measured now."""
+    from ddetr.datasets.splits import image_names, read_held_back
+
+    held_back = set(read_held_back(checkpoint.parent) or ())
+    names = image_names(annotations, root)
+    others = sum(name not in held_back for name in names)
+    if 0 < others < len(names):
+        console.show(
+            f"{others:,} of the {len(names):,} images are none of those that the run of {checkpoint} held back: it was "
+            "trained on them, and the numbers flatter it. Give the run's --data.val_fraction, --data.group_pattern and "
+            "--data.split_seed"
+        )
 
 
 def _measure(predictor: "Predictor", evaluator: "CocoEvaluator", batch_size: int, num_workers: int) -> "Metrics":

@@ -170,3 +170,46 @@ def test_the_named_training_split_is_enough(make_coco):
         load_splits(TrainingSource(str(root)))
     train, val = load_splits(TrainingSource(str(root), train_split="alpha"))
     assert (train.name, val.name) == ("set/alpha", "set/val")
+
+
+def test_a_validation_split_that_is_not_used_is_said(make_coco, caplog):
+    root = make_coco([coco_object(image_id=i) for i in range(1, 11)], num_images=10)
+    make_coco([coco_object()], split="val", root=root)
+    with caplog.at_level(logging.WARNING, "ddetr"):
+        load_splits(TrainingSource(str(root), val_fraction=0.2))
+    assert "the validation split val of" in caplog.text
+
+
+def test_a_pattern_needs_a_fraction(flat):
+    with pytest.raises(InputError, match="group_pattern says .* give both"):
+        TrainingSource(str(flat), group_pattern="cam")
+
+
+@pytest.mark.parametrize("name", ["validate", "dev", "my_validate_v3", "evaluation"])
+def test_validation_splits_of_many_names(make_coco, name):
+    root = make_coco([coco_object(image_id=i) for i in range(1, 3)])
+    make_coco([coco_object()], split=name, root=root)
+    _, val = load_splits(TrainingSource(str(root)))
+    assert val is not None
+    assert len(val.images) == 2
+
+
+def test_annotations_of_another_format_are_mentioned(make_coco, make_yolo):
+    root = make_coco([coco_object(image_id=i) for i in range(1, 3)])
+    make_yolo({"images/train/a.jpg": "0 .5 .5 .2 .2"}, root=root)
+    train, _ = load_splits(TrainingSource(str(root)))
+    [finding] = [finding for finding in train.findings if finding.kind == "other-annotations"]
+    assert finding.message.startswith(
+        "YOLO annotations lie there too (splits: train); coco was read. --data.format yolo"
+    )
+    train, _ = load_splits(TrainingSource(str(root), format="coco"))
+    assert not any(finding.kind == "other-annotations" for finding in train.findings)
+
+
+def test_splits_of_unusual_names_are_named(make_coco):
+    root = make_coco([coco_object(image_id=i) for i in range(1, 3)])
+    make_coco([coco_object()], split="session2", root=root)
+    train, val = load_splits(TrainingSource(str(root)))
+    assert val is None
+    [finding] = [finding for finding in train.findings if finding.kind == "no-validation-split"]
+    assert "(session2)" in finding.message

@@ -145,14 +145,16 @@ def test_changed_data_are_refused_or_accepted(
         train(TrainConfig(**settings, accept_changed_data=True))
 
 
-def test_images_that_a_run_holds_back_stay_held_back(shapes: Path, short_run: dict[str, Any], tmp_path: Path) -> None:
+def test_images_that_a_run_holds_back_stay_held_back(
+    shapes: Path, short_run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Also where images were added, which by themselves would be chosen in their place: nothing that was validated on
     is trained on."""
     data = shutil.copytree(shapes, tmp_path / "shapes")
     (data / "annotations" / "instances_val.json").unlink()
     source = DataConfig(str(data), image_size=64, num_workers=0, val_fraction=0.25)
     settings = short_run | {"data": source, "batch_size": 2, "epochs": 1, "output": str(tmp_path / "run")}
-    train(TrainConfig(**settings))
+    result = train(TrainConfig(**settings))
     held_back = json.loads((tmp_path / "run" / "held_back.json").read_text())
     assert len(held_back) == 2
     rows = (tmp_path / "run" / "val.csv").read_text().splitlines()
@@ -171,8 +173,13 @@ def test_images_that_a_run_holds_back_stay_held_back(shapes: Path, short_run: di
     assert image_names(prepared.val_set, data) == held_back
     assert len(prepared.train_set.images) == 8 + 12 - 2
 
-    metrics = evaluate_checkpoint(str(tmp_path / "run" / "best.pth"), DataSource(str(shapes), val_fraction=0.25))
+    checkpoint = str(tmp_path / "run" / "best.pth")
+    metrics = evaluate_checkpoint(checkpoint, DataSource(str(shapes), val_fraction=0.25))
     assert metrics.num_images == 2
+    assert "held back" not in capsys.readouterr().out
+    evaluate_checkpoint(checkpoint, DataSource(str(data)))
+    assert "18 of the 20 images are none of those that the run of" in capsys.readouterr().out
+    assert result.data_options == ["--data.val_fraction", "0.25"]
 
 
 # --- full disks

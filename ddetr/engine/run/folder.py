@@ -33,7 +33,6 @@ from ddetr.files import make_folder, remove_leftovers, write_text
 from ddetr.runtime.distributed import is_first_process
 from ddetr.settings import flat, kept, names_with
 from ddetr.untrusted import (
-    MAX_LABEL_BYTES,
     MAX_RUN_BYTES,
     MAX_YAML_BYTES,
     csv_cell,
@@ -45,7 +44,7 @@ from ddetr.untrusted import (
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE, PREFLIGHT_FILE, HELD_BACK_FILE = "config.yaml", "preflight.json", "held_back.json"
+CONFIG_FILE, PREFLIGHT_FILE = "config.yaml", "preflight.json"
 _CHOSEN = "DDETR_RUN"  # tells the processes that Lightning starts which folder the first one has chosen
 
 
@@ -245,20 +244,6 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=1) + "\n")
-
-    def held_back(self) -> list[str] | None:
-        """The images that the run holds back for validation; None where it chose none, or lost the list.
-
-        Raises:
-            InputError: the list is broken.
-        """
-        file = self.path / HELD_BACK_FILE
-        if not file.is_file():
-            return None
-        names = parse_json(read_text(file, MAX_LABEL_BYTES), str(file))
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"{file} is broken: expected a list of image names; restore it")
-        return names
 
     def write_csv(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         rows = [{column: csv_cell(value) for column, value in row.items()} for row in rows]

@@ -23,7 +23,9 @@ _FILE_WORDS = re.compile(
     r"(?:^|[_.\s-])(?:instances?|person_keypoints|annotations?|annots?|labels?|coco)(?=[_.\s-]|$)", re.IGNORECASE
 )
 _SPLIT_WORD = re.compile(
-    r"(?:^|(?<=[_.\s-]))(?:train(?:ing|val)?|val(?:id|idation)?|minival|test(?:ing)?)[0-9]*(?=[_.\s-]|$)", re.IGNORECASE
+    r"(?:^|(?<=[_.\s-]))(?:train(?:ing|val)?|val(?:id|idate|idation)?|minival|test(?:ing)?|dev|eval(?:uation)?|holdout)[0-9]*"
+    r"(?=[_.\s-]|$)",
+    re.IGNORECASE,
 )
 _OTHERS = (b'"items"', b'"image":')  # Datumaro's, and Segment Anything's, which has one image a file
 JSON_MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # what may stand before the first bracket, in UTF-8, 16 or 32

@@ -33,7 +33,11 @@ from ddetr.datasets.readers.yolo.paths import (
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_SPLIT_PATHS, MAX_YAML_BYTES, one_line, open_file, parse_yaml, read_text
 
-_SPLIT_KEYS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+_SPLIT_KEYS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validate", "validation", "dev", "eval"),
+    "test": ("test", "testing"),
+}
 _YAML, _DARKNET = (".yaml", ".yml"), (".data",)
 _LISTS = ("", "ImageSets", "ImageSets/Main")
 _LISTED_SPLITS = {name for names in _SPLIT_KEYS.values() for name in names}
