@@ -229,7 +229,10 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
             file = Path(output)
             write_text(make_folder(file.parent, "--output") / file.name, json.dumps(report.to_dict(), indent=1) + "\n")
         if report.refused:
-            raise InputError(f"{len(report.refused)} findings must be repaired before training, see the table above")
+            number = sum(finding.count for finding in report.refused)  # as the table's last line has it
+            raise InputError(
+                f"{number:,} {'thing' if number == 1 else 'things'} must be repaired before training, see the table above"
+            )
 
     return run
 
