@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, walk_files
+from ddetr.datasets.image_files import ImageFolders, folded, walk_files
 from ddetr.datasets.image_formats import is_clutter
 from ddetr.datasets.readers.yolo.layout import has_rows
 from ddetr.datasets.readers.yolo.paths import names_of_labels, written_like
@@ -52,6 +52,8 @@ class LabelFiles:
     def __init__(self) -> None:
         self._folders = ImageFolders()
         self._places: dict[Path, list[Path]] = {}  # folder of images -> where their labels may be
+        self._texts: dict[Path, dict[str, str | None]] = {}  # folder -> folded name -> its text file of that name
+        self._stems: dict[Path, dict[str, str | None]] = {}  # folder -> folded name -> its image's, without suffix
         self._taken: dict[Path, dict[str, list[Path]]] = defaultdict(
             lambda: defaultdict(list)
         )  # folder -> name -> images
@@ -66,6 +68,7 @@ class LabelFiles:
             self._places[folder] = _label_folders(folder)
         names = (f"{image.stem}.txt", f"{image.name}.txt")
         found = [place / name for place in self._places[folder] for name in names if name in self._folders.names(place)]
+        found = found or self._alike(image, names)
         if not found:
             self._without[folder].append(image)
             return None
@@ -75,6 +78,25 @@ class LabelFiles:
         if len(found) > 1:
             self._twice[folder].append((file, found[1]))
         return file
+
+    def _alike(self, image: Path, names: Sequence[str]) -> list[Path]:
+        """Label files whose names differ from these only in capitals or in how accents are composed. Where two files
+        or two images are alike in that, none: nobody knows whose is whose."""
+        words = self._words_of(image.parent)
+        if words.get(folded(image.stem), image.stem) != image.stem:
+            return []
+        found = []
+        for place in self._places[image.parent]:
+            if place not in self._texts:
+                texts = (name for name in self._folders.names(place) if name.lower().endswith(".txt"))
+                self._texts[place] = _by_folded(texts)
+            found += [place / file for name in names if (file := self._texts[place].get(folded(name)))]
+        return found
+
+    def _words_of(self, folder: Path) -> dict[str, str | None]:
+        if folder not in self._stems:
+            self._stems[folder] = _by_folded({os.path.splitext(name)[0] for name in self._folders.images(folder)})
+        return self._stems[folder]
 
     def report(self, sources: Iterable[Path], log: FindingLog) -> None:
         """Adds what was found about the images asked for; sources: the folders that were read whole."""
@@ -126,10 +148,11 @@ class LabelFiles:
                 for parent in {file.parent for file in walk_files(place)} - images_of.keys():
                     images_of[parent].append(source / parent.relative_to(place))
         for place, folders in images_of.items():
-            names = (name for name in self._folders.names(place) if name.endswith(".txt") and not is_clutter(name))
+            texts = (name for name in self._folders.names(place) if name.lower().endswith(".txt"))
+            names = (name for name in texts if not is_clutter(name))
             alone = sorted(name for name in names if name not in self._taken[place])
             known = self._image_words(folders) if alone else set()
-            orphans = [name for name in alone if name[:-4].lower() not in known and has_rows(place / name)]
+            orphans = [name for name in alone if folded(name[:-4]) not in known and has_rows(place / name)]
             if not orphans:
                 continue
             message = f"{len(orphans):,} label files have no image and were not used, such as {_few(orphans)}."
@@ -139,21 +162,31 @@ class LabelFiles:
             log.add("labels-without-image", "note", str(place), message, count=len(orphans))
 
     def _image_words(self, folders: Sequence[Path]) -> set[str]:
-        """What label files of the images in these folders may be called, without `.txt`, in small letters."""
+        """What label files of the images in these folders may be called, without `.txt`, folded."""
         images = (name.lower() for folder in folders for name in self._folders.images(folder))
         return {word for name in images for word in (name, os.path.splitext(name)[0])}
 
     def _other_file(self, name: str, folders: Sequence[Path]) -> Path | None:
         same = (folder / other for folder in folders for other in sorted(self._folders.names(folder)))
-        return next((file for file in same if file.stem == name[:-4] and file.suffix != ".txt"), None)
+        return next(
+            (file for file in same if folded(file.stem) == folded(name[:-4]) and file.suffix.lower() != ".txt"), None
+        )
+
+
+def _by_folded(names: Iterable[str]) -> dict[str, str | None]:
+    """Names by what they are folded to; None where two are alike."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        found[folded(name)] = None if folded(name) in found else name
+    return found
 
 
 def _elsewhere(image: Path) -> Path | None:
     """The text file called as an image is, in one of the next folders around it."""
-    name = f"{image.stem}.txt"
+    wanted = folded(f"{image.stem}.txt")
     top = Path(os.path.commonpath([label_file(image).parent, image.parent]))
     walk = islice(os.walk(top if top != image.parent else top.parent), _NEAR)
-    return next((Path(folder, name) for folder, _, files in walk if name in files), None)
+    return next((Path(folder, name) for folder, _, files in walk for name in files if folded(name) == wanted), None)
 
 
 def _few(names: Iterable[str]) -> str:
