@@ -16,6 +16,8 @@ from ddetr.datasets.readers.yolo.paths import names_of_labels, written_like
 from ddetr.untrusted import one_line
 
 _NEAR = 1000  # folders in which lost label files are looked for
+# By folded names, None where two are alike: the exact label names of a folder's images, and each place's text files.
+_Folded = tuple[dict[str, str | None], list[tuple[Path, dict[str, str | None]]]]
 
 
 def label_file(image: Path) -> Path:
@@ -52,8 +54,7 @@ class LabelFiles:
     def __init__(self) -> None:
         self._folders = ImageFolders()
         self._places: dict[Path, list[Path]] = {}  # folder of images -> where their labels may be
-        self._texts: dict[Path, dict[str, str | None]] = {}  # folder -> folded name -> its text file of that name
-        self._stems: dict[Path, dict[str, str | None]] = {}  # folder -> folded name -> its image's, without suffix
+        self._folded: dict[Path, _Folded] = {}  # folder of images
         self._taken: dict[Path, dict[str, list[Path]]] = defaultdict(
             lambda: defaultdict(list)
         )  # folder -> name -> images
@@ -82,21 +83,21 @@ class LabelFiles:
     def _alike(self, image: Path, names: Sequence[str]) -> list[Path]:
         """Label files whose names differ from these only in capitals or in how accents are composed. Where two files
         or two images are alike in that, none: nobody knows whose is whose."""
-        words = self._words_of(image.parent)
-        if words.get(folded(image.stem), image.stem) != image.stem:
+        if image.parent not in self._folded:
+            self._folded[image.parent] = self._fold(image.parent)
+        stems, places = self._folded[image.parent]
+        if stems.get(folded(names[0]), names[0]) != names[0]:
             return []
-        found = []
-        for place in self._places[image.parent]:
-            if place not in self._texts:
-                texts = (name for name in self._folders.names(place) if name.lower().endswith(".txt"))
-                self._texts[place] = _by_folded(texts)
-            found += [place / file for name in names if (file := self._texts[place].get(folded(name)))]
-        return found
+        words = [folded(name) for name in names]
+        return [place / file for place, texts in places for word in words if (file := texts.get(word))]
 
-    def _words_of(self, folder: Path) -> dict[str, str | None]:
-        if folder not in self._stems:
-            self._stems[folder] = _by_folded({os.path.splitext(name)[0] for name in self._folders.images(folder)})
-        return self._stems[folder]
+    def _fold(self, folder: Path) -> _Folded:
+        stems = _by_folded({f"{os.path.splitext(name)[0]}.txt" for name in self._folders.images(folder)})
+        places = []
+        for place in self._places[folder]:
+            texts = (name for name in self._folders.names(place) if name.lower().endswith(".txt"))
+            places.append((place, _by_folded(texts)))
+        return stems, places
 
     def report(self, sources: Iterable[Path], log: FindingLog) -> None:
         """Adds what was found about the images asked for; sources: the folders that were read whole."""
