@@ -26,6 +26,11 @@ _MOSTLY = 0.5  # of the boxes: fewer than that in 0..1 are mistakes of their own
 # all. Corners read as sizes, or sizes as corners, break three of four; centres as corners only those near an edge.
 _FEW, _SHARE = {"xyxy": 2, "xywh": 2, "cxcywh": 5}, {"xyxy": 0.25, "xywh": 0.25, "cxcywh": 0.03}
 _CLEARER = 20  # times fewer of them don't fit when they are read by the right form
+# Fewer boxes than this, or a smaller share, are mistakes of their own, where no form is clearly better or units differ.
+_FEW_OF_ANY, _SHARE_OF_ANY = 5, 0.2
+_SCALES = {100: "hundredths (percent)", 1000: "thousandths"}  # of the image's sides, which no form has
+_REACH = 0.7  # of a scale, which the boxes that are in it come to
+_CHANCE_BITS = 20  # boxes of large images all lie within the scale's first pixels by a chance of one to 2 ** this
 
 
 def is_relative(form: BoxForm) -> bool:
@@ -98,8 +103,10 @@ def check_meaning(
     if not len(boxes_xyxy):
         return
     if wanted == "auto":
-        if not _report_fractions(boxes_xyxy, own, log, where):
-            _report_other_form(boxes_xyxy, sizes_hw, own, log, where)
+        bad = _misfits(boxes_xyxy, sizes_hw)
+        for report in (_report_fractions, _report_scale, _report_other_form, _report_misfits):
+            if report(boxes_xyxy, sizes_hw, bad, own, log, where):
+                return
     elif is_relative(wanted):
         beyond = (np.abs(boxes_xyxy) > 2).any(axis=1)
         if beyond.mean() > _MOSTLY:
@@ -107,17 +114,29 @@ def check_meaning(
             log.add("boxes-not-relative", "refused", where, message, count=int(beyond.sum()))
 
 
-def _report_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, where: str) -> bool:
-    """Whether most boxes lie in 0..1."""
+# Each of these says whether it has found what is the matter; bad: (n,) bool, the boxes that don't fit into their image.
+
+
+def _report_fractions(
+    boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, bad: np.ndarray, own: BoxForm, log: FindingLog, where: str
+) -> bool:
+    """Whether most boxes lie in 0..1, or many do and many others are in pixels."""
     small = (boxes_xyxy >= -0.05).all(axis=1) & (boxes_xyxy <= 2.1).all(axis=1)
     if not small.any():
         return False
     numbers = numbers_of(boxes_xyxy[small], own)
     small[small] = ((numbers >= -0.05) & (numbers <= 1.05)).all(axis=1)
-    count = int(small.sum())
+    count, num_large = int(small.sum()), int((boxes_xyxy > 3).any(axis=1).sum())
+    if _are_many(min(count, num_large), len(small)):
+        message = (
+            f"{_of(small)} lie in 0 to 1, as fractions of the image do, and {num_large:,} are in pixels: the units "
+            f"look mixed. Write all in one; if they are right as they are, read them by --data.boxes {own}."
+        )
+        log.add("boxes-in-mixed-units", "refused", where, message, count=count)
+        return True
     if count > _MOSTLY * len(small):
         numbers = numbers_of(boxes_xyxy[small], own)
-        fitting, _ = _best_forms(numbers, np.ones((1, 2)), [own, *_MEANING])
+        fitting, _ = _best_forms(numbers, np.ones((1, 2)), _from(own))
         message = (
             f"{_of(small)} lie in 0 to 1 where pixels are expected: they look like fractions of the image, "
             f"{_said(fitting)}. {_cure([form + _RELATIVE for form in fitting], own)}"
@@ -130,17 +149,102 @@ def _report_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, whe
     return False
 
 
-def _report_other_form(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, own: BoxForm, log: FindingLog, where: str) -> None:
-    bad = _misfits(boxes_xyxy, sizes_hw)
+def _report_other_form(
+    boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, bad: np.ndarray, own: BoxForm, log: FindingLog, where: str
+) -> bool:
+    """Whether boxes, of which those of `bad` don't fit into their images, do in another form."""
     count = int(bad.sum())
     forms = [form for form in _MEANING if form != own and count >= max(_FEW[form], _SHARE[form] * len(bad))]
     if not forms:
-        return
+        return False
     fitting, misfits = _best_forms(numbers_of(boxes_xyxy, own), sizes_hw, forms)
     if misfits * _CLEARER > count:
-        return
+        return False
     message = f"{_of(bad)} don't fit into their images as {_MEANING[own]}, but do as {_said(fitting)}. "
     log.add(f"boxes-look-like-{fitting[0]}", "refused", where, message + _cure(fitting, own), count=count)
+    return True
+
+
+def _report_misfits(
+    boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, bad: np.ndarray, own: BoxForm, log: FindingLog, where: str
+) -> bool:
+    """Whether many boxes don't fit into their images, in whatever form."""
+    bad = bad.copy()
+    bad[bad] = _have_sides(boxes_xyxy[bad])
+    count = int(bad.sum())
+    if count < max(_FEW_OF_ANY, _SHARE_OF_ANY * len(bad)):
+        return False
+    forms, misfits = _best_forms(numbers_of(boxes_xyxy, own)[:, [1, 0, 3, 2]], sizes_hw, _from(own))
+    if misfits * _CLEARER <= count:
+        message = (
+            f"{_of(bad)} don't fit into their images, but do as {_said(forms)} if x and y are exchanged. If so, "
+            f"exchange them in the file; if they are right as they are, read them by --data.boxes {own}."
+        )
+        log.add("boxes-look-exchanged", "refused", where, message, count=count)
+    else:
+        message = (
+            f"{_of(bad)} don't fit into their images by any form: are they in pixels of these images, as "
+            f"{_MEANING[own]}? Look at some before training."
+        )
+        log.add("boxes-reach-out", "note", where, message, count=count)
+    return True
+
+
+def _report_scale(
+    boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, bad: np.ndarray, own: BoxForm, log: FindingLog, where: str
+) -> bool:
+    """Whether all boxes lie in a scale that no form has: many don't fit into smaller images then, or it is no chance
+    that they leave the rest of larger images empty."""
+    count = int(_have_sides(boxes_xyxy[bad]).sum())
+    many = count >= max(_FEW_OF_ANY, _SHARE_OF_ANY * len(bad))
+    for scale, unit in _SCALES.items():
+        if boxes_xyxy[:, :2].max() > 1.02 * scale:
+            continue
+        few_pixels = _in_few_pixels(sizes_hw, scale)
+        if not (few_pixels or many):
+            continue
+        numbers = numbers_of(boxes_xyxy, own)
+        forms = _forms_in_scale(numbers, scale, own)
+        if forms and (few_pixels or not _fit_in_pixels(numbers, sizes_hw, count, own)):
+            message = (
+                f"All {len(bad):,} boxes lie in 0 to {scale}, whatever the size of their images: they look like {unit} "
+                f"of it, {_said(forms)}. If so, divide them by {scale} and read them by --data.boxes "
+                f"{' or '.join(form + _RELATIVE for form in forms)}; if they are right as they are, by --data.boxes "
+                f"{own}."
+            )
+            log.add("boxes-look-scaled", "refused" if many else "note", where, message, count=len(bad))
+            return True
+    return False
+
+
+def _have_sides(boxes_xyxy: np.ndarray) -> np.ndarray:
+    """(n,) bool: not those that rounding has left without a side, which are said box by box."""
+    return (boxes_xyxy[:, 2:] != boxes_xyxy[:, :2]).all(axis=1)
+
+
+def _are_many(count: int, total: int) -> bool:
+    return count >= max(_FEW_OF_ANY, _SHARE_OF_ANY * total) or 0 < _MOSTLY * total <= count
+
+
+def _forms_in_scale(numbers: np.ndarray, scale: int, own: BoxForm) -> list[str]:
+    """The forms by which all boxes lie in 0..scale and some come near its end in both directions."""
+    if numbers.max() > 1.02 * scale or numbers.max() < _REACH * scale / 2:
+        return []
+    forms, misfits = _best_forms(numbers / scale, np.ones((1, 2)), _from(own))
+    reach = corners_of(numbers, forms[0])[:, 2:].max(axis=0)
+    return forms if misfits == 0 and (reach >= _REACH * scale).all() else []
+
+
+def _fit_in_pixels(numbers: np.ndarray, sizes_hw: np.ndarray, count: int, own: BoxForm) -> bool:
+    """Whether clearly fewer than `count` boxes don't fit into their images by some form."""
+    return _best_forms(numbers, sizes_hw, _from(own))[1] * _CLEARER <= count
+
+
+def _in_few_pixels(sizes_hw: np.ndarray, scale: int) -> bool:
+    """Whether it is no chance that the boxes of images of (n, 2) sizes all lie within the first `scale` pixels."""
+    if len(sizes_hw) < _FEW_OF_ANY or sizes_hw.min() < scale:
+        return False
+    return bool(np.log2(sizes_hw / scale).sum() >= _CHANCE_BITS)
 
 
 def _best_forms(numbers: np.ndarray, sizes_hw: np.ndarray, forms: Sequence[str]) -> tuple[list[str], int]:
@@ -160,6 +264,11 @@ def _misfits(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
 
 def _of(mask: np.ndarray) -> str:
     return f"{int(mask.sum()):,} of {len(mask):,} boxes"
+
+
+def _from(own: BoxForm) -> list[str]:
+    """All forms, the format's own first."""
+    return list(dict.fromkeys([own, *_MEANING]))
 
 
 def _said(forms: Sequence[str]) -> str:

@@ -48,8 +48,10 @@ def test_no_alarm_where_boxes_are_what_they_should_be(objects, own):
     for n in (1, 4, 40, 1000):
         boxes = boxes_of(objects, n)
         beyond = boxes + np.where(np.arange(n) % 10 == 0, 40, 0)[:, None]  # some reach out of their image
-        for some in (boxes, boxes * 2, boxes / 2, beyond, boxes.round(), np.tile([0, 0, *SIZE_WH], (n, 1)) + 1):
+        for some in (boxes, boxes / 2, beyond, boxes.round(), np.tile([0, 0, *SIZE_WH], (n, 1)) + 1):
             assert found(some.astype(float), own) == ()
+        said = [(f.kind, f.action) for f in found(boxes * 2, own)]  # most reach out, by whatever form
+        assert said == [("boxes-reach-out", "note")] * (n > 4)
 
 
 @pytest.mark.parametrize("own", ["xywh", "xyxy"])
@@ -74,6 +76,40 @@ def test_some_fractions_among_pixels_are_a_note():
     boxes = boxes_of("medium", 50)
     boxes[3] = (0.1, 0.1, 0.5, 0.6)
     assert [(f.kind, f.action, f.count) for f in found(boxes, "xywh")] == [("box-in-first-pixel", "note", 1)]
+
+
+@pytest.mark.parametrize(("n", "fractions"), [(16, 8), (2, 1), (40, 10), (40, 30)])
+def test_many_fractions_among_pixels_stop(n, fractions):
+    boxes = boxes_of("medium", n) + 3
+    boxes[:fractions] = (boxes[:fractions] - 3) / np.tile(SIZE_WH, 2)
+    ((kind, action, count, message),) = [(f.kind, f.action, f.count, f.message) for f in found(boxes, "xyxy")]
+    assert (kind, action, count) == ("boxes-in-mixed-units", "refused", fractions)
+    assert f"{fractions} of {n} boxes lie in 0 to 1" in message
+    assert f"{n - fractions} are in pixels" in message
+    assert found(boxes, "xyxy", "xyxy") == ()
+
+
+@pytest.mark.parametrize("own", ["xywh", "xyxy"])
+@pytest.mark.parametrize("form", ["xywh", "xyxy"])
+@pytest.mark.parametrize(
+    ("scale", "size_wh"), [(100, (640, 480)), (100, (64, 48)), (1000, (1920, 1080)), (1000, (64, 48))]
+)
+def test_boxes_in_a_scale_of_their_own_are_found(scale, size_wh, form, own):
+    boxes = boxes_of("medium", 40) / np.tile(SIZE_WH, 2) * scale
+    log = FindingLog()
+    check_meaning(misread(boxes, form, own), np.tile(size_wh[::-1], (40, 1)), own, "auto", log, "x")
+    ((kind, action, message),) = [(f.kind, f.action, f.message) for f in log.freeze()]
+    assert kind == "boxes-look-scaled"
+    assert action == ("refused" if size_wh[0] < scale else "note") or form != own
+    assert f"divide them by {scale} and read them by --data.boxes {form}-relative;" in message
+
+
+@pytest.mark.parametrize("own", ["xywh", "xyxy"])
+def test_exchanged_x_and_y_stop(own):
+    boxes = boxes_of("medium", 60)[:, [1, 0, 3, 2]]
+    ((kind, action, message),) = [(f.kind, f.action, f.message) for f in found(boxes, own)]
+    assert (kind, action) == ("boxes-look-exchanged", "refused")
+    assert "if x and y are exchanged" in message
 
 
 def test_boxes_that_are_none_decide_nothing():

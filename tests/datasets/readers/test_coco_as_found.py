@@ -409,3 +409,41 @@ def test_a_yolo_set_in_a_folder_of_its_own(make_yolo, tmp_path):
     make_yolo({f"images/{s}/a.jpg": "0 .5 .5 .2 .2" for s in ("train", "val")}, root=tmp_path / "zip" / "mine")
     assert default_splits(tmp_path / "zip") == ("train", "val")
     assert len(load_annotations(tmp_path / "zip", "train").images) == 1
+
+
+# ---- ids and boxes of other shapes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("listed", "used", "said"),
+    [
+        ((1, 2, 3), (0, 1, 2), "ids are 0 to 2, those of the categories 1 to 3"),
+        ((0, 1, 2), (1, 2, 3, 3), "Subtract 1 from the ids of the objects, or add 1 to those of the categories"),
+        ((1, 2), ("0", 1.0), "ids are 0, 1, those of the categories 1, 2"),
+        ((1, 2, 3, 4), (0, 2), "Add 1 to the ids of the objects, or subtract 1 from those of the categories"),
+        ((1, 2, 3), (1, 3), None),
+        ((1, 2, 3), (1, 2, 3, 4), None),
+        ((0, 1, 2), (0, 1, 9), None),
+    ],
+    ids=str,
+)
+def test_category_ids_off_by_one_stop(make_coco, listed, used, said):
+    categories = [{"id": i, "name": f"c{i}"} for i in listed]
+    objects = [coco_object(category_id=i, bbox=(1 + k, 1, 9, 9)) for k, i in enumerate(used)]
+    findings = load_annotations(make_coco(objects, categories=categories), "train").findings
+    found = [(f.action, f.message) for f in findings if f.kind == "ids-off-by-one"]
+    assert [action for action, _ in found] == ["refused"] * (said is not None)
+    assert said is None or said in found[0][1]
+
+
+def test_a_box_of_another_shape_is_shown(make_coco):
+    shapes = [{"x": 1, "y": 2, "width": 3, "height": 4}, [[1, 2], [3, 4]], "left", "[1, 2, 3]", None]
+    objects = [coco_object(bbox=()) | {"bbox": shape} for shape in shapes]
+    objects += [coco_object(bbox=()) | {"bbox": text} for text in ("[1, 2, 30, 40]", "1,2,20,20", " (1.0, 2, 9, 9) ")]
+    annotations = load_annotations(make_coco(objects), "train")
+    assert annotations.images[0].boxes_xyxy.tolist() == [[1, 2, 31, 42], [1, 2, 21, 22], [1, 2, 10, 11]]
+    messages = [f.message for f in annotations.findings if (f.kind, f.action) == ("missing-box", "dropped")]
+    assert len(messages) == len(shapes)
+    for shape, message in zip(shapes[:-1], messages, strict=False):
+        assert f'Its "bbox" is {shape!r}; expected [x, y, width, height].' in message
+    assert 'There is no "bbox"' in messages[-1]

@@ -35,6 +35,33 @@ def test_labels_beside_images_in_a_folder_called_images(make_yolo, kinds):
 
 
 @pytest.mark.parametrize(
+    ("images", "texts", "objects"),
+    [
+        (["v0.jpg"], ["V0.TXT"], 1),
+        (["V0.JPG"], ["v0.txt"], 1),
+        (["v0.jpg"], ["v0.Jpg.TXT"], 1),
+        (["cafe\u0301.jpg"], ["caf\u00e9.txt"], 1),
+        (["caf\u00e9.jpg"], ["Cafe\u0301.txt"], 1),
+        (["a.jpg"], ["a.txt", "A.txt"], 1),
+        (["a.jpg"], ["A.txt", "a.TXT"], 0),
+        (["a.jpg", "A.jpg"], ["A.txt"], 1),
+        (["a.jpg", "A.jpg"], ["a.TXT"], 0),
+    ],
+    ids=ascii,
+)
+def test_label_names_that_people_take_for_the_same(make_yolo, images, texts, objects):
+    tree = {"images/z.jpg": ROW} | {f"images/{name}": None for name in images}
+    root = make_yolo(tree, data_yaml=YAML)
+    for text in texts:
+        exact = text.removesuffix(".txt") in [name.rpartition(".")[0] for name in images]
+        (root / "labels" / text).write_text(ROW if exact or objects else "0 .5 .5 .1 .1")
+    train = load_annotations(root, "train")
+    assert sum(len(record.labels) for record in train.images) == 1 + objects
+    without = len(images) - objects
+    assert [count for _, count, _ in said(train, "image-without-labels")] == ([without] if without else [])
+
+
+@pytest.mark.parametrize(
     ("images", "labels"),
     [
         ("train_images", "train_labels"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from ddetr.datasets.readers.file_names import find_files
 from ddetr.datasets.readers.reader import Wanted, check_unnamed, is_true
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_PATH, one_line
+from ddetr.wording import first_few
 
 _NAME_KEYS = ("file_name", "filename", "path", "coco_url")  # the first that an image has; tools write others
 
@@ -233,7 +234,10 @@ def _objects(
         where = _where(objects[i], shown, names, image_index[i])
         if from_mask is None or is_relative(form):
             no_box[i] = True
-            log.add("missing-box", "dropped", where, 'There is no "bbox" of four numbers; the object was left out.')
+            box = objects[i].get("bbox")
+            said = 'There is no "bbox" of four numbers' if box is None else f'Its "bbox" is {one_line(repr(box), 80)}'
+            message = f"{said}; expected [x, y, width, height]. The object was left out."
+            log.add("missing-box", "dropped", where, message)
         else:
             boxes_xyxy[i] = corners_of(from_mask[None], "xywh")[0]
             log.add("missing-box", "repaired", where, 'There is no "bbox"; the one around the mask was used.')
@@ -241,7 +245,8 @@ def _objects(
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
     unnamed = Counter(one_line(repr(objects[i].get("category_id")), 40) for i in np.flatnonzero(labels < 0))
-    check_unnamed(unnamed, len(objects), shown, log)
+    if not unnamed or not _report_off_by_one(objects, label_of_id, shown, log):
+        check_unnamed(unnamed, len(objects), shown, log)
     for i in np.flatnonzero(labels < 0):
         category_id = objects[i].get("category_id")
         said = f"Its category id {category_id!r} is not among the categories"
@@ -254,6 +259,32 @@ def _objects(
         message = f"{repeated} annotation ids occur more than once; all objects were kept, ids are not used."
         log.add("duplicate-annotation-id", "note", shown, message, count=repeated)
     return image_index, labels, (image_index >= 0) & (labels >= 0) & ~no_box, boxes_xyxy
+
+
+def _report_off_by_one(
+    objects: Sequence[dict[str, Any]], label_of_id: Mapping[int, int], shown: str, log: FindingLog
+) -> bool:
+    """Whether the objects' category ids, of which some are not listed, would all be after adding or subtracting one."""
+    used = {number for obj in objects if (number := whole_number(obj.get("category_id"))) is not None}
+    unlisted = used - label_of_id.keys()
+    shift = next((by for by in (1, -1) if all(i + by in label_of_id for i in used)), 0)
+    if not unlisted or not shift:
+        return False
+    change, back = ("Add 1 to", "subtract 1 from") if shift > 0 else ("Subtract 1 from", "add 1 to")
+    message = (
+        f"The objects' category ids are {_span(used)}, those of the categories {_span(label_of_id)}: it looks as if "
+        f"each object had the name of its class's neighbour. {change} the ids of the objects, or {back} those of the "
+        f"categories; if they are right, list {_span(unlisted)} among the categories or take these objects out."
+    )
+    log.add("ids-off-by-one", "refused", shown, message)
+    return True
+
+
+def _span(ids: Collection[int]) -> str:
+    low, high = min(ids), max(ids)
+    if len(ids) > 2 and high - low + 1 == len(ids):
+        return f"{low} to {high}"
+    return first_few(sorted(ids), 5)
 
 
 def _sizes(
@@ -359,6 +390,8 @@ def _numbers(rows: Sequence[Any], width: int) -> np.ndarray:
         pass
     array = np.full((len(rows), width), np.nan)
     for i, row in enumerate(rows):
+        if isinstance(row, str):  # a list as a table writes it
+            row = row.strip().strip("[]()").split(",")
         if isinstance(row, (list, tuple)) and len(row) == width:
             for j, value in enumerate(row):
                 with suppress(TypeError, ValueError, OverflowError):

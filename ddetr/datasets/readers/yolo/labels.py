@@ -9,13 +9,15 @@ from itertools import islice
 from pathlib import Path
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, walk_files
+from ddetr.datasets.image_files import ImageFolders, folded, walk_files
 from ddetr.datasets.image_formats import is_clutter
 from ddetr.datasets.readers.yolo.layout import has_rows
 from ddetr.datasets.readers.yolo.paths import names_of_labels, written_like
 from ddetr.untrusted import one_line
 
 _NEAR = 1000  # folders in which lost label files are looked for
+# By folded names, None where two are alike: the exact label names of a folder's images, and each place's text files.
+_Folded = tuple[dict[str, str | None], list[tuple[Path, dict[str, str | None]]]]
 
 
 def label_file(image: Path) -> Path:
@@ -52,6 +54,7 @@ class LabelFiles:
     def __init__(self) -> None:
         self._folders = ImageFolders()
         self._places: dict[Path, list[Path]] = {}  # folder of images -> where their labels may be
+        self._folded: dict[Path, _Folded] = {}  # folder of images
         self._taken: dict[Path, dict[str, list[Path]]] = defaultdict(
             lambda: defaultdict(list)
         )  # folder -> name -> images
@@ -66,6 +69,7 @@ class LabelFiles:
             self._places[folder] = _label_folders(folder)
         names = (f"{image.stem}.txt", f"{image.name}.txt")
         found = [place / name for place in self._places[folder] for name in names if name in self._folders.names(place)]
+        found = found or self._alike(image, names)
         if not found:
             self._without[folder].append(image)
             return None
@@ -75,6 +79,25 @@ class LabelFiles:
         if len(found) > 1:
             self._twice[folder].append((file, found[1]))
         return file
+
+    def _alike(self, image: Path, names: Sequence[str]) -> list[Path]:
+        """Label files whose names differ from these only in capitals or in how accents are composed. Where two files
+        or two images are alike in that, none: nobody knows whose is whose."""
+        if image.parent not in self._folded:
+            self._folded[image.parent] = self._fold(image.parent)
+        stems, places = self._folded[image.parent]
+        if stems.get(folded(names[0]), names[0]) != names[0]:
+            return []
+        words = [folded(name) for name in names]
+        return [place / file for place, texts in places for word in words if (file := texts.get(word))]
+
+    def _fold(self, folder: Path) -> _Folded:
+        stems = _by_folded({f"{os.path.splitext(name)[0]}.txt" for name in self._folders.images(folder)})
+        places = []
+        for place in self._places[folder]:
+            texts = (name for name in self._folders.names(place) if name.lower().endswith(".txt"))
+            places.append((place, _by_folded(texts)))
+        return stems, places
 
     def report(self, sources: Iterable[Path], log: FindingLog) -> None:
         """Adds what was found about the images asked for; sources: the folders that were read whole."""
@@ -126,10 +149,11 @@ class LabelFiles:
                 for parent in {file.parent for file in walk_files(place)} - images_of.keys():
                     images_of[parent].append(source / parent.relative_to(place))
         for place, folders in images_of.items():
-            names = (name for name in self._folders.names(place) if name.endswith(".txt") and not is_clutter(name))
+            texts = (name for name in self._folders.names(place) if name.lower().endswith(".txt"))
+            names = (name for name in texts if not is_clutter(name))
             alone = sorted(name for name in names if name not in self._taken[place])
             known = self._image_words(folders) if alone else set()
-            orphans = [name for name in alone if name[:-4].lower() not in known and has_rows(place / name)]
+            orphans = [name for name in alone if folded(name[:-4]) not in known and has_rows(place / name)]
             if not orphans:
                 continue
             message = f"{len(orphans):,} label files have no image and were not used, such as {_few(orphans)}."
@@ -139,21 +163,31 @@ class LabelFiles:
             log.add("labels-without-image", "note", str(place), message, count=len(orphans))
 
     def _image_words(self, folders: Sequence[Path]) -> set[str]:
-        """What label files of the images in these folders may be called, without `.txt`, in small letters."""
+        """What label files of the images in these folders may be called, without `.txt`, folded."""
         images = (name.lower() for folder in folders for name in self._folders.images(folder))
         return {word for name in images for word in (name, os.path.splitext(name)[0])}
 
     def _other_file(self, name: str, folders: Sequence[Path]) -> Path | None:
         same = (folder / other for folder in folders for other in sorted(self._folders.names(folder)))
-        return next((file for file in same if file.stem == name[:-4] and file.suffix != ".txt"), None)
+        return next(
+            (file for file in same if folded(file.stem) == folded(name[:-4]) and file.suffix.lower() != ".txt"), None
+        )
+
+
+def _by_folded(names: Iterable[str]) -> dict[str, str | None]:
+    """Names by what they are folded to; None where two are alike."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        found[folded(name)] = None if folded(name) in found else name
+    return found
 
 
 def _elsewhere(image: Path) -> Path | None:
     """The text file called as an image is, in one of the next folders around it."""
-    name = f"{image.stem}.txt"
+    wanted = folded(f"{image.stem}.txt")
     top = Path(os.path.commonpath([label_file(image).parent, image.parent]))
     walk = islice(os.walk(top if top != image.parent else top.parent), _NEAR)
-    return next((Path(folder, name) for folder, _, files in walk if name in files), None)
+    return next((Path(folder, name) for folder, _, files in walk for name in files if folded(name) == wanted), None)
 
 
 def _few(names: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, report_unread, visible, walk_files
+from ddetr.datasets.image_files import ImageFolders, folded, report_unread, visible, walk_files
 from ddetr.datasets.image_formats import is_image_name, is_unread_name
 from ddetr.datasets.readers.label_folders import holds_json_labels
 from ddetr.datasets.readers.reader import WHOLE
@@ -169,8 +169,9 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
 def _has_labels_beside(folder: Path) -> bool:
     """Whether an image has a text file of its name beside it that holds a row of a label file."""
     names = ImageFolders().names(folder)
-    labels = (f"{os.path.splitext(name)[0]}.txt" for name in sorted(names) if is_image_name(name))
-    beside = (name for name in labels if name in names)
+    texts = {folded(name): name for name in names if name.lower().endswith(".txt")}
+    labels = (folded(f"{os.path.splitext(name)[0]}.txt") for name in sorted(names) if is_image_name(name))
+    beside = (texts[name] for name in labels if name in texts)
     return any(has_rows(folder / name) for name in islice(beside, _SAMPLED_LABELS))
 
 
