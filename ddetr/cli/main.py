@@ -230,9 +230,8 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
             write_text(make_folder(file.parent, "--output") / file.name, json.dumps(report.to_dict(), indent=1) + "\n")
         if report.refused:
             number = sum(finding.count for finding in report.refused)  # as the table's last line has it
-            raise InputError(
-                f"{number:,} {'thing' if number == 1 else 'things'} must be repaired before training, see the table above"
-            )
+            things = "1 thing" if number == 1 else f"{number:,} things"
+            raise InputError(f"{things} must be repaired before training, see the table above")
 
     return run
 
