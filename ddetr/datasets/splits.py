@@ -12,7 +12,7 @@ import numpy as np
 
 from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
-from ddetr.datasets.load import FORMATS, also_there, default_splits
+from ddetr.datasets.load import FORMATS, also_there, default_splits, detect_format
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.untrusted import MAX_LABEL_BYTES, parse_json, read_text
@@ -35,6 +35,7 @@ def load_split(
 
     `categories` are the training set's, on to which the labels are mapped.
     """
+    data = _settled(data)
     if split is None and data.val_fraction is not None:
         train, val = hold_back(_load(data, "train", None, categories), data)
         return train if which == "train" else val
@@ -51,8 +52,9 @@ def load_splits(
         keep_empty: whether training images without an object stay.
         held_back: with `val_fraction`, the images that were held back before (see `image_names`).
     """
+    was_recognised, data = data.format == "auto", _settled(data)
     train = _load(data, "train", None, None)
-    if data.format == "auto" and data.train_annotations is None:
+    if was_recognised and data.train_annotations is None:
         train = replace(train, findings=(*train.findings, *_other_annotations(data, train)))
     if data.val_fraction is not None:
         unused = None if data.train_annotations else _name_of_split(data, "val")
@@ -91,6 +93,15 @@ def no_validation(data: DataSource) -> InputError:
         "holds back a tenth of the training images, --data.val_split names another split, --data.val_annotations "
         "another file"
     )
+
+
+def _settled(data: DataSource) -> DataSource:
+    """With the format that lies there, looked for once: each reader lists folders to know its own. Where a file is
+    named, the format is that of the file."""
+    named = (data.val_annotations, getattr(data, "train_annotations", None))
+    if data.format != "auto" or any(file is not None for file in named):
+        return data
+    return replace(data, format=detect_format(data.path))
 
 
 def _load(
