@@ -183,6 +183,8 @@ def convert(
                 if progress is not None:
                     progress(done, total)
         writer(folder, planned, source.first, _class_names(source.first, to, notes), notes)
+        if to != "coco":
+            _note_lost(planned, to, source.first.format == "coco", notes)
         _check_empty(path)  # it takes minutes: somebody may have put something there
 
     remove_leftovers(path.parent)
@@ -414,7 +416,6 @@ def _write_yolo(
     (folder / "data.yaml").write_text(text, encoding="utf-8")
     if "val" not in planned:
         notes["there is no validation split, without which Ultralytics' YOLO doesn't train"] = 0
-    _note_lost(planned, "yolo", annotations.format == "coco", notes)
 
 
 def _write_voc(
@@ -437,7 +438,6 @@ def _write_voc(
         notes[
             f"classes without an object in {next(iter(planned))} are not kept: {first_few(map(one_line, unused), 5)}"
         ] = 0
-    _note_lost(planned, "voc", annotations.format == "coco", notes)
 
 
 def _voc_tree(image: _Image, classes: Sequence[str], notes: Counter[str]) -> ElementTree.ElementTree:

@@ -193,9 +193,8 @@ def report_unread(names: Iterable[str], where: str, log: FindingLog, *, are_left
     of their images that is not read has a finding of its own.
     """
     for unread in unread_files(names):
-        message = f"{len(unread.names):,} {unread.suffix} files are not read, such as {unread.names[0]}: {unread.cure}."
         action = "dropped" if are_left_out and unread.is_photo else "note"
-        log.add("image-not-read", action, where, message, count=len(unread.names))
+        log.add("image-not-read", action, where, f"{unread.said}.", count=len(unread.names))
 
 
 @contextmanager

@@ -76,6 +76,10 @@ class Unread(NamedTuple):
     is_photo: bool  # of a format that cameras and phones write
     cure: str  # what makes them readable
 
+    @property
+    def said(self) -> str:
+        return f"{len(self.names):,} {self.suffix} files are not read, such as {self.names[0]}: {self.cure}"
+
 
 @functools.cache
 def known_formats() -> tuple[str, ...]:

@@ -126,10 +126,7 @@ def find_images(inputs: Iterable[str | os.PathLike], skip: Path | None = None) -
         else:
             files = [match for match in _expand(path) if skipped not in match.resolve().parents]
             matches = [match for match in files if is_image_name(match.name)]
-            unread = [
-                f"{len(kind.names):,} {kind.suffix} files are not read, such as {kind.names[0]}: {kind.cure}"
-                for kind in unread_files(map(str, files))
-            ]
+            unread = [kind.said for kind in unread_files(map(str, files))]
             if not matches:
                 kinds = ", ".join(sorted(image_suffixes()))
                 said = "".join(f" {one}." for one in unread)

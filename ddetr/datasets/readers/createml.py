@@ -25,11 +25,10 @@ def createml_splits(path: Path) -> dict[str, Path]:
 def read_createml(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
     splits = createml_splits(wanted.path)
-    root = wanted.path if wanted.path.is_dir() else wanted.path.parent
 
     def read(file: Path, log: FindingLog) -> list[LabelledImage]:
         split = next(name for name in splits if splits[name] == file)
-        place = Place(root, file, split)
+        place = Place(wanted.root, file, split)
         images = ImageCollector(place, wanted, log, form="cxcywh")
         for position, entry in enumerate(load_list(file, log, place.shown)):
             name, objects = _first(entry, "image", "imagefilename"), _first(entry, "annotations", "annotation")

@@ -119,11 +119,10 @@ def _are_numbers(cells: Sequence[str]) -> bool:
 def read_csv_boxes(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
     splits = csv_splits(wanted.path)
-    root = wanted.path if wanted.path.is_dir() else wanted.path.parent
 
     def read(file: Path, log: FindingLog) -> list[LabelledImage]:
         split = next(name for name in splits if splits[name] == file)
-        return _read(Place(root, file, split), wanted, _class_names(root, file), log)
+        return _read(Place(wanted.root, file, split), wanted, _class_names(wanted.root, file), log)
 
     return read_labelled(wanted, "csv", splits, read)
 

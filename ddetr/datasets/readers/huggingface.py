@@ -98,13 +98,12 @@ def _entries(file: Path) -> Iterator[dict[str, Any]]:
 def read_huggingface(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
     splits = huggingface_splits(wanted.path)
-    root = wanted.path if wanted.path.is_dir() else wanted.path.parent
-    names_of_ids = _class_names(root)
+    names_of_ids = _class_names(wanted.root)
 
     def read(place: tuple[Path, str], log: FindingLog) -> list[LabelledImage]:
         file, folder = place
         split = next(name for name in splits if splits[name] == place)
-        where_it_is = Place(root, file, split, beside_file=True)
+        where_it_is = Place(wanted.root, file, split, beside_file=True)
         shown = where_it_is.shown
         images = ImageCollector(where_it_is, wanted, log, form="xywh")
         unnamed: set[str] = set()

@@ -37,11 +37,10 @@ def label_studio_splits(path: Path) -> dict[str, Path]:
 def read_label_studio(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
     splits = label_studio_splits(wanted.path)
-    root = wanted.path if wanted.path.is_dir() else wanted.path.parent
 
     def read(file: Path, log: FindingLog) -> list[LabelledImage]:
         split = next(name for name in splits if splits[name] == file)
-        place = Place(root, file, split)
+        place = Place(wanted.root, file, split)
         images = ImageCollector(place, wanted, log, in_fractions=True, spell=_spellings, are_addresses=True)
         for position, task in enumerate(load_list(file, log, place.shown)):
             where = f"{place.shown}, task {one_line(task.get('id', position))}"

@@ -59,6 +59,11 @@ class Wanted:
     check_images: bool = True
     boxes: BoxForm = "auto"
 
+    @property
+    def root(self) -> Path:
+        """The data set's folder, or that of its file."""
+        return self.path if self.path.is_dir() else self.path.parent
+
 
 @dataclass(frozen=True)
 class Reader:
