@@ -1,5 +1,8 @@
 """The command line, `ddetr COMMAND`. [jsonargparse]
 
-main.py     the commands: the signatures of the functions are the interface
-parser.py   jsonargparse with messages for people
+main.py       which commands there are, and those of a file each: the signatures of the functions are the interface
+training.py   train, preflight and demo
+data.py       data audit, show and convert
+bench.py      bench ...
+parser.py     jsonargparse with messages for people
 """

@@ -1,0 +1,102 @@
+"""The commands `ddetr bench ...`."""
+
+import inspect
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from ddetr.cli.parser import Parser
+from ddetr.cli.training import add_training_options, training_config
+
+
+def bench_op_command(parser: Parser) -> Callable[[Any], None]:
+    """Time the operator against other implementations, on this machine."""
+    from ddetr.bench.op import bench_op
+
+    parser.usage = "ddetr bench op [options]"
+    parser.add_function_arguments(bench_op)
+
+    def run(settings: Any) -> None:
+        bench_op(**vars(settings))
+
+    return run
+
+
+def bench_gpu_command(parser: Parser) -> Callable[[Any], int]:
+    """Prove and measure everything on a GPU, in minutes and without a network."""
+    from ddetr.bench.gpu.command import bench_gpu
+
+    parser.usage = "ddetr bench gpu --output FOLDER [options]"
+    parser.add_function_arguments(bench_gpu)
+    return lambda settings: bench_gpu(**vars(settings))
+
+
+def bench_inference_command(parser: Parser) -> Callable[[Any], None]:
+    """Time the whole detector on a CPU, beside transformers' with the same weights."""
+    from ddetr.bench.inference import bench_inference
+
+    parser.usage = "ddetr bench inference [options]"
+    parser.add_function_arguments(bench_inference)
+
+    def run(settings: Any) -> None:
+        bench_inference(**vars(settings))
+
+    return run
+
+
+def bench_evaluation_command(parser: Parser) -> Callable[[Any], None]:
+    """Time COCO's evaluation by each library that is installed."""
+    from ddetr.bench.evaluation import bench_evaluation
+
+    parser.usage = "ddetr bench evaluation [options]"
+    parser.add_function_arguments(bench_evaluation)
+
+    def run(settings: Any) -> None:
+        bench_evaluation(**vars(settings))
+
+    return run
+
+
+def bench_matcher_command(parser: Parser) -> Callable[[Any], None]:
+    """Time the matching of a training step, beside the official formulation."""
+    from ddetr.bench.matcher import bench_matcher
+
+    parser.usage = "ddetr bench matcher [options]"
+    parser.add_function_arguments(bench_matcher)
+
+    def run(settings: Any) -> None:
+        bench_matcher(**vars(settings))
+
+    return run
+
+
+def bench_data_command(parser: Parser) -> Callable[[Any], None]:
+    """Time the training loader beside the plain Pillow recipe."""
+    from ddetr.bench.data import bench_data
+
+    parser.usage = "ddetr bench data --data PATH [options]"
+    parser.add_function_arguments(bench_data, sub_configs=False)
+    parser.add_group_of_options("data")
+
+    def run(settings: Any) -> None:
+        bench_data(**vars(settings))
+
+    return run
+
+
+def bench_train_command(parser: Parser) -> Callable[[Any], None]:
+    """Time training steps, part by part, and the same steps by others."""
+    from ddetr.bench.train import bench_train
+
+    parser.usage = "ddetr bench train (--data PATH | --synthetic HEIGHTxWIDTH) [options of bench train and of train]"
+    parser.add_function_arguments(bench_train, skip={"config", "command"})
+    add_training_options(parser, skip=["output"])
+    parser.set_defaults({"data.path": ""})
+    own = set(inspect.signature(bench_train).parameters) - {"config", "command"}
+
+    def run(settings: Any) -> None:
+        options = {name: value for name, value in vars(settings).items() if name in own}
+        bench_train(training_config(settings), **options, command=shlex.join(["ddetr", *sys.argv[1:]]))
+
+    return run
