@@ -30,6 +30,7 @@ from ddetr.datasets.readers.yolo.paths import (
     names_of_labels,
     shortest_ends,
 )
+from ddetr.datasets.readers.yolo.rows import class_words
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_SPLIT_PATHS, MAX_YAML_BYTES, one_line, open_file, parse_yaml, read_text
 
@@ -176,13 +177,20 @@ def _has_labels_beside(folder: Path) -> bool:
 
 
 def has_rows(file: Path) -> bool:
-    """Whether the first line of a text file with anything in it is a row of a label file: five numbers or more."""
+    """Whether the first line of a text file with anything in it is a row of a label file: five numbers or more, or the
+    name of a class and four fractions."""
     try:
         with open_file(file) as stream:
-            words = stream.read(1000).lstrip().split(b"\n")[0].replace(b",", b" ").split()
-        return len([float(word) for word in words]) >= 5
-    except (OSError, ValueError):
+            start = stream.read(1000)
+    except OSError:
         return False
+    words = start.decode("utf-8-sig", "replace").lstrip().split("\n")[0].replace(",", " ").split()
+    name = class_words(words)
+    try:
+        numbers = [float(word) for word in words[len(name) :]]
+    except ValueError:
+        return False
+    return len(numbers) >= 5 if not name else all(0 <= number <= 1 for number in numbers)
 
 
 def _named_splits(file: Path) -> dict[str, YoloSplit]:
