@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from ddetr.datasets.annotations import Annotations, Category, split_error
 from ddetr.datasets.config import BoxForm
@@ -25,7 +25,7 @@ from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
-from ddetr.datasets.readers.yolo.reader import read_yolo
+from ddetr.datasets.readers.yolo.reader import read_yolo, said_of_unnamed
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.wording import did_you_mean, first_few
@@ -187,6 +187,12 @@ def also_there(path: str | PathLike, format: str = "auto") -> list[tuple[str, li
             if other != read and (splits := list(reader.splits(place))):
                 found.append((other, splits))
     return found
+
+
+def said_of_not_named(path: str | PathLike, kind: Literal["train", "val"], format: str = "auto") -> str:
+    """A sentence on images of a split that lie where the data set's description doesn't say; "" without such."""
+    format, place = _located(path, format)
+    return said_of_unnamed(place, kind) if format == "yolo" else ""
 
 
 def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:

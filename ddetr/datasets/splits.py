@@ -12,7 +12,7 @@ import numpy as np
 
 from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
-from ddetr.datasets.load import FORMATS, also_there, default_splits, detect_format
+from ddetr.datasets.load import FORMATS, also_there, default_splits, detect_format, said_of_not_named
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.untrusted import MAX_LABEL_BYTES, parse_json, read_text
@@ -54,8 +54,9 @@ def load_splits(
     """
     was_recognised, data = data.format == "auto", _settled(data)
     train = _load(data, "train", None, None)
-    if was_recognised and data.train_annotations is None:
-        train = replace(train, findings=(*train.findings, *_other_annotations(data, train)))
+    if data.train_annotations is None:
+        others = _other_annotations(data, train) if was_recognised else []
+        train = replace(train, findings=(*train.findings, *others, *_not_named(data)))
     if data.val_fraction is not None:
         unused = None if data.train_annotations else _name_of_split(data, "val")
         if unused is not None:
@@ -84,14 +85,26 @@ def _other_annotations(data: TrainingSource, train: Annotations) -> list[Finding
     return found
 
 
+def _not_named(data: TrainingSource) -> list[Finding]:
+    """Of splits that lie beside those which the data set's description names, where nobody has named others."""
+    found = []
+    if data.train_split is None and (said := said_of_not_named(data.path, "train", data.format)):
+        found.append(Finding("split-not-named", "refused", str(data.path), said))  # the only other one is trained on
+    named = (data.val_split, data.val_annotations, data.val_fraction)
+    if named == (None, None, None) and (said := said_of_not_named(data.path, "val", data.format)):
+        found.append(Finding("split-not-named", "note", str(data.path), said))
+    return found
+
+
 def no_validation(data: DataSource) -> InputError:
     """What to do about a data set without a validation split."""
     splits = available_splits(data.path, data.format)
     has = f"it has {first_few(splits, 8)}" if splits else "it has none"
+    unnamed = said_of_not_named(data.path, "val", data.format)
     return InputError(
         f"{data.path} has no validation split of a usual name (val, valid, test, ...; {has}): --data.val_fraction 0.1 "
         "holds back a tenth of the training images, --data.val_split names another split, --data.val_annotations "
-        "another file"
+        f"another file{unnamed and f'. {unnamed}'}"
     )
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.annotations import Category
-from ddetr.datasets.readers.yolo.labels import label_file
+from ddetr.datasets.readers.yolo.paths import label_file
 from ddetr.errors import InputError
 
 TREE = {"images/train/a.jpg": "0 0.5 0.5 0.25 0.5\n1 0.1 0.1 0.1 0.1\n", "images/val/b.jpg": "1 0.5 0.5 0.5 0.5"}

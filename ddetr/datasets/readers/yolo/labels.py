@@ -12,7 +12,7 @@ from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, folded, walk_files
 from ddetr.datasets.image_formats import is_clutter
 from ddetr.datasets.readers.yolo.layout import has_rows
-from ddetr.datasets.readers.yolo.paths import names_of_labels, written_like
+from ddetr.datasets.readers.yolo.paths import label_file, names_of_labels, usual_folder
 from ddetr.untrusted import one_line
 
 _NEAR = 1000  # folders in which lost label files are looked for
@@ -20,23 +20,9 @@ _NEAR = 1000  # folders in which lost label files are looked for
 _Folded = tuple[dict[str, str | None], list[tuple[Path, dict[str, str | None]]]]
 
 
-def label_file(image: Path) -> Path:
-    """Where an image's label file belongs: the last `images` of its path becomes `labels`, else beside it."""
-    return _usual_folder(image.parent) / f"{image.stem}.txt"
-
-
-def _usual_folder(folder: Path) -> Path:
-    parts = list(folder.parts)
-    for i in reversed(range(len(parts))):
-        if parts[i].lower() == "images":
-            places = [Path(*parts[:i], labels, *parts[i + 1 :]) for labels in written_like(parts[i], "labels")]
-            return next((place for place in places if place.is_dir()), Path(*parts[:i], "labels", *parts[i + 1 :]))
-    return folder
-
-
 def _label_folders(folder: Path) -> list[Path]:
     """The folders that may hold the label files of a folder of images, the usual one first."""
-    places = [_usual_folder(folder)]
+    places = [usual_folder(folder)]
     for depth, part in ((1, folder.name), (2, folder.parent.name)):  # train_images -> train_labels
         head, tail = folder.parts[: len(folder.parts) - depth], folder.parts[len(folder.parts) - depth + 1 :]
         places += [Path(*head, name, *tail) for name in names_of_labels(part)]
@@ -144,7 +130,7 @@ class LabelFiles:
             for place in used:
                 images_of[place].append(folder)
         for source in sources:
-            place = _usual_folder(source)
+            place = usual_folder(source)
             if place != source and place.is_dir():
                 for parent in {file.parent for file in walk_files(place)} - images_of.keys():
                     images_of[parent].append(source / parent.relative_to(place))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -20,12 +21,13 @@ from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, folded, report_unread, visible, walk_files
 from ddetr.datasets.image_formats import is_image_name, is_unread_name
 from ddetr.datasets.readers.label_folders import holds_json_labels
-from ddetr.datasets.readers.reader import WHOLE
+from ddetr.datasets.readers.reader import WHOLE, split_kind
 from ddetr.datasets.readers.yolo.paths import (
     FEW,
     Places,
     bare_parts,
     given,
+    label_file,
     listed_images,
     names_of_labels,
     shortest_ends,
@@ -77,6 +79,17 @@ def yolo_file(path: Path) -> Path | None:
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return [file for file in visible(folder.glob("*.*"), folder) if file.suffix.lower() in suffixes]
+
+
+def names_file(folder: Path) -> Path | None:
+    """The YAML file that names classes and no split, such as one whose `train:` and `val:` are empty; None without
+    one, or of several."""
+    found = []
+    for file in _files(folder, _YAML):
+        with suppress(InputError):
+            content = description(file)
+            found += [file] if given(content.get("names")) and not _entries(content) else []
+    return found[0] if len(found) == 1 else None
 
 
 def _names_splits(file: Path) -> bool:
@@ -199,6 +212,34 @@ def _named_splits(file: Path) -> dict[str, YoloSplit]:
     if any(split.sources for split in splits.values()):
         return splits
     return _resolved(Places(file, content, wide=True))
+
+
+def not_named(path: Path) -> dict[str, Path]:
+    """The splits for training and validation of which the description of the data set at `path` doesn't speak, by what
+    lies beside the images of the others: images/val beside images/train, val.txt beside train.txt; where there are
+    label files."""
+    file = yolo_file(path)
+    splits = _named_splits(file) if file is not None else {}
+    named = {os.path.realpath(source) for split in splits.values() for source in split.sources}
+    found: dict[str, Path] = {}
+    for kind in sorted({"train", "val"} - splits.keys()):
+        for split in splits.values():
+            for place in (place for source in split.sources for place in _beside(source, kind)):
+                images = islice(image_paths(YoloSplit((place,), (), split.bases), FindingLog()), _SAMPLED_LABELS)
+                if os.path.realpath(place) not in named and any(label_file(image).is_file() for image in images):
+                    found.setdefault(kind, place)
+    return found
+
+
+def _beside(source: Path, kind: str) -> list[Path]:
+    """What is to another split as `source` is to its own."""
+    own = next((place for place in (source, source.parent) if split_kind(place.name)), None)
+    if own is None:
+        return []
+    rest = source.relative_to(own)
+    names = sorted(name for name in ImageFolders().names(own.parent) if split_kind(name) == kind)
+    places = (own.parent / name / rest for name in names)
+    return [place for place in places if place.is_dir() == source.is_dir() and place.suffix == source.suffix][:1]
 
 
 def _resolved(places: Places) -> dict[str, YoloSplit]:

@@ -26,7 +26,7 @@ from ddetr.datasets.annotations import (
 from ddetr.datasets.image_files import IMAGES_OPTION, listed_lines, visible
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
 from ddetr.datasets.readers.yolo.labels import LabelFiles
-from ddetr.datasets.readers.yolo.layout import description, image_paths, yolo_file, yolo_splits
+from ddetr.datasets.readers.yolo.layout import description, image_paths, names_file, not_named, yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.paths import Places, given
 from ddetr.datasets.readers.yolo.rows import Class, RowReader, class_id_of
 from ddetr.errors import InputError
@@ -45,7 +45,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
     if split not in splits:
         raise split_error(path, split, list(splits))
     log = FindingLog()
-    file = yolo_file(path)
+    file = yolo_file(path) or names_file(path)
     content = description(file) if file else {}
     root = path if path.is_dir() else path.absolute().parent
     root = root.absolute()
@@ -91,6 +91,18 @@ def read_yolo(wanted: Wanted) -> Annotations:
     check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
     table = table_of(found, label_of_id, log, said_of, wanted.boxes)
     return whole(f"{root.name}/{split}", "yolo", categories, table, log)
+
+
+def said_of_unnamed(path: Path, kind: str) -> str:
+    """A sentence on images of a split that are there and that the description doesn't name; "" without such."""
+    file, place = yolo_file(path), not_named(path).get(kind)
+    if file is None or place is None:
+        return ""
+    shown = one_line(_shown(place, file.absolute().parent))
+    return (
+        f"{one_line(file.name)} names no {kind}, but {shown} has images with labels, which are not used: write "
+        f"`{kind}: {shown}` into it."
+    )
 
 
 def _read_lines(file: Path, log: FindingLog) -> list[str]:
