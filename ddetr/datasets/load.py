@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal, get_args
 
-from ddetr.datasets.annotations import Annotations, Category, split_error
+from ddetr.datasets.annotations import Annotations, Category, Finding, are_most, split_error
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import IMAGES_OPTION, folders_in
 from ddetr.datasets.readers.coco.layout import coco_splits
@@ -47,6 +47,7 @@ def load_annotations(
     categories: Sequence[Category] | None = None,
     check_images: bool = True,
     boxes: BoxForm = "auto",
+    allow_incomplete: bool = False,
 ) -> Annotations:
     """Reads one split of a data set where it lies. What is wrong with it is in `findings`; only what leaves nothing to
     read (a path that is not there, broken JSON) raises `InputError`.
@@ -63,7 +64,33 @@ def load_annotations(
         check_images: False trusts the width and height of a COCO file and saves reading a header per image.
         boxes: what the four numbers of a box are, where they are not what the format says: "xyxy", "xywh" or "cxcywh"
             (centre and size) in pixels, or with "-relative" in fractions of the image.
+        allow_incomplete: whether a split may lack more than half of the images that its annotations name; otherwise a
+            finding refuses it.
     """
+    annotations = _read(path, split, format, annotation_file, image_dir, categories, check_images, boxes)
+    lost, left = annotations.num_images_left_out, len(annotations.images)
+    if allow_incomplete or not left or not are_most(lost, left):  # where none is left, that is refused
+        return annotations
+    message = (
+        f"{lost:,} of its {lost + left:,} images are left out, for the reasons in the other rows: that looks like a "
+        "wrong path, or a download that is not finished. Restore them, take them out of the annotations, or train on "
+        "what is there with --data.allow_incomplete true (allow_incomplete)."
+    )
+    incomplete = Finding("most-images-left-out", "refused", annotations.name, message, lost)
+    return replace(annotations, findings=(*annotations.findings, incomplete))
+
+
+def _read(
+    path: str | PathLike,
+    split: str,
+    format: str,
+    annotation_file: str | PathLike | None,
+    image_dir: str | PathLike | None,
+    categories: Sequence[Category] | None,
+    check_images: bool,
+    boxes: BoxForm,
+) -> Annotations:
+    """The split, with what its reader found; `load_annotations` says what the arguments are."""
     if boxes not in (known := get_args(BoxForm)):
         raise InputError(f"--data.boxes is one of {', '.join(known)}, not {boxes!r}{did_you_mean(boxes, known)}")
     path = existing(path)

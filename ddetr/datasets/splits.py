@@ -131,6 +131,7 @@ def _load(
         image_dir=getattr(data, f"{which}_images", None),
         categories=categories,
         boxes=data.boxes,
+        allow_incomplete=data.allow_incomplete,
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
-from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.annotations import FindingLog, are_most
 from ddetr.datasets.image_files import ImageFolders, folded, walk_files
 from ddetr.datasets.image_formats import is_clutter
 from ddetr.datasets.readers.yolo.layout import has_rows
@@ -85,7 +85,7 @@ class LabelFiles:
             places.append((place, _by_folded(texts)))
         return stems, places
 
-    def report(self, sources: Iterable[Path], log: FindingLog) -> None:
+    def report(self, sources: Sequence[Path], log: FindingLog) -> None:
         """Adds what was found about the images asked for; sources: the folders that were read whole."""
         num_found = sum(sum(places.values()) for places in self._used.values())
         num_without = sum(map(len, self._without.values()))
@@ -123,7 +123,7 @@ class LabelFiles:
                 log.add("shared-label-file", "note", str(place), message, count=len(shared))
         self._report_orphans(sources, log)
 
-    def _report_orphans(self, sources: Iterable[Path], log: FindingLog) -> None:
+    def _report_orphans(self, sources: Sequence[Path], log: FindingLog) -> None:
         """Label files whose image is gone. A text file with no row of numbers in it (classes.txt, notes) is none."""
         images_of: dict[Path, list[Path]] = defaultdict(list)  # folder of labels -> of images
         for folder, used in self._used.items():
@@ -146,7 +146,12 @@ class LabelFiles:
             other = self._other_file(orphans[0], folders)
             if other:
                 message += f" There is {one_line(other)}, which is not read as an image."
-            log.add("labels-without-image", "note", str(place), message, count=len(orphans))
+            with_image = len(self._taken[place]) + sum(folded(name[:-4]) in known for name in alone)
+            is_whole = any(
+                folder.is_relative_to(source) for folder in folders for source in sources
+            )  # else a list says
+            action = "dropped" if is_whole and are_most(len(orphans), with_image) else "note"
+            log.add("labels-without-image", action, str(place), message, count=len(orphans))
 
     def _image_words(self, folders: Sequence[Path]) -> set[str]:
         """What label files of the images in these folders may be called, without `.txt`, folded."""
