@@ -39,7 +39,7 @@ _ENDS_BYTES = 8192  # read of each end of a file before whole files are compared
 _DECODED = {"auto": (4_000, 60), "val": (10_000, 120)}  # images of a split and seconds, at most
 _THINNEST = 40  # long side by short side: at the paper's size 33 pixels are left of the short one
 # Kinds of findings that stop nothing, and that somebody should read all the same: they stand in the verdict too.
-_DOUBTFUL = ("validation-is-training", "split-not-named")
+_DOUBTFUL = ("validation-is-training", "split-not-named", "read-together")
 _SMALLEST = 10  # pixels of the short side
 
 Decode = bool | Literal["auto", "val"]

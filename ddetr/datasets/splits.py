@@ -12,10 +12,11 @@ import numpy as np
 
 from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
-from ddetr.datasets.load import FORMATS, also_there, default_splits, detect_format, said_of_not_named
+from ddetr.datasets.load import FORMATS, also_there, default_splits, detect_format, read_together, said_of_not_named
+from ddetr.datasets.readers.reader import WHOLE
 from ddetr.errors import InputError
 from ddetr.files import existing
-from ddetr.untrusted import MAX_LABEL_BYTES, parse_json, read_text
+from ddetr.untrusted import MAX_LABEL_BYTES, one_line, parse_json, read_text
 from ddetr.wording import first_few
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def load_splits(
     train = _load(data, "train", None, None)
     if data.train_annotations is None:
         others = _other_annotations(data, train) if was_recognised else []
-        train = replace(train, findings=(*train.findings, *others, *_not_named(data)))
+        train = replace(train, findings=(*train.findings, *others, *_not_named(data), *_together(data, train)))
     if data.val_fraction is not None:
         unused = None if data.train_annotations else _name_of_split(data, "val")
         if unused is not None:
@@ -83,6 +84,19 @@ def _other_annotations(data: TrainingSource, train: Annotations) -> list[Finding
         )
         found.append(Finding("other-annotations", "note", str(data.path), message))
     return found
+
+
+def _together(data: TrainingSource, train: Annotations) -> list[Finding]:
+    """Of folders that are read as one data set, and may be several."""
+    folders = read_together(data.path, data.format) if train.name.endswith(f"/{WHOLE}") else ()
+    if not folders:
+        return []
+    names = first_few([one_line(folder.name) for folder in folders], 4)
+    message = (
+        f"{len(folders):,} folders of it were read as one data set: {names}. If they don't belong together, give the "
+        "path of one."
+    )
+    return [Finding("read-together", "note", str(data.path), message, len(folders))]
 
 
 def _not_named(data: TrainingSource) -> list[Finding]:

@@ -164,6 +164,9 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
         return {name: YoloSplit((file,), (), (images, path)) for name, file in lists.items()} or {
             WHOLE: YoloSplit((images,))
         }
+    strange = (folder for name, folder in inside.items() if not split_kind(name))
+    if any(_names_splits(file) for folder in strange for file in _files(folder, (*_YAML, *_DARKNET))):
+        return {}  # a data set of its own, or several, and no splits of one
     splits = {}
     for folder in inside.values():
         below = {place.name.lower(): place for place in folder.iterdir() if place.is_dir()}
