@@ -70,9 +70,10 @@ _IMAGE_KINDS = frozenset(
         *("image-entry", "missing-image", "every-image-missing", "unreadable-image", "size-mismatch"),
         *("missing-annotation", "malformed-xml", "malformed-json", "malformed-labels", "image-path-differs"),
         *("duplicate-image-id", "ambiguous-image", "duplicate-file", "image-not-read"),
-        "several-annotations",
+        *("several-annotations", "labels-without-image"),
     ]
 )
+_FEW_LOST = 5  # images: fewer may be lost without a reason
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,12 @@ class Annotations:
         """Images that the data set names and `images` lacks."""
         dropped = [finding for finding in self.findings if finding.action in ("dropped", "refused")]
         return sum(finding.count for finding in dropped if finding.kind in _IMAGE_KINDS)
+
+
+def are_most(num_lost: int, num_left: int) -> bool:
+    """Whether so many images that are not there, beside those that are, are no slip: a wrong path, or a download that
+    is not finished."""
+    return num_lost >= _FEW_LOST and num_lost > num_left
 
 
 class ImageTable(Sequence[ImageRecord]):

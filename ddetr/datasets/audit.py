@@ -38,6 +38,8 @@ CLASSES_SHOWN, RAREST_SHOWN = 20, 8  # of more classes: the 12 most frequent and
 _ENDS_BYTES = 8192  # read of each end of a file before whole files are compared
 _DECODED = {"auto": (4_000, 60), "val": (10_000, 120)}  # images of a split and seconds, at most
 _THINNEST = 40  # long side by short side: at the paper's size 33 pixels are left of the short one
+# Kinds of findings that stop nothing, and that somebody should read all the same: they stand in the verdict too.
+_DOUBTFUL = ("validation-is-training", "split-not-named", "read-together")
 _SMALLEST = 10  # pixels of the short side
 
 Decode = bool | Literal["auto", "val"]
@@ -160,13 +162,11 @@ class AuditReport:
         if self.refused:
             strictly = " (--strict counts repairs and drops)" if self.strict else ""
             return f"Refused: {_plural(sum(f.count for f in self.refused), 'thing')} must be put right first{strictly}."
+        doubtful = [f" {finding.message}" for finding in self.findings if finding.kind in _DOUBTFUL]
         if self.val is None:
-            return (
-                "Training may start with a validation split: --data.val_fraction 0.1 holds a tenth of the images back."
-            )
-        if doubtful := [finding.message for finding in self.findings if finding.kind == "validation-is-training"]:
-            return f"Training may start. {doubtful[0]}"
-        return "Training may start."
+            start = "with a validation split: --data.val_fraction 0.1 holds a tenth of the images back."
+            return f"Training may start {start}{''.join(doubtful)}"
+        return f"Training may start.{''.join(doubtful)}"
 
 
 def render_findings(findings: Sequence[Finding]) -> RenderableType:

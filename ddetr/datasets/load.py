@@ -7,9 +7,9 @@ from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
-from ddetr.datasets.annotations import Annotations, Category, split_error
+from ddetr.datasets.annotations import Annotations, Category, Finding, are_most, split_error
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import IMAGES_OPTION, folders_in
 from ddetr.datasets.readers.coco.layout import coco_splits
@@ -23,11 +23,13 @@ from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
 from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted
+from ddetr.datasets.readers.side_by_side import Neighbours, neighbours
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
-from ddetr.datasets.readers.yolo.reader import read_yolo
+from ddetr.datasets.readers.yolo.reader import read_yolo, said_of_unnamed
 from ddetr.errors import InputError
 from ddetr.files import existing
+from ddetr.untrusted import one_line
 from ddetr.wording import did_you_mean, first_few
 
 ANNOTATIONS_OPTION = "--data.train_annotations or --data.val_annotations (annotation_file)"
@@ -47,6 +49,7 @@ def load_annotations(
     categories: Sequence[Category] | None = None,
     check_images: bool = True,
     boxes: BoxForm = "auto",
+    allow_incomplete: bool = False,
 ) -> Annotations:
     """Reads one split of a data set where it lies. What is wrong with it is in `findings`; only what leaves nothing to
     read (a path that is not there, broken JSON) raises `InputError`.
@@ -63,7 +66,33 @@ def load_annotations(
         check_images: False trusts the width and height of a COCO file and saves reading a header per image.
         boxes: what the four numbers of a box are, where they are not what the format says: "xyxy", "xywh" or "cxcywh"
             (centre and size) in pixels, or with "-relative" in fractions of the image.
+        allow_incomplete: whether a split may lack more than half of the images that its annotations name; otherwise a
+            finding refuses it.
     """
+    annotations = _read(path, split, format, annotation_file, image_dir, categories, check_images, boxes)
+    lost, left = annotations.num_images_left_out, len(annotations.images)
+    if allow_incomplete or not left or not are_most(lost, left):  # where none is left, that is refused
+        return annotations
+    message = (
+        f"{lost:,} of its {lost + left:,} images are left out, for the reasons in the other rows: that looks like a "
+        "wrong path, or a download that is not finished. Restore them, take them out of the annotations, or train on "
+        "what is there with --data.allow_incomplete true (allow_incomplete)."
+    )
+    incomplete = Finding("most-images-left-out", "refused", annotations.name, message, lost)
+    return replace(annotations, findings=(*annotations.findings, incomplete))
+
+
+def _read(
+    path: str | PathLike,
+    split: str,
+    format: str,
+    annotation_file: str | PathLike | None,
+    image_dir: str | PathLike | None,
+    categories: Sequence[Category] | None,
+    check_images: bool,
+    boxes: BoxForm,
+) -> Annotations:
+    """The split, with what its reader found; `load_annotations` says what the arguments are."""
     if boxes not in (known := get_args(BoxForm)):
         raise InputError(f"--data.boxes is one of {', '.join(known)}, not {boxes!r}{did_you_mean(boxes, known)}")
     path = existing(path)
@@ -115,6 +144,7 @@ def detect_format(path: str | PathLike) -> str:
     broken: list[InputError] = []
     place = _place(path, list(FORMATS), broken)
     if place is not None:
+        _check_alone(*place)
         return place[0]
     wrong = str(broken[0]) if broken else None
     if said := what_it_is(path, lambda place: _found_in(place, list(FORMATS), []) is not None, wrong):
@@ -125,6 +155,37 @@ def detect_format(path: str | PathLike) -> str:
         f"{path} is no data set that is known: expected {', '.join(known[:-1])} or {known[-1]}; found {found}; "
         f"files of other names can be given by {ANNOTATIONS_OPTION} and {IMAGES_OPTION}"
     )
+
+
+def _neighbours(format: str, place: Path) -> Neighbours | None:
+    """Data sets that lie side by side with what a reader finds in a folder; none where a file there describes it."""
+    if place.is_file() or (format == "yolo" and yolo_file(place) is not None):
+        return None
+
+    def format_in(folder: Path) -> str | None:
+        found = _place(folder, list(FORMATS), [])
+        return None if found is None else FORMATS[found[0]].title
+
+    return neighbours(place, FORMATS[format].splits(place).values(), format_in)
+
+
+def _check_alone(format: str, place: Path) -> None:
+    """Of several data sets in one folder the first is not taken for all of it."""
+    found = _neighbours(format, place)
+    if found is not None and found.others:
+        known = [*((folder, FORMATS[format].title) for folder in found.read), *found.others]
+        listed = first_few([f"{one_line(folder)} ({title})" for folder, title in sorted(known)], 6)
+        read = first_few([one_line(folder.name) for folder in found.read], 4)
+        raise InputError(
+            f"{place} holds several data sets, and nothing says that they belong together: {listed}. Give the path of "
+            f"one; --data.format {format} (format) reads {read} alone"
+        )
+
+
+def read_together(path: str | PathLike, format: str = "auto") -> tuple[Path, ...]:
+    """The folders that could be data sets of their own, where several are read from the folder around them."""
+    found = _neighbours(*_located(path, format))
+    return found.read if found is not None and len(found.read) > 1 else ()
 
 
 def _only_folder(path: Path) -> Path | None:
@@ -189,6 +250,12 @@ def also_there(path: str | PathLike, format: str = "auto") -> list[tuple[str, li
     return found
 
 
+def said_of_not_named(path: str | PathLike, kind: Literal["train", "val"], format: str = "auto") -> str:
+    """A sentence on images of a split that lie where the data set's description doesn't say; "" without such."""
+    format, place = _located(path, format)
+    return said_of_unnamed(place, kind) if format == "yolo" else ""
+
+
 def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:
     """The names that `load_annotations` takes as `split`."""
     format, place = _located(path, format)
@@ -207,9 +274,10 @@ def default_splits(
         raise InputError(f"{path} holds no {format} data set")
     train = train_split or _train_split(splits)
     if train is None:
+        own = ", or give the path of one, where they are data sets of their own" if read_together(path, format) else ""
         raise InputError(
             f"{path} has the splits {first_few(splits, 8)}: none is called train; --data.train_split (and "
-            "--data.val_split, or --data.val_fraction 0.1) names the one to train on"
+            f"--data.val_split, or --data.val_fraction 0.1) names the one to train on{own}"
         )
     others = [split for split in splits if split not in (train, "trainval")]
     return train, _first(others, _VAL_NAMES, "val")

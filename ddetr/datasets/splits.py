@@ -12,10 +12,11 @@ import numpy as np
 
 from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
-from ddetr.datasets.load import FORMATS, also_there, default_splits, detect_format
+from ddetr.datasets.load import FORMATS, also_there, default_splits, detect_format, read_together, said_of_not_named
+from ddetr.datasets.readers.reader import WHOLE
 from ddetr.errors import InputError
 from ddetr.files import existing
-from ddetr.untrusted import MAX_LABEL_BYTES, parse_json, read_text
+from ddetr.untrusted import MAX_LABEL_BYTES, one_line, parse_json, read_text
 from ddetr.wording import first_few
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,9 @@ def load_splits(
     """
     was_recognised, data = data.format == "auto", _settled(data)
     train = _load(data, "train", None, None)
-    if was_recognised and data.train_annotations is None:
-        train = replace(train, findings=(*train.findings, *_other_annotations(data, train)))
+    if data.train_annotations is None:
+        others = _other_annotations(data, train) if was_recognised else []
+        train = replace(train, findings=(*train.findings, *others, *_not_named(data), *_together(data, train)))
     if data.val_fraction is not None:
         unused = None if data.train_annotations else _name_of_split(data, "val")
         if unused is not None:
@@ -84,14 +86,39 @@ def _other_annotations(data: TrainingSource, train: Annotations) -> list[Finding
     return found
 
 
+def _together(data: TrainingSource, train: Annotations) -> list[Finding]:
+    """Of folders that are read as one data set, and may be several."""
+    folders = read_together(data.path, data.format) if train.name.endswith(f"/{WHOLE}") else ()
+    if not folders:
+        return []
+    names = first_few([one_line(folder.name) for folder in folders], 4)
+    message = (
+        f"{len(folders):,} folders of it were read as one data set: {names}. If they don't belong together, give the "
+        "path of one."
+    )
+    return [Finding("read-together", "note", str(data.path), message, len(folders))]
+
+
+def _not_named(data: TrainingSource) -> list[Finding]:
+    """Of splits that lie beside those which the data set's description names, where nobody has named others."""
+    found = []
+    if data.train_split is None and (said := said_of_not_named(data.path, "train", data.format)):
+        found.append(Finding("split-not-named", "refused", str(data.path), said))  # the only other one is trained on
+    named = (data.val_split, data.val_annotations, data.val_fraction)
+    if named == (None, None, None) and (said := said_of_not_named(data.path, "val", data.format)):
+        found.append(Finding("split-not-named", "note", str(data.path), said))
+    return found
+
+
 def no_validation(data: DataSource) -> InputError:
     """What to do about a data set without a validation split."""
     splits = available_splits(data.path, data.format)
     has = f"it has {first_few(splits, 8)}" if splits else "it has none"
+    unnamed = said_of_not_named(data.path, "val", data.format)
     return InputError(
         f"{data.path} has no validation split of a usual name (val, valid, test, ...; {has}): --data.val_fraction 0.1 "
         "holds back a tenth of the training images, --data.val_split names another split, --data.val_annotations "
-        "another file"
+        f"another file{unnamed and f'. {unnamed}'}"
     )
 
 
@@ -118,6 +145,7 @@ def _load(
         image_dir=getattr(data, f"{which}_images", None),
         categories=categories,
         boxes=data.boxes,
+        allow_incomplete=data.allow_incomplete,
     )
 
 

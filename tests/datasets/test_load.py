@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -5,11 +6,13 @@ from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
+from dataset_parts import voc_object, voc_xml
 
-from ddetr.datasets import available_splits, default_splits, detect_format, image_files, load_annotations
+from ddetr.datasets import audit, available_splits, default_splits, detect_format, image_files, load_annotations
 from ddetr.datasets.annotations import MAX_PLACES, FindingLog, ImageRecord, ImageTable
-from ddetr.datasets.config import DataSource
+from ddetr.datasets.config import DataSource, TrainingSource
 from ddetr.datasets.load import _TRAIN_NAMES, _VAL_NAMES, FORMATS, _first
+from ddetr.datasets.splits import load_splits
 from ddetr.errors import InputError
 
 
@@ -142,3 +145,137 @@ def test_who_listens_hears_how_many_headers_are_read(make_coco, monkeypatch):
     assert seen == [(2, 5), (4, 5), (5, 5)]
     load_annotations(root, "train")
     assert len(seen) == 3
+
+
+# ---- images that are not there ---------------------------------------------------------------------------------------
+
+
+def _lose(root, *, left):
+    """All images but a few."""
+    for path in sorted(root.rglob("*.jpg"))[left:]:
+        path.unlink()
+
+
+@pytest.mark.parametrize("format", ["coco", "voc", "yolo", "yolo list", "labelme", "csv"])
+def test_most_images_missing_stop(make_coco, make_voc, make_yolo, write_image, tmp_path, format):
+    stems = [f"i{i}" for i in range(8)]
+    if format == "coco":
+        root = make_coco(num_images=8)
+    elif format == "voc":
+        root = make_voc({stem: voc_xml([voc_object()]) for stem in stems})
+    elif format.startswith("yolo"):
+        yaml = f"train: {'train.txt' if format == 'yolo list' else 'images'}\nnames: [a]"
+        root = make_yolo({f"images/{stem}.jpg": "0 .5 .5 .2 .2" for stem in stems}, data_yaml=yaml)
+        (root / "train.txt").write_text("".join(f"images/{s}.jpg\n" for s in stems))
+    else:
+        root = tmp_path
+        for stem in stems:
+            write_image(root / f"{stem}.jpg")
+        rows = "".join(f"{s}.jpg,cat,1,2,30,40\n" for s in stems)
+        (root / "a.csv").write_text(f"filename,class,xmin,ymin,xmax,ymax\n{rows}")
+        for stem in stems if format == "labelme" else []:
+            shape = {"label": "a", "points": [[1, 2], [30, 2], [9, 9]]}
+            (root / f"{stem}.json").write_text(json.dumps({"imagePath": f"{stem}.jpg", "shapes": [shape]}))
+    splits = available_splits(root)
+    _lose(root, left=4)
+    assert audit(load_annotations(root, splits[0])).refused == ()  # half: they are dropped
+    _lose(root, left=1)
+    annotations = load_annotations(root, splits[0])
+    (finding,) = audit(annotations).refused
+    assert (finding.kind, finding.count) == ("most-images-left-out", annotations.num_images_left_out)
+    assert "7 of its 8 images are left out" in finding.message
+    assert "--data.allow_incomplete true" in finding.message
+    assert audit(load_splits(TrainingSource(str(root), allow_incomplete=True))[0]).refused == ()
+
+
+def test_most_images_unreadable_stop(make_coco):
+    root = make_coco(num_images=8)
+    for i in range(2, 9):  # as Git LFS leaves them
+        (root / "train" / f"{i}.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert [f.kind for f in audit(load_annotations(root, "train")).refused] == ["most-images-left-out"]
+
+
+def test_a_few_missing_images_are_dropped(make_coco):
+    root = make_coco(num_images=5)
+    _lose(root, left=1)
+    assert audit(load_annotations(root, "train")).refused == ()
+
+
+# ---- several data sets in one folder ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_any(make_yolo, make_voc, make_coco, write_image):
+    """A data set of three images in a folder, of a form that has no split or two."""
+
+    def make(form, root):
+        stems = ["0", "1", "2"]
+        if form == "voc":
+            make_voc({stem: voc_xml([voc_object()]) for stem in stems}, {}, root)
+        elif form in ("yolo", "yolo with a yaml"):
+            yaml = "train: images/train\nval: images/val\nnames: [a]\n" if form != "yolo" else None
+            make_yolo(
+                {f"images/{s}/{stem}.jpg": "0 .5 .5 .2 .2" for s in ("train", "val") for stem in stems}, root, yaml
+            )
+        elif form == "coco":
+            make_coco(root=root, num_images=3)
+        else:
+            for stem in stems:
+                write_image(root / f"{stem}.jpg")
+                if form == "flat voc":
+                    (root / f"{stem}.xml").write_text(voc_xml([voc_object()]))
+            if form == "csv":
+                rows = "".join(f"{stem}.jpg,cat,1,2,30,40\n" for stem in stems)
+                (root / "labels.csv").write_text(f"filename,class,xmin,ymin,xmax,ymax\n{rows}")
+        return root
+
+    return make
+
+
+@pytest.mark.parametrize("form", ["flat voc", "voc", "yolo", "yolo with a yaml", "coco", "csv"])
+def test_two_data_sets_of_one_format_in_one_folder(make_any, tmp_path, form):
+    for name in ("cells", "plants"):
+        make_any(form, tmp_path / name)
+    if form == "flat voc":  # folders of one class each are published so
+        train, _ = load_splits(TrainingSource(str(tmp_path)))
+        report = audit(train)
+        assert (len(train.images), report.refused) == (6, ())
+        assert "2 folders of it were read as one data set: cells, plants. If they don't" in report.render().caption
+    else:
+        with pytest.raises(InputError, match=r"cells, .*plants.*(name one|give one|give the path of one)"):
+            load_splits(TrainingSource(str(tmp_path)))
+    alone, _ = load_splits(TrainingSource(str(tmp_path / "cells")))
+    assert len(alone.images) == 3
+    assert not [f for f in alone.findings if f.kind == "read-together"]
+
+
+@pytest.mark.parametrize("forms", [("voc", "csv"), ("voc", "yolo with a yaml"), ("flat voc", "voc"), ("coco", "yolo")])
+@pytest.mark.parametrize("around", [".", "download"])
+def test_data_sets_of_several_formats_in_one_folder(make_any, tmp_path, forms, around):
+    root = tmp_path / around
+    for name, form in zip(("cells", "plants"), forms, strict=True):
+        make_any(form, root / name)
+    listed = rf"{root}/cells \(.*\), {root}/plants \(.*\)\. Give|{root}/cells, {root}/plants: give"
+    with pytest.raises(InputError, match=listed):
+        detect_format(tmp_path)
+    if forms == ("voc", "csv"):
+        with pytest.raises(InputError, match=r"--data\.format voc \(format\) reads cells alone"):
+            load_splits(TrainingSource(str(tmp_path)))
+        assert len(load_splits(TrainingSource(str(tmp_path), format="voc"))[0].images) == 3
+
+
+def test_what_belongs_together_is_no_second_data_set(make_any, make_yolo, tmp_path, write_image):
+    """A YAML around them says what is read; folders that lack images or annotations are parts."""
+    for name in ("cells", "plants"):
+        make_any("yolo", tmp_path / name)
+    (tmp_path / "data.yaml").write_text(
+        "train: [cells/images, plants/images/train]\nval: plants/images/val\nnames: [a]"
+    )
+    assert default_splits(tmp_path) == ("train", "val")
+    voc = tmp_path / "devkit" / "VOC2007"
+    make_any("voc", voc)
+    for folder in ("pictures", "masks"):
+        write_image(tmp_path / "devkit" / folder / "a.png")
+    make_any("csv", tmp_path / "devkit" / "test")  # called as a split
+    train, _ = load_splits(TrainingSource(str(tmp_path / "devkit")))
+    assert len(train.images) == 3

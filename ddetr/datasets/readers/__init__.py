@@ -2,6 +2,7 @@
 
 reader.py         what a reader is; what those of one label file per image have in common
 foreign.py        what a folder is that no reader knows, and what converts it
+side_by_side.py   several data sets in one folder, of which nothing says that they belong together
 file_names.py     the files that names in annotations mean: addresses, Windows, other folders
 coco/             reader: COCO
 label_folders.py  what readers of folders of label files share: splits by folders, images beside, boxes around shapes

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from ddetr.datasets.image_formats import is_clutter, is_image_name
+from ddetr.datasets.readers.side_by_side import PARTS
 from ddetr.errors import InputError
 from ddetr.untrusted import one_line, open_file
 from ddetr.wording import first_few
@@ -29,7 +30,6 @@ _DRAW = (
     "draw a box around each object in a labelling tool (CVAT, Label Studio, Roboflow), and export COCO, Pascal VOC or "
     "YOLO"
 )
-_PARTS = ("images", "labels", "annotations", "jpegimages", "imagesets", "train", "valid", "val", "test", "data")
 
 
 class _Look:
@@ -269,7 +269,7 @@ def _near(look: _Look) -> list[Path]:
     if look.path.is_file():
         return []
     inside = [place for place in look.folders if len(place.relative_to(look.path).parts) <= 2][:_NEAR]
-    around = [look.path.resolve().parent] if look.path.resolve().name.lower() in _PARTS else []
+    around = [look.path.resolve().parent] if look.path.resolve().name.lower() in PARTS else []
     return [*sorted(inside, key=lambda place: len(place.parts)), *around]
 
 
@@ -291,7 +291,7 @@ def _pictures(look: _Look) -> str | None:
             f"{look.path} holds videos ({one_line(video.name)}) and no images: take single frames from them "
             "(`ffmpeg -i VIDEO -vf fps=1 frames/%06d.jpg`), and annotate those"
         )
-    folders = sorted({file.parent.name for file in images if file.parent != look.path} - set(_PARTS))
+    folders = sorted({file.parent.name for file in images if file.parent != look.path} - set(PARTS))
     others = [file for file in look.files if not is_image_name(file.name)]
     if len(folders) > 1 and not others:
         return (

@@ -3,7 +3,7 @@ import pytest
 
 from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.annotations import Category
-from ddetr.datasets.readers.yolo.labels import label_file
+from ddetr.datasets.readers.yolo.paths import label_file
 from ddetr.errors import InputError
 
 TREE = {"images/train/a.jpg": "0 0.5 0.5 0.25 0.5\n1 0.1 0.1 0.1 0.1\n", "images/val/b.jpg": "1 0.5 0.5 0.5 0.5"}
@@ -166,7 +166,8 @@ def test_lines_of_many_kinds(make_yolo):
             "1.0 0.5 0.5 0.5 0.5",
         ]
     )
-    annotations = load_annotations(make_yolo({"images/a.jpg": text}, data_yaml=f"train: images\n{NAMES}"), "train")
+    root = make_yolo({"images/a.jpg": text}, data_yaml=f"train: images\n{NAMES}")
+    annotations = load_annotations(root, "train")
     relative = annotations.images[0].boxes_xyxy / [64, 48, 64, 48]
     np.testing.assert_allclose(
         relative,
@@ -175,17 +176,18 @@ def test_lines_of_many_kinds(make_yolo):
             [0.1, 0.1, 0.5, 0.5],
             [0.4, 0.4, 0.6, 0.6],
             [0.8, 0.4, 1, 0.6],
+            [0.4, 0.4, 0.6, 0.6],
             [0.25, 0.25, 0.75, 0.75],
         ],
         rtol=1e-5,
     )
-    assert annotations.images[0].labels.tolist() == [0, 1, 0, 0, 1]
+    assert annotations.images[0].labels.tolist() == [0, 1, 0, 0, 0, 1]
     assert sorted((f.kind, f.action, f.where.rpartition(" ")[2]) for f in annotations.findings) == [
         ("box-clipped", "repaired", "7"),
         ("category-unknown", "dropped", "4"),
         ("category-unknown", "dropped", "5"),
+        ("class-name-in-row", "repaired", str(root)),
         ("degenerate-box", "dropped", "6"),
-        ("malformed-label", "dropped", "10"),
         ("malformed-label", "dropped", "11"),
         ("nan-box", "refused", "8"),
         ("not-relative", "dropped", "9"),

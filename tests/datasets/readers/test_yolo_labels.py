@@ -269,6 +269,52 @@ def test_label_files_of_another_format_stop(make_yolo):
     assert "such as '1'" in message
 
 
+def labels_and_findings(annotations):
+    findings = sorted((f.kind, f.action, f.count) for f in annotations.findings)
+    return annotations.images[0].labels.tolist(), findings
+
+
+def test_class_names_in_place_of_ids(make_yolo):
+    rows = ["cat", "1", "Traffic_Light", "'traffic light'", "3 wheeler", "size 10", "size 10"]
+    rows = [f"{name} 0.5 0.5 0.{i + 1} 0.2" for i, name in enumerate(rows)]
+    rows += ["cat,0.5,0.5,0.1,0.3", "traffic light 0.1 0.1 0.2 0.1 0.2 0.2"]
+    yaml = "train: images\nnames: [cat, traffic light, 3 wheeler, size 10]\n"
+    annotations = load_annotations(make_yolo({"images/a.jpg": "\n".join(rows)}, data_yaml=yaml), "train")
+    found = labels_and_findings(annotations)
+    assert found == ([0, 1, 1, 1, 2, 3, 3, 0, 1], [("class-name-in-row", "repaired", 8), ("commas", "repaired", 1)])
+    ((_, _, message),) = said(annotations, "class-name-in-row")
+    assert "8 rows hold the name of a class in place of its id, such as 'cat 0.5" in message
+
+
+def test_words_in_place_of_ids_that_are_no_names(make_yolo):
+    rows = [f"brown cow 0.5 0.5 0.{i} 0.2" for i in range(1, 10)] + ["Cat .5 .5 .2 .2", "cat .5 .5 .2 .2"]
+    yaml = "train: images\nnames: [Cat, cat, CAT, dog]\n"
+    annotations = load_annotations(make_yolo({"images/a.jpg": "\n".join(rows)}, data_yaml=yaml), "train")
+    assert [message for _, _, message in said(annotations, "category-unknown")][0] == (
+        "'brown cow' is no class id and none of the names; the object was left out."
+    )
+    assert annotations.images[0].labels.tolist() == [0, 1]  # to the letter
+    text = "\n".join([*rows, "brown cow .5 .5 .2 .3"])
+    annotations = load_annotations(make_yolo({"images/a.jpg": text}, data_yaml=yaml), "train")
+    ((action, _, message),) = said(annotations, "unnamed-ids")
+    assert action == "refused"
+    assert "10 of 12 objects have class ids that have no name (brown cow)" in message
+
+
+def test_words_name_the_classes_where_nothing_else_does(make_yolo, write_image):
+    root = make_yolo({"images/a.jpg": "dog .5 .5 .2 .2\ncat .5 .5 .2 .2"})
+    annotations = load_annotations(root, "all")
+    assert [category.name for category in annotations.categories] == ["cat", "dog"]
+    assert labels_and_findings(annotations) == ([1, 0], [("unnamed-classes", "note", 1)])
+    flat = root / "flat"
+    write_image(flat / "a.jpg")
+    (flat / "a.txt").write_text("dog .5 .5 .2 .2\n")
+    assert load_annotations(flat, "all").categories[0].name == "dog"
+    (flat / "a.txt").write_text("Dog 10 20 30 40\n")  # OIDv4 ToolKit's corners in pixels
+    with pytest.raises(InputError, match="OIDv4"):
+        load_annotations(flat, "all")
+
+
 def test_corners_in_place_of_centres(make_yolo):
     rows = ["0 0.1 0.1 0.3 0.3", "0 0.5 0.5 0.9 0.9", "1 0.6 0.1 0.9 0.5", "1 0.2 0.6 0.95 0.99"]
     _, annotations = boxes_of(make_yolo, rows)

@@ -8,8 +8,10 @@ import pytest
 
 from ddetr.cli import main as cli
 from ddetr.datasets import audit, available_splits, default_splits, detect_format, load_annotations
+from ddetr.datasets.config import TrainingSource
 from ddetr.datasets.image_files import is_clutter, walk_files
 from ddetr.datasets.readers.yolo.paths import shortest_ends
+from ddetr.datasets.splits import load_splits, no_validation
 from ddetr.errors import InputError
 
 ROW = "0 .5 .5 .2 .2"
@@ -56,6 +58,60 @@ def test_a_part_of_a_split_that_is_not_there_stops(make_yolo, entry, named):
     assert [action for action, _, _ in found] == ["refused"] * len(named)
     assert all(word in message for word, (_, _, message) in zip(named, found, strict=True))
     assert audit(train).refused
+
+
+@pytest.mark.parametrize(
+    ("tree", "train", "other", "name"),
+    [
+        (TREE, "images/train", "val:", "images/val"),
+        (TREE, "images/train", "val: ''", "images/val"),
+        (TREE, "images/train", "valid: null\nvalidation: ~", "images/val"),
+        (TREE, "images/train", "", "images/val"),
+        (ROBOFLOW, "train/images", "test: test/images", "valid/images"),
+        (ROBOFLOW, "[train/images]", "test: test/images", "valid/images"),
+        (TREE, "train.txt", "", "val.txt"),
+    ],
+)
+def test_a_split_that_is_there_and_not_named_is_said(make_yolo, tree, train, other, name):
+    root = make_yolo(tree, data_yaml=f"train: {train}\n{other}\n{NAMES}")
+    if train == "train.txt":
+        for split, image in (("train", "a"), ("val", "b")):
+            (root / f"{split}.txt").write_text(f"images/{split}/{image}.jpg\n")
+    read, val = load_splits(TrainingSource(str(root)))
+    ((action, _, message),) = said(read, "split-not-named")
+    assert action == "note"
+    assert message == (
+        f"data.yaml names no val, but {name} has images with labels, which are not used: write `val: {name}` into it."
+    )
+    assert message in audit(read, val).render().caption
+    assert message in str(no_validation(TrainingSource(str(root))))
+
+
+def test_a_training_split_that_is_not_named_stops(make_yolo):
+    root = make_yolo(TREE, data_yaml=f"train:\nval: images/val\n{NAMES}")
+    ((action, _, message),) = said(load_splits(TrainingSource(str(root)))[0], "split-not-named")
+    assert action == "refused"
+    assert "names no train, but images/train has images with labels" in message
+
+
+def test_what_is_no_split_of_its_own_is_not_mentioned(make_yolo):
+    def notes(root):
+        return said(load_splits(TrainingSource(str(root)))[0], "split-not-named")
+
+    root = make_yolo({**TREE, "images/val/b.jpg": None}, data_yaml=f"train: images/train\n{NAMES}")
+    assert notes(root) == []  # no labels
+    (root / "labels" / "val").mkdir()
+    (root / "labels" / "val" / "b.txt").write_text(ROW)
+    assert len(notes(root)) == 1
+    for entries in ("train: [images/train, images/val]", "train: images/train\nval: images/gone"):
+        (root / "data.yaml").write_text(f"{entries}\n{NAMES}")
+        assert notes(root) == []
+
+
+def test_names_of_a_description_without_splits_are_used(make_yolo):
+    root = make_yolo(TREE, data_yaml=f"train:\nval:\n{NAMES}")
+    train = load_annotations(root, "train")
+    assert ([category.name for category in train.categories], train.findings) == (["cat", "dog"], ())
 
 
 def test_all_paths_wrong_names_the_folders(make_yolo):

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
-from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.annotations import FindingLog, are_most
 from ddetr.datasets.image_files import ImageFolders, folded, walk_files
 from ddetr.datasets.image_formats import is_clutter
 from ddetr.datasets.readers.yolo.layout import has_rows
-from ddetr.datasets.readers.yolo.paths import names_of_labels, written_like
+from ddetr.datasets.readers.yolo.paths import label_file, names_of_labels, usual_folder
 from ddetr.untrusted import one_line
 
 _NEAR = 1000  # folders in which lost label files are looked for
@@ -20,23 +20,9 @@ _NEAR = 1000  # folders in which lost label files are looked for
 _Folded = tuple[dict[str, str | None], list[tuple[Path, dict[str, str | None]]]]
 
 
-def label_file(image: Path) -> Path:
-    """Where an image's label file belongs: the last `images` of its path becomes `labels`, else beside it."""
-    return _usual_folder(image.parent) / f"{image.stem}.txt"
-
-
-def _usual_folder(folder: Path) -> Path:
-    parts = list(folder.parts)
-    for i in reversed(range(len(parts))):
-        if parts[i].lower() == "images":
-            places = [Path(*parts[:i], labels, *parts[i + 1 :]) for labels in written_like(parts[i], "labels")]
-            return next((place for place in places if place.is_dir()), Path(*parts[:i], "labels", *parts[i + 1 :]))
-    return folder
-
-
 def _label_folders(folder: Path) -> list[Path]:
     """The folders that may hold the label files of a folder of images, the usual one first."""
-    places = [_usual_folder(folder)]
+    places = [usual_folder(folder)]
     for depth, part in ((1, folder.name), (2, folder.parent.name)):  # train_images -> train_labels
         head, tail = folder.parts[: len(folder.parts) - depth], folder.parts[len(folder.parts) - depth + 1 :]
         places += [Path(*head, name, *tail) for name in names_of_labels(part)]
@@ -99,7 +85,7 @@ class LabelFiles:
             places.append((place, _by_folded(texts)))
         return stems, places
 
-    def report(self, sources: Iterable[Path], log: FindingLog) -> None:
+    def report(self, sources: Sequence[Path], log: FindingLog) -> None:
         """Adds what was found about the images asked for; sources: the folders that were read whole."""
         num_found = sum(sum(places.values()) for places in self._used.values())
         num_without = sum(map(len, self._without.values()))
@@ -137,14 +123,14 @@ class LabelFiles:
                 log.add("shared-label-file", "note", str(place), message, count=len(shared))
         self._report_orphans(sources, log)
 
-    def _report_orphans(self, sources: Iterable[Path], log: FindingLog) -> None:
+    def _report_orphans(self, sources: Sequence[Path], log: FindingLog) -> None:
         """Label files whose image is gone. A text file with no row of numbers in it (classes.txt, notes) is none."""
         images_of: dict[Path, list[Path]] = defaultdict(list)  # folder of labels -> of images
         for folder, used in self._used.items():
             for place in used:
                 images_of[place].append(folder)
         for source in sources:
-            place = _usual_folder(source)
+            place = usual_folder(source)
             if place != source and place.is_dir():
                 for parent in {file.parent for file in walk_files(place)} - images_of.keys():
                     images_of[parent].append(source / parent.relative_to(place))
@@ -160,7 +146,12 @@ class LabelFiles:
             other = self._other_file(orphans[0], folders)
             if other:
                 message += f" There is {one_line(other)}, which is not read as an image."
-            log.add("labels-without-image", "note", str(place), message, count=len(orphans))
+            with_image = len(self._taken[place]) + sum(folded(name[:-4]) in known for name in alone)
+            is_whole = any(
+                folder.is_relative_to(source) for folder in folders for source in sources
+            )  # else a list says
+            action = "dropped" if is_whole and are_most(len(orphans), with_image) else "note"
+            log.add("labels-without-image", action, str(place), message, count=len(orphans))
 
     def _image_words(self, folders: Sequence[Path]) -> set[str]:
         """What label files of the images in these folders may be called, without `.txt`, folded."""

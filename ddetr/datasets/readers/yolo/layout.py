@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -20,16 +21,18 @@ from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, folded, report_unread, visible, walk_files
 from ddetr.datasets.image_formats import is_image_name, is_unread_name
 from ddetr.datasets.readers.label_folders import holds_json_labels
-from ddetr.datasets.readers.reader import WHOLE
+from ddetr.datasets.readers.reader import WHOLE, split_kind
 from ddetr.datasets.readers.yolo.paths import (
     FEW,
     Places,
     bare_parts,
     given,
+    label_file,
     listed_images,
     names_of_labels,
     shortest_ends,
 )
+from ddetr.datasets.readers.yolo.rows import class_words
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_SPLIT_PATHS, MAX_YAML_BYTES, one_line, open_file, parse_yaml, read_text
 
@@ -76,6 +79,17 @@ def yolo_file(path: Path) -> Path | None:
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return [file for file in visible(folder.glob("*.*"), folder) if file.suffix.lower() in suffixes]
+
+
+def names_file(folder: Path) -> Path | None:
+    """The YAML file that names classes and no split, such as one whose `train:` and `val:` are empty; None without
+    one, or of several."""
+    found = []
+    for file in _files(folder, _YAML):
+        with suppress(InputError):
+            content = description(file)
+            found += [file] if given(content.get("names")) and not _entries(content) else []
+    return found[0] if len(found) == 1 else None
 
 
 def _names_splits(file: Path) -> bool:
@@ -150,6 +164,9 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
         return {name: YoloSplit((file,), (), (images, path)) for name, file in lists.items()} or {
             WHOLE: YoloSplit((images,))
         }
+    strange = (folder for name, folder in inside.items() if not split_kind(name))
+    if any(_names_splits(file) for folder in strange for file in _files(folder, (*_YAML, *_DARKNET))):
+        return {}  # a data set of its own, or several, and no splits of one
     splits = {}
     for folder in inside.values():
         below = {place.name.lower(): place for place in folder.iterdir() if place.is_dir()}
@@ -176,13 +193,20 @@ def _has_labels_beside(folder: Path) -> bool:
 
 
 def has_rows(file: Path) -> bool:
-    """Whether the first line of a text file with anything in it is a row of a label file: five numbers or more."""
+    """Whether the first line of a text file with anything in it is a row of a label file: five numbers or more, or the
+    name of a class and four fractions."""
     try:
         with open_file(file) as stream:
-            words = stream.read(1000).lstrip().split(b"\n")[0].replace(b",", b" ").split()
-        return len([float(word) for word in words]) >= 5
-    except (OSError, ValueError):
+            start = stream.read(1000)
+    except OSError:
         return False
+    words = start.decode("utf-8-sig", "replace").lstrip().split("\n")[0].replace(",", " ").split()
+    name = class_words(words)
+    try:
+        numbers = [float(word) for word in words[len(name) :]]
+    except ValueError:
+        return False
+    return len(numbers) >= 5 if not name else all(0 <= number <= 1 for number in numbers)
 
 
 def _named_splits(file: Path) -> dict[str, YoloSplit]:
@@ -191,6 +215,34 @@ def _named_splits(file: Path) -> dict[str, YoloSplit]:
     if any(split.sources for split in splits.values()):
         return splits
     return _resolved(Places(file, content, wide=True))
+
+
+def not_named(path: Path) -> dict[str, Path]:
+    """The splits for training and validation of which the description of the data set at `path` doesn't speak, by what
+    lies beside the images of the others: images/val beside images/train, val.txt beside train.txt; where there are
+    label files."""
+    file = yolo_file(path)
+    splits = _named_splits(file) if file is not None else {}
+    named = {os.path.realpath(source) for split in splits.values() for source in split.sources}
+    found: dict[str, Path] = {}
+    for kind in sorted({"train", "val"} - splits.keys()):
+        for split in splits.values():
+            for place in (place for source in split.sources for place in _beside(source, kind)):
+                images = islice(image_paths(YoloSplit((place,), (), split.bases), FindingLog()), _SAMPLED_LABELS)
+                if os.path.realpath(place) not in named and any(label_file(image).is_file() for image in images):
+                    found.setdefault(kind, place)
+    return found
+
+
+def _beside(source: Path, kind: str) -> list[Path]:
+    """What is to another split as `source` is to its own."""
+    own = next((place for place in (source, source.parent) if split_kind(place.name)), None)
+    if own is None:
+        return []
+    rest = source.relative_to(own)
+    names = sorted(name for name in ImageFolders().names(own.parent) if split_kind(name) == kind)
+    places = (own.parent / name / rest for name in names)
+    return [place for place in places if place.is_dir() == source.is_dir() and place.suffix == source.suffix][:1]
 
 
 def _resolved(places: Places) -> dict[str, YoloSplit]:

@@ -200,6 +200,24 @@ def _tidy(place: Path) -> Path:
     return tidy if tidy == place or (_exists(tidy) and os.path.samefile(tidy, place)) else place
 
 
+# ---- label files -----------------------------------------------------------------------------------------------------
+
+
+def label_file(image: Path) -> Path:
+    """Where an image's label file belongs: the last `images` of its path becomes `labels`, else beside it."""
+    return usual_folder(image.parent) / f"{image.stem}.txt"
+
+
+def usual_folder(folder: Path) -> Path:
+    """The folder of the label files of a folder of images."""
+    parts = list(folder.parts)
+    for i in reversed(range(len(parts))):
+        if parts[i].lower() == "images":
+            places = [Path(*parts[:i], labels, *parts[i + 1 :]) for labels in written_like(parts[i], "labels")]
+            return next((place for place in places if place.is_dir()), Path(*parts[:i], "labels", *parts[i + 1 :]))
+    return folder
+
+
 # ---- names of folders ------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ oriented boxes) become the box around them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ddetr.datasets.annotations import (
     Annotations,
     Category,
     FindingLog,
+    alike,
     match_categories,
     split_error,
     unlike_training,
@@ -24,11 +26,11 @@ from ddetr.datasets.annotations import (
 from ddetr.datasets.image_files import IMAGES_OPTION, listed_lines, visible
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
 from ddetr.datasets.readers.yolo.labels import LabelFiles
-from ddetr.datasets.readers.yolo.layout import description, image_paths, yolo_file, yolo_splits
+from ddetr.datasets.readers.yolo.layout import description, image_paths, names_file, not_named, yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.paths import Places, given
-from ddetr.datasets.readers.yolo.rows import RowReader, class_id_of
+from ddetr.datasets.readers.yolo.rows import Class, RowReader, class_id_of
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_CLASSES, MAX_LABEL_BYTES, MAX_PATH, one_line, read_text
+from ddetr.untrusted import MAX_CLASSES, MAX_LABEL_BYTES, MAX_PATH, SHOWN_NAME, one_line, read_text, shortened
 
 _NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names", "classes.names", "images/classes.txt")
 _LIST_MARKS = " []\"'"
@@ -43,7 +45,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
     if split not in splits:
         raise split_error(path, split, list(splits))
     log = FindingLog()
-    file = yolo_file(path)
+    file = yolo_file(path) or names_file(path)
     content = description(file) if file else {}
     root = path if path.is_dir() else path.absolute().parent
     root = root.absolute()
@@ -54,7 +56,9 @@ def read_yolo(wanted: Wanted) -> Annotations:
         looked = ", ".join(str(source) for source in splits[split].sources)
         log.add("no-images", "refused", looked, "There is no image in it; correct the split's path.")
 
-    reader = RowReader(log, _keypoint_numbers(content, file), polygons=content.get("task") in ("segment", "obb"))
+    named = _names(root, file, content, log)
+    polygons = content.get("task") in ("segment", "obb")
+    reader = RowReader(log, _keypoint_numbers(content, file), polygons, _ids_of_names(named))
     labels = LabelFiles()
     rows = []
     for image in images:
@@ -63,15 +67,17 @@ def read_yolo(wanted: Wanted) -> Annotations:
         rows.append(reader.read(lines, _shown(label or image, root)))
     labels.report([source for source in splits[split].sources if source.is_dir()], log)
     keypoints = reader.settle(root)
-    own = _names(root, file, content, log) or _numbered(reader.ids, root, log)
+    own = named or _of_rows(reader.ids, root, log)
     _check_names(own, reader.ids, str(file or root), log)
 
     categories = tuple(own if wanted.categories is None else wanted.categories)
     label_of = match_categories(own, categories, log, str(root), by_id=False)
-    label_of_id = {category.category_id: label_of[i] for i, category in enumerate(own)}
-    name_of_id = {category.category_id: category.name for category in own}
+    label_of_id = {key: label_of[i] for i, category in enumerate(own) for key in (category.category_id, category.name)}
+    name_of_id = {key: category.name for category in own for key in (category.category_id, category.name)}
 
-    def said_of(class_id: int) -> str:
+    def said_of(class_id: Class) -> str:
+        if isinstance(class_id, str) and class_id not in name_of_id:
+            return f"{shortened(class_id, SHOWN_NAME)!r} is no class id and none of the names"
         if class_id not in name_of_id:
             return f"Class id {class_id} has no name"
         return unlike_training(name_of_id[class_id], categories)
@@ -85,6 +91,18 @@ def read_yolo(wanted: Wanted) -> Annotations:
     check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
     table = table_of(found, label_of_id, log, said_of, wanted.boxes)
     return whole(f"{root.name}/{split}", "yolo", categories, table, log)
+
+
+def said_of_unnamed(path: Path, kind: str) -> str:
+    """A sentence on images of a split that are there and that the description doesn't name; "" without such."""
+    file, place = yolo_file(path), not_named(path).get(kind)
+    if file is None or place is None:
+        return ""
+    shown = one_line(_shown(place, file.absolute().parent))
+    return (
+        f"{one_line(file.name)} names no {kind}, but {shown} has images with labels, which are not used: write "
+        f"`{kind}: {shown}` into it."
+    )
 
 
 def _read_lines(file: Path, log: FindingLog) -> list[str]:
@@ -177,8 +195,20 @@ def _counted(content: dict[str, Any], file: Path) -> list[Category]:
     return [Category(i, f"class_{i}") for i in range(count)]
 
 
-def _numbered(ids: set[int], root: Path, log: FindingLog) -> list[Category]:
-    """Classes by the ids that are there, where no file names any."""
+def _ids_of_names(named: Sequence[Category]) -> dict[str, int]:
+    """Class ids by the names of classes, as `alike` makes them; without those that two classes have."""
+    count = Counter(alike(category.name) for category in named)
+    return {key: category.category_id for category in named if count[key := alike(category.name)] == 1}
+
+
+def _of_rows(classes: Collection[Class], root: Path, log: FindingLog) -> list[Category]:
+    """The classes that the rows speak of, where no file names any: by the ids that are there, or by the words."""
+    ids = [class_id for class_id in classes if not isinstance(class_id, str)]
+    words = sorted(word for word in classes if isinstance(word, str))
+    if words and not ids:
+        message = "No file names the classes; the words that stand in the rows in place of ids are their names."
+        log.add("unnamed-classes", "note", str(root), message)
+        return [Category(i, word) for i, word in enumerate(words)]
     most = max(ids, default=-1)
     if most >= MAX_CLASSES:
         message = f"No file names the classes, and a class id is above {MAX_CLASSES:,}; correct it, or add a data.yaml."
@@ -192,7 +222,7 @@ def _numbered(ids: set[int], root: Path, log: FindingLog) -> list[Category]:
     return [Category(i, f"class_{i}") for i in range(most + 1)]
 
 
-def _check_names(own: list[Category], ids: set[int], where: str, log: FindingLog) -> None:
+def _check_names(own: list[Category], ids: Collection[Class], where: str, log: FindingLog) -> None:
     """What the names and the ids in use say about each other."""
     if any("\ufffd" in category.name for category in own):
         message = "Class names hold characters that are not UTF-8; save the file as UTF-8."
@@ -200,7 +230,7 @@ def _check_names(own: list[Category], ids: set[int], where: str, log: FindingLog
     if (
         own
         and [category.category_id for category in own] == list(range(len(own)))
-        and ids == set(range(1, len(own) + 1))
+        and set(ids) == set(range(1, len(own) + 1))
     ):
         message = (
             f"The class ids in the label files are 1 to {len(own)}, those of the names 0 to {len(own) - 1}: each name "

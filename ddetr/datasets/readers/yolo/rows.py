@@ -1,6 +1,8 @@
 """What the lines of YOLO's label files say: `class x y w h`, perhaps a confidence or a track behind it, a polygon, or a
 box with keypoints.
 
+The class is an id, or one of the names, as some write it (`traffic light 0.5 0.5 0.2 0.2`).
+
 Some of it no single line tells: whether 14 numbers are seven corners or a box and five keypoints. All lines are read
 both ways, and what the whole data set looks like decides, or stops.
 """
@@ -8,18 +10,20 @@ both ways, and what the whole data set looks like decides, or stops.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ddetr.datasets.annotations import FindingLog, report_crowd
+from ddetr.datasets.annotations import FindingLog, alike, report_crowd
 from ddetr.untrusted import MAX_OBJECTS, one_line
 
 MAX_RELATIVE = 1.5  # beyond it a line holds pixels, not fractions; up to it a box just reaches out of the image
 _FEW = 3  # boxes say nothing of what all boxes are
+_MOST_WORDS = 16  # of a class name in a row
 _BOX, _POLYGON, _NEITHER, _TRIANGLE_OR_TRACK = range(4)
+Class = int | str  # the id in a row, or the words in its place that are none of the names
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Rows:
     """The n objects of a label file, read both ways; corners are fractions of the image."""
 
     where: str
-    ids: list[int]
+    ids: list[Class]
     kinds: list[int]
     numbers: list[int]  # lines of the file
     as_boxes: np.ndarray  # (n, 4) of the first four numbers as centre and size
@@ -41,6 +45,7 @@ class RowReader:
     log: FindingLog
     keypoint_numbers: int | None = None  # numbers of a keypoint, where the description says that there are keypoints
     polygons: bool = False  # the description says that long rows are polygons
+    names: Mapping[str, int] = field(default_factory=dict)  # class names, `alike`, and their ids
     num_in_pixels: int = 0
     malformed: str = ""  # the first line that is no object, and
     num_malformed: int = 0
@@ -50,7 +55,9 @@ class RowReader:
     num_long: int = 0  # rows of at least seven numbers and a class
     num_like_keypoints: int = 0
     num_tracks: int = 0
-    ids: set[int] = field(default_factory=set)
+    named: str = ""  # the first line with a name in place of an id, and
+    num_named: int = 0
+    ids: set[Class] = field(default_factory=set)
 
     def read(self, lines: Sequence[str], where: str) -> Rows:
         """The objects of a label file; what is no object goes to the log."""
@@ -104,16 +111,41 @@ class RowReader:
             self.log.add("repeated-line", "repaired", where, message, count=repeated)
         return Rows(where, rows.ids, rows.kinds, rows.numbers, as_boxes, as_polygons)
 
-    def _numbers(self, line: str, place: str) -> tuple[int, list[float]]:
+    def _numbers(self, line: str, place: str) -> tuple[Class, list[float]]:
         has_commas = "," in line or ";" in line
         words = _without_commas(line) if has_commas else line.split()
-        class_id, values = class_id_of(words[0]) if words else None, [float(word) for word in words[1:]]
-        if class_id is None or len(values) < 4:
+        class_id = class_id_of(words[0]) if words else None
+        try:
+            values = [float(word) for word in words[1:]]
+        except ValueError:
+            class_id = None
+        if class_id is None:
+            class_id, values = self._named(line, words)
+        if len(values) < 4:
             raise ValueError(line)
         if has_commas:
             message = "The numbers are separated by commas or semicolons, or have decimal commas; they were read so."
             self.log.add("commas", "repaired", place, message)
         return class_id, values
+
+    def _named(self, line: str, words: Sequence[str]) -> tuple[Class, list[float]]:
+        """The class and the numbers of a row that begins with a name, the longest that is known; words that are no name
+        are a class too where fractions follow, but one that nothing names."""
+        named = class_words(words)
+        most = len(named) + sum(map(_is_number, words[len(named) :])) - 4  # a name may end in numbers
+        if not named:
+            raise ValueError(line)
+        for count in range(min(most, _MOST_WORDS), 0, -1):
+            name = " ".join(words[:count]).strip("\"'")
+            class_id = self.names.get(alike(name))
+            if class_id is not None:
+                self.named = self.named or line
+                self.num_named += 1
+                return class_id, [float(word) for word in words[count:]]
+        values = [float(word) for word in words[len(named) :]]
+        if any(abs(value) > MAX_RELATIVE for value in values[:4]):
+            raise ValueError(line)  # OIDv4 ToolKit's, KITTI's
+        return " ".join(named).strip("\"'"), values
 
     def _kind(self, values: list[float]) -> int:
         count = len(values)
@@ -156,6 +188,12 @@ class RowReader:
                 f"{self.num_reaching_out:,} reach out of their image. Rewrite them as `class x y w h`."
             )
             self.log.add("corners-not-centres", "refused", str(root), message, count=self.num_boxes)
+        if self.num_named:
+            message = (
+                f"{self.num_named:,} rows hold the name of a class in place of its id, such as "
+                f"{one_line(self.named.strip(), 60)!r}; they were read by the names."
+            )
+            self.log.add("class-name-in-row", "repaired", str(root), message, count=self.num_named)
         if self.num_tracks:
             message = (
                 f"{self.num_tracks:,} rows end in a confidence and the number of a track, which were ignored; they "
@@ -172,8 +210,8 @@ class RowReader:
             self.log.add("keypoints-or-polygons", "refused", str(root), message, count=self.num_like_keypoints)
         return keypoints
 
-    def boxes(self, rows: Rows, keypoints: bool) -> tuple[list[int], np.ndarray, list[int]]:
-        """Class ids, corners (n, 4) in fractions of the image, and the line of each object.
+    def boxes(self, rows: Rows, keypoints: bool) -> tuple[list[Class], np.ndarray, list[int]]:
+        """Classes, corners (n, 4) in fractions of the image, and the line of each object.
 
         keypoints: what `settle` said.
         """
@@ -203,6 +241,23 @@ def class_id_of(word: str) -> int | None:
     if math.isinf(value) and word.isdecimal():
         return 2**62  # beyond any class
     return int(value) if math.isfinite(value) and value == math.floor(value) else None
+
+
+def class_words(words: Sequence[str]) -> Sequence[str]:
+    """The words before the last four or more numbers of a row, of which the last is no number; [] where it doesn't end
+    in so many."""
+    count = len(words)
+    while count and _is_number(words[count - 1]):
+        count -= 1
+    return words[:count] if 0 < count <= min(len(words) - 4, _MOST_WORDS) else []
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _without_commas(line: str) -> list[str]:
