@@ -25,7 +25,7 @@ from ddetr.datasets.annotations import (
     unlike_training,
     whole,
 )
-from ddetr.datasets.box_form import check_meaning, in_pixels, is_relative, ordered_corners, read_as
+from ddetr.datasets.box_form import check_meaning, in_pixels, is_relative, put_in_order, read_as
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import Resized, read_headers, settle_size
 from ddetr.errors import InputError
@@ -161,9 +161,10 @@ def table_of(
             log.add("category-unknown", "dropped", image.place(i), message)
         if image.in_fractions or is_relative(form):
             boxes = in_pixels(boxes, np.array(size_hw))
-        if not image.in_fractions and (image.form if form == "auto" else form).startswith("xyxy"):
-            boxes = ordered_corners(boxes, log, image.place)
         check = check_boxes(boxes, size_hw)
+        if check.degenerate.any():
+            boxes = put_in_order(boxes, size_hw, image.form if form == "auto" else form, log, image.place)
+            check = check_boxes(boxes, size_hw)
         report_boxes(log, check, boxes, image.place)
         keep = check.usable & (labels >= 0)
         kept = check.boxes_xyxy[keep]

@@ -273,6 +273,26 @@ def test_a_mask_stands_in_for_a_box(make_coco):
     ]
 
 
+@pytest.mark.parametrize("bbox", [(0, 0, 0, 0), (9, 9, 0, 12), (9, 9, 12, 0.0), (30, 20, -20, -12), None])
+@pytest.mark.parametrize("as_runs", [False, True])
+def test_a_mask_stands_in_for_a_box_without_area(make_coco, bbox, as_runs):
+    mask = np.zeros((48, 64), dtype=int)
+    mask[6:22, 8:28] = 1
+    runs = {"size": [48, 64], "counts": runs_of(mask)}
+    segmentation = runs if as_runs else [[8, 6, 28, 6, 28, 22, 8, 22]]
+    written = coco_object(segmentation=segmentation) | {"bbox": bbox and list(bbox)}
+    annotations = load_annotations(make_coco([coco_object(), written]), "train")
+    assert annotations.images[0].boxes_xyxy.tolist() == [[4, 5, 24, 15], [8, 6, 28, 22]]
+    assert [(f.kind, f.action) for f in annotations.findings] == [("empty-box" if bbox else "missing-box", "repaired")]
+
+
+@pytest.mark.parametrize("segmentation", [[], None, [[3, 3, 9, 3, 5, 3]], {"size": [64, 48], "counts": [0, 64 * 48]}])
+def test_an_empty_box_without_a_mask_that_has_one_is_left_out(make_coco, kinds, segmentation):
+    objects = [coco_object(), coco_object(bbox=(0, 0, 0, 0), segmentation=segmentation)]
+    annotations = load_annotations(make_coco(objects), "train")
+    assert kinds(annotations) == {"degenerate-box": "dropped"}
+
+
 # ---- encodings -------------------------------------------------------------------------------------------------------
 
 

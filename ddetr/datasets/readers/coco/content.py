@@ -39,8 +39,13 @@ def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
         entry = dict(pairs)
         if len(entry) < len(pairs):  # asked here too: a call for each of a million objects takes time
             without_doubles(pairs)
-        if "segmentation" in entry and entry.get("bbox"):  # without a box the polygons stand in for it
-            del entry["segmentation"]
+        if "segmentation" in entry:  # without a box, or with an empty one, it stands in for that
+            try:
+                _, _, width, height = entry["bbox"]
+                if width > 0 and height > 0:
+                    del entry["segmentation"]
+            except (KeyError, TypeError, ValueError):
+                pass
         return entry
 
     content = parse_json(json_text(file, MAX_ANNOTATION_BYTES, log, file.name), str(file), without_mask)

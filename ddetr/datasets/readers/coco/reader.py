@@ -25,7 +25,7 @@ from ddetr.datasets.annotations import (
     unlike_training,
     whole,
 )
-from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, ordered_corners
+from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, put_in_order
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import ImageFolders, Resized, read_headers, report_unlisted, settle_size
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
@@ -50,6 +50,7 @@ def read_coco(wanted: Wanted, annotation_file: Path) -> Annotations:
 
 def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: FindingLog) -> Annotations:
     root, categories, form = wanted.path, wanted.categories, wanted.boxes
+    own_form = "xywh" if form == "auto" else form
     shown = _shown(annotation_file, root)
     images = entries_of(content, "images", annotation_file)
     objects = entries_of(content, "annotations", annotation_file) if "annotations" in content else []
@@ -85,8 +86,7 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
     check_meaning(boxes, sizes_of_boxes, "xywh", form, log, shown)
     if is_relative(form):
         boxes = in_pixels(boxes, sizes_of_boxes)
-    if form.startswith("xyxy"):
-        boxes = ordered_corners(boxes, log, lambda i: where(selected[i]))
+    boxes = put_in_order(boxes, sizes_of_boxes, own_form, log, lambda i: where(selected[i]))
     check = check_boxes(boxes, sizes_of_boxes)
     report_boxes(log, check, boxes, lambda i: where(selected[i]))
     boxes, selected = check.boxes_xyxy[check.usable], selected[check.usable]
@@ -226,21 +226,35 @@ def _objects(
     boxes_xywh = _numbers([obj.get("bbox") for obj in objects], 4)
     boxes_xyxy = corners_of(boxes_xywh, "xywh" if form == "auto" else form)
     no_box = np.zeros(len(objects), dtype=bool)
+
+    def around_mask(i: int) -> np.ndarray | None:
+        if is_relative(form):
+            return None
+        size_hw = tuple(declared_hw[image_index[i]].tolist()) if image_index[i] >= 0 else (0, 0)
+        box = box_of_mask(objects[i].get("segmentation"), size_hw if min(size_hw) > 0 else None)
+        return None if box is None else corners_of(box[None], "xywh")[0]
+
     for i in np.flatnonzero(np.isnan(boxes_xywh).all(axis=1)):
         if isinstance(objects[i].get("bbox"), list) and len(objects[i]["bbox"]) == 4:
             continue  # four numbers that are none: refused with the other boxes
-        size_hw = tuple(declared_hw[image_index[i]].tolist()) if image_index[i] >= 0 else (0, 0)
-        from_mask = box_of_mask(objects[i].get("segmentation"), size_hw if min(size_hw) > 0 else None)
-        where = _where(objects[i], shown, names, image_index[i])
-        if from_mask is None or is_relative(form):
+        from_mask, where = around_mask(i), _where(objects[i], shown, names, image_index[i])
+        if from_mask is None:
             no_box[i] = True
             box = objects[i].get("bbox")
             said = 'There is no "bbox" of four numbers' if box is None else f'Its "bbox" is {one_line(repr(box), 80)}'
             message = f"{said}; expected [x, y, width, height]. The object was left out."
             log.add("missing-box", "dropped", where, message)
         else:
-            boxes_xyxy[i] = corners_of(from_mask[None], "xywh")[0]
+            boxes_xyxy[i] = from_mask
             log.add("missing-box", "repaired", where, 'There is no "bbox"; the one around the mask was used.')
+    for i in np.flatnonzero((boxes_xyxy[:, 2:] <= boxes_xyxy[:, :2]).any(axis=1)):
+        from_mask = around_mask(i) if "segmentation" in objects[i] else None
+        if from_mask is not None and (from_mask[2:] > from_mask[:2]).all():
+            boxes_xyxy[i] = from_mask
+            message = (
+                f'Its "bbox" {one_line(repr(objects[i]["bbox"]), 80)} has no area; the one around the mask was used.'
+            )
+            log.add("empty-box", "repaired", _where(objects[i], shown, names, image_index[i]), message)
     for i in np.flatnonzero(image_index < 0):
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
