@@ -256,7 +256,8 @@ def test_boxes_drawn_from_another_corner_are_turned(tmp_path, write_image, kinds
     annotations = load_annotations(tmp_path, "train", format=format)
     np.testing.assert_allclose(annotations.images[0].boxes_xyxy, [*[CORNERS] * 4, [5, 5, 45, 35]], atol=1e-4)
     assert annotations.images[0].area.tolist()[:4] == pytest.approx([240] * 4)
-    assert kinds(annotations) == {"negative-size": "repaired"} and len(annotations.findings) == 3
+    assert kinds(annotations) == {"negative-size": "repaired"}
+    assert len(annotations.findings) == 3
     if format == "coco":
         assert "(30, 8, -20, 12)" in annotations.findings[0].message
 
