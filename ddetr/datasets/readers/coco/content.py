@@ -32,6 +32,10 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
+class NotCoco(InputError):
+    """JSON that is whole, and no COCO annotation file."""
+
+
 def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
     """The content without the masks, which are most of COCO's half gigabyte and no part of detection."""
 
@@ -51,7 +55,7 @@ def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
     content = parse_json(json_text(file, MAX_ANNOTATION_BYTES, log, file.name), str(file), without_mask)
     if not isinstance(content, dict) or "images" not in content:
         found = "the keys " + first_few(content, 8) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise InputError(
+        raise NotCoco(
             f'{file} is no COCO annotation file: expected an object with "images", "annotations" and "categories", '
             f"found {found}"
         )

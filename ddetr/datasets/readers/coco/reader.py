@@ -1,4 +1,4 @@
-"""COCO annotations: one annotation file, whatever is wrong with it, to `Annotations`.
+"""COCO annotations: the annotation files of a split, whatever is wrong with them, to `Annotations`.
 
 A category's `category_id` is the file's; labels number the categories in the order of their ids. Shapes: I images,
 n objects as they stand in the file, m of them that are used.
@@ -31,6 +31,7 @@ from ddetr.datasets.image_files import ImageFolders, Resized, read_headers, repo
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
+from ddetr.datasets.readers.coco.merge import merged
 from ddetr.datasets.readers.file_names import find_files
 from ddetr.datasets.readers.reader import Wanted, check_unnamed, is_true
 from ddetr.errors import InputError
@@ -40,18 +41,21 @@ from ddetr.wording import first_few
 _NAME_KEYS = ("file_name", "filename", "path", "coco_url")  # the first that an image has; tools write others
 
 
-def read_coco(wanted: Wanted, annotation_file: Path) -> Annotations:
-    """One annotation file of the data set at `wanted.path`, a folder; `load_annotations` says what is wanted."""
+def read_coco(wanted: Wanted, files: Sequence[Path]) -> Annotations:
+    """One annotation file of the data set at `wanted.path`, a folder, or several that make up a split;
+    `load_annotations` says what is wanted."""
     with without_collector():
         log = FindingLog()
-        content = load_json(annotation_file, log)
-        return _read(content, wanted, annotation_file, log)
+        shown = _shown(files[0], wanted.path)
+        if len(files) == 1:
+            return _read(load_json(files[0], log), wanted, files[0], log, shown)
+        shown = f"{shown} and {len(files) - 1:,} more"
+        return _read(merged(files, log, shown), wanted, files[0], log, shown)
 
 
-def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: FindingLog) -> Annotations:
+def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: FindingLog, shown: str) -> Annotations:
     root, categories, form = wanted.path, wanted.categories, wanted.boxes
     own_form = "xywh" if form == "auto" else form
-    shown = _shown(annotation_file, root)
     images = entries_of(content, "images", annotation_file)
     objects = entries_of(content, "annotations", annotation_file) if "annotations" in content else []
     own, label_of_id = categories_of(content, objects, log, shown)
