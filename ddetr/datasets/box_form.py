@@ -117,6 +117,34 @@ def _ordered_corners(boxes_xyxy: np.ndarray, log: FindingLog, where: Callable[[i
     return np.concatenate([low, high], axis=1)
 
 
+def settled_form(numbers: np.ndarray, sizes_hw: np.ndarray, log: FindingLog, where: str) -> BoxForm:
+    """Whether the (n, 4) numbers of a whole split, which don't say what they are, are two corners or a corner and a
+    size: by which of the two the boxes fit into their images of (n, 2) sizes, reported; "xywh" where that can't be
+    known, which is reported too, or where `check_meaning` will say more."""
+    judged = np.isfinite(numbers).all(axis=1) & (sizes_hw >= _SMALLEST_SIDE).all(axis=1)
+    numbers, sizes_hw = numbers[judged], sizes_hw[judged]
+    if not len(numbers) or ((numbers >= -0.05) & (numbers <= 1.05)).all(axis=1).mean() > _MOSTLY:
+        return "xywh"
+    forms = ("xyxy", "xywh")
+    misfits = {form: _misfits(corners_of(numbers, form), sizes_hw) for form in forms}
+    best, other = sorted(forms, key=lambda form: int(misfits[form].sum()))
+    count = int(misfits[other].sum())
+    if count >= max(_FEW[best], _SHARE[best] * len(numbers)) and misfits[best].sum() * _CLEARER <= count:
+        message = (
+            f"The columns don't say what the four numbers of a box are; they were read as {_MEANING[best]}: "
+            f"{_of(misfits[other])} don't fit into their images as {_MEANING[other]}."
+        )
+        log.add("box-form", "note", where, message)
+        return best
+    message = (
+        f"What the four numbers of a box are can't be known: of {len(numbers):,} boxes {count:,} don't fit into their "
+        f"images as {_MEANING[other]}, and {int(misfits[best].sum()):,} as {_MEANING[best]}. Say it by --data.boxes "
+        "xyxy or xywh."
+    )
+    log.add("box-form-unknown", "refused", where, message, count=len(numbers))
+    return "xywh"
+
+
 def check_meaning(
     boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, own: BoxForm, wanted: BoxForm, log: FindingLog, where: str
 ) -> None:
