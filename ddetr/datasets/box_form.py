@@ -74,7 +74,38 @@ def in_pixels(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray) -> np.ndarray:
         return boxes_xyxy * sizes_hw[:, [1, 0, 1, 0]]
 
 
-def ordered_corners(boxes_xyxy: np.ndarray, log: FindingLog, where: Callable[[int], str]) -> np.ndarray:
+def put_in_order(
+    boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, form: BoxForm, log: FindingLog, where: Callable[[int], str]
+) -> np.ndarray:
+    """The (n, 4) boxes in pixels with the smaller corner first, wherever that can't mean anything else.
+
+    sizes_hw: (n, 2) or (2,) of their images. form: what the numbers are as written. `where(i)` names the place of box
+    i.
+    """
+    if form.startswith("xyxy"):
+        return _ordered_corners(boxes_xyxy, log, where)
+    ordered, was_turned = _turned(boxes_xyxy, sizes_hw)
+    for i in np.flatnonzero(was_turned).tolist():
+        numbers = ", ".join(f"{value:g}" for value in numbers_of(boxes_xyxy[i : i + 1], form)[0])
+        message = f"The box ({numbers}) has a negative width or height: drawn from another corner, it was turned."
+        log.add("negative-size", "repaired", where(i), message)
+    return ordered
+
+
+def _turned(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, slack: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Corners made of a place and a size: those of a negative size turned, if they lie in their image then, and which
+    they are (n,). A size of -1 stands for none in many files: boxes of at most `slack` stay as they are."""
+    negative = (boxes_xyxy[:, 2:] < boxes_xyxy[:, :2]).any(axis=1)
+    if not negative.any():
+        return boxes_xyxy, negative
+    limits = np.asarray(sizes_hw, dtype=np.float64).reshape(-1, 2)[:, ::-1]
+    low = np.minimum(boxes_xyxy[:, :2], boxes_xyxy[:, 2:])
+    high = np.maximum(boxes_xyxy[:, :2], boxes_xyxy[:, 2:])
+    negative &= ((low >= -slack) & (high <= limits + slack) & (high - low > slack)).all(axis=1)
+    return np.where(negative[:, None], np.concatenate([low, high], axis=1), boxes_xyxy), negative
+
+
+def _ordered_corners(boxes_xyxy: np.ndarray, log: FindingLog, where: Callable[[int], str]) -> np.ndarray:
     """The (n, 4) boxes with the smaller corner first; `where(i)` names the place of box i."""
     low = np.minimum(boxes_xyxy[:, :2], boxes_xyxy[:, 2:])
     high = np.maximum(boxes_xyxy[:, :2], boxes_xyxy[:, 2:])
@@ -84,6 +115,34 @@ def ordered_corners(boxes_xyxy: np.ndarray, log: FindingLog, where: Callable[[in
         message = f"The corners of the box ({numbers}) are swapped; the smaller numbers were taken as the first corner."
         log.add("swapped-corners", "repaired", where(i), message)
     return np.concatenate([low, high], axis=1)
+
+
+def settled_form(numbers: np.ndarray, sizes_hw: np.ndarray, log: FindingLog, where: str) -> BoxForm:
+    """Whether the (n, 4) numbers of a whole split, which don't say what they are, are two corners or a corner and a
+    size: by which of the two the boxes fit into their images of (n, 2) sizes, reported; "xywh" where that can't be
+    known, which is reported too, or where `check_meaning` will say more."""
+    judged = np.isfinite(numbers).all(axis=1) & (sizes_hw >= _SMALLEST_SIDE).all(axis=1)
+    numbers, sizes_hw = numbers[judged], sizes_hw[judged]
+    if not len(numbers) or ((numbers >= -0.05) & (numbers <= 1.05)).all(axis=1).mean() > _MOSTLY:
+        return "xywh"
+    forms = ("xyxy", "xywh")
+    misfits = {form: _misfits(corners_of(numbers, form), sizes_hw) for form in forms}
+    best, other = sorted(forms, key=lambda form: int(misfits[form].sum()))
+    count = int(misfits[other].sum())
+    if count >= max(_FEW[best], _SHARE[best] * len(numbers)) and misfits[best].sum() * _CLEARER <= count:
+        message = (
+            f"The columns don't say what the four numbers of a box are; they were read as {_MEANING[best]}: "
+            f"{_of(misfits[other])} don't fit into their images as {_MEANING[other]}."
+        )
+        log.add("box-form", "note", where, message)
+        return best
+    message = (
+        f"What the four numbers of a box are can't be known: of {len(numbers):,} boxes {count:,} don't fit into their "
+        f"images as {_MEANING[other]}, and {int(misfits[best].sum()):,} as {_MEANING[best]}. Say it by --data.boxes "
+        "xyxy or xywh."
+    )
+    log.add("box-form-unknown", "refused", where, message, count=len(numbers))
+    return "xywh"
 
 
 def check_meaning(
@@ -96,6 +155,9 @@ def check_meaning(
         sizes_hw: (n, 2) of their images.
         own: the form that the data set's format says; wanted: what they were read as, "auto" for `own`.
     """
+    if not (own if wanted == "auto" else wanted).startswith("xyxy"):
+        unit = (np.ones(2), 0.0) if is_relative(wanted) else (sizes_hw,)
+        boxes_xyxy, _ = _turned(boxes_xyxy, *unit)
     judged = np.isfinite(boxes_xyxy).all(axis=1) & (boxes_xyxy[:, 2:] != boxes_xyxy[:, :2]).any(axis=1)
     judged &= (sizes_hw >= _SMALLEST_SIDE).all(axis=1)
     if not judged.all():

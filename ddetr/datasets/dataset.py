@@ -63,7 +63,8 @@ class DetectionDataset(Dataset):
             image stand in, chosen by the sample's seed, which is for training only. A function is called with the path
             and the reason instead of the log; with worker processes in the worker.
         augmentation: what is added to a recipe, which `transform` must be. `image_id` and `orig_size` of a sample that
-            is made of several images are those of the first.
+            is made of several images are those of the first; its target has the ids of the others as `other_image_ids`
+            (k,) int64.
     """
 
     def __init__(
@@ -118,8 +119,11 @@ class DetectionDataset(Dataset):
         recipe = self.transform
         view = recipe.draw((pixels.shape[1], pixels.shape[2]))
         plan = self.augmentation.draw(turn.index % len(self), len(self), recipe.flip)
-        others = [_whole(*self._read(partner.index, turn.seed)) for partner in plan.partners]
-        return self._finish(record, *make(plan, view, _whole(record, pixels), others))
+        others = [self._read(partner.index, turn.seed) for partner in plan.partners]
+        image, target = make(plan, view, _whole(record, pixels), [_whole(*other) for other in others])
+        if others:
+            target["other_image_ids"] = torch.tensor([other.image_id for other, _ in others])
+        return self._finish(record, image, target)
 
     def _read(self, index: int, seed: int) -> tuple[ImageRecord, Tensor]:
         """Record and pixels of an image, or of the one that stands in for it."""

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from ddetr.datasets.annotations import Annotations, Category, Finding, are_most, split_error
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import IMAGES_OPTION, folders_in
-from ddetr.datasets.readers.coco.layout import coco_splits
+from ddetr.datasets.readers.coco.layout import coco_files, coco_splits, part_of
 from ddetr.datasets.readers.coco.reader import read_coco
 from ddetr.datasets.readers.createml import createml_splits, read_createml
 from ddetr.datasets.readers.csv_boxes import csv_splits, read_csv_boxes
@@ -106,7 +106,7 @@ def _read(
                 places = images or (path if path.is_dir() and not file.is_relative_to(path) else None)
                 return FORMATS[one].read(Wanted(file, names[0], None, places, categories, check_images, boxes))
         root = path if path.is_dir() else _home(file)
-        return read_coco(Wanted(root, split, None, images, categories, check_images, boxes), file)
+        return read_coco(Wanted(root, split, None, images, categories, check_images, boxes), [file])
     format, path = _located(path, format)
     train_split = _train_split(list(FORMATS[format].splits(path)))
     return FORMATS[format].read(Wanted(path, split, train_split, images, categories, check_images, boxes))
@@ -114,10 +114,11 @@ def _read(
 
 def _read_coco(wanted: Wanted) -> Annotations:
     path, splits = wanted.path, coco_splits(wanted.path)
-    if wanted.split not in splits:
+    files = coco_files(splits, wanted.split)
+    if not files:
         raise split_error(path, wanted.split, list(splits))
     root = path if path.is_dir() else _home(path)
-    return read_coco(replace(wanted, path=root), splits[wanted.split])
+    return read_coco(replace(wanted, path=root), files)
 
 
 # In the order in which they are tried: a COCO file says most; KITTI's folders are called as YOLO's; LabelMe's files
@@ -281,6 +282,20 @@ def default_splits(
         )
     others = [split for split in splits if split not in (train, "trainval")]
     return train, _first(others, _VAL_NAMES, "val")
+
+
+def check_parts(path: str | PathLike, split: str, splits: Sequence[str], option: str) -> None:
+    """Refuses a split that nobody has named, where it is a numbered part of several: the others would be left out.
+
+    Raises:
+        InputError: it is.
+    """
+    parts = [other for other in splits if part_of(other) == part_of(split)] if part_of(split) else []
+    if len(parts) > 1:
+        raise InputError(
+            f"{path} has {first_few(parts, 5)}, which look like parts of one split: put them together, or name the one "
+            f"that is meant by {option}"
+        )
 
 
 def _train_split(splits: Sequence[str]) -> str | None:

@@ -12,7 +12,15 @@ import numpy as np
 
 from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
-from ddetr.datasets.load import FORMATS, also_there, default_splits, detect_format, read_together, said_of_not_named
+from ddetr.datasets.load import (
+    FORMATS,
+    also_there,
+    check_parts,
+    default_splits,
+    detect_format,
+    read_together,
+    said_of_not_named,
+)
 from ddetr.datasets.readers.reader import WHOLE
 from ddetr.errors import InputError
 from ddetr.files import existing
@@ -156,7 +164,10 @@ def _name_of_split(data: DataSource, which: Literal["train", "val"]) -> str | No
     if getattr(data, f"{which}_annotations", None):
         return which
     train = getattr(data, "train_split", None)
-    return dict(zip(("train", "val"), default_splits(data.path, data.format, train)))[which]
+    name = dict(zip(("train", "val"), default_splits(data.path, data.format, train)))[which]
+    if name is not None:
+        check_parts(data.path, name, available_splits(data.path, data.format), f"--data.{which}_split")
+    return name
 
 
 def without_empty_images(annotations: Annotations) -> Annotations:

@@ -52,7 +52,14 @@ class Step:
 
     @property
     def image_ids(self) -> list[int]:
-        return [int(target["image_id"]) for _, _, targets in self.batch for target in targets]
+        """Of all images that are seen in the batch, in its order."""
+        return [image_id for _, _, targets in self.batch for target in targets for image_id in ids_of(target)]
+
+
+def ids_of(target: dict[str, Tensor]) -> list[int]:
+    """The ids of the images that a sample was made of, its own first."""
+    others = target.get("other_image_ids")
+    return [int(target["image_id"]), *([] if others is None else others.tolist())]
 
 
 def step_losses(

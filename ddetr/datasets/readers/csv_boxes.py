@@ -1,15 +1,18 @@
 """CSV tables with a row for each box: Roboflow's and TensorFlow's, RetinaNet's without a header, OpenImages' and such.
 
-Columns are known by their names, in any order and case; only what says which corners it holds is read (`xmin`, `x2`,
-`bbox_width`), never a bare `x` or `bbox`. Classes are the names in the training split, sorted. OpenImages: fractions of
-the image, names by `class-descriptions*.csv` where it is there, boxes around groups are ignored, not dropped.
+Columns are known by their names, in any order and case; a number is read where its column says which it is (`xmin`,
+`x2`, `bbox_width`; never a bare `x`), or a box of four in one cell (`bbox`), which the whole table or `--data.boxes`
+tells. Classes are the names in the training split, sorted; without a column of classes there is one, "object".
+OpenImages: fractions of the image, names by `class-descriptions*.csv` where it is there, boxes around groups are
+ignored, not dropped.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,7 +36,7 @@ _COLUMNS = {  # what a column is called; the first that is there
     "image": ("filename", "file_name", "image", "image_name", "imagename", "image_path", "img", "img_name")
     + ("image_id", "imageid", "filepath", "file_path", "path", "file", "frame"),
     "class": ("class", "label", "class_name", "classname", "label_name", "labelname", "category", "category_name")
-    + ("class_id", "category_id", "label_id"),
+    + ("class_id", "category_id", "label_id", "labels", "classes", "categories"),
     "x1": ("xmin", "x_min", "x1", "left", "bbox_xmin", "bbox_x1", "xtl", "bbox_x"),
     "y1": ("ymin", "y_min", "y1", "top", "bbox_ymin", "bbox_y1", "ytl", "bbox_y"),
     "x2": ("xmax", "x_max", "x2", "right", "bbox_xmax", "bbox_x2", "xbr"),
@@ -43,7 +46,13 @@ _COLUMNS = {  # what a column is called; the first that is there
     "width": ("width", "image_width", "img_width"),
     "height": ("height", "image_height", "img_height"),
     "group": ("isgroupof",),
+    "box": ("bbox", "bboxes", "box", "boxes", "bounding_box", "bounding_boxes", "boxesstring"),
 }
+_CORNERS, _SIZES = ("x1", "y1", "x2", "y2"), ("x1", "y1", "w", "h")
+_NO_CLASSES = ("source", "domain", "split", "set", "usage", "url", "image_url")  # columns of text, which are no classes
+_ONE_CLASS = "object"
+_MOST_CLASSES = 1000  # different words in a column that may hold classes
+_NO_BOX = ("", "[]", "no_box", "none", "nan", "null")
 _HEADLESS = (  # RetinaNet, SKU-110K; makesense.ai
     ("image", "x1", "y1", "x2", "y2", "class", "width", "height"),
     ("class", "x1", "y1", "w", "h", "image", "width", "height"),
@@ -58,6 +67,12 @@ class _Layout:
     has_header: bool
     in_fractions: bool
     num_columns: int
+    others: Mapping[int, str] = field(default_factory=dict)  # columns that are not read -> their names
+
+    @property
+    def numbers(self) -> Sequence[str]:
+        """The columns of a box's numbers; () where one cell has all four."""
+        return next((keys for keys in (_CORNERS, _SIZES) if self.columns.keys() >= set(keys)), ())
 
 
 def csv_splits(path: Path) -> dict[str, Path]:
@@ -92,11 +107,17 @@ def _layout(file: Path) -> _Layout | None:
         for key, names in _COLUMNS.items()
         if any(name in cells for name in names)
     }
-    if "image" not in found:  # called otherwise: the only column that holds names of images
-        images = [i for i, cell in enumerate(_first_row(rows)[: len(cells)]) if is_image_name(cell.strip())]
-        found |= {"image": images[0]} if len(images) == 1 else {}
-    if {"image", "class", "x1", "y1"} <= found.keys() and ({"x2", "y2"} <= found.keys() or {"w", "h"} <= found.keys()):
-        return _Layout(found, True, {"imageid", "labelname"} <= set(cells), len(first))
+    if "image" not in found or "box" in found:
+        row = _first_row(rows)[: len(cells)]
+        images = [i for i, cell in enumerate(row) if is_image_name(cell.strip())]
+        if "image" not in found and len(images) == 1:  # called otherwise: the only column that holds names of images
+            found["image"] = images[0]
+        if "box" in found and (found["box"] >= len(row) or not np.isfinite(_boxes_of(row[found["box"]])).all()):
+            del found["box"]
+    others = {i: cell for i, cell in enumerate(cells) if i not in found.values()}
+    layout = _Layout(found, True, {"imageid", "labelname"} <= set(cells), len(first), others)
+    if "image" in found and (layout.numbers or "box" in found):
+        return layout
     for names in _HEADLESS:
         found = {key: i for i, key in enumerate(names[: len(first)])}
         numbers = [first[i].strip() for key, i in found.items() if key not in ("image", "class")]
@@ -131,11 +152,11 @@ def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: Fin
     file, layout = place.file, _layout(place.file)
     if layout is None:  # it was one when its folder was looked at
         raise InputError(f"{file} is no table of boxes any more")
-    by_size = not {"x2", "y2"} <= layout.columns.keys()
-    form = "xywh" if by_size else "xyxy"
+    form = {_CORNERS: "xyxy", _SIZES: "xywh", (): "auto"}[layout.numbers]
     images = ImageCollector(place, wanted, log, form=form, in_fractions=layout.in_fractions, unit="row")
-    box_columns = [layout.columns[key] for key in ("x1", "y1", *(("w", "h") if by_size else ("x2", "y2")))]
+    box_columns = [layout.columns[key] for key in layout.numbers]
     get = partial(_cell, layout.columns)
+    words_of: dict[int, set[str]] = {i: set() for i in layout.others if "class" not in layout.columns}
     for line, row in _rows(file, layout.has_header):
         beyond = [cell for cell in row[layout.num_columns :] if cell.strip()]
         if beyond:
@@ -146,18 +167,70 @@ def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: Fin
             log.add("cells-beyond", "dropped", f"{place.shown}, row {line}", message)
         image = images.of(get(row, "image"))
         image.declared_hw = image.declared_hw or size_hw(get(row, "height"), get(row, "width"))
-        words = [row[i].strip() if i < len(row) else "" for i in box_columns]
-        if not any(words):  # an image without objects
-            continue
-        name = get(row, "class")
-        box = [number(word.replace(",", ".")) for word in words]
-        image.add(class_names.get(name, name), box, line, ignore=is_true(get(row, "group")))
+        for i, words in words_of.items():
+            if i < len(row) and len(words) <= _MOST_CLASSES:
+                words.add(row[i].strip())
+        name = get(row, "class") if "class" in layout.columns else _ONE_CLASS
+        if layout.numbers:
+            words = [row[i].strip() if i < len(row) else "" for i in box_columns]
+            boxes = [[number(word.replace(",", ".")) for word in words]] if any(words) else []  # none: without objects
+            names = [name]
+        else:
+            boxes = _boxes_of(get(row, "box"))
+            names = _names_of(name, len(boxes))
+            if len(names) != len(boxes):
+                message = (
+                    f"It has {len(boxes)} boxes and {len(names)} classes: which belongs to which can't be known. "
+                    "Correct the row."
+                )
+                log.add("boxes-without-classes", "refused", f"{place.shown}, row {line}", message)
+                continue
+        for name, box in zip(names, boxes):
+            image.add(class_names.get(name, name), box, line, ignore=is_true(get(row, "group")))
+    if "class" not in layout.columns:
+        _report_one_class(words_of, layout, place.shown, log)
     found = images.images()
     ids = {name for image in found for name in image.classes if name.startswith(("/m/", "/g/"))}
     if ids:
         message = f"{len(ids)} classes have ids for names, such as {min(ids)}: no class-descriptions*.csv names them."
         log.add("unnamed-classes", "note", place.shown, message, count=len(ids))
     return found
+
+
+def _boxes_of(cell: str) -> list[list[float]]:
+    """The boxes in a cell: `[1, 2, 3, 4]`, `1 2 3 4;5 6 7 8`, `[[1, 2, 3, 4], [5, 6, 7, 8]]`; one of NaN for what is
+    none."""
+    if cell.strip().lower() in _NO_BOX:
+        return []
+    boxes = [re.findall(r"[^\s,'\"]+", piece) for piece in re.split(r"[\[\](){};]", cell) if piece.strip(" ,")]
+    return [[number(word) for word in box] if len(box) == 4 else [math.nan] * 4 for box in boxes]
+
+
+def _names_of(cell: str, num_boxes: int) -> list[str]:
+    """The class of each box in a row: a list of them, or one for all."""
+    if cell.startswith("[") and cell.endswith("]"):
+        return [word.strip(" '\"") for word in cell[1:-1].split(",") if word.strip(" '\"")]
+    return [cell] * num_boxes
+
+
+def _report_one_class(words_of: Mapping[int, set[str]], layout: _Layout, shown: str, log: FindingLog) -> None:
+    """Says that no column is one of classes, and stops where one may be.
+
+    words_of: column that is not read -> its different words.
+    """
+    for i, words in words_of.items():
+        texts = sorted(word for word in words if word and not np.isfinite(number(word)))
+        if 1 < len(words) <= _MOST_CLASSES and texts and layout.others[i] not in _NO_CLASSES:
+            name = one_line(layout.others[i], 60)
+            message = (
+                f'No column is called class or label; "{name}" has {len(words)} different words, such as '
+                f"{one_line(texts[0], 60)}. If they are the classes, call it class; if not, delete it, or call it "
+                "source."
+            )
+            log.add("classes-unknown", "refused", shown, message)
+            return
+    message = f'No column is called class or label: all objects are of one class, "{_ONE_CLASS}".'
+    log.add("one-class", "note", shown, message)
 
 
 def _cell(columns: Mapping[str, int], row: Sequence[str], key: str) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,18 @@ from ddetr.datasets.annotations import (
     unlike_training,
     whole,
 )
-from ddetr.datasets.box_form import check_meaning, in_pixels, is_relative, ordered_corners, read_as
+from ddetr.datasets.box_form import (
+    check_meaning,
+    corners_of,
+    in_pixels,
+    is_relative,
+    put_in_order,
+    read_as,
+    settled_form,
+)
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import Resized, read_headers, settle_size
+from ddetr.datasets.image_header import ImageHeader
 from ddetr.errors import InputError
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few
@@ -85,7 +94,9 @@ class LabelledImage:
     boxes_xyxy: np.ndarray  # (n, 4) as written
     numbers: Sequence[int]  # (n,) of the objects in the label file
     in_fractions: bool = False  # the boxes are fractions of the image, not pixels
-    form: BoxForm = "xyxy"  # what the label file's numbers are: "xywh" where `boxes_xyxy` was made of sizes
+    # What the label file's numbers are: "xywh" where `boxes_xyxy` was made of sizes; "auto" where that is to be found
+    # out, and they stand in `boxes_xyxy` as they are.
+    form: BoxForm = "xyxy"
     declared_hw: tuple[int, int] | None = None  # size of the image that the labels state
     ignore: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (n,), or (0,) for none
     unit: str = "object"  # what the numbers count: "object", "line", "row"
@@ -141,7 +152,10 @@ def table_of(
         )
     said_of = cache(said_of)
     framed, resized = [], Resized()
-    for image, header in zip(images, read_headers([image.path for image in images]), strict=True):
+    headers = read_headers([image.path for image in images])
+    if form == "auto" and any(image.form == "auto" for image in images):
+        images = _with_forms(images, headers, log)
+    for image, header in zip(images, headers, strict=True):
         if isinstance(header, InputError):
             log.add("unreadable-image", "dropped", image.where, f"{header} It was left out.")
             continue
@@ -161,9 +175,10 @@ def table_of(
             log.add("category-unknown", "dropped", image.place(i), message)
         if image.in_fractions or is_relative(form):
             boxes = in_pixels(boxes, np.array(size_hw))
-        if not image.in_fractions and (image.form if form == "auto" else form).startswith("xyxy"):
-            boxes = ordered_corners(boxes, log, image.place)
         check = check_boxes(boxes, size_hw)
+        if check.degenerate.any():
+            boxes = put_in_order(boxes, size_hw, image.form if form == "auto" else form, log, image.place)
+            check = check_boxes(boxes, size_hw)
         report_boxes(log, check, boxes, image.place)
         keep = check.usable & (labels >= 0)
         kept = check.boxes_xyxy[keep]
@@ -179,6 +194,25 @@ def table_of(
             )
         )
     return ImageTable.from_records(records)
+
+
+def _with_forms(
+    images: Sequence[LabelledImage], headers: Sequence[ImageHeader | InputError], log: FindingLog
+) -> list[LabelledImage]:
+    """The images; of those whose boxes don't say what their numbers are, the boxes by the form that fits them all."""
+    known = [
+        (image, image.declared_hw or header.upright_hw)
+        for image, header in zip(images, headers, strict=True)
+        if image.form == "auto" and not isinstance(header, InputError)
+    ]
+    numbers = np.concatenate([np.zeros((0, 4)), *(image.boxes_xyxy for image, _ in known)])
+    sizes_hw = np.repeat([size_hw for _, size_hw in known], [len(image.boxes_xyxy) for image, _ in known], axis=0)
+    where = next(image.where for image in images if image.form == "auto")
+    form = settled_form(numbers, sizes_hw.reshape(-1, 2), log, f"{where} and on")
+    return [
+        replace(image, form=form, boxes_xyxy=corners_of(image.boxes_xyxy, form)) if image.form == "auto" else image
+        for image in images
+    ]
 
 
 def _check_meaning(

@@ -27,7 +27,7 @@ from ddetr import __version__
 from ddetr.checkpoint.published import portable_config
 from ddetr.datasets import Annotations
 from ddetr.engine.blackbox.trace import NotFinite
-from ddetr.engine.step import Step, on_device
+from ddetr.engine.step import Step, ids_of, on_device
 from ddetr.files import write_folder_atomically, write_text
 
 logger = logging.getLogger(__name__)
@@ -152,18 +152,18 @@ def versions() -> dict[str, str]:
 
 
 def _images(step: Step, annotations: Annotations | None) -> list[dict[str, Any]]:
-    """What image stands where in the batch; its file where the annotations are at hand."""
+    """What image stands where in the batch, with those that were mixed into it; their files where the annotations are
+    at hand."""
     wanted = set(step.image_ids)
     paths = {} if annotations is None else {r.image_id: str(r.path) for r in annotations.images if r.image_id in wanted}
+
+    def named(image_id: int) -> dict[str, Any]:
+        return {"image_id": image_id, "path": paths.get(image_id)}
+
     return [
-        {
-            "micro_batch": index,
-            "row": row,
-            "image_id": int(target["image_id"]),
-            "path": paths.get(int(target["image_id"])),
-        }
+        {"micro_batch": index, "row": row, **named(own), "others": [named(other) for other in others]}
         for index, (_, _, targets) in enumerate(step.batch)
-        for row, target in enumerate(targets)
+        for row, (own, *others) in enumerate(map(ids_of, targets))
     ]
 
 
@@ -203,10 +203,11 @@ def _in_words(header: Mapping[str, Any]) -> str:
     lines = [header["what"], ""]
     if found := header["not_finite"]:
         lines += [f"First place that is not finite: {found['place']} {found['name']} {found['kind']}".rstrip(), ""]
-    lines += [
-        f"micro-batch {i['micro_batch']}, image {i['row']}: id {i['image_id']}  {i['path'] or ''}"
-        for i in header["images"]
-    ]
+    for place in header["images"]:
+        lines += [
+            f"micro-batch {place['micro_batch']}, image {place['row']}: id {place['image_id']}  {place['path'] or ''}"
+        ]
+        lines += [f"    made with id {other['image_id']}  {other['path'] or ''}" for other in place["others"]]
     lines += ["", f"epoch {header['epoch']}, seed {header['seed']}, process {header['rank']} of {header['world_size']}"]
     lines += [", ".join(f"{name} {version}" for name, version in header["versions"].items())]
     if header.get("error"):

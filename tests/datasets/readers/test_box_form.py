@@ -1,5 +1,7 @@
 """What a box's numbers mean: whole splits that look as if they meant something else, and the option that reads them."""
 
+import json
+
 import numpy as np
 import pytest
 from dataset_parts import coco_object, voc_object, voc_xml
@@ -213,3 +215,77 @@ def test_a_class_of_validation_names_the_one_of_training(make_coco, make_voc, ma
         [finding] = annotations.findings
         assert (finding.kind, finding.action) == ("category-unknown", "dropped")
         assert "'Cat' is no class of the training set, which has 'cat'" in finding.message
+
+
+# ---- sizes below zero ------------------------------------------------------------------------------------------------
+
+CORNERS = [10.0, 8.0, 30.0, 20.0]
+DRAWN = [(10, 8, 20, 12), (30, 8, -20, 12), (10, 20, 20, -12), (30, 20, -20, -12)]  # from each of the four corners
+
+
+def write_drawn(root, format, drawn, write_image):
+    """A set of this format with an image of 64 x 48, whose boxes are (x, y, width, height) of a corner; a centre's
+    formats get the box's centre with the same sizes."""
+    write_image(root / "train" / "images" / "a.jpg")
+    centres = [(x + w / 2, y + h / 2, w, h) for x, y, w, h in drawn]
+    if format == "coco":
+        objects = [coco_object(bbox=box, area=240) for box in drawn]
+        content = {"images": [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48}], "annotations": objects}
+        text = json.dumps(content | {"categories": [{"id": 3, "name": "cat"}]})
+        (root / "train" / "_annotations.coco.json").write_text(text)
+    elif format == "csv":
+        rows = "".join(f"a.jpg,cat,{x},{y},{w},{h}\n" for x, y, w, h in drawn)
+        (root / "train" / "_annotations.csv").write_text(f"filename,class,bbox_x,bbox_y,bbox_width,bbox_height\n{rows}")
+    elif format == "huggingface":
+        line = {"file_name": "images/a.jpg", "objects": {"bbox": drawn, "categories": ["cat"] * len(drawn)}}
+        (root / "train" / "metadata.jsonl").write_text(json.dumps(line))
+    elif format == "createml":
+        boxes = [dict(zip(("x", "y", "width", "height"), box, strict=True)) for box in centres]
+        entry = {"image": "a.jpg", "annotations": [{"label": "cat", "coordinates": box} for box in boxes]}
+        (root / "train" / "_annotations.createml.json").write_text(json.dumps([entry]))
+    else:
+        rows = "".join(f"0 {x / 64} {y / 48} {w / 64} {h / 48}\n" for x, y, w, h in centres)
+        (root / "train" / "labels").mkdir()
+        (root / "train" / "labels" / "a.txt").write_text(rows)
+        (root / "data.yaml").write_text("train: train/images\nnames: [cat]\n")
+
+
+@pytest.mark.parametrize("format", ["coco", "csv", "huggingface", "createml", "yolo"])
+def test_boxes_drawn_from_another_corner_are_turned(tmp_path, write_image, kinds, format):
+    write_drawn(tmp_path, format, [*DRAWN, (5, 5, 40, 30)], write_image)
+    annotations = load_annotations(tmp_path, "train", format=format)
+    np.testing.assert_allclose(annotations.images[0].boxes_xyxy, [*[CORNERS] * 4, [5, 5, 45, 35]], atol=1e-4)
+    assert annotations.images[0].area.tolist()[:4] == pytest.approx([240] * 4)
+    assert kinds(annotations) == {"negative-size": "repaired"}
+    assert len(annotations.findings) == 3
+    if format == "coco":
+        assert "(30, 8, -20, 12)" in annotations.findings[0].message
+
+
+@pytest.mark.parametrize("format", ["coco", "csv", "huggingface", "yolo"])
+def test_what_is_no_box_however_it_is_turned_is_left_out(tmp_path, write_image, kinds, format):
+    """A size of -1, which stands for none, and boxes that lie outside once they are turned."""
+    ordinary = [(5, 5, 40, 30), (1, 2, 10, 10), (1, 30, 10, 10), (20, 2, 10, 10), (3, 3, 9, 9)]
+    write_drawn(tmp_path, format, [*ordinary, (10, 8, -1, -1), (5, 5, -20, 12), (30, 30, -20, 0)], write_image)
+    annotations = load_annotations(tmp_path, "train", format=format)
+    assert len(annotations.images[0].labels) == 5
+    assert kinds(annotations) == {"degenerate-box": "dropped"}
+
+
+def test_negative_sizes_in_fractions(tmp_path, write_image, kinds):
+    drawn = [(x / 64, y / 48, w / 64, h / 48) for x, y, w, h in DRAWN]
+    write_drawn(tmp_path, "coco", drawn, write_image)
+    annotations = load_annotations(tmp_path, "train", boxes="xywh-relative")
+    np.testing.assert_allclose(annotations.images[0].boxes_xyxy, [CORNERS] * 4, atol=1e-4)
+    assert kinds(annotations) == {"negative-size": "repaired"}
+
+
+def test_swapped_corners_in_fractions_are_ordered(tmp_path, write_image, kinds):
+    """OpenImages' table."""
+    write_image(tmp_path / "images" / "a.jpg")
+    (tmp_path / "train.csv").write_text(
+        "ImageID,LabelName,XMin,XMax,YMin,YMax\na,cat,0.5,0.25,0.25,0.5\na,cat,0.25,0.5,0.25,0.5\n"
+    )
+    annotations = load_annotations(tmp_path, "train")
+    assert annotations.images[0].boxes_xyxy.tolist() == [[16, 12, 32, 24]] * 2
+    assert kinds(annotations) == {"swapped-corners": "repaired"}

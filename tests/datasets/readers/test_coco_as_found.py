@@ -10,9 +10,11 @@ import pytest
 from dataset_parts import coco_object
 
 from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
+from ddetr.datasets.config import TrainingSource
 from ddetr.datasets.image_files import ImageFolders
 from ddetr.datasets.readers.coco.mask import box_of_mask
 from ddetr.datasets.readers.file_names import spellings
+from ddetr.datasets.splits import load_splits
 from ddetr.errors import InputError
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -273,6 +275,26 @@ def test_a_mask_stands_in_for_a_box(make_coco):
     ]
 
 
+@pytest.mark.parametrize("bbox", [(0, 0, 0, 0), (9, 9, 0, 12), (9, 9, 12, 0.0), (30, 20, -20, -12), None])
+@pytest.mark.parametrize("as_runs", [False, True])
+def test_a_mask_stands_in_for_a_box_without_area(make_coco, bbox, as_runs):
+    mask = np.zeros((48, 64), dtype=int)
+    mask[6:22, 8:28] = 1
+    runs = {"size": [48, 64], "counts": runs_of(mask)}
+    segmentation = runs if as_runs else [[8, 6, 28, 6, 28, 22, 8, 22]]
+    written = coco_object(segmentation=segmentation) | {"bbox": bbox and list(bbox)}
+    annotations = load_annotations(make_coco([coco_object(), written]), "train")
+    assert annotations.images[0].boxes_xyxy.tolist() == [[4, 5, 24, 15], [8, 6, 28, 22]]
+    assert [(f.kind, f.action) for f in annotations.findings] == [("empty-box" if bbox else "missing-box", "repaired")]
+
+
+@pytest.mark.parametrize("segmentation", [[], None, [[3, 3, 9, 3, 5, 3]], {"size": [64, 48], "counts": [0, 64 * 48]}])
+def test_an_empty_box_without_a_mask_that_has_one_is_left_out(make_coco, kinds, segmentation):
+    objects = [coco_object(), coco_object(bbox=(0, 0, 0, 0), segmentation=segmentation)]
+    annotations = load_annotations(make_coco(objects), "train")
+    assert kinds(annotations) == {"degenerate-box": "dropped"}
+
+
 # ---- encodings -------------------------------------------------------------------------------------------------------
 
 
@@ -447,3 +469,166 @@ def test_a_box_of_another_shape_is_shown(make_coco):
     for shape, message in zip(shapes[:-1], messages, strict=False):
         assert f'Its "bbox" is {shape!r}; expected [x, y, width, height].' in message
     assert 'There is no "bbox"' in messages[-1]
+
+
+# ---- several files of one split --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write_part(tmp_path, write_image):
+    """Writes a COCO file below tmp_path / "set" with these images, of which each has one cat and one dog."""
+
+    def write(file, names, ids=None, categories=((1, "cat"), (2, "dog")), folder="images", **changes):
+        of_name = {name: i for i, name in categories}
+        ids = ids or range(1, len(names) + 1)
+        content = {"images": [], "annotations": [], "categories": [{"id": i, "name": n} for i, n in categories]}
+        for image_id, name in zip(ids, names, strict=True):
+            write_image(tmp_path / "set" / folder / name, seed=len(name))
+            content["images"].append({"id": image_id, "file_name": name, "width": 64, "height": 48})
+            for class_name, box in (("cat", (4, 5, 20, 10)), ("dog", (30, 5, 10, 20))):
+                if class_name in of_name:
+                    obj = coco_object(image_id, of_name[class_name], box, id=len(content["annotations"]))
+                    content["annotations"].append(obj)
+        path = tmp_path / "set" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content | changes))
+        return tmp_path / "set"
+
+    return write
+
+
+def objects_of(annotations):
+    """File name -> class of each object with the left side of its box."""
+    names = [category.name for category in annotations.categories]
+    return {
+        record.path.name: {names[label]: box[0] for label, box in zip(record.labels, record.boxes_xyxy.tolist())}
+        for record in annotations.images
+    }
+
+
+BOTH = {"cat": 4, "dog": 30}
+
+
+@pytest.mark.parametrize(
+    ("place", "folder", "split"),
+    [
+        ("{}.json", "", "all"),
+        ("annotations/{}.json", "images", "all"),
+        ("train/{}.json", "train", "train"),
+        ("train/annotations/{}.json", "train/images", "train"),
+        ("annotations/train/{}.json", "images/train", "train"),
+        ("annotations/{}_coco.json", "images", "all"),
+    ],
+)
+@pytest.mark.parametrize("count", [3, 120])
+def test_a_file_for_each_image_is_one_split(write_part, kinds, place, folder, split, count):
+    for i in range(count):
+        root = write_part(place.format(f"IMG_{i}"), [f"IMG_{i}.jpg"], ids=[i], folder=folder)
+    assert detect_format(root) == "coco"
+    assert (available_splits(root), default_splits(root)) == ([split], (split, None))
+    annotations = load_annotations(root, split)
+    assert objects_of(annotations) == {f"IMG_{i}.jpg": BOTH for i in range(count)}
+    assert sorted(record.image_id for record in annotations.images) == list(range(count))
+    assert kinds(annotations) == {}
+
+
+def test_each_file_numbers_for_itself(write_part, kinds):
+    """Images, categories and objects from 1 in each file, as a converter of single images does."""
+    root = write_part("a.json", ["a.jpg"], categories=[(1, "cat")])
+    write_part("b.json", ["b.jpg"], categories=[(1, "dog"), (2, "cat")])
+    write_part("c.json", ["c.jpg"], categories=[(1, "dog")])
+    annotations = load_annotations(root, "all")
+    assert objects_of(annotations) == {"a.jpg": {"cat": 4}, "b.jpg": BOTH, "c.jpg": {"dog": 30}}
+    assert [(category.category_id, category.name) for category in annotations.categories] == [(1, "cat"), (2, "dog")]
+    assert kinds(annotations) == {"image-ids-repeat": "note", "categories-differ": "repaired"}
+
+
+def test_what_contradicts_is_refused(write_part, kinds):
+    root = write_part("a.json", ["a.jpg"])
+    write_part("b.json", ["b.jpg"], ids=[2], categories=[(1, "dog"), (2, "cat")])
+    write_part("c.json", ["c.jpg"], ids=[3], categories=[])
+    nameless = {"image_id": 3, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0, "id": 1}
+    write_part("c.json", ["c.jpg"], ids=[3], categories=[], annotations=[nameless])
+    annotations = load_annotations(root, "all")
+    assert kinds(annotations) == {"categories-differ": "refused", "category-unknown": "dropped"}
+    write_part("c.json", ["c.jpg"], ids=[3], categories=[(1, "cat"), (2, "cat")])
+    assert kinds(load_annotations(root, "all")) == {"categories-differ": "refused"}
+
+
+def test_one_image_in_two_files(write_part, kinds):
+    root = write_part("a.json", ["a.jpg"])
+    write_part("b.json", ["a.jpg"])
+    assert kinds(load_annotations(root, "all")) == {"image-ids-repeat": "note", "duplicate-file": "note"}
+    write_part("b.json", ["a.jpg"], categories=[(1, "cat"), (2, "bird")])
+    assert kinds(load_annotations(root, "all"))["duplicate-file"] == "refused"
+
+
+def test_a_broken_file_among_those_of_images(write_part, kinds):
+    for name in "abc":
+        root = write_part(f"{name}.json", [f"{name}.jpg"], ids=[ord(name)])
+    (root / "b.json").write_text("{")
+    (root / "classes.json").write_text('["cat", "dog"]')
+    annotations = load_annotations(root, "all")
+    assert list(objects_of(annotations)) == ["a.jpg", "c.jpg"]
+    assert kinds(annotations) == {"malformed-json": "dropped", "other-json": "note", "unlisted-images": "note"}
+    assert annotations.num_images_left_out == 1
+
+
+def test_objects_without_an_image_id_are_those_of_the_one_image(write_part, kinds):
+    root = write_part("a.json", ["a.jpg"])
+    nameless = {"category_id": 1, "bbox": [4, 5, 20, 10], "area": 200, "iscrowd": 0, "id": 1}
+    write_part("b.json", ["b.jpg"], annotations=[nameless])
+    annotations = load_annotations(root, "all")
+    assert objects_of(annotations) == {"a.jpg": BOTH, "b.jpg": {"cat": 4}}
+    assert kinds(annotations) == {"image-ids-repeat": "note"}
+
+
+@pytest.mark.parametrize(
+    ("names", "split"),
+    [
+        (("train_0", "train_1"), "train"),
+        (("instances_train_part1", "instances_train_part2"), "train"),
+        (("train-00000-of-00002", "train-00001-of-00002"), "train"),
+        (("part1", "part2"), "all"),
+        (("annotations/instances_train1", "annotations/instances_train2"), "train"),
+        (("train/part_1", "train/part_2"), "train"),
+    ],
+)
+def test_parts_of_a_split_are_one(write_part, kinds, names, split):
+    for i, name in enumerate(names):
+        root = write_part(f"{name}.json", [f"{i}a.jpg", f"{i}b.jpg"], ids=[2 * i, 2 * i + 1])
+    assert default_splits(root) == (split, None)
+    annotations = load_annotations(root, split)
+    assert objects_of(annotations) == {f"{i}{letter}.jpg": BOTH for i in range(2) for letter in "ab"}
+    assert kinds(annotations) == {}
+    alone = load_annotations(root, Path(names[1]).name)  # each by its own name
+    assert sorted(objects_of(alone)) == ["1a.jpg", "1b.jpg"]
+
+
+def test_files_that_share_images_are_no_parts(write_part, kinds):
+    root = write_part("train_0.json", ["a.jpg", "b.jpg"])
+    write_part("train_1.json", ["b.jpg", "c.jpg"])
+    write_part("val.json", ["d.jpg"])
+    assert default_splits(root) == ("train", "val")
+    assert kinds(load_annotations(root, "train"))["parts-overlap"] == "refused"
+    (root / "train_1.json").write_text((root / "train_1.json").read_text()[:-9])
+    assert kinds(load_annotations(root, "train"))["malformed-json"] == "refused"
+
+
+@pytest.mark.parametrize(
+    "names", [("train2014", "train2017"), ("train_v1", "train_v2"), ("train_fold1", "train_fold2"), ("seq1", "seq2")]
+)
+def test_what_is_numbered_otherwise_is_no_part(write_part, names):
+    for i, name in enumerate(names):
+        root = write_part(f"{name}.json", [f"{i}a.jpg", f"{i}b.jpg"])
+    assert available_splits(root) == list(names)
+
+
+def test_numbered_splits_of_other_formats_are_not_left_out_without_a_word(tmp_path, write_image):
+    for i in range(2):
+        write_image(tmp_path / f"{i}.jpg", seed=i)
+        (tmp_path / f"train_{i}.csv").write_text(f"filename,class,xmin,ymin,xmax,ymax\n{i}.jpg,cat,4,5,20,10\n")
+    with pytest.raises(InputError, match="train_0, train_1, which look like parts of one split"):
+        load_splits(TrainingSource(str(tmp_path)))
+    train, _ = load_splits(TrainingSource(str(tmp_path), train_split="train_1"))
+    assert [record.path.name for record in train.images] == ["1.jpg"]

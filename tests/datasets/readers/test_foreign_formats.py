@@ -207,6 +207,96 @@ def test_hostile_tables(tmp_path: Path, write_image: Callable[..., Path], conten
         load_annotations(tmp_path, "train")
 
 
+BOXES_XYXY = [[4, 6, 24, 18], [40, 20, 60, 44], [30, 30, 62, 40], [2, 2, 30, 46]]
+
+
+def cells(form: str) -> list[list[float]]:
+    return BOXES_XYXY if form == "xyxy" else [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in BOXES_XYXY]
+
+
+@pytest.mark.parametrize("form", ["xywh", "xyxy"])
+@pytest.mark.parametrize(
+    ("head", "row"),
+    [
+        ("image_id,width,height,bbox,source", 'a,64,48,"{}",usask_1\n'),  # global wheat, of Kaggle
+        ("filename,bbox,label", 'a.jpg,"{}",object\n'),
+        ("label;filename;BBox", "object;a.jpg;({})\n"),
+    ],
+)
+def test_tables_with_a_box_in_a_cell(
+    tmp_path: Path, write_image: Callable[..., Path], form: str, head: str, row: str
+) -> None:
+    """What the four numbers are, the images tell."""
+    write_image(tmp_path / "train" / "a.jpg")
+    rows = "".join(row.format(box) for box in cells(form))
+    (tmp_path / "train.csv").write_text(f"{head}\n{rows}")
+    assert detect_format(tmp_path) == "csv"
+    annotations = load_annotations(tmp_path, "train")
+    assert objects(annotations) == {"a.jpg": [("object", box) for box in BOXES_XYXY]}
+    said = {"box-form": "note"} | ({"one-class": "note"} if "label" not in head else {})
+    assert kinds(annotations) == said
+    given = load_annotations(tmp_path, "train", boxes=form)
+    assert objects(given) == objects(annotations)
+    assert "box-form" not in kinds(given)
+
+
+def test_tables_with_a_row_for_each_image(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    for name in "abc":
+        write_image(tmp_path / f"{name}.jpg")
+    some = cells("xyxy")
+    (tmp_path / "train.csv").write_text(
+        "image_name,BoxesString,domain\n"
+        f"a,{';'.join(' '.join(map(str, box)) for box in some)},usask_1\nb,no_box,usask_1\nc,4 6 24 18,ethz\n"
+    )
+    annotations = load_annotations(tmp_path, "train")  # global wheat of 2021
+    boxes = [("object", [float(value) for value in box]) for box in some]
+    assert objects(annotations) == {"a.jpg": boxes, "b.jpg": [], "c.jpg": boxes[:1]}
+    assert kinds(annotations) == {"box-form": "note", "one-class": "note"}
+    rows = [("a.jpg", some, ["cat", "dog", "cat", "dog"]), ("b.jpg", [], []), ("c.jpg", some[:1], ["dog"])]
+    (tmp_path / "train.csv").write_text(
+        "file_name,bboxes,labels\n" + "".join(f'{name},"{boxes}","{classes}"\n' for name, boxes, classes in rows)
+    )
+    annotations = load_annotations(tmp_path, "train", format="csv")
+    assert [name for name, _ in objects(annotations)["a.jpg"]] == ["cat", "dog", "cat", "dog"]
+    assert objects(annotations)["c.jpg"] == [("dog", BOX)]
+    (tmp_path / "train.csv").write_text(f'file_name,bboxes,labels\na.jpg,"{some}","[\'cat\']"\n')
+    assert kinds(load_annotations(tmp_path, "train"))["boxes-without-classes"] == "refused"
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        (["[4, 6, 20, 12]"], {"box-form-unknown": "refused"}),  # fits as both
+        (["[0.1, 0.2, 0.3, 0.2]"] * 3, {"boxes-look-relative": "refused"}),
+        (["[4, 6, 20, 12]", "[1, 2, 3]"], {"box-form-unknown": "refused", "nan-box": "refused"}),
+        (["[4, 6, 20, 12]", "[1, 2, 3, 4, 5, 6, 7, 8]"], {"box-form-unknown": "refused", "nan-box": "refused"}),
+        (["[4, 6, 20, 12]", "{'x': 1}"], {"box-form-unknown": "refused", "nan-box": "refused"}),
+    ],
+)
+def test_boxes_in_cells_that_tell_nothing(
+    tmp_path: Path, write_image: Callable[..., Path], rows: list[str], found: dict[str, str]
+) -> None:
+    write_image(tmp_path / "a.jpg")
+    (tmp_path / "train.csv").write_text("image,bbox,class\n" + "".join(f'a.jpg,"{row}",cat\n' for row in rows))
+    assert kinds(load_annotations(tmp_path, "train")) == found
+
+
+def test_a_column_that_may_hold_the_classes_is_not_passed_over(
+    tmp_path: Path, write_image: Callable[..., Path]
+) -> None:
+    write_image(tmp_path / "a.jpg")
+    rows = "a.jpg,4,6,24,18,{}\na.jpg,9,9,30,30,{}\n"
+    (tmp_path / "train.csv").write_text("image,xmin,ymin,xmax,ymax,species\n" + rows.format("robin", "wren"))
+    annotations = load_annotations(tmp_path, "train")
+    assert kinds(annotations) == {"classes-unknown": "refused"}
+    assert '"species" has 2 different words, such as robin' in annotations.findings[0].message
+    for name, values in (("species", ("robin", "robin")), ("source", ("x", "y")), ("confidence", (0.5, 0.7))):
+        (tmp_path / "train.csv").write_text(f"image,xmin,ymin,xmax,ymax,{name}\n" + rows.format(*values))
+        annotations = load_annotations(tmp_path, "train")
+        assert [category.name for category in annotations.categories] == ["object"]
+        assert kinds(annotations) == {"one-class": "note"}
+
+
 # ---- Label Studio ----------------------------------------------------------------------------------------------------
 
 

@@ -54,7 +54,7 @@ IMAGE = "an image"
             {"project.csv": "annotation_id,annotator,id,image,label,lead_time\n", "a.jpg": IMAGE},
             "Label Studio.* as JSON",
         ),
-        ({"train.csv": 'image_id,bbox\na,"[834.0, 222.0, 56.0, 36.0]"\n', "a.jpg": IMAGE}, "as lists in one column"),
+        ({"train.csv": "image_id,bbox\na,\"[{'x': 834, 'y': 222}]\"\n", "a.jpg": IMAGE}, "as lists in one column"),
         ({"set.zip": "PK", "a.jpg": IMAGE}, r"an archive \(set.zip\): unpack it first"),
         ({"VOC.tar.gz": ""}, "unpack it first"),
         (

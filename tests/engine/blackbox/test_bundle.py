@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,27 @@ def test_a_bundle_holds_all_that_the_step_was(
     words = (bundle / "what.txt").read_text()
     assert "step 3 has loss nan" in words
     assert str(records[header["images"][0]["image_id"]].path) in words
+    assert "made with" not in words
     # the recorded failure is not in weights or images: replayed without it, the step is finite
     again = replay(str(bundle))
     assert not again.reproduces
     assert "does not repeat" in again.render()
+
+
+def test_a_bundle_names_all_images_of_a_mosaic(
+    settings: dict[str, Any], break_loss: Callable[[set[int]], None]
+) -> None:
+    break_loss({1})
+    settings["data"] = replace(settings["data"], mosaic=1.0, mixup=1.0)
+    (bundle,) = bundles_of(train(TrainConfig(**settings)).path)
+    header = json.loads((bundle / "bundle.json").read_text())
+    words = (bundle / "what.txt").read_text()
+    for place in header["images"]:
+        assert len(place["others"]) == 4
+        for named in (place, *place["others"]):
+            assert Path(named["path"]).is_file()
+            assert named["path"] in words
+            assert f"id {named['image_id']}  " in words
+    ids = [str(named["image_id"]) for place in header["images"] for named in (place, *place["others"])]
+    assert f"images {', '.join(ids)}:" in words
+    assert not replay(str(bundle)).reproduces

@@ -32,6 +32,10 @@ def without_collector() -> Iterator[None]:
             gc.enable()
 
 
+class NotCoco(InputError):
+    """JSON that is whole, and no COCO annotation file."""
+
+
 def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
     """The content without the masks, which are most of COCO's half gigabyte and no part of detection."""
 
@@ -39,14 +43,19 @@ def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
         entry = dict(pairs)
         if len(entry) < len(pairs):  # asked here too: a call for each of a million objects takes time
             without_doubles(pairs)
-        if "segmentation" in entry and entry.get("bbox"):  # without a box the polygons stand in for it
-            del entry["segmentation"]
+        if "segmentation" in entry:  # without a box, or with an empty one, it stands in for that
+            try:
+                _, _, width, height = entry["bbox"]
+                if width > 0 and height > 0:
+                    del entry["segmentation"]
+            except (KeyError, TypeError, ValueError):
+                pass
         return entry
 
     content = parse_json(json_text(file, MAX_ANNOTATION_BYTES, log, file.name), str(file), without_mask)
     if not isinstance(content, dict) or "images" not in content:
         found = "the keys " + first_few(content, 8) if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise InputError(
+        raise NotCoco(
             f'{file} is no COCO annotation file: expected an object with "images", "annotations" and "categories", '
             f"found {found}"
         )

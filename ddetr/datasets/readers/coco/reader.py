@@ -1,4 +1,4 @@
-"""COCO annotations: one annotation file, whatever is wrong with it, to `Annotations`.
+"""COCO annotations: the annotation files of a split, whatever is wrong with them, to `Annotations`.
 
 A category's `category_id` is the file's; labels number the categories in the order of their ids. Shapes: I images,
 n objects as they stand in the file, m of them that are used.
@@ -25,12 +25,13 @@ from ddetr.datasets.annotations import (
     unlike_training,
     whole,
 )
-from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, ordered_corners
+from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, put_in_order
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import ImageFolders, Resized, read_headers, report_unlisted, settle_size
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
+from ddetr.datasets.readers.coco.merge import merged
 from ddetr.datasets.readers.file_names import find_files
 from ddetr.datasets.readers.reader import Wanted, check_unnamed, is_true
 from ddetr.errors import InputError
@@ -40,17 +41,21 @@ from ddetr.wording import first_few
 _NAME_KEYS = ("file_name", "filename", "path", "coco_url")  # the first that an image has; tools write others
 
 
-def read_coco(wanted: Wanted, annotation_file: Path) -> Annotations:
-    """One annotation file of the data set at `wanted.path`, a folder; `load_annotations` says what is wanted."""
+def read_coco(wanted: Wanted, files: Sequence[Path]) -> Annotations:
+    """One annotation file of the data set at `wanted.path`, a folder, or several that make up a split;
+    `load_annotations` says what is wanted."""
     with without_collector():
         log = FindingLog()
-        content = load_json(annotation_file, log)
-        return _read(content, wanted, annotation_file, log)
+        shown = _shown(files[0], wanted.path)
+        if len(files) == 1:
+            return _read(load_json(files[0], log), wanted, files[0], log, shown)
+        shown = f"{shown} and {len(files) - 1:,} more"
+        return _read(merged(files, log, shown), wanted, files[0], log, shown)
 
 
-def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: FindingLog) -> Annotations:
+def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: FindingLog, shown: str) -> Annotations:
     root, categories, form = wanted.path, wanted.categories, wanted.boxes
-    shown = _shown(annotation_file, root)
+    own_form = "xywh" if form == "auto" else form
     images = entries_of(content, "images", annotation_file)
     objects = entries_of(content, "annotations", annotation_file) if "annotations" in content else []
     own, label_of_id = categories_of(content, objects, log, shown)
@@ -85,8 +90,7 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
     check_meaning(boxes, sizes_of_boxes, "xywh", form, log, shown)
     if is_relative(form):
         boxes = in_pixels(boxes, sizes_of_boxes)
-    if form.startswith("xyxy"):
-        boxes = ordered_corners(boxes, log, lambda i: where(selected[i]))
+    boxes = put_in_order(boxes, sizes_of_boxes, own_form, log, lambda i: where(selected[i]))
     check = check_boxes(boxes, sizes_of_boxes)
     report_boxes(log, check, boxes, lambda i: where(selected[i]))
     boxes, selected = check.boxes_xyxy[check.usable], selected[check.usable]
@@ -226,21 +230,35 @@ def _objects(
     boxes_xywh = _numbers([obj.get("bbox") for obj in objects], 4)
     boxes_xyxy = corners_of(boxes_xywh, "xywh" if form == "auto" else form)
     no_box = np.zeros(len(objects), dtype=bool)
+
+    def around_mask(i: int) -> np.ndarray | None:
+        if is_relative(form):
+            return None
+        size_hw = tuple(declared_hw[image_index[i]].tolist()) if image_index[i] >= 0 else (0, 0)
+        box = box_of_mask(objects[i].get("segmentation"), size_hw if min(size_hw) > 0 else None)
+        return None if box is None else corners_of(box[None], "xywh")[0]
+
     for i in np.flatnonzero(np.isnan(boxes_xywh).all(axis=1)):
         if isinstance(objects[i].get("bbox"), list) and len(objects[i]["bbox"]) == 4:
             continue  # four numbers that are none: refused with the other boxes
-        size_hw = tuple(declared_hw[image_index[i]].tolist()) if image_index[i] >= 0 else (0, 0)
-        from_mask = box_of_mask(objects[i].get("segmentation"), size_hw if min(size_hw) > 0 else None)
-        where = _where(objects[i], shown, names, image_index[i])
-        if from_mask is None or is_relative(form):
+        from_mask, where = around_mask(i), _where(objects[i], shown, names, image_index[i])
+        if from_mask is None:
             no_box[i] = True
             box = objects[i].get("bbox")
             said = 'There is no "bbox" of four numbers' if box is None else f'Its "bbox" is {one_line(repr(box), 80)}'
             message = f"{said}; expected [x, y, width, height]. The object was left out."
             log.add("missing-box", "dropped", where, message)
         else:
-            boxes_xyxy[i] = corners_of(from_mask[None], "xywh")[0]
+            boxes_xyxy[i] = from_mask
             log.add("missing-box", "repaired", where, 'There is no "bbox"; the one around the mask was used.')
+    for i in np.flatnonzero((boxes_xyxy[:, 2:] <= boxes_xyxy[:, :2]).any(axis=1)):
+        from_mask = around_mask(i) if "segmentation" in objects[i] else None
+        if from_mask is not None and (from_mask[2:] > from_mask[:2]).all():
+            boxes_xyxy[i] = from_mask
+            message = (
+                f'Its "bbox" {one_line(repr(objects[i]["bbox"]), 80)} has no area; the one around the mask was used.'
+            )
+            log.add("empty-box", "repaired", _where(objects[i], shown, names, image_index[i]), message)
     for i in np.flatnonzero(image_index < 0):
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)

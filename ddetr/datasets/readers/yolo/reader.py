@@ -85,7 +85,9 @@ def read_yolo(wanted: Wanted) -> Annotations:
     found = []
     for image, read in zip(images, rows, strict=True):
         ids, boxes, numbers = reader.boxes(read, keypoints)
-        found.append(LabelledImage(image, read.where, ids, boxes, numbers, in_fractions=True, unit="line"))
+        found.append(
+            LabelledImage(image, read.where, ids, boxes, numbers, in_fractions=True, form="cxcywh", unit="line")
+        )
     num_of_id = Counter(class_id for image in found for class_id in image.classes)
     unnamed = {class_id: count for class_id, count in num_of_id.items() if class_id not in name_of_id}
     check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
