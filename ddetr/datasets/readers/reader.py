@@ -27,7 +27,7 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, in_pixels, is_relative, ordered_corners, read_as
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import Resized, read_headers, settle_size
+from ddetr.datasets.image_files import Resized, drawn_upright, read_headers, settle_size
 from ddetr.errors import InputError
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few
@@ -140,7 +140,7 @@ def table_of(
             "format says"
         )
     said_of = cache(said_of)
-    framed, resized = [], Resized()
+    readable, framed, resized = [], [], Resized()
     for image, header in zip(images, read_headers([image.path for image in images]), strict=True):
         if isinstance(header, InputError):
             log.add("unreadable-image", "dropped", image.where, f"{header} It was left out.")
@@ -148,7 +148,10 @@ def table_of(
         boxes = image.boxes_xyxy if image.in_fractions else read_as(image.boxes_xyxy, image.form, form)
         if not (image.in_fractions or is_relative(form)):
             resized.look_at(header, image.declared_hw, boxes, image.where)
-        size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where)
+        readable.append((image, header, boxes))
+    upright = drawn_upright((header, image.declared_hw, boxes) for image, header, boxes in readable)
+    for image, header, boxes in readable:
+        size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where, upright)
         if size_hw is not None:
             framed.append((image, boxes, size_hw))
     resized.report(len(images), log)

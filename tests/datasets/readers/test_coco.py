@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
-from dataset_parts import coco_object
+from dataset_parts import coco_object, voc_object, voc_xml
 from pycocotools.coco import COCO
 
 from ddetr.datasets import available_splits, build_coco_dataset, default_splits, detect_format, load_annotations
@@ -238,6 +238,24 @@ def test_image_turned_by_exif(make_coco, write_image):
         ("orientation", "repaired", "1.jpg"),
         ("orientation", "note", "2.jpg"),
     ]
+
+
+@pytest.mark.parametrize("format", ["coco", "voc"])
+def test_upright_boxes_with_the_sizes_of_stored_pixels(make_coco, make_voc, write_image, format):
+    """As Label Studio exports photos of phones: one box that only the upright image holds tells it of all."""
+    boxes = [(5, 40, 20, 20), (1, 2, 10, 12)]
+    if format == "coco":
+        root = make_coco([coco_object(image_id=i, bbox=box) for i, box in enumerate(boxes, 1)])
+        places = [root / "train" / f"{i}.jpg" for i in (1, 2)]
+    else:
+        root = make_voc({f"{x}": voc_xml([voc_object(box=(x, y, x + w, y + h))]) for x, y, w, h in boxes})
+        places = [root / "JPEGImages" / f"{x}.jpg" for x, *_ in boxes]
+    for place in places:
+        write_image(place, orientation=6)  # upright: 48 wide, 64 high
+    annotations = load_annotations(root, "train")
+    assert [record.size_hw for record in annotations.images] == [(64, 48)] * 2
+    assert [record.boxes_xyxy.tolist() for record in annotations.images] == [[[5, 40, 25, 60]], [[1, 2, 11, 14]]]
+    assert {(f.kind, f.action) for f in annotations.findings} == {("orientation", "repaired")}
 
 
 def test_image_of_another_size(make_coco, write_image):

@@ -27,7 +27,14 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, ordered_corners
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import ImageFolders, Resized, read_headers, report_unlisted, settle_size
+from ddetr.datasets.image_files import (
+    ImageFolders,
+    Resized,
+    drawn_upright,
+    read_headers,
+    report_unlisted,
+    settle_size,
+)
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
@@ -311,16 +318,23 @@ def _sizes(
     headers = read_headers([paths[i] for i in to_read])
     boxes_in_order = np.flatnonzero(usable)[np.argsort(image_index[usable], kind="stable")]
     ends = np.searchsorted(image_index[boxes_in_order], np.arange(len(paths)), side="right")
+
+    def declared_and_boxes(i: int) -> tuple[tuple[int, int] | None, np.ndarray]:
+        mine = boxes_in_order[ends[i - 1] if i else 0 : ends[i]]
+        return None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1])), boxes_xyxy[mine]
+
+    read = list(zip(to_read.tolist(), headers, strict=True))
+    turned = [(i, h) for i, h in read if not isinstance(h, InputError) and h.stored_hw != h.upright_hw]
+    upright = drawn_upright((header, *declared_and_boxes(i)) for i, header in turned)
     resized = Resized()
-    for i, header in zip(to_read.tolist(), headers, strict=True):
+    for i, header in read:
         if isinstance(header, InputError):
             kept[i] = False
             log.add("unreadable-image", "dropped", f"{shown}, {names[i]}", f"{header} It was left out.")
         else:
-            boxes = boxes_xyxy[boxes_in_order[ends[i - 1] if i else 0 : ends[i]]]
-            declared_hw = None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1]))
+            declared_hw, boxes = declared_and_boxes(i)
             resized.look_at(header, declared_hw, boxes, f"{shown}, {names[i]}")
-            size_hw = settle_size(paths[i], header, declared_hw, boxes, log, f"{shown}, {names[i]}")
+            size_hw = settle_size(paths[i], header, declared_hw, boxes, log, f"{shown}, {names[i]}", upright)
             kept[i] = size_hw is not None
             sizes_hw[i] = size_hw or (0, 0)
     resized.report(len(to_read), log)
