@@ -287,6 +287,35 @@ def test_label_studio_drawn_twice(tmp_path: Path, write_image: Callable[..., Pat
     assert kinds(load_annotations(tmp_path, "all"))["image-turned"] == "refused"
 
 
+def test_label_studio_tasks_that_nobody_has_labelled(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Skipped, untouched, or predicted by a model: none is background."""
+    for name in "abcd":
+        write_image(tmp_path / f"{name}.jpg")
+    skipped = task("b.jpg", [])
+    skipped["annotations"][0]["was_cancelled"] = True
+    tasks = [task("a.jpg", [region()]), skipped, task("c.jpg"), task("d.jpg", predictions=[{"result": [region()]}])]
+    (tmp_path / "all.json").write_text(json.dumps(tasks))
+    annotations = load_annotations(tmp_path, "all")
+    assert objects(annotations) == {"a.jpg": [("cat", BOX)]}
+    left_out = [finding for finding in annotations.findings if finding.kind == "not-annotated"]
+    assert [finding.action for finding in left_out] == ["dropped"] * 3
+    assert annotations.num_images_left_out == 3
+    assert "predictions" in left_out[2].message
+
+
+def test_a_label_studio_ellipse(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    write_image(tmp_path / "a.jpg")
+    value = {"x": 50, "y": 50, "radiusX": 12.5, "radiusY": 25, "ellipselabels": ["cat"]}  # 8 and 12 pixels at (32, 24)
+    sizes = {"original_width": 64, "original_height": 48}
+    (tmp_path / "all.json").write_text(
+        json.dumps([task("a.jpg", [sizes | {"value": value | {"rotation": angle}} for angle in (0, 90)])])
+    )
+    assert objects(load_annotations(tmp_path, "all"))["a.jpg"] == [
+        ("cat", [24.0, 12.0, 40.0, 36.0]),
+        ("cat", [20.0, 16.0, 44.0, 32.0]),
+    ]
+
+
 @pytest.mark.parametrize(
     "value", [None, 3, "x", [], {}, {"x": "a", "y": None}, {"points": 4}, {"points": [[1], 2, "z"]}]
 )
@@ -300,6 +329,19 @@ def test_label_studio_of_anything(tmp_path: Path, write_image: Callable[..., Pat
 
 
 # ---- Create ML -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["path", "imageURL"])
+def test_create_ml_of_other_tools(tmp_path: Path, write_image: Callable[..., Path], key: str) -> None:
+    """Of Turi Create: an image's path under another key, and its only object without a list."""
+    write_image(tmp_path / "images" / "a.jpg")
+    obj = {"label": "cat", "coordinates": {"x": 14, "y": 12, "width": 20, "height": 12}}
+    (tmp_path / "all.json").write_text(json.dumps([{key: "images/a.jpg", "annotations": obj}, {key: 3}]))
+    annotations = load_annotations(tmp_path, "all")
+    assert objects(annotations) == {"a.jpg": [("cat", BOX)]}
+    (finding,) = annotations.findings
+    assert (finding.kind, finding.action) == ("image-entry", "dropped")
+    assert "int and NoneType" in finding.message
 
 
 def test_create_ml(tmp_path: Path, write_image: Callable[..., Path]) -> None:
