@@ -35,6 +35,12 @@ from ddetr.wording import first_few
 _UNNAMED = 10  # objects of ids without a name, and
 _UNNAMED_PART = 0.01  # of all: more are no slip
 
+_BOX_KEYS = (  # what the numbers of a box are called
+    *(("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height")),
+    *(("xmin", "ymin", "xmax", "ymax"), ("x_min", "y_min", "x_max", "y_max"), ("x1", "y1", "x2", "y2")),
+    ("left", "top", "right", "bottom"),
+)
+
 WHOLE = "all"  # the one split of a data set that has none
 _SPLIT_NAME = re.compile(
     r"(?:(train)(?:val|ing)?|(val)(?:id|idate|idation)?|(test)(?:ing)?)(?:[\W_\d]|$)", re.IGNORECASE
@@ -219,6 +225,16 @@ def number(value: object) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def box_numbers(box: Any) -> Any:
+    """A box that is an object with a name for each number, as [x, y, width, height]; any other value as it is."""
+    if isinstance(box, Mapping):
+        for keys in _BOX_KEYS:
+            if box.keys() >= set(keys):
+                x, y, width, height = (number(box[key]) for key in keys)
+                return [x, y, width, height] if keys[3] in ("height", "h") else [x, y, width - x, height - y]
+    return box
 
 
 def size_hw(height: object, width: object) -> tuple[int, int] | None:
