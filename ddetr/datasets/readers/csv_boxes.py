@@ -1,8 +1,9 @@
 """CSV tables with a row for each box: Roboflow's and TensorFlow's, RetinaNet's without a header, OpenImages' and such.
 
 Columns are known by their names, in any order and case; only what says which corners it holds is read (`xmin`, `x2`,
-`bbox_width`), never a bare `x` or `bbox`. Classes are the names in the training split, sorted. OpenImages: fractions of
-the image, names by `class-descriptions*.csv` where it is there, boxes around groups are ignored, not dropped.
+`bbox_width`), never a bare `x` or `bbox`. Without a column of classes all boxes are of one. Classes are the names in
+the training split, sorted. OpenImages: fractions of the image, names by `class-descriptions*.csv` where it is there,
+boxes around groups are ignored, not dropped.
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ _COLUMNS = {  # what a column is called; the first that is there
     "width": ("width", "image_width", "img_width"),
     "height": ("height", "image_height", "img_height"),
     "group": ("isgroupof",),
+}
+_KNOWN = {name for names in _COLUMNS.values() for name in names} | {
+    "",
+    "unnamed:_0",
+    "index",
+    "id",
+    "confidence",
+    "area",
 }
 _HEADLESS = (  # RetinaNet, SKU-110K; makesense.ai
     ("image", "x1", "y1", "x2", "y2", "class", "width", "height"),
@@ -95,7 +104,8 @@ def _layout(file: Path) -> _Layout | None:
     if "image" not in found:  # called otherwise: the only column that holds names of images
         images = [i for i, cell in enumerate(_first_row(rows)[: len(cells)]) if is_image_name(cell.strip())]
         found |= {"image": images[0]} if len(images) == 1 else {}
-    if {"image", "class", "x1", "y1"} <= found.keys() and ({"x2", "y2"} <= found.keys() or {"w", "h"} <= found.keys()):
+    has_boxes = {"image", "x1", "y1"} <= found.keys() and ({"x2", "y2"} <= found.keys() or {"w", "h"} <= found.keys())
+    if has_boxes and ("class" in found or _KNOWN.issuperset(cells)):  # the class may be called otherwise
         return _Layout(found, True, {"imageid", "labelname"} <= set(cells), len(first))
     for names in _HEADLESS:
         found = {key: i for i, key in enumerate(names[: len(first)])}

@@ -10,6 +10,7 @@ import pytest
 
 from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.annotations import Annotations
+from ddetr.datasets.readers.json_files import json_of_python
 from ddetr.errors import InputError
 
 BOX = [4.0, 6.0, 24.0, 18.0]
@@ -125,6 +126,19 @@ def test_splits_of_tables(
     assert default_splits(tmp_path) == splits
     for i, split in enumerate(splits):
         assert objects(load_annotations(tmp_path, split)) == {f"{i}.jpg": [("cat", BOX)]}
+
+
+def test_a_table_of_one_class(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Without a column of classes, as contests have them; a column of another name may be the one."""
+    write_image(tmp_path / "a.jpg")
+    table = tmp_path / "train.csv"
+    table.write_text(",image,xmin,ymin,xmax,ymax\n0,a.jpg,4,6,24,18\n")
+    annotations = load_annotations(tmp_path, "train")
+    assert objects(annotations) == {"a.jpg": [("object", BOX)]}
+    assert kinds(annotations) == {"missing-classes": "repaired"}
+    table.write_text("image,kind,xmin,ymin,xmax,ymax\na.jpg,cat,4,6,24,18\n")
+    with pytest.raises(InputError, match="it has image, kind"):
+        detect_format(tmp_path)
 
 
 def test_open_images(tmp_path: Path, write_image: Callable[..., Path]) -> None:
@@ -418,6 +432,70 @@ def test_hugging_face(
     annotations = load_annotations(tmp_path, "train")
     assert objects(annotations) == {"0001.png": [(name, BOX)], "0002.png": []}
     assert kinds(annotations) == ({"unnamed-classes": "note"} if name == "class_1" else {})
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("metadata_v2.jsonl", ['{"file_name": "a.jpg", "objects": {"bbox": [[4, 6, 20, 12]], "categories": ["cat"]}}']),
+        ("metadata.jsonl", ['{"image": "a.jpg", "objects": [{"bbox": [4, 6, 20, 12], "label": "cat"}]}']),
+        ("metadata.jsonl", ['{"file_name": "a.jpg", "bbox": [4, 6, 20, 12], "label": "cat"}']),
+        (
+            "metadata.jsonl",
+            [
+                '{"file_name": "a.jpg", "objects": '
+                '[{"box": {"xmin": 4, "ymin": 6, "xmax": 24, "ymax": 18}, "label": "cat"}]}'
+            ],
+        ),
+        (
+            "metadata.jsonl",
+            [
+                '{"file_name": "b.jpg"}',
+                '{"file_name": "c.jpg", "objects": null}',
+                '{"file_name": "a.jpg", "objects": {"bbox": [[4, 6, 20, 12]], "categories": ["cat"]}}',
+            ],
+        ),
+        (
+            "metadata.csv",
+            ["file_name,objects", "a.jpg,\"{'bbox': [(4, 6, 20, 12.0)], 'category': ['cat'], 'id': [None]}\""],
+        ),
+    ],
+)
+def test_hugging_face_as_found(tmp_path: Path, write_image: Callable[..., Path], name: str, lines: list[str]) -> None:
+    """Other names of the file and of its keys, first images without objects, what pandas writes into a table."""
+    for image in "abc":
+        write_image(tmp_path / "train" / f"{image}.jpg")
+    (tmp_path / "train" / name).write_text("\n".join(lines) + "\n")
+    assert detect_format(tmp_path) == "huggingface"
+    annotations = load_annotations(tmp_path, "train")
+    assert objects(annotations)["a.jpg"] == [("cat", BOX)]
+    assert set(kinds(annotations)) <= {"unlisted-images"}
+
+
+def test_hugging_face_without_classes(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Lists of several splits beside each other, whose objects are all of one class."""
+    for split in ("train", "val"):
+        write_image(tmp_path / "images" / f"{split}.jpg")
+        line = {"file_name": f"images/{split}.jpg", "objects": {"bbox": [[4, 6, 20, 12]]}}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(line))
+    assert default_splits(tmp_path) == ("train", "val")
+    annotations = load_annotations(tmp_path, "val")
+    assert objects(annotations) == {"val.jpg": [("object", BOX)]}
+    assert kinds(annotations)["missing-classes"] == "repaired"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (
+            "{'a': ['it\\'s', \"say \\'\", 'the \"x\"'], 'b': (1, None, True)}",
+            {"a": ["it's", "say '", 'the "x"'], "b": [1, None, True]},
+        ),
+        ("{'None': 'True (x)'}", {"None": "True (x)"}),
+    ],
+)
+def test_json_of_python(text: str, value: Any) -> None:
+    assert json.loads(json_of_python(text)) == value
 
 
 def test_hugging_face_table(tmp_path: Path, write_image: Callable[..., Path]) -> None:
