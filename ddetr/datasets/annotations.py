@@ -70,7 +70,7 @@ _IMAGE_KINDS = frozenset(
         *("image-entry", "missing-image", "every-image-missing", "unreadable-image", "size-mismatch"),
         *("missing-annotation", "malformed-xml", "malformed-json", "malformed-labels", "image-path-differs"),
         *("duplicate-image-id", "ambiguous-image", "duplicate-file", "image-not-read"),
-        *("several-annotations", "labels-without-image"),
+        *("several-annotations", "labels-without-image", "not-annotated"),
     ]
 )
 _FEW_LOST = 5  # images: fewer may be lost without a reason

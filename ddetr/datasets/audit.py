@@ -242,6 +242,7 @@ def audit(
         _report_emptiness(split, summary, split is train, log)
         _report_crowded(scan, num_queries, max_detections, log)
         _report_thin(split, log)
+        _report_repeated(split, log)
     _report_classes(train, summaries, log)
     if val is not None:
         _report_duplicates(*scans, log)
@@ -314,9 +315,22 @@ def _report_emptiness(split: Annotations, summary: SplitSummary, is_train: bool,
         message = "There is no usable image; correct the path, or what the other rows name."
         log.add("no-images", "refused", split.name, message)
     elif not summary.num_objects and is_train:
-        log.add("no-objects", "refused", split.name, "No image has an object to train on: nothing could be learned.")
+        message = f"No image has an object to train on{_ignored(summary)}: nothing could be learned."
+        log.add("no-objects", "refused", split.name, message)
     elif not summary.num_objects:
-        log.add("no-objects", "note", split.name, "No validation image has an object: there is no AP to measure.")
+        message = f"No validation image has an object{_ignored(summary)}: there is no AP to measure."
+        log.add("no-objects", "note", split.name, message)
+    elif summary.num_ignored > summary.num_objects:
+        message = (
+            f"{summary.num_ignored:,} of {summary.num_ignored + summary.num_objects:,} objects are marked as crowds or "
+            "difficult: they are neither trained on nor counted. If they are ordinary objects, take the marks out."
+        )
+        log.add("mostly-ignored", "note", split.name, message, count=summary.num_ignored)
+
+
+def _ignored(summary: SplitSummary) -> str:
+    count = summary.num_ignored
+    return f" (all {count:,} are marked as crowds or difficult, which are ignored: take the marks out)" if count else ""
 
 
 def _report_crowded(scan: _Scan, num_queries: int, max_detections: int, log: FindingLog) -> None:
@@ -346,6 +360,28 @@ def _report_thin(split: Annotations, log: FindingLog) -> None:
             log.add("thin-image", "note", str(images[i].path), message)
         else:
             log.add("tiny-image", "note", str(images[i].path), f"{size}: there is little to be seen on it.")
+
+
+def _report_repeated(split: Annotations, log: FindingLog) -> None:
+    """Objects that repeat another one of their image: class and box are the same."""
+    table = split.images if isinstance(split.images, ImageTable) else ImageTable.from_records(split.images)
+    index = np.repeat(np.arange(len(table)), np.diff(table.offsets))
+    columns = [index, table.labels, *table.boxes_xyxy.view(np.uint32).T]
+    mixed = np.zeros(len(index), dtype=np.uint64)  # equal for equal objects, and hardly ever for others
+    for column in columns:
+        mixed = (mixed ^ (mixed >> np.uint64(32)) ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+    order = np.argsort(mixed, kind="stable")
+    near = np.flatnonzero(mixed[order][1:] == mixed[order][:-1])
+    same = np.all([column[order[near]] == column[order[near + 1]] for column in columns], axis=0)
+    repeated = np.sort(order[near + 1][same])
+    if len(repeated):
+        name = one_line(split.categories[table.labels[repeated[0]]].name)
+        box = ", ".join(f"{value:g}" for value in table.boxes_xyxy[repeated[0]])
+        message = (
+            f"{_plural(len(repeated), 'object')} with the class and the box of another one in the same image, such as "
+            f"the {name} at ({box}): each counts, in training and in evaluation. Take the repetitions out."
+        )
+        log.add("repeated-object", "note", str(table.path(index[repeated[0]])), message, count=len(repeated))
 
 
 def _report_classes(train: Annotations, summaries: Sequence[SplitSummary], log: FindingLog) -> None:

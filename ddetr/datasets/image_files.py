@@ -274,6 +274,28 @@ class Resized:
             log.add("images-resized", "refused", where, message, count=len(self._found))
 
 
+def drawn_upright(images: Iterable[tuple[ImageHeader, tuple[int, int] | None, np.ndarray]]) -> bool:
+    """Whether a split states the sizes of turned images as they are stored, and its boxes were drawn on the upright
+    ones all the same: tools that show an image turned, and take its size from the file, write that.
+
+    images: of each its header, the size (h, w) that the annotations state, and its boxes (n, 4) as written.
+    """
+    fits = {True: 0, False: 0}  # images whose boxes fit the upright frame alone, and the stored one alone
+    for header, declared_hw, boxes_xyxy in images:
+        if declared_hw is None or header.stored_hw == header.upright_hw or tuple(declared_hw) != header.stored_hw:
+            continue
+        upright, stored = _fit(boxes_xyxy, header.upright_hw), _fit(boxes_xyxy, header.stored_hw)
+        if upright != stored:
+            fits[upright] += 1
+    return fits[True] > fits[False]
+
+
+def _fit(boxes_xyxy: np.ndarray, size_hw: tuple[int, int]) -> bool:
+    finite = boxes_xyxy[np.isfinite(boxes_xyxy).all(axis=1)]
+    limits = np.array([size_hw[1], size_hw[0]], dtype=np.float64) + _ROUNDING_PX
+    return bool((finite[:, 2:] <= limits).all())
+
+
 def settle_size(
     path: Path,
     header: ImageHeader,
@@ -281,10 +303,11 @@ def settle_size(
     boxes_xyxy: np.ndarray,
     log: FindingLog,
     where: str,
+    upright: bool = False,
 ) -> tuple[int, int] | None:
     """The frame (h, w) that an image's boxes live in, or None where that can't be known and the image is left out.
 
-    declared_hw: what the annotations say, None if nothing. boxes_xyxy: (n, 4) as written.
+    declared_hw: what the annotations say, None if nothing. boxes_xyxy: (n, 4) as written. upright: `drawn_upright`.
     """
     actual_hw = header.upright_hw
     if declared_hw is None or tuple(declared_hw) == actual_hw:
@@ -297,15 +320,20 @@ def settle_size(
         return actual_hw
     declared = f"{declared_hw[1]} x {declared_hw[0]}"
     if tuple(declared_hw) == header.stored_hw:
+        if upright and (_fit(boxes_xyxy, actual_hw) or not _fit(boxes_xyxy, header.stored_hw)):
+            message = (
+                f"{path.name} is turned by its EXIF orientation, and its annotations state the {declared} pixels as "
+                "stored, but boxes of these annotations fit the upright images alone; it is used upright."
+            )
+            log.add("orientation", "repaired", where, message)
+            return actual_hw
         message = (
             f"{path.name} is turned by its EXIF orientation, but its boxes were drawn on the {declared} pixels as "
             "stored; it is used as stored."
         )
         log.add("orientation", "repaired", where, message)
         return header.stored_hw
-    finite = boxes_xyxy[np.isfinite(boxes_xyxy).all(axis=1)]
-    limits = np.array([actual_hw[1], actual_hw[0]], dtype=np.float64) + _ROUNDING_PX
-    if (finite[:, 2:] <= limits).all():
+    if _fit(boxes_xyxy, actual_hw):
         message = (
             f"{path.name} is {actual_hw[1]} x {actual_hw[0]} pixels, not {declared} as annotated; its boxes fit, "
             "the file is believed."

@@ -73,7 +73,8 @@ def test_gapped_ids_are_no_finding(make_coco):
         ({"bbox": [90, 1, 5, 5]}, "box-outside-image", "dropped"),
         ({"category_id": 4}, "category-unknown", "dropped"),
         ({"image_id": 4}, "image-unknown", "dropped"),
-        ({"area": None}, "missing-area", "repaired"),
+        ({"area": None, "bbox": [4, 5, 20, 11]}, "missing-area", "repaired"),
+        ({}, "repeated-object", "note"),
     ],
 )
 def test_wrong_objects(make_coco, wrong, kind, action):
@@ -81,9 +82,34 @@ def test_wrong_objects(make_coco, wrong, kind, action):
     report = audited(root)
     assert [(f.kind, f.action) for f in report.findings] == [(kind, action)]
     assert bool(report.refused) == (action == "refused")
-    assert "annotation id 9" in printed(report)
-    assert audited(root, strict=True).refused
-    assert "--strict" in printed(audited(root, strict=True))
+    if action != "note":
+        assert "annotation id 9" in printed(report)
+        assert audited(root, strict=True).refused
+        assert "--strict" in printed(audited(root, strict=True))
+
+
+def test_repeated_objects(make_coco):
+    """Of another class, in another image or a little beside they are objects of their own."""
+    others = [coco_object(category_id=7), coco_object(image_id=2), coco_object(bbox=(4, 5, 20, 10.01))]
+    root = make_coco([coco_object(), *others])
+    assert audited(root).findings == ()
+    root = make_coco([coco_object(), *others, *(coco_object(), coco_object(image_id=2), coco_object())])
+    [finding] = audited(root).findings
+    assert (finding.kind, finding.action, finding.count) == ("repeated-object", "note", 3)
+    assert finding.where.endswith("1.jpg")
+    assert "the cat at (4, 5, 24, 15)" in finding.message
+
+
+def test_objects_that_are_all_or_mostly_ignored(make_coco):
+    """Some tools mark every object as a crowd, or as difficult."""
+    crowds = [coco_object(bbox=(4, 5, 20, 11 + i), iscrowd=1) for i in range(3)]
+    [finding] = audited(make_coco(crowds)).refused
+    assert finding.kind == "no-objects"
+    assert "all 3 are marked" in finding.message
+    sound = [coco_object(category_id=i) for i in (3, 7)]
+    [finding] = audited(make_coco([*crowds, *sound])).findings
+    assert (finding.kind, finding.action, finding.count) == ("mostly-ignored", "note", 3)
+    assert audited(make_coco([*crowds[1:], *sound])).findings == ()
 
 
 def test_no_images_no_objects_no_classes(make_coco):
@@ -126,7 +152,8 @@ def test_other_categories_in_validation_are_refused(make_coco):
 
 
 def test_more_objects_than_queries_or_detections(make_coco):
-    root = make_coco([coco_object(), coco_object(category_id=7)] + [coco_object(image_id=2) for _ in range(6)])
+    crowd = [coco_object(image_id=2, bbox=(i, 5, 20, 10)) for i in range(6)]
+    root = make_coco([coco_object(), coco_object(category_id=7), *crowd])
     report = audited(root, num_queries=5, max_detections=4)
     [finding] = report.findings
     assert (finding.kind, finding.action) == ("more-objects-than-queries", "note")

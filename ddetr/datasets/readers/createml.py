@@ -31,9 +31,14 @@ def read_createml(wanted: Wanted) -> Annotations:
         place = Place(wanted.root, file, split)
         images = ImageCollector(place, wanted, log, form="cxcywh")
         for position, entry in enumerate(load_list(file, log, place.shown)):
-            name, objects = _first(entry, "image", "imagefilename"), _first(entry, "annotations", "annotation")
+            name, objects = _first(entry, *_IMAGE), _first(entry, "annotations", "annotation")
+            if isinstance(objects, dict):  # an image's only one, as Turi Create takes it too
+                objects = [objects]
             if not isinstance(name, str) or not isinstance(objects, list):
-                message = f'An image needs "image" and "annotations"; this one has {one_line(list(entry))}.'
+                message = (
+                    f'An entry needs a text "image" and a list "annotations", not {type(name).__name__} and '
+                    f"{type(objects).__name__}; this one has {one_line(list(entry))}."
+                )
                 log.add("image-entry", "dropped", f"{place.shown}, image {position}", message)
                 continue
             image = images.of(name)
@@ -47,6 +52,7 @@ def read_createml(wanted: Wanted) -> Annotations:
 
 
 _KEYS = ("x", "y", "width", "height")
+_IMAGE = ("image", "imagefilename", "imageURL", "filename", "path")  # Apple's two, and what Turi Create's users have
 
 
 def _first(entry: dict[str, Any], *keys: str) -> Any:

@@ -2,7 +2,7 @@
 
 Columns are known by their names, in any order and case; a number is read where its column says which it is (`xmin`,
 `x2`, `bbox_width`; never a bare `x`), or a box of four in one cell (`bbox`), which the whole table or `--data.boxes`
-tells. Classes are the names in the training split, sorted; without a column of classes there is one, "object".
+tells. Classes are the names in the training split, sorted; without a column of classes all boxes are of one.
 OpenImages: fractions of the image, names by `class-descriptions*.csv` where it is there, boxes around groups are
 ignored, not dropped.
 """
@@ -50,7 +50,6 @@ _COLUMNS = {  # what a column is called; the first that is there
 }
 _CORNERS, _SIZES = ("x1", "y1", "x2", "y2"), ("x1", "y1", "w", "h")
 _NO_CLASSES = ("source", "domain", "split", "set", "usage", "url", "image_url")  # columns of text, which are no classes
-_ONE_CLASS = "object"
 _MOST_CLASSES = 1000  # different words in a column that may hold classes
 _NO_BOX = ("", "[]", "no_box", "none", "nan", "null")
 _HEADLESS = (  # RetinaNet, SKU-110K; makesense.ai
@@ -170,7 +169,7 @@ def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: Fin
         for i, words in words_of.items():
             if i < len(row) and len(words) <= _MOST_CLASSES:
                 words.add(row[i].strip())
-        name = get(row, "class") if "class" in layout.columns else _ONE_CLASS
+        name = get(row, "class")
         if layout.numbers:
             words = [row[i].strip() if i < len(row) else "" for i in box_columns]
             boxes = [[number(word.replace(",", ".")) for word in words]] if any(words) else []  # none: without objects
@@ -188,7 +187,7 @@ def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: Fin
         for name, box in zip(names, boxes):
             image.add(class_names.get(name, name), box, line, ignore=is_true(get(row, "group")))
     if "class" not in layout.columns:
-        _report_one_class(words_of, layout, place.shown, log)
+        _report_other_classes(words_of, layout, place.shown, log)
     found = images.images()
     ids = {name for image in found for name in image.classes if name.startswith(("/m/", "/g/"))}
     if ids:
@@ -213,8 +212,8 @@ def _names_of(cell: str, num_boxes: int) -> list[str]:
     return [cell] * num_boxes
 
 
-def _report_one_class(words_of: Mapping[int, set[str]], layout: _Layout, shown: str, log: FindingLog) -> None:
-    """Says that no column is one of classes, and stops where one may be.
+def _report_other_classes(words_of: Mapping[int, set[str]], layout: _Layout, shown: str, log: FindingLog) -> None:
+    """Stops where no column is called as one of classes, and another may hold them.
 
     words_of: column that is not read -> its different words.
     """
@@ -229,8 +228,6 @@ def _report_one_class(words_of: Mapping[int, set[str]], layout: _Layout, shown: 
             )
             log.add("classes-unknown", "refused", shown, message)
             return
-    message = f'No column is called class or label: all objects are of one class, "{_ONE_CLASS}".'
-    log.add("one-class", "note", shown, message)
 
 
 def _cell(columns: Mapping[str, int], row: Sequence[str], key: str) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.side_by_side import PARTS
 from ddetr.errors import InputError
-from ddetr.untrusted import one_line, open_file
+from ddetr.untrusted import MAX_LABEL_BYTES, one_line, open_file, read_csv
 from ddetr.wording import first_few
 
 _DEPTH = 4  # folders below the one that was given
 _FILES = 20_000  # that are looked at; what it is shows long before
 _NEAR = 50  # folders inside that are tried
 _STARTS = 200  # files whose first bytes are read
+_READ = (".json", ".jsonl", ".ndjson", ".csv", ".txt", ".xml")  # those of these kinds
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 _VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg")
 _BY_DATUMARO = "`datum convert -i PATH -f coco -o NEW -- --save-media` (of Datumaro) makes COCO of it"
@@ -58,9 +59,9 @@ class _Look:
 
     @cached_property
     def starts(self) -> dict[Path, bytes]:
-        """First bytes of the JSON, CSV and text files."""
+        """First bytes of the files of text."""
         found = {}
-        for file in [f for f in self.files if f.suffix.lower() in (".json", ".csv", ".txt", ".ndjson")][:_STARTS]:
+        for file in [f for f in self.files if f.suffix.lower() in _READ][:_STARTS]:
             try:
                 with open_file(file) as stream:
                     found[file] = stream.read(1 << 14)
@@ -153,6 +154,20 @@ def _boxes_in_one_column(look: _Look) -> Path | None:
     return next((f for f in tables if any(b'"[' in line for line in look.starts[f].splitlines()[1:3])), None)
 
 
+def _is_tracked(words: list[str]) -> bool:
+    """`0 2 Car 0 0 -1.79 296.7 161.7 455.2 292.3 2.0 1.8 4.4 -4.5 1.8 13.4 -2.1`."""
+    return len(words) in (17, 18) and _numbers(words) == 2 and _numbers(words[3:]) >= 14
+
+
+def _named_columns(table: Path) -> str:
+    try:
+        found = next(read_csv(table, MAX_LABEL_BYTES, errors="replace"), [])
+    except (OSError, ValueError):
+        found = []
+    listed = f"; it has {first_few([one_line(cell, 40) for cell in found], 10)}" if found else ""
+    return f"name its columns filename, class, xmin, ymin, xmax and ymax, in pixels{listed}"
+
+
 def _labelbox(look: _Look) -> Path | None:
     return look.any_start(".ndjson", b'"data_row"') or look.any_start(".json", b'"data_row"')
 
@@ -163,7 +178,7 @@ class _Kind:
 
     title: str
     seen: Callable[[_Look], Path | None]
-    cure: str
+    cure: str | Callable[[Path], str]
 
 
 _KINDS = (
@@ -190,6 +205,19 @@ _KINDS = (
     _Kind("a SageMaker Ground Truth manifest", lambda look: look.any_file(".manifest"), _BY_HAND),
     _Kind("WIDER FACE's lists of faces", _wider_face, _BY_DATUMARO),
     _Kind("MOT's tracks", _mot, _BY_DATUMARO),
+    _Kind("KITTI's tracks", lambda look: _lines_of(look, _is_tracked), _BY_HAND),
+    _Kind("dlib's imglab XML", lambda look: look.any_start(".xml", b"<image file="), _BY_HAND),
+    _Kind("Google AutoML's table", lambda look: look.any_start(".csv", b"gs://"), _BY_HAND),
+    _Kind(
+        "boxes as words for a language model (PaliGemma)",
+        lambda look: look.any_start(".jsonl", b'"suffix"', b"<loc"),
+        "export it once more as COCO",
+    ),
+    _Kind(
+        "COCO's results, which are detections of a model",
+        lambda look: look.any_start(".json", b'"image_id"', b'"score"'),
+        "give the annotations that they were compared with, an object with images, annotations and categories",
+    ),
     _Kind(
         "DOTA's corners of turned boxes",
         lambda look: look.any_name("labeltxt", "labeltxt-v1.0", "labeltxt-v1.5") or _lines_of(look, _is_dota),
@@ -231,7 +259,7 @@ _KINDS = (
     _Kind(
         "a table without the columns of boxes",
         lambda look: look.any_file(".csv", ".tsv"),
-        "name its columns filename, class, xmin, ymin, xmax and ymax, in pixels",
+        _named_columns,
     ),
     _Kind(
         "segmentation masks and no boxes",
@@ -260,7 +288,8 @@ def what_it_is(path: Path, is_known: Callable[[Path], bool], wrong: str | None =
         seen = kind.seen(look)
         if seen is not None:
             place = "" if seen == path else f" ({one_line(seen.relative_to(path))})"
-            return f"{path} is no data set that is read; it holds {kind.title}{place}: {kind.cure}"
+            cure = kind.cure if isinstance(kind.cure, str) else kind.cure(seen)
+            return f"{path} is no data set that is read; it holds {kind.title}{place}: {cure}"
     return _pictures(look)
 
 

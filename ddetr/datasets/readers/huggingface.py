@@ -1,8 +1,9 @@
-"""Hugging Face `datasets` image folders: a `metadata.jsonl` or `.csv` beside the images, a line for each.
+"""Hugging Face `datasets` image folders: a `metadata.jsonl` or `.csv` beside the images, a line for each; or a `.jsonl`
+of another name.
 
 `objects` holds lists (`bbox`, `categories`) or a list of objects; boxes are x, y, width, height in pixels, as the
-documentation has them. Categories are names, or ids of names in README.md or dataset_infos.json, else called class_N.
-Classes are the names in the training split, sorted.
+documentation has them. Categories are names, or ids of names in README.md or dataset_infos.json, else called class_N;
+without any all boxes are of one class. Classes are the names in the training split, sorted.
 """
 
 from __future__ import annotations
@@ -10,13 +11,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice, product
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_files import visible
+from ddetr.datasets.readers.coco.layout import named_by_split
+from ddetr.datasets.readers.json_files import json_of_python
 from ddetr.datasets.readers.named_images import ImageCollector, Place
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
+from ddetr.datasets.readers.reader import (
+    WHOLE,
+    LabelledImage,
+    Wanted,
+    box_numbers,
+    number,
+    read_labelled,
+    size_hw,
+    split_kind,
+)
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_ANNOTATION_BYTES,
@@ -32,7 +45,10 @@ from ddetr.untrusted import (
 )
 
 _NAMES = ("metadata.jsonl", "metadata.csv")
-_BOXES = ("bbox", "bboxes", "boxes")
+_PATTERNS = (_NAMES, ("*.jsonl",))  # those of other names where there is none of these
+_SAMPLED = 100  # lines of a file of which one must have objects: the first images may have none
+_IMAGE = ("file_name", "image_file_name", "filename", "image", "image_path", "path")
+_BOXES = ("bbox", "bboxes", "boxes", "box")
 _CLASSES = ("categories", "category", "labels", "label", "category_id", "categories_id", "class", "classes")
 
 
@@ -40,11 +56,12 @@ def huggingface_splits(path: Path) -> dict[str, tuple[Path, str]]:
     """Split name -> its metadata file, and the folder in it that its images are in ("" for all); {} where there is
     none of objects."""
     if path.is_file():
-        return {WHOLE: (path, "")} if path.name in _NAMES and _has_objects(path) else {}
-    for pattern in ("{}", "*/{}", "data/*/{}", "images/*/{}"):
-        files = [
-            file for name in _NAMES for file in visible(path.glob(pattern.format(name)), path) if _has_objects(file)
-        ]
+        is_one = path.name in _NAMES or path.suffix.lower() == ".jsonl"
+        return {WHOLE: (path, "")} if is_one and _has_objects(path) else {}
+    for names, place in product(_PATTERNS, ("{}", "*/{}", "data/*/{}", "images/*/{}")):
+        files = [file for name in names for file in visible(path.glob(place.format(name)), path) if _has_objects(file)]
+        if len(files) > 1 and files[0].name not in _NAMES and len({file.parent for file in files}) == 1:
+            return {name: (file, "") for name, file in named_by_split({file.stem: file for file in files}).items()}
         if len(files) == 1 and files[0].parent in (path, path / "data", path / "images"):
             folders = sorted(f.name for f in files[0].parent.iterdir() if split_kind(f.name) and f.is_dir())
             return {name: (files[0], name) for name in folders} or {WHOLE: (files[0], "")}
@@ -55,10 +72,13 @@ def huggingface_splits(path: Path) -> dict[str, tuple[Path, str]]:
 
 def _has_objects(file: Path) -> bool:
     try:
-        first = next(_entries(file), {})
+        return any(_image_of(entry) and _objects_of(entry) is not None for entry in islice(_entries(file), _SAMPLED))
     except InputError:
-        return file.suffix == ".jsonl"  # reading it will say what is wrong
-    return "file_name" in first and _objects_of(first) is not None
+        return file.name == "metadata.jsonl"  # reading it will say what is wrong
+
+
+def _image_of(entry: dict[str, Any]) -> str | None:
+    return next((entry[key] for key in _IMAGE if isinstance(entry.get(key), str)), None)
 
 
 def _objects_of(entry: dict[str, Any]) -> Any:
@@ -67,8 +87,10 @@ def _objects_of(entry: dict[str, Any]) -> Any:
     if value is None and any(key in entry for key in _BOXES):
         return entry
     if isinstance(value, str):  # in a CSV
-        with suppress(ValueError, RecursionError):
-            value = json.loads(value)
+        for text in (value, json_of_python(value)):
+            with suppress(ValueError, RecursionError):
+                value = json.loads(text)
+                break
     return value if isinstance(value, (dict, list)) else None
 
 
@@ -108,8 +130,8 @@ def read_huggingface(wanted: Wanted) -> Annotations:
         images = ImageCollector(where_it_is, wanted, log, form="xywh")
         unnamed: set[str] = set()
         for line, entry in enumerate(_entries(file), 1):
-            name, where = entry.get("file_name"), f"{shown}, line {line}"
-            if not isinstance(name, str):
+            name, where = _image_of(entry), f"{shown}, line {line}"
+            if name is None:
                 message = f'The line needs a "file_name"; it has {one_line(list(entry))} and was left out.'
                 log.add("image-entry", "dropped", where, message)
                 continue
@@ -119,6 +141,7 @@ def read_huggingface(wanted: Wanted) -> Annotations:
             image = images.of(name)
             image.declared_hw = size_hw(entry.get("height"), entry.get("width"))
             for box, label in _objects(_objects_of(entry), where, log):
+                box = box_numbers(box)
                 numbers = [number(value) for value in (box if isinstance(box, list) and len(box) == 4 else [None] * 4)]
                 image.add(_name(label, names_of_ids, unnamed), numbers)
         if unnamed:
@@ -136,8 +159,14 @@ def _objects(value: Any, where: str, log: FindingLog) -> Iterator[tuple[Any, Any
             if isinstance(entry, dict):
                 yield _first(entry, _BOXES), _first(entry, _CLASSES)
         return
-    boxes, classes = (_first(value or {}, _BOXES), _first(value or {}, _CLASSES))
+    value = value or {}
+    boxes, classes = _first(value, _BOXES), _first(value, _CLASSES)
+    if isinstance(boxes, dict) or (isinstance(boxes, list) and boxes and not isinstance(boxes[0], (list, dict))):
+        boxes = [boxes]  # of one object
+        classes = classes if isinstance(classes, list) else [classes]
     boxes = boxes if isinstance(boxes, list) else []
+    if not any(key in value for key in _CLASSES):
+        classes = [None] * len(boxes)
     if not isinstance(classes, list) or len(classes) != len(boxes):
         if boxes:
             message = (

@@ -21,7 +21,7 @@ from ddetr.datasets.readers.named_images import ImageCollector, Objects, Place
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
 from ddetr.untrusted import MAX_PATH, one_line
 
-_LABELS = ("rectanglelabels", "polygonlabels", "labels")
+_LABELS = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
 _UPLOAD = re.compile(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)")
 
 
@@ -77,9 +77,16 @@ def _regions(task: dict[str, Any], where: str, log: FindingLog) -> list[dict[str
         return [region for values in lists for region in values if isinstance(region, dict) and "x" in region] or [
             region for values in lists for region in values if isinstance(region, dict) and "points" in region
         ]
-    done = [entry for entry in task.get("annotations", task.get("completions")) if isinstance(entry, dict)]
-    done = [entry for entry in done if not entry.get("was_cancelled") and isinstance(entry.get("result"), list)]
+    given = [entry for entry in task.get("annotations", task.get("completions")) if isinstance(entry, dict)]
+    done = [entry for entry in given if not entry.get("was_cancelled") and isinstance(entry.get("result"), list)]
     done = [entry for entry in done if entry.get("ground_truth") is True] or done
+    if not done:
+        message = "Its labelling was skipped" if given else "Nobody has labelled it"
+        if task.get("predictions"):
+            message += ", it has a model's predictions alone; accept them in Label Studio to use them"
+        message += ": whether it is background can't be known, and it was left out."
+        log.add("not-annotated", "dropped", where, message)
+        return None
     if len(done) > 1:
         message = (
             f"{len(done)} people have drawn its boxes; which of them count can't be known. Mark one as ground truth in "
@@ -88,7 +95,7 @@ def _regions(task: dict[str, Any], where: str, log: FindingLog) -> list[dict[str
         log.add("several-annotations", "refused", where, message)
         return None
     by_id: dict[Any, dict[str, Any]] = {}
-    for number_, entry in enumerate(done[0]["result"] if done else []):
+    for number_, entry in enumerate(done[0]["result"]):
         if isinstance(entry, dict) and isinstance(entry.get("value"), dict):
             key = str(entry.get("id", number_))  # a rectangle and its label may be two entries of one id
             sizes = {k: entry[k] for k in ("original_width", "original_height", "image_rotation") if k in entry}
@@ -118,8 +125,8 @@ def _add(image: Objects, region: dict[str, Any], where: str, log: FindingLog) ->
 
 
 def _box(region: dict[str, Any], size: tuple[int, int]) -> list[float]:
-    """Corners in fractions of the image around a rectangle, which turns clockwise around its first corner, or around a
-    polygon."""
+    """Corners in fractions of the image around a rectangle, which turns clockwise around its first corner, around an
+    ellipse or a polygon."""
     scale = np.array([size[1], size[0]], dtype=np.float64) / 100
     if isinstance(region.get("points"), list):
         pairs = [p if isinstance(p, list) and len(p) == 2 else (None, None) for p in region["points"]]
@@ -127,13 +134,20 @@ def _box(region: dict[str, Any], size: tuple[int, int]) -> list[float]:
         points = points if len(points) else np.full((1, 2), np.nan)
     else:
         x, y, w, h = (number(region.get(key)) for key in ("x", "y", "width", "height"))
-        angle = (
-            math.radians(number(region.get("rotation") or 0))
-            if np.isfinite(number(region.get("rotation") or 0))
-            else math.nan
-        )
+        degrees = number(region.get("rotation") or 0)
+        angle = math.radians(degrees) if math.isfinite(degrees) else math.nan
+        if "radiusX" in region:
+            return _around_ellipse(x, y, number(region["radiusX"]), number(region.get("radiusY")), angle, size)
         cos, sin = (1.0, 0.0) if angle == 0 else (math.cos(angle), math.sin(angle))
         sides = np.array([[0, 0], [w, 0], [w, h], [0, h]]) * scale
         points = np.array([x, y]) * scale + sides @ np.array([[cos, sin], [-sin, cos]])
     points = points / (scale * 100)
     return [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]
+
+
+def _around_ellipse(x: float, y: float, rx: float, ry: float, radians: float, size: tuple[int, int]) -> list[float]:
+    """Of its centre and radii in percent of the image, of (h, w) pixels, in which it is turned."""
+    height, width = size
+    rx, ry, cos, sin = rx * width, ry * height, math.cos(radians), math.sin(radians)
+    half_w, half_h = math.hypot(rx * cos, ry * sin) / width, math.hypot(rx * sin, ry * cos) / height
+    return [(x - half_w) / 100, (y - half_h) / 100, (x + half_w) / 100, (y + half_h) / 100]

@@ -17,6 +17,8 @@ from ddetr.datasets.readers.file_names import Spell, find_files, spellings
 from ddetr.datasets.readers.reader import LabelledImage, Wanted
 from ddetr.untrusted import MAX_OBJECTS, MAX_PATH, one_line
 
+_ONLY_CLASS = "object"  # the name of the class of boxes none of which states any
+
 
 @dataclass(frozen=True)
 class Place:
@@ -92,6 +94,7 @@ class ImageCollector:
 
     def images(self) -> list[LabelledImage]:
         """The images that are there; those that are not, and those beside them that are not named, go to the log."""
+        self._name_the_only_class()
         place, folders, names = self._place, ImageFolders(), [name for name in self._of_name if len(name) <= MAX_PATH]
         for name in (name for name in self._of_name if len(name) > MAX_PATH):
             message = "The name is longer than any file's; the image was left out."
@@ -110,6 +113,14 @@ class ImageCollector:
         report_unlisted(paths, folders, self._log, place.shown)
         found = zip(paths, names, strict=True)
         return list(self._labelled((path, self._of_name[name]) for path, name in found if path is not None))
+
+    def _name_the_only_class(self) -> None:
+        count = sum(len(found.classes) for found in self._of_name.values())
+        if count and not any(any(found.classes) for found in self._of_name.values()):
+            for found in self._of_name.values():
+                found.classes = [_ONLY_CLASS] * len(found.classes)
+            message = f'No box states a class; all are of one, which is called "{_ONLY_CLASS}".'
+            self._log.add("missing-classes", "repaired", self._place.shown, message, count=count)
 
     def _labelled(self, images: Iterable[tuple[Path, Objects]]) -> Iterator[LabelledImage]:
         for path, found in images:

@@ -35,7 +35,7 @@ from ddetr.datasets.box_form import (
     settled_form,
 )
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import Resized, read_headers, settle_size
+from ddetr.datasets.image_files import Resized, drawn_upright, read_headers, settle_size
 from ddetr.datasets.image_header import ImageHeader
 from ddetr.errors import InputError
 from ddetr.untrusted import one_line
@@ -43,6 +43,12 @@ from ddetr.wording import first_few
 
 _UNNAMED = 10  # objects of ids without a name, and
 _UNNAMED_PART = 0.01  # of all: more are no slip
+
+_BOX_KEYS = (  # what the numbers of a box are called
+    *(("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height")),
+    *(("xmin", "ymin", "xmax", "ymax"), ("x_min", "y_min", "x_max", "y_max"), ("x1", "y1", "x2", "y2")),
+    ("left", "top", "right", "bottom"),
+)
 
 WHOLE = "all"  # the one split of a data set that has none
 _SPLIT_NAME = re.compile(
@@ -151,7 +157,7 @@ def table_of(
             "format says"
         )
     said_of = cache(said_of)
-    framed, resized = [], Resized()
+    readable, framed, resized = [], [], Resized()
     headers = read_headers([image.path for image in images])
     if form == "auto" and any(image.form == "auto" for image in images):
         images = _with_forms(images, headers, log)
@@ -162,7 +168,10 @@ def table_of(
         boxes = image.boxes_xyxy if image.in_fractions else read_as(image.boxes_xyxy, image.form, form)
         if not (image.in_fractions or is_relative(form)):
             resized.look_at(header, image.declared_hw, boxes, image.where)
-        size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where)
+        readable.append((image, header, boxes))
+    upright = drawn_upright((header, image.declared_hw, boxes) for image, header, boxes in readable)
+    for image, header, boxes in readable:
+        size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where, upright)
         if size_hw is not None:
             framed.append((image, boxes, size_hw))
     resized.report(len(images), log)
@@ -250,6 +259,16 @@ def number(value: object) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def box_numbers(box: Any) -> Any:
+    """A box that is an object with a name for each number, as [x, y, width, height]; any other value as it is."""
+    if isinstance(box, Mapping):
+        for keys in _BOX_KEYS:
+            if box.keys() >= set(keys):
+                x, y, width, height = (number(box[key]) for key in keys)
+                return [x, y, width, height] if keys[3] in ("height", "h") else [x, y, width - x, height - y]
+    return box
 
 
 def size_hw(height: object, width: object) -> tuple[int, int] | None:

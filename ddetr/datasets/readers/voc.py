@@ -64,6 +64,8 @@ _XML_FOLDERS = ("annotations", "annotation", "annots", "annot", "xmls", "xml", "
 _SAMPLED = 8  # files of a folder whose beginning says what it holds
 _FLAG = re.compile(r"\s+(-1|0|1)$")  # whether an image holds objects of a list's class
 _MOST_WORDS = 32  # of a line of a list that are tried as the name of an image
+_BARE_AMPERSAND = re.compile(r"&(?!(?:[A-Za-z]\w{0,30}|#[0-9]{1,7}|#x[0-9A-Fa-f]{1,6});)")
+_CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"))
 
 
 # ---- where things lie ------------------------------------------------------------------------------------------------
@@ -260,7 +262,7 @@ def _parse(file: Path, root: Path, log: FindingLog) -> ElementTree.Element | Non
     where = str(file.relative_to(root))
     try:
         text, other_encoding = decode_xml(read_bytes(file, MAX_LABEL_BYTES))
-        tree = parse_xml(text)
+        tree = _tree(text, where, log)
     except ElementTree.ParseError as error:
         line, column = error.position
         reason = str(error).partition(":")[0]
@@ -276,12 +278,31 @@ def _parse(file: Path, root: Path, log: FindingLog) -> ElementTree.Element | Non
     return tree
 
 
+def _tree(text: str, where: str, log: FindingLog) -> ElementTree.Element:
+    """The root element, the names of all in small letters and without namespaces; raises as `parse_xml`."""
+    try:
+        tree = parse_xml(text)
+    except ElementTree.ParseError as error:
+        escaped = _BARE_AMPERSAND.sub("&amp;", text)
+        try:
+            if escaped == text:
+                raise error
+            tree = parse_xml(escaped)
+        except ElementTree.ParseError:
+            raise error from None
+        log.add("bare-ampersand", "repaired", where, "It has an & where XML wants &amp;; it was read as the letter.")
+    for element in tree.iter():
+        if not element.tag.islower() or "}" in element.tag:
+            element.tag = element.tag.rpartition("}")[2].lower()
+    return tree
+
+
 def _images(
     root: Path, trees: dict[Path, ElementTree.Element], beside: ImagesBeside, log: FindingLog
 ) -> Iterator[LabelledImage]:
     for file, tree in trees.items():
         where = str(file.relative_to(root))
-        if tree.tag.lower() != "annotation":
+        if tree.tag != "annotation":
             message = f"Expected <annotation>, found <{one_line(tree.tag)}>: it is no annotation of an image."
             log.add("other-xml", "note", where, message)
             continue
@@ -320,6 +341,10 @@ def _objects(
     """Names, difficult (n,) bool, corners as written (n, 4), and the number of each object that has a box."""
     names, difficult, boxes, numbers = [], [], [], []
     objects = list(tree.iter("object"))
+    elsewhere = 0 if objects else sum(1 for _ in tree.iter("bndbox"))
+    if elsewhere:
+        message = f"It has {elsewhere} bndbox, but no <object> around them; they were left out."
+        log.add("missing-object", "dropped", where, message, count=elsewhere)
     total = sum(max(1, len(obj.findall("bndbox"))) for obj in objects)
     if total > MAX_OBJECTS:
         report_crowd(log, where, total)
@@ -331,14 +356,16 @@ def _objects(
             continue
         box = _box(obj, place, log)
         if box is None:
-            found = ", ".join(f"<{one_line(child.tag, 40)}>" for child in obj[:12]) or "nothing"
-            message = f"The object has no bndbox, robndbox or polygon, but {found}; it was left out."
+            written = obj.find("bndbox")
+            wanted, found = ("bndbox, robndbox or polygon", obj) if written is None else ("xmin ... ymax", written)
+            listed = ", ".join(f"<{one_line(child.tag, 40)}>" for child in found[:12]) or "nothing"
+            message = f"The {found.tag} has no {wanted}, but {listed}; it was left out."
             log.add("missing-box", "dropped", place, message)
             continue
         if not name:
             log.add("missing-name", "dropped", place, "The object has no name; it was left out.")
             continue
-        others = [_corners(other) for other in obj.findall("bndbox")[1:]]
+        others = [corners for other in obj.findall("bndbox")[1:] if (corners := _corners(other)) is not None]
         if others:
             message = f"It has {1 + len(others)} boxes; each was read as an object of its own."
             log.add("several-boxes", "repaired", place, message)
@@ -368,8 +395,11 @@ def _box(obj: ElementTree.Element, place: str, log: FindingLog) -> list[float] |
     return around
 
 
-def _corners(box: ElementTree.Element) -> list[float]:
-    return [number(_text(box, key)) for key in ("xmin", "ymin", "xmax", "ymax")]
+def _corners(box: ElementTree.Element) -> list[float] | None:
+    """None where it has elements of other names, such as a width: which they mean isn't known."""
+    found = {child.tag for child in box}
+    keys = next((keys for keys in _CORNERS if found.issuperset(keys)), _CORNERS[0])
+    return [number(_text(box, key)) for key in keys] if found.intersection(keys) or not found else None
 
 
 def _text(element: ElementTree.Element, key: str) -> str:

@@ -4,7 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
-from dataset_parts import coco_object
+from dataset_parts import coco_object, voc_object, voc_xml
 from pycocotools.coco import COCO
 
 from ddetr.datasets import available_splits, build_coco_dataset, default_splits, detect_format, load_annotations
@@ -238,6 +238,99 @@ def test_image_turned_by_exif(make_coco, write_image):
         ("orientation", "repaired", "1.jpg"),
         ("orientation", "note", "2.jpg"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("objects", "kind"),
+    [
+        ([coco_object("1.jpg"), coco_object("2", 7)], "image-id-is-name"),
+        ([coco_object("set/train/1.jpg"), coco_object(2, 7)], None),  # such a name is none of the list
+        ([coco_object(1, "cat"), coco_object(2, " dog ")], "category-id-is-name"),
+    ],
+)
+def test_names_in_place_of_ids(make_coco, kinds, objects, kind):
+    def edit(content):
+        for entry in content["images"]:
+            entry["file_name"] = f"train/{entry['id']}.jpg"
+        for obj in content["annotations"]:
+            if obj["image_id"] == "2":
+                obj["image_id"] = "2.jpg"
+
+    annotations = load_annotations(make_coco([dict(obj) for obj in objects], edit=edit), "train")
+    if kind is None:
+        assert kinds(annotations) == {"image-unknown": "dropped"}
+    else:
+        assert [record.labels.tolist() for record in annotations.images] == [[0], [1]]
+        assert kinds(annotations) == {kind: "repaired"}
+
+
+def test_image_ids_off_by_one(make_coco, kinds):
+    """Every box but one would lie on the next image, without a word."""
+    annotations = load_annotations(make_coco([coco_object(i) for i in range(4)], num_images=4), "train")
+    (finding,) = [finding for finding in annotations.findings if finding.kind == "image-ids-off-by-one"]
+    assert finding.action == "refused"
+    assert "Add 1 to the image ids of the objects" in finding.message
+    annotations = load_annotations(make_coco([coco_object(i) for i in (1, 2, 4, 9)], num_images=4), "train")
+    assert kinds(annotations) == {"image-unknown": "dropped"}
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        {"x": 4, "y": 5, "width": 20, "height": "10"},
+        {"xmin": 4, "ymin": 5, "xmax": 24, "ymax": 15, "label": "cat"},
+    ],
+)
+def test_a_box_whose_numbers_have_names(make_coco, kinds, box):
+    def edit(content):
+        content["annotations"][0]["bbox"] = box
+
+    annotations = load_annotations(make_coco(edit=edit), "train")
+    assert annotations.images[0].boxes_xyxy.tolist() == [[4, 5, 24, 15]]
+    assert kinds(annotations) == {}
+    assert kinds(load_annotations(make_coco(edit=edit), "train", boxes="xyxy")) == {"missing-box": "dropped"}
+
+
+def test_categories_without_names(make_coco, kinds):
+    """Called by their groups where each has its own."""
+    groups = [(3, "cat"), (7, "dog"), (8, "pet"), (9, "pet"), (10, "none")]
+    categories = [{"id": i, "supercategory": group} for i, group in groups]
+    annotations = load_annotations(make_coco(categories=categories), "train")
+    assert [category.name for category in annotations.categories] == ["cat", "dog", "class_8", "class_9", "class_10"]
+    assert kinds(annotations) == {"missing-category-name": "repaired"}
+
+
+def test_a_file_without_annotations_says_so(make_coco, kinds):
+    annotations = load_annotations(make_coco(edit=lambda content: content.pop("annotations")), "train")
+    assert [len(record.labels) for record in annotations.images] == [0, 0]
+    assert kinds(annotations) == {"missing-annotations": "dropped"}
+
+
+def test_file_names_that_are_numbers(make_coco, kinds):
+    def edit(content):
+        content["images"][0]["file_name"], content["images"][1]["file_name"] = 1, 2.0
+
+    annotations = load_annotations(make_coco(edit=edit), "train")
+    assert [record.path.name for record in annotations.images] == ["1.jpg", "2.jpg"]
+    assert kinds(annotations) == {}
+
+
+@pytest.mark.parametrize("format", ["coco", "voc"])
+def test_upright_boxes_with_the_sizes_of_stored_pixels(make_coco, make_voc, write_image, format):
+    """As Label Studio exports photos of phones: one box that only the upright image holds tells it of all."""
+    boxes = [(5, 40, 20, 20), (1, 2, 10, 12)]
+    if format == "coco":
+        root = make_coco([coco_object(image_id=i, bbox=box) for i, box in enumerate(boxes, 1)])
+        places = [root / "train" / f"{i}.jpg" for i in (1, 2)]
+    else:
+        root = make_voc({f"{x}": voc_xml([voc_object(box=(x, y, x + w, y + h))]) for x, y, w, h in boxes})
+        places = [root / "JPEGImages" / f"{x}.jpg" for x, *_ in boxes]
+    for place in places:
+        write_image(place, orientation=6)  # upright: 48 wide, 64 high
+    annotations = load_annotations(root, "train")
+    assert [record.size_hw for record in annotations.images] == [(64, 48)] * 2
+    assert [record.boxes_xyxy.tolist() for record in annotations.images] == [[[5, 40, 25, 60]], [[1, 2, 11, 14]]]
+    assert {(f.kind, f.action) for f in annotations.findings} == {("orientation", "repaired")}
 
 
 def test_image_of_another_size(make_coco, write_image):

@@ -459,7 +459,7 @@ def test_category_ids_off_by_one_stop(make_coco, listed, used, said):
 
 
 def test_a_box_of_another_shape_is_shown(make_coco):
-    shapes = [{"x": 1, "y": 2, "width": 3, "height": 4}, [[1, 2], [3, 4]], "left", "[1, 2, 3]", None]
+    shapes = [{"x": 1, "y": 2, "size": [3, 4]}, [[1, 2], [3, 4]], "left", "[1, 2, 3]", None]
     objects = [coco_object(bbox=()) | {"bbox": shape} for shape in shapes]
     objects += [coco_object(bbox=()) | {"bbox": text} for text in ("[1, 2, 30, 40]", "1,2,20,20", " (1.0, 2, 9, 9) ")]
     annotations = load_annotations(make_coco(objects), "train")

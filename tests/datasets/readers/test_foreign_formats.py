@@ -10,6 +10,7 @@ import pytest
 
 from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.annotations import Annotations
+from ddetr.datasets.readers.json_files import json_of_python
 from ddetr.errors import InputError
 
 BOX = [4.0, 6.0, 24.0, 18.0]
@@ -127,6 +128,18 @@ def test_splits_of_tables(
         assert objects(load_annotations(tmp_path, split)) == {f"{i}.jpg": [("cat", BOX)]}
 
 
+def test_a_table_of_one_class(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Without a column of classes, as contests have them; a column of another name may be the one."""
+    write_image(tmp_path / "a.jpg")
+    table = tmp_path / "train.csv"
+    table.write_text(",image,xmin,ymin,xmax,ymax\n0,a.jpg,4,6,24,18\n")
+    annotations = load_annotations(tmp_path, "train")
+    assert objects(annotations) == {"a.jpg": [("object", BOX)]}
+    assert kinds(annotations) == {"missing-classes": "repaired"}
+    table.write_text("image,kind,xmin,ymin,xmax,ymax\na.jpg,cat,4,6,24,18\na.jpg,dog,4,6,24,18\n")
+    assert kinds(load_annotations(tmp_path, "train"))["classes-unknown"] == "refused"
+
+
 def test_open_images(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     """Names by their ids, groups ignored, the images that are not there counted in one finding a name."""
     write_image(tmp_path / "train" / "000002b66c9c498e.jpg")
@@ -233,7 +246,7 @@ def test_tables_with_a_box_in_a_cell(
     assert detect_format(tmp_path) == "csv"
     annotations = load_annotations(tmp_path, "train")
     assert objects(annotations) == {"a.jpg": [("object", box) for box in BOXES_XYXY]}
-    said = {"box-form": "note"} | ({"one-class": "note"} if "label" not in head else {})
+    said = {"box-form": "note"} | ({"missing-classes": "repaired"} if "label" not in head else {})
     assert kinds(annotations) == said
     given = load_annotations(tmp_path, "train", boxes=form)
     assert objects(given) == objects(annotations)
@@ -251,7 +264,7 @@ def test_tables_with_a_row_for_each_image(tmp_path: Path, write_image: Callable[
     annotations = load_annotations(tmp_path, "train")  # global wheat of 2021
     boxes = [("object", [float(value) for value in box]) for box in some]
     assert objects(annotations) == {"a.jpg": boxes, "b.jpg": [], "c.jpg": boxes[:1]}
-    assert kinds(annotations) == {"box-form": "note", "one-class": "note"}
+    assert kinds(annotations) == {"box-form": "note", "missing-classes": "repaired"}
     rows = [("a.jpg", some, ["cat", "dog", "cat", "dog"]), ("b.jpg", [], []), ("c.jpg", some[:1], ["dog"])]
     (tmp_path / "train.csv").write_text(
         "file_name,bboxes,labels\n" + "".join(f'{name},"{boxes}","{classes}"\n' for name, boxes, classes in rows)
@@ -288,13 +301,13 @@ def test_a_column_that_may_hold_the_classes_is_not_passed_over(
     rows = "a.jpg,4,6,24,18,{}\na.jpg,9,9,30,30,{}\n"
     (tmp_path / "train.csv").write_text("image,xmin,ymin,xmax,ymax,species\n" + rows.format("robin", "wren"))
     annotations = load_annotations(tmp_path, "train")
-    assert kinds(annotations) == {"classes-unknown": "refused"}
+    assert kinds(annotations) == {"classes-unknown": "refused", "missing-classes": "repaired"}
     assert '"species" has 2 different words, such as robin' in annotations.findings[0].message
     for name, values in (("species", ("robin", "robin")), ("source", ("x", "y")), ("confidence", (0.5, 0.7))):
         (tmp_path / "train.csv").write_text(f"image,xmin,ymin,xmax,ymax,{name}\n" + rows.format(*values))
         annotations = load_annotations(tmp_path, "train")
         assert [category.name for category in annotations.categories] == ["object"]
-        assert kinds(annotations) == {"one-class": "note"}
+        assert kinds(annotations) == {"missing-classes": "repaired"}
 
 
 # ---- Label Studio ----------------------------------------------------------------------------------------------------
@@ -377,6 +390,35 @@ def test_label_studio_drawn_twice(tmp_path: Path, write_image: Callable[..., Pat
     assert kinds(load_annotations(tmp_path, "all"))["image-turned"] == "refused"
 
 
+def test_label_studio_tasks_that_nobody_has_labelled(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Skipped, untouched, or predicted by a model: none is background."""
+    for name in "abcd":
+        write_image(tmp_path / f"{name}.jpg")
+    skipped = task("b.jpg", [])
+    skipped["annotations"][0]["was_cancelled"] = True
+    tasks = [task("a.jpg", [region()]), skipped, task("c.jpg"), task("d.jpg", predictions=[{"result": [region()]}])]
+    (tmp_path / "all.json").write_text(json.dumps(tasks))
+    annotations = load_annotations(tmp_path, "all")
+    assert objects(annotations) == {"a.jpg": [("cat", BOX)]}
+    left_out = [finding for finding in annotations.findings if finding.kind == "not-annotated"]
+    assert [finding.action for finding in left_out] == ["dropped"] * 3
+    assert annotations.num_images_left_out == 3
+    assert "predictions" in left_out[2].message
+
+
+def test_a_label_studio_ellipse(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    write_image(tmp_path / "a.jpg")
+    value = {"x": 50, "y": 50, "radiusX": 12.5, "radiusY": 25, "ellipselabels": ["cat"]}  # 8 and 12 pixels at (32, 24)
+    sizes = {"original_width": 64, "original_height": 48}
+    (tmp_path / "all.json").write_text(
+        json.dumps([task("a.jpg", [sizes | {"value": value | {"rotation": angle}} for angle in (0, 90)])])
+    )
+    assert objects(load_annotations(tmp_path, "all"))["a.jpg"] == [
+        ("cat", [24.0, 12.0, 40.0, 36.0]),
+        ("cat", [20.0, 16.0, 44.0, 32.0]),
+    ]
+
+
 @pytest.mark.parametrize(
     "value", [None, 3, "x", [], {}, {"x": "a", "y": None}, {"points": 4}, {"points": [[1], 2, "z"]}]
 )
@@ -390,6 +432,19 @@ def test_label_studio_of_anything(tmp_path: Path, write_image: Callable[..., Pat
 
 
 # ---- Create ML -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["path", "imageURL"])
+def test_create_ml_of_other_tools(tmp_path: Path, write_image: Callable[..., Path], key: str) -> None:
+    """Of Turi Create: an image's path under another key, and its only object without a list."""
+    write_image(tmp_path / "images" / "a.jpg")
+    obj = {"label": "cat", "coordinates": {"x": 14, "y": 12, "width": 20, "height": 12}}
+    (tmp_path / "all.json").write_text(json.dumps([{key: "images/a.jpg", "annotations": obj}, {key: 3}]))
+    annotations = load_annotations(tmp_path, "all")
+    assert objects(annotations) == {"a.jpg": [("cat", BOX)]}
+    (finding,) = annotations.findings
+    assert (finding.kind, finding.action) == ("image-entry", "dropped")
+    assert "int and NoneType" in finding.message
 
 
 def test_create_ml(tmp_path: Path, write_image: Callable[..., Path]) -> None:
@@ -466,6 +521,70 @@ def test_hugging_face(
     annotations = load_annotations(tmp_path, "train")
     assert objects(annotations) == {"0001.png": [(name, BOX)], "0002.png": []}
     assert kinds(annotations) == ({"unnamed-classes": "note"} if name == "class_1" else {})
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("metadata_v2.jsonl", ['{"file_name": "a.jpg", "objects": {"bbox": [[4, 6, 20, 12]], "categories": ["cat"]}}']),
+        ("metadata.jsonl", ['{"image": "a.jpg", "objects": [{"bbox": [4, 6, 20, 12], "label": "cat"}]}']),
+        ("metadata.jsonl", ['{"file_name": "a.jpg", "bbox": [4, 6, 20, 12], "label": "cat"}']),
+        (
+            "metadata.jsonl",
+            [
+                '{"file_name": "a.jpg", "objects": '
+                '[{"box": {"xmin": 4, "ymin": 6, "xmax": 24, "ymax": 18}, "label": "cat"}]}'
+            ],
+        ),
+        (
+            "metadata.jsonl",
+            [
+                '{"file_name": "b.jpg"}',
+                '{"file_name": "c.jpg", "objects": null}',
+                '{"file_name": "a.jpg", "objects": {"bbox": [[4, 6, 20, 12]], "categories": ["cat"]}}',
+            ],
+        ),
+        (
+            "metadata.csv",
+            ["file_name,objects", "a.jpg,\"{'bbox': [(4, 6, 20, 12.0)], 'category': ['cat'], 'id': [None]}\""],
+        ),
+    ],
+)
+def test_hugging_face_as_found(tmp_path: Path, write_image: Callable[..., Path], name: str, lines: list[str]) -> None:
+    """Other names of the file and of its keys, first images without objects, what pandas writes into a table."""
+    for image in "abc":
+        write_image(tmp_path / "train" / f"{image}.jpg")
+    (tmp_path / "train" / name).write_text("\n".join(lines) + "\n")
+    assert detect_format(tmp_path) == "huggingface"
+    annotations = load_annotations(tmp_path, "train")
+    assert objects(annotations)["a.jpg"] == [("cat", BOX)]
+    assert set(kinds(annotations)) <= {"unlisted-images"}
+
+
+def test_hugging_face_without_classes(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Lists of several splits beside each other, whose objects are all of one class."""
+    for split in ("train", "val"):
+        write_image(tmp_path / "images" / f"{split}.jpg")
+        line = {"file_name": f"images/{split}.jpg", "objects": {"bbox": [[4, 6, 20, 12]]}}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(line))
+    assert default_splits(tmp_path) == ("train", "val")
+    annotations = load_annotations(tmp_path, "val")
+    assert objects(annotations) == {"val.jpg": [("object", BOX)]}
+    assert kinds(annotations)["missing-classes"] == "repaired"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        (
+            "{'a': ['it\\'s', \"say \\'\", 'the \"x\"'], 'b': (1, None, True)}",
+            {"a": ["it's", "say '", 'the "x"'], "b": [1, None, True]},
+        ),
+        ("{'None': 'True (x)'}", {"None": "True (x)"}),
+    ],
+)
+def test_json_of_python(text: str, value: Any) -> None:
+    assert json.loads(json_of_python(text)) == value
 
 
 def test_hugging_face_table(tmp_path: Path, write_image: Callable[..., Path]) -> None:

@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import numpy as np
@@ -46,6 +47,35 @@ def test_an_object_with_several_boxes_is_several_objects(make_voc, kinds):
     train = load_annotations(make_voc({"a": voc_xml([two])}), "train")
     assert train.images[0].boxes_xyxy.tolist() == [[5, 6, 25, 16], [1, 2, 9, 8]]
     assert kinds(train) == {"several-boxes": "repaired"}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda xml: xml.replace("<annotation>", '<annotation xmlns="http://example.com/voc">'), {}),
+        (lambda xml: re.sub("<(/?)([a-z]+)", lambda tag: f"<{tag[1]}{tag[2].title()}", xml), {}),
+        (lambda xml: xml.replace("x.jpg", "x & y.jpg"), {"bare-ampersand": "repaired"}),
+        (lambda xml: re.sub("(?<=<)(/?)([xy])m(in|ax)", lambda t: f"{t[1]}{t[2]}{1 + (t[3] == 'ax')}", xml), {}),
+    ],
+)
+def test_other_ways_of_writing_the_same(make_voc, kinds, change, found):
+    train = load_annotations(make_voc({"a": change(voc_xml([voc_object("R&amp;D")]))}), "train")
+    assert [category.name for category in train.categories] == ["R&D"]
+    assert train.images[0].boxes_xyxy.tolist() == [[5, 6, 25, 16]]
+    assert kinds(train) == found
+
+
+def test_boxes_that_are_none_of_voc_are_named(make_voc):
+    """Of other elements than corners nobody knows which they mean; without an object around them they have no name."""
+    sizes = "<object><name>a</name><bndbox><x>1</x><y>2</y><w>3</w><h>4</h></bndbox></object>"
+    files = {"a": voc_xml([sizes]), "b": voc_xml([voc_object().replace("object>", "item>")]), "c": "<annotation>& <"}
+    train = load_annotations(make_voc(files | {"d": voc_xml([voc_object()])}), "train")
+    assert [(f.kind, f.action, f.where) for f in train.findings] == [
+        ("malformed-xml", "dropped", "Annotations/c.xml, line 1"),
+        ("missing-box", "dropped", "Annotations/a.xml, object 1"),
+        ("missing-object", "dropped", "Annotations/b.xml"),
+    ]
+    assert "<x>, <y>, <w>, <h>" in train.findings[1].message
 
 
 def test_lists_of_one_class_each_make_the_splits_together(make_voc):

@@ -6,6 +6,7 @@ import gc
 import json
 import mmap
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -111,13 +112,19 @@ def categories_of(
             message = f'There is no "categories"; {len(ids)} classes were named after the ids in use.'
             log.add("missing-categories", "repaired", shown, message)
     by_id: dict[int, str] = {}
+    unnamed: dict[int, str] = {}
+    groups = Counter(str(entry.get("supercategory") or "") for entry in entries if isinstance(entry, dict))
     for position, entry in enumerate(entries):
         where = f"{shown}, category {position}"
         try:
             category_id = whole_number(entry["id"])
             if category_id is None:
                 raise ValueError
-            name = str(entry.get("name") or f"class_{category_id}").strip()
+            name = str(entry.get("name") or "").strip()
+            if not name:
+                group = str(entry.get("supercategory") or "").strip()
+                name = group if groups[group] == 1 and group.lower() not in ("", "none") else f"class_{category_id}"
+                unnamed[category_id] = name
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             raise InputError(
                 f'{where}: expected an object with an integer "id" and a "name", found {one_line(repr(entry))}.'
@@ -126,5 +133,8 @@ def categories_of(
             both = f"{one_line(by_id[category_id])!r} and {one_line(name)!r}"
             message = f"Category id {category_id} is both {both}; give one another id."
             log.add("duplicate-category", "refused", where, message)
+    if unnamed:
+        message = f'{len(unnamed)} categories have no "name"; they are called {first_few(unnamed.values(), 5)}.'
+        log.add("missing-category-name", "repaired", shown, message, count=len(unnamed))
     ordered = tuple(Category(category_id, by_id[category_id]) for category_id in sorted(by_id))
     return ordered, {category.category_id: label for label, category in enumerate(ordered)}

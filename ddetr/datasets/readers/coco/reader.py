@@ -6,9 +6,8 @@ n objects as they stand in the file, m of them that are used.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,13 +26,28 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, put_in_order
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import ImageFolders, Resized, read_headers, report_unlisted, settle_size
+from ddetr.datasets.image_files import (
+    ImageFolders,
+    Resized,
+    drawn_upright,
+    read_headers,
+    report_unlisted,
+    settle_size,
+)
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
+from ddetr.datasets.readers.coco.ids import (
+    integer_ids,
+    is_id,
+    look_up,
+    look_up_names,
+    report_classes_off_by_one,
+    report_images_off_by_one,
+)
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
 from ddetr.datasets.readers.coco.merge import merged
 from ddetr.datasets.readers.file_names import find_files
-from ddetr.datasets.readers.reader import Wanted, check_unnamed, is_true
+from ddetr.datasets.readers.reader import Wanted, box_numbers, check_unnamed, is_true
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_PATH, one_line
 from ddetr.wording import first_few
@@ -58,6 +72,9 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
     own_form = "xywh" if form == "auto" else form
     images = entries_of(content, "images", annotation_file)
     objects = entries_of(content, "annotations", annotation_file) if "annotations" in content else []
+    if "annotations" not in content:
+        message = f'There is no "annotations", but {first_few(map(one_line, content), 8)}: every image is background.'
+        log.add("missing-annotations", "dropped", shown, message)
     own, label_of_id = categories_of(content, objects, log, shown)
     image_ids, names, declared, index_of_id = _images(images, log, shown)
     del images
@@ -67,7 +84,7 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
     paths = find_files(places, names, folders, log, shown, root=wanted.image_dir or root, split=wanted.split)
     report_unlisted(paths, folders, log, shown)
     image_index, labels, usable, boxes_xyxy = _objects(
-        objects, index_of_id, label_of_id, names, declared, form, log, shown
+        objects, index_of_id, label_of_id, [category.name for category in own], names, declared, form, log, shown
     )
 
     def where(i: int) -> str:
@@ -122,11 +139,13 @@ def _images(
     other_keys: list[str] = []
     for position, entry in enumerate(entries):
         image_id, name = entry.get("id"), entry.get("file_name")
+        if isinstance(name, (int, float)) and (number := whole_number(name)) is not None:
+            name = str(number)  # of a table: 7 for 7.jpg
         if not name:
             key = next((key for key in _NAME_KEYS if entry.get(key)), "file_name")
             name = entry.get(key)
             other_keys += [key] if name else []
-        if not _is_id(image_id) or not isinstance(name, str) or not 0 < len(name) <= MAX_PATH:
+        if not is_id(image_id) or not isinstance(name, str) or not 0 < len(name) <= MAX_PATH:
             found = f"{one_line(repr(image_id))} and {one_line(repr(name))}"
             message = f'An image needs an "id" and a "file_name"; this one has {found} and was left out.'
             log.add("image-entry", "dropped", f"{shown}, image {position}", message)
@@ -148,24 +167,7 @@ def _images(
         log.add("missing-file-name", "repaired", shown, message, count=len(other_keys))
     numbers = np.nan_to_num(_numbers(sizes, 2), nan=0.0, posinf=0.0, neginf=0.0)
     declared = numbers.clip(0, np.iinfo(np.int32).max).round().astype(np.int64)
-    return _integer_ids(ids, log, shown), names, declared, index_of_id
-
-
-def _is_id(value: Any) -> bool:
-    """Whether something can be told apart by it: a number (a table with a gap makes 1.0 of all) or a text."""
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, (int, str)) and not isinstance(value, bool)
-
-
-def _integer_ids(ids: Sequence[Any], log: FindingLog, shown: str) -> np.ndarray:
-    numbers = [whole_number(i) for i in ids]
-    with suppress(OverflowError):
-        if None not in numbers and len(set(numbers)) == len(numbers):
-            return np.array(numbers, dtype=np.int64)
-    message = "Image ids are no whole numbers; the images were numbered from 1 in the file's order."
-    log.add("image-id-not-integer", "repaired", shown, message, count=len(ids))
-    return np.arange(1, len(ids) + 1)
+    return integer_ids(ids, log, shown), names, declared, index_of_id
 
 
 def _settle_shared_files(
@@ -218,6 +220,7 @@ def _objects(
     objects: Sequence[dict[str, Any]],
     index_of_id: dict[Any, int],
     label_of_id: dict[int, int],
+    class_names: Sequence[str],
     names: Sequence[str],
     declared_hw: np.ndarray,
     form: BoxForm,
@@ -225,9 +228,10 @@ def _objects(
     shown: str,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """For n objects: image index (n,), label (n,), usable (n,) bool, corners as written (n, 4)."""
-    image_index = _look_up([obj.get("image_id") for obj in objects], index_of_id)
-    labels = _look_up([obj.get("category_id") for obj in objects], label_of_id)
-    boxes_xywh = _numbers([obj.get("bbox") for obj in objects], 4)
+    image_index = look_up([obj.get("image_id") for obj in objects], index_of_id)
+    labels = look_up([obj.get("category_id") for obj in objects], label_of_id)
+    look_up_names(image_index, labels, objects, names, class_names, log, shown)
+    boxes_xywh = _numbers([obj.get("bbox") for obj in objects], 4, named=form.startswith(("auto", "xywh")))
     boxes_xyxy = corners_of(boxes_xywh, "xywh" if form == "auto" else form)
     no_box = np.zeros(len(objects), dtype=bool)
 
@@ -259,11 +263,13 @@ def _objects(
                 f'Its "bbox" {one_line(repr(objects[i]["bbox"]), 80)} has no area; the one around the mask was used.'
             )
             log.add("empty-box", "repaired", _where(objects[i], shown, names, image_index[i]), message)
+    if (image_index < 0).any():
+        report_images_off_by_one(objects, index_of_id, shown, log)
     for i in np.flatnonzero(image_index < 0):
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
     unnamed = Counter(one_line(repr(objects[i].get("category_id")), 40) for i in np.flatnonzero(labels < 0))
-    if not unnamed or not _report_off_by_one(objects, label_of_id, shown, log):
+    if not unnamed or not report_classes_off_by_one(objects, label_of_id, shown, log):
         check_unnamed(unnamed, len(objects), shown, log)
     for i in np.flatnonzero(labels < 0):
         category_id = objects[i].get("category_id")
@@ -277,32 +283,6 @@ def _objects(
         message = f"{repeated} annotation ids occur more than once; all objects were kept, ids are not used."
         log.add("duplicate-annotation-id", "note", shown, message, count=repeated)
     return image_index, labels, (image_index >= 0) & (labels >= 0) & ~no_box, boxes_xyxy
-
-
-def _report_off_by_one(
-    objects: Sequence[dict[str, Any]], label_of_id: Mapping[int, int], shown: str, log: FindingLog
-) -> bool:
-    """Whether the objects' category ids, of which some are not listed, would all be after adding or subtracting one."""
-    used = {number for obj in objects if (number := whole_number(obj.get("category_id"))) is not None}
-    unlisted = used - label_of_id.keys()
-    shift = next((by for by in (1, -1) if all(i + by in label_of_id for i in used)), 0)
-    if not unlisted or not shift:
-        return False
-    change, back = ("Add 1 to", "subtract 1 from") if shift > 0 else ("Subtract 1 from", "add 1 to")
-    message = (
-        f"The objects' category ids are {_span(used)}, those of the categories {_span(label_of_id)}: it looks as if "
-        f"each object had the name of its class's neighbour. {change} the ids of the objects, or {back} those of the "
-        f"categories; if they are right, list {_span(unlisted)} among the categories or take these objects out."
-    )
-    log.add("ids-off-by-one", "refused", shown, message)
-    return True
-
-
-def _span(ids: Collection[int]) -> str:
-    low, high = min(ids), max(ids)
-    if len(ids) > 2 and high - low + 1 == len(ids):
-        return f"{low} to {high}"
-    return first_few(sorted(ids), 5)
 
 
 def _sizes(
@@ -329,16 +309,23 @@ def _sizes(
     headers = read_headers([paths[i] for i in to_read])
     boxes_in_order = np.flatnonzero(usable)[np.argsort(image_index[usable], kind="stable")]
     ends = np.searchsorted(image_index[boxes_in_order], np.arange(len(paths)), side="right")
+
+    def declared_and_boxes(i: int) -> tuple[tuple[int, int] | None, np.ndarray]:
+        mine = boxes_in_order[ends[i - 1] if i else 0 : ends[i]]
+        return None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1])), boxes_xyxy[mine]
+
+    read = list(zip(to_read.tolist(), headers, strict=True))
+    turned = [(i, h) for i, h in read if not isinstance(h, InputError) and h.stored_hw != h.upright_hw]
+    upright = drawn_upright((header, *declared_and_boxes(i)) for i, header in turned)
     resized = Resized()
-    for i, header in zip(to_read.tolist(), headers, strict=True):
+    for i, header in read:
         if isinstance(header, InputError):
             kept[i] = False
             log.add("unreadable-image", "dropped", f"{shown}, {names[i]}", f"{header} It was left out.")
         else:
-            boxes = boxes_xyxy[boxes_in_order[ends[i - 1] if i else 0 : ends[i]]]
-            declared_hw = None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1]))
+            declared_hw, boxes = declared_and_boxes(i)
             resized.look_at(header, declared_hw, boxes, f"{shown}, {names[i]}")
-            size_hw = settle_size(paths[i], header, declared_hw, boxes, log, f"{shown}, {names[i]}")
+            size_hw = settle_size(paths[i], header, declared_hw, boxes, log, f"{shown}, {names[i]}", upright)
             kept[i] = size_hw is not None
             sizes_hw[i] = size_hw or (0, 0)
     resized.report(len(to_read), log)
@@ -382,24 +369,8 @@ def _crowd(objects: Sequence[dict[str, Any]], selected: np.ndarray, log: Finding
     return np.array([is_true(value) for value in values], dtype=bool)
 
 
-def _look_up(keys: Sequence[Any], index: Mapping[Any, int]) -> np.ndarray:
-    """(n,) index of each key, -1 where there is none; "7" and 7.0 find 7, and the other way round."""
-    if not set(map(type, keys)) <= {int, float, str}:  # a list or an object stands where an id should
-        keys = [key if _is_id(key) else None for key in keys]
-    found = np.array([index.get(key, -1) for key in keys], dtype=np.int64)
-    if (found < 0).any():
-        by_number: dict[int | None, int] = {}
-        for key, position in index.items():
-            number = whole_number(key)
-            by_number[number] = -1 if number in by_number else position  # two that fit are none
-        by_number[None] = -1
-        for i in np.flatnonzero(found < 0):
-            found[i] = by_number.get(whole_number(keys[i]), -1)
-    return found
-
-
-def _numbers(rows: Sequence[Any], width: int) -> np.ndarray:
-    """(n, width) float64 of what should be rows of numbers; NaN where it is not."""
+def _numbers(rows: Sequence[Any], width: int, named: bool = False) -> np.ndarray:
+    """(n, width) float64 of what should be rows of numbers; NaN where it is not. named: boxes may be objects."""
     try:
         array = np.array(rows, dtype=np.float64)
         if array.shape == (len(rows), width):
@@ -410,6 +381,7 @@ def _numbers(rows: Sequence[Any], width: int) -> np.ndarray:
     for i, row in enumerate(rows):
         if isinstance(row, str):  # a list as a table writes it
             row = row.strip().strip("[]()").split(",")
+        row = box_numbers(row) if named else row
         if isinstance(row, (list, tuple)) and len(row) == width:
             for j, value in enumerate(row):
                 with suppress(TypeError, ValueError, OverflowError):
