@@ -21,6 +21,7 @@ from rich.text import Text
 from ddetr.untrusted import MAX_MESSAGE, one_line, printable, shortened
 
 QUIET_SECONDS = 1.0  # that something may take without a word where nobody watches
+AGAIN_SECONDS = 15.0  # after which it is said how far it is
 
 
 class _Harmless:
@@ -104,25 +105,31 @@ def waiting(what: str) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def reading(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+def reading(what: str, unit: str) -> Iterator[Callable[..., None]]:
     """Shows that something is being read: a bar where somebody watches, elsewhere a line once it has taken a second,
-    and one more with the number of `unit` once that is known. Yields `update(done, total)`."""
+    one more with the number of `unit` once that is known, and then how far it is from time to time. Yields
+    `update(done, total)`, which takes another `unit` too."""
+    usual = unit
     if err.is_terminal:
         with progress(what) as update:
-            yield update
+            yield lambda done, total, unit=usual: update(done, total, f"{what}, {unit}")
         return
-    began, said = time.monotonic(), set()
+    began, said = time.monotonic(), dict[str, float]()  # when what was said
 
-    def say(text: str) -> None:
-        if text not in said:
-            said.add(text)
-            err.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
+    def say(text: str, key: str) -> None:
+        said[key] = time.monotonic()
+        err.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
 
-    def update(done: int, total: int) -> None:
-        if done < total and time.monotonic() - began > QUIET_SECONDS:
-            say(f"{what}: {total:,} {unit}")
+    def update(done: int, total: int, unit: str = usual) -> None:
+        now = time.monotonic()
+        if done >= total or now - began <= QUIET_SECONDS:
+            return
+        if unit not in said:
+            say(f"{what}: {total:,} {unit}", unit)
+        elif now - max(said.values()) > AGAIN_SECONDS:
+            say(f"{what}: {done:,} of {total:,} {unit}", unit)
 
-    timer = threading.Timer(QUIET_SECONDS, say, [what])
+    timer = threading.Timer(QUIET_SECONDS, say, [what, ""])
     timer.daemon = True
     timer.start()
     try:
@@ -132,9 +139,9 @@ def reading(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar where somebody watches; yields `update(done, total)`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def progress(description: str) -> Iterator[Callable[..., None]]:
+    """A progress bar where somebody watches; yields `update(done, total)`, which takes another description too."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda done, total, now=description: bar.update(task, completed=done, total=total, description=now)

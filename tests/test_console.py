@@ -1,6 +1,7 @@
 # ruff: noqa: E501
 """What goes where: results to standard output, everything else to standard error."""
 
+import io
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 from rich.table import Table
 
 from ddetr import console
@@ -43,6 +45,35 @@ def test_reading_says_so_after_a_while_where_nobody_watches(
             update(done, 118287)
     assert begun.splitlines() == ["reading data"]
     assert capsys.readouterr().err.splitlines() == ["reading data: 118,287 image headers"]
+
+
+def test_reading_says_how_far_it_is_from_time_to_time(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(console, "AGAIN_SECONDS", -1.0)
+    with console.reading("reading data", "image headers") as update:
+        while "reading data" not in capsys.readouterr().err:
+            time.sleep(0.01)
+        for done in (256, 512, 1000):
+            update(done, 1000, unit="label files")
+        for done in (256, 512, 1000):
+            update(done, 1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "reading data: 1,000 label files",
+        "reading data: 512 of 1,000 label files",
+        "reading data: 1,000 image headers",
+        "reading data: 512 of 1,000 image headers",
+    ]
+
+
+def test_a_bar_says_what_is_read_where_somebody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(console, "err", Console(file=screen, force_terminal=True, width=100))
+    with console.reading("reading set[/b]", "image headers") as update:  # brackets are no markup
+        update(256, 1000, unit="label files")
+    assert "reading set[/b], label files" in screen.getvalue()
+    assert "256/1000" in screen.getvalue()
 
 
 def test_messages_go_to_standard_error_one_a_line() -> None:
@@ -88,6 +119,7 @@ def test_names_of_others_do_nothing_to_a_terminal() -> None:
     """Whatever leaves for the screen: results, tables, errors, messages, what is waited for; rich's own colours stay."""
     code = r"""
 import logging
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from ddetr import console

@@ -147,6 +147,29 @@ def test_who_listens_hears_how_many_headers_are_read(make_coco, monkeypatch):
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("format", ["voc", "yolo", "kitti", "labelme"])
+def test_who_listens_hears_how_many_label_files_are_read(
+    make_voc, make_yolo, write_image, tmp_path, monkeypatch, format
+):
+    """Of all formats of one file for each image."""
+    stems, seen = [str(i) for i in range(5)], []
+    if format == "voc":
+        root = make_voc({stem: voc_xml([voc_object()]) for stem in stems})
+    elif format in ("yolo", "kitti"):
+        row = "0 .5 .5 .2 .2" if format == "yolo" else "Car 0 0 0 1 1 9 9 1 1 1 1 1 1 1"
+        root = make_yolo({f"images/{stem}.jpg": row for stem in stems})
+    else:
+        root = tmp_path
+        for stem in stems:
+            write_image(root / f"{stem}.jpg")
+            (root / f"{stem}.json").write_text(json.dumps({"imagePath": f"{stem}.jpg", "shapes": []}))
+    assert detect_format(root) == format
+    monkeypatch.setattr(image_files, "_LABELS_A_STEP", 2)
+    with image_files.reading_shown(None, lambda done, total: seen.append((done, total))):
+        load_annotations(root, available_splits(root)[0])
+    assert seen == [(2, 5), (4, 5)]
+
+
 # ---- images that are not there ---------------------------------------------------------------------------------------
 
 

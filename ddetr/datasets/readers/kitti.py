@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import folders_in, listed_lines
+from ddetr.datasets.image_files import counted, folders_in, listed_lines
 from ddetr.datasets.readers.label_folders import (
     ImagesBeside,
     Source,
@@ -114,7 +114,7 @@ def _label_files(source: Source, log: FindingLog) -> list[Path]:
 
 def _images(root: Path, files: Sequence[Path], beside: ImagesBeside, log: FindingLog) -> Iterator[LabelledImage]:
     num_regions = 0
-    for file in files:
+    for file in counted(files):
         where = str(file.relative_to(root))
         path = beside.find_own(file)
         if path is None:

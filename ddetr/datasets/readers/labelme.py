@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import folders_in
+from ddetr.datasets.image_files import counted, folders_in
 from ddetr.datasets.readers.json_files import json_text
 from ddetr.datasets.readers.label_folders import (
     ImagesBeside,
@@ -79,7 +79,7 @@ def read_labelme(wanted: Wanted) -> Annotations:
 
     def read(folders: Sequence[Path], log: FindingLog) -> list[LabelledImage]:
         contents = {}
-        for file in (file for folder in folders for file in label_files(folder, ".json")):
+        for file in counted([file for folder in folders for file in label_files(folder, ".json")]):
             content = _load(file, str(file.relative_to(wanted.path)), log)
             if content is not None:
                 contents[file] = content

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import ImageFolders, folders_in, listed_lines
+from ddetr.datasets.image_files import ImageFolders, counted, folders_in, listed_lines
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.file_names import last_parts
 from ddetr.datasets.readers.label_folders import (
@@ -250,7 +250,7 @@ def read_voc(wanted: Wanted) -> Annotations:
 
     def read(sources: Sequence[Source], log: FindingLog) -> list[LabelledImage]:
         files = [f for s in sources for f in (_xml_files(s.folder) if s.listing is None else _listed_files(s, log))]
-        trees = {file: tree for file in files if (tree := _parse(file, root, log)) is not None}
+        trees = {file: tree for file in counted(files) if (tree := _parse(file, root, log)) is not None}
         images = without_shared(_images(root, trees, beside, log), log)
         report_images(log, wanted, beside, list(trees), images, known)
         return images

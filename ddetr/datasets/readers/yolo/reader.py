@@ -23,7 +23,7 @@ from ddetr.datasets.annotations import (
     unlike_training,
     whole,
 )
-from ddetr.datasets.image_files import IMAGES_OPTION, listed_lines, visible
+from ddetr.datasets.image_files import IMAGES_OPTION, counted, listed_lines, visible
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
 from ddetr.datasets.readers.yolo.labels import LabelFiles
 from ddetr.datasets.readers.yolo.layout import description, image_paths, names_file, not_named, yolo_file, yolo_splits
@@ -61,7 +61,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
     reader = RowReader(log, _keypoint_numbers(content, file), polygons, _ids_of_names(named))
     labels = LabelFiles()
     rows = []
-    for image in images:
+    for image in counted(images):
         label = labels.find(image)
         lines = _read_lines(label, log) if label is not None else []
         rows.append(reader.read(lines, _shown(label or image, root)))
