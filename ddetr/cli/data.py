@@ -1,19 +1,14 @@
 """The commands `ddetr data ...`."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ddetr import console
 from ddetr.cli.parser import Parser
 from ddetr.errors import InputError
 from ddetr.files import existing
-
-if TYPE_CHECKING:
-    from ddetr.datasets.annotations import Finding
 
 
 def audit_command(parser: Parser) -> Callable[[Any], None]:
@@ -35,6 +30,7 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
 
     def run(settings: Any) -> None:
         from ddetr.datasets import audit
+        from ddetr.datasets.audit import things
         from ddetr.datasets.image_files import reading_on_screen
         from ddetr.datasets.splits import load_splits
         from ddetr.files import make_folder, write_text
@@ -51,7 +47,7 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
             file = Path(output)
             write_text(make_folder(file.parent, "--output") / file.name, json.dumps(report.to_dict(), indent=1) + "\n")
         if report.refused:
-            raise InputError(f"{_things(report.refused)} must be repaired before training, see the table above")
+            raise InputError(f"{things(report.refused)} must be repaired before training, see the table above")
 
     return run
 
@@ -114,7 +110,7 @@ def convert_command(parser: Parser) -> Callable[[Any], None]:
 
     def run(settings: Any) -> None:
         from ddetr.datasets import audit
-        from ddetr.datasets.audit import render_findings
+        from ddetr.datasets.audit import render_findings, things
         from ddetr.datasets.convert import convert, read_source
         from ddetr.datasets.image_files import reading_on_screen
 
@@ -130,7 +126,7 @@ def convert_command(parser: Parser) -> Callable[[Any], None]:
             console.show(render_findings(others))
         actions = ("refused", "repaired", "dropped") if data.strict else ("refused",)
         if refused := [*report.refused, *(finding for finding in others if finding.action in actions)]:
-            raise InputError(f"{_things(refused)} must be repaired first, see the table above; nothing was written")
+            raise InputError(f"{things(refused)} must be repaired first, see the table above; nothing was written")
         with console.progress("write") as update:
             done = convert(source, output, to, images=images, progress=update)
         for name, count in done.num_images.items():
@@ -140,9 +136,3 @@ def convert_command(parser: Parser) -> Callable[[Any], None]:
             console.show(f"changed      {note}")
 
     return run
-
-
-def _things(findings: Sequence[Finding]) -> str:
-    """How many there are, as the last line of the findings' table counts them."""
-    number = sum(finding.count for finding in findings)
-    return "1 thing" if number == 1 else f"{number:,} things"

@@ -23,10 +23,9 @@ from ddetr.datasets.annotations import (
     Category,
     Finding,
     FindingLog,
-    ImageRecord,
     ImageTable,
 )
-from ddetr.datasets.decoding import most_unreadable, spread, undecodable
+from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ class AuditReport:
     def _verdict(self) -> str:
         if self.refused:
             strictly = " (--strict counts repairs and drops)" if self.strict else ""
-            return f"Refused: {_plural(sum(f.count for f in self.refused), 'thing')} must be put right first{strictly}."
+            return f"Refused: {things(self.refused)} must be put right first{strictly}."
         doubtful = [f" {finding.message}" for finding in self.findings if finding.kind in _DOUBTFUL]
         if self.val is None:
             start = "with a validation split: --data.val_fraction 0.1 holds a tenth of the images back."
@@ -247,7 +246,7 @@ def audit(
     if val is not None:
         _report_duplicates(*scans, log)
     if decode:
-        _report_undecodable(splits, decode, on_bad_image, log, progress)
+        _report_decoded(splits, decode, on_bad_image, log, progress)
     own = [finding for split in splits for finding in split.findings]
     return AuditReport(
         train=summaries[0],
@@ -441,10 +440,10 @@ def _hash(path: Path, whole: bool) -> bytes:
     return digest.digest()
 
 
-def _report_undecodable(
+def _report_decoded(
     splits: Sequence[Annotations], decode: Decode, on_bad_image: str, log: FindingLog, progress: Progress | None
 ) -> None:
-    """Decodes images of the splits, training first, and says which can't be, and how many were not tried."""
+    """Decodes images of the splits, and says which can't be or are nearly black, and how many were not tried."""
     most, seconds = (None, None) if decode is True else _DECODED[decode]
     deadline = None if seconds is None else time.monotonic() + seconds
     wanted = [split if decode != "val" or place else None for place, split in enumerate(splits)]
@@ -459,37 +458,49 @@ def _report_undecodable(
             if progress is not None:
                 progress(before + count, total)
 
-        problems, num_decoded = undecodable(split.images, indices, deadline=deadline, progress=done)
+        found = decode_all(split.images, indices, deadline=deadline, progress=done)
         before += len(indices)
-        _report_problems(split, problems, num_decoded, place == 0, decode is True or on_bad_image == "raise", log)
-        if num_decoded < len(split.images):
+        _report_problems(split, found, place == 0, decode is True or on_bad_image == "raise", log)
+        _report_dark(found, log)
+        if found.num_images < len(split.images):
             which = "training" if place == 0 else "validation"
             message = (
-                f"Decoded {num_decoded:,} of {len(split.images):,} {which} images, spread evenly; `ddetr data audit "
-                "--decode true` decodes all."
+                f"Decoded {found.num_images:,} of {len(split.images):,} {which} images, spread evenly; `ddetr data "
+                "audit --decode true` decodes all."
             )
-            log.add("not-decoded", "note", split.name, message, count=len(split.images) - num_decoded)
+            log.add("not-decoded", "note", split.name, message, count=len(split.images) - found.num_images)
 
 
-def _report_problems(
-    split: Annotations,
-    problems: Sequence[tuple[ImageRecord, str]],
-    num_decoded: int,
-    is_train: bool,
-    refuse: bool,
-    log: FindingLog,
-) -> None:
+def _report_dark(found: Decoded, log: FindingLog) -> None:
+    """Says how many images are nearly black. They are not made brighter one by one: each would change by its own
+    content, and a model could not tell a bright scene from a dark one."""
+    if found.dark:
+        message = (
+            f"{len(found.dark):,} of {found.num_images:,} decoded images are nearly black: no value is above {DARKEST} "
+            "of 255. Pixels of 10 or 12 bits in files of 16 look so: multiply them by 64 or 16, in the files to be "
+            "predicted too (`mogrify -evaluate multiply 16 *.png`, of ImageMagick)."
+        )
+        log.add("dark-images", "note", str(found.dark[0].path), message, count=len(found.dark))
+
+
+def _report_problems(split: Annotations, found: Decoded, is_train: bool, refuse: bool, log: FindingLog) -> None:
     """Says of each image that can't be decoded what training does about it."""
+    problems = found.problems
     if is_train:
         too_many = len(problems) > most_unreadable(len(split.images))
         action, fate = "note", "Training lets another image stand in for it; restore it."
     else:
-        too_many = len(problems) == num_decoded
+        too_many = len(problems) == found.num_images
         action, fate = "dropped", "It is left out of validation; restore it."
     if refuse or too_many:
         action, fate = "refused", "Restore it or remove its entry."
     for record, problem in problems:
         log.add("unreadable-image", action, str(record.path), f"{problem.rstrip('.')}. {fate}")
+
+
+def things(findings: Sequence[Finding]) -> str:
+    """ "1 thing" or "1,234 things": what the findings stand for, as the table counts it."""
+    return _plural(sum(finding.count for finding in findings), "thing")
 
 
 def _plural(count: int, noun: str) -> str:

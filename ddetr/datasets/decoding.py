@@ -1,10 +1,12 @@
-"""Which images of a data set can't be decoded: of all of them, or of as many as some time allows."""
+"""What decoding the images of a data set shows, of all or of as many as some time allows: which can't be decoded, and
+which are nearly black."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,19 +17,31 @@ from ddetr.runtime.limits import available_cores
 
 MOST_UNREADABLE = 0.01  # of the training images (but always one): above it training would be on another data set
 _A_TASK = 64  # images
+DARKEST = 255 // 8  # the brightest value of an image that is nearly black
 _MOST_THREADS = 32  # each holds an image twice: beyond, large ones would fill the memory
 _GOLDEN = 0.6180339887498949
 
 
-def undecodable(
+class Decoded(NamedTuple):
+    """What was found."""
+
+    problems: list[tuple[ImageRecord, str]]
+    """Images that can't be decoded, and why, in the order in which they were tried."""
+    num_images: int
+    """How many were tried."""
+    dark: list[ImageRecord]
+    """Images without a value above `DARKEST`: 12 bits in files of 16 come out so."""
+
+
+def decode_all(
     images: Sequence[ImageRecord],
     chosen: Sequence[int],
     *,
     deadline: float | None = None,
     progress: Callable[[int], None] | None = None,
-) -> tuple[list[tuple[ImageRecord, str]], int]:
-    """Reads the chosen images as training does, on all cores: (those that can't be read with the reason, in the order
-    of `chosen`; how many were looked at). Decoding releases the interpreter's lock, so threads are enough.
+) -> Decoded:
+    """Reads the chosen images as training does, on all cores. Decoding releases the interpreter's lock, so threads are
+    enough.
 
     Args:
         images: of a split.
@@ -36,27 +50,31 @@ def undecodable(
         progress: called with the number of images done.
     """
 
-    def check(task: Sequence[int]) -> tuple[list[tuple[ImageRecord, str]], int]:
-        problems = []
+    def check(task: Sequence[int]) -> Decoded:
+        problems, dark = [], []
         for number, index in enumerate(task):
             if deadline is not None and time.monotonic() > deadline:
-                return problems, number
+                return Decoded(problems, number, dark)
             record = images[index]
             try:
-                read_image(record.path, record.size_hw)
+                pixels = read_image(record.path, record.size_hw)
             except InputError as error:
                 problems.append((record, str(error)))
-        return problems, len(task)
+                continue
+            if pixels.permute(1, 2, 0).numpy().max(initial=0) <= DARKEST:  # as it lies in memory: ten times as fast
+                dark.append(record)
+        return Decoded(problems, len(task), dark)
 
     tasks = [chosen[i : i + _A_TASK] for i in range(0, len(chosen), _A_TASK)]
-    problems, done = [], 0
+    problems, done, dark = [], 0, []
     with ThreadPoolExecutor(min(_MOST_THREADS, available_cores())) as pool:
-        for found, count in pool.map(check, tasks):
-            problems += found
-            done += count
+        for found in pool.map(check, tasks):
+            problems += found.problems
+            dark += found.dark
+            done += found.num_images
             if progress is not None:
                 progress(done)
-    return problems, done
+    return Decoded(problems, done, dark)
 
 
 def spread(total: int, most: int | None) -> list[int]:

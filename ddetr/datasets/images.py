@@ -7,6 +7,7 @@
 | palette                    | its colours                                                                             |
 | RGBA, transparency         | laid over white, as browsers and labelling tools show it; hidden colours stay hidden    |
 | 16-bit greyscale           | divided by 257, so that 65,535 is 255; never stretched by the content of a single image |
+| TIFF that states 12 bits   | the same by what it states: 4,095 is 255                                                |
 | CMYK                       | converted to RGB by Pillow                                                              |
 | several frames             | the first                                                                               |
 | EPS, PSD, FITS and others  | refused: no photographs, and for EPS Pillow would run a program                         |
@@ -30,7 +31,7 @@ from os import PathLike
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from ddetr.datasets.image_formats import suffix_of, unread_suffixes
@@ -175,7 +176,9 @@ def _pillow_to_rgb(image: Image.Image) -> Image.Image:
         if image.mode == "F" or (image.mode == "I" and pixels.max(initial=0) > 65535):
             kind = "float" if image.mode == "F" else "32-bit"
             raise ValueError(f"it has {kind} pixels, whose scale is unknown; convert it to 8 or 16 bits.")
-        image = Image.fromarray((pixels.clip(0) // 257).astype(np.uint8))
+        bits = getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (16,))
+        most = 4095 if bits == (12,) else 65535
+        image = Image.fromarray((pixels.clip(0, most).astype(np.uint32) * 255 // most).astype(np.uint8))
     elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -4,12 +4,16 @@ import importlib
 import io
 import json
 import shutil
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from dataset_parts import coco_object
+from PIL import Image
 from rich.console import Console
 
-from ddetr.datasets import audit, load_annotations
+from ddetr.datasets import Finding, audit, load_annotations
+from ddetr.datasets.audit import counted
 from ddetr.datasets.decoding import spread
 
 audit_module = importlib.import_module("ddetr.datasets.audit")  # the function of its name stands in its place
@@ -302,3 +306,26 @@ def test_strips_and_specks_are_notes(make_yolo, write_image):
     assert "2400 x 2 pixels, a strip" in found["thin-image"].message
     assert found["tiny-image"].where.endswith("speck.png")
     assert len(audit(load_annotations(root, "train")).refused) == 0
+
+
+def test_images_that_are_nearly_black_are_named(make_coco):
+    """12 bits in files of 16; at training and prediction alike nothing is stretched by the content of one image."""
+    root = make_coco(num_images=3)
+    for name in ("1.jpg", "3.jpg"):
+        pixels = np.random.default_rng(0).integers(0, 4096, (48, 64)).astype(np.uint16)
+        Image.fromarray(pixels).save(root / "train" / name, format="PNG")
+    train = load_annotations(root, "train")
+    [finding] = [finding for finding in audit(train, decode=True).findings if finding.kind == "dark-images"]
+    assert (finding.action, finding.count) == ("note", 2)
+    assert finding.where == str(root / "train" / "1.jpg")
+    assert "2 of 3 decoded images are nearly black" in finding.message
+    assert "multiply them by 64 or 16" in finding.message
+
+
+def test_things_are_counted_as_the_table_counts_them():
+    one = Finding("a", "refused", "x", "It is.")
+    assert [counted(findings) for findings in ([], [one], [one, replace(one, count=1233)])] == [
+        "0 things",
+        "1 thing",
+        "1,234 things",
+    ]

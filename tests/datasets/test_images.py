@@ -1,3 +1,4 @@
+import struct
 from types import SimpleNamespace
 
 import numpy as np
@@ -93,6 +94,17 @@ def test_transparency_is_laid_over_white(tmp_path):
 def test_sixteen_bits_are_divided_by_257(tmp_path, suffix):
     Image.fromarray(np.array([[0, 257, 32896, 65535]], dtype=np.uint16)).save(tmp_path / f"deep.{suffix}")
     assert as_array(read_image(tmp_path / f"deep.{suffix}"))[0, :, 1].tolist() == [0, 1, 128, 255]
+
+
+def test_twelve_bits_are_divided_where_the_file_states_them(tmp_path):
+    values = [0, 17, 2048, 4095]
+    packed = sum(value << 12 * (3 - i) for i, value in enumerate(values)).to_bytes(6, "big")
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    ifd = struct.pack("<H", len(tags)) + entries + bytes(4)
+    (tmp_path / "deep.tif").write_bytes(b"II*\0" + struct.pack("<I", 14) + packed + ifd)
+    for pixels in (read_image(tmp_path / "deep.tif"), rgb_from_pillow(Image.open(tmp_path / "deep.tif"))):
+        assert as_array(pixels)[0, :, 1].tolist() == [0, 1, 127, 255]
 
 
 def test_float_and_32_bit_pixels_are_refused(tmp_path):
