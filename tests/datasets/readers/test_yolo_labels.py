@@ -272,9 +272,49 @@ def test_label_files_of_another_format_stop(make_yolo):
 def test_corners_in_place_of_centres(make_yolo):
     rows = ["0 0.1 0.1 0.3 0.3", "0 0.5 0.5 0.9 0.9", "1 0.6 0.1 0.9 0.5", "1 0.2 0.6 0.95 0.99"]
     _, annotations = boxes_of(make_yolo, rows)
-    assert [action for action, _, _ in said(annotations, "corners-not-centres")] == ["refused"]
+    assert [action for action, _, _ in said(annotations, "boxes-look-like-xyxy")] == ["refused"]
     _, annotations = boxes_of(make_yolo, [*rows, "0 0.5 0.5 0.2 0.2"])
-    assert said(annotations, "corners-not-centres") == []
+    assert said(annotations, "boxes-look-like-xyxy") == []
+
+
+def test_a_corner_and_a_size_in_place_of_a_centre(make_yolo, tmp_path):
+    """Only boxes near the left and the upper edge reach out when their corner is taken for their centre."""
+    grid = [f"0 {0.02 + x / 10} {0.01 + y / 5} 0.1 0.19" for x in range(9) for y in range(5)]
+    _, annotations = boxes_of(make_yolo, grid)
+    ((action, _, message),) = said(annotations, "boxes-look-like-xywh")
+    assert action == "refused"
+    assert "--data.boxes xywh-relative; if they are right as they are, by --data.boxes cxcywh-relative." in message
+    root = make_yolo({"images/train/a.jpg": "0 .25 .25 .5 .5"}, tmp_path / "one", YAML)
+    for form, box in (("xywh", [16, 12, 48, 36]), ("xyxy", [16, 12, 32, 24]), ("cxcywh", [0, 0, 32, 24])):
+        (record,) = load_annotations(root, "train", boxes=f"{form}-relative").images
+        assert record.boxes_xyxy.tolist() == [box]
+
+
+def test_a_confidence_before_the_box(make_yolo):
+    rows = [f"0 0.9{i} 0.2 0.{i + 3} 0.2 0.{i + 1}" for i in range(5)]
+    _, annotations = boxes_of(make_yolo, rows)
+    assert [action for action, _, _ in said(annotations, "confidence-first")] == ["refused"]
+    _, annotations = boxes_of(make_yolo, [f"0 0.{i + 3} 0.2 0.2 0.1 0.9{i}" for i in range(5)])
+    assert annotations.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("behind", "stops"),
+    [
+        ([0.3, 1.2, 0.7, 1.5], True),  # radians
+        ([-0.4, 0.2, 0.1, 0.3], True),
+        ([90, 90, 0, 45], True),  # degrees
+        ([45.5, 12, 3, 4], True),
+        ([0.9, 0.25, 1, 0], False),
+        ([0.9, 0.25, 1, 7], False),
+    ],
+)
+def test_angles_behind_boxes(make_yolo, behind, stops):
+    rows = [f"0 0.{i + 3} 0.5 0.2 0.1 {number}" for i, number in enumerate(behind)]
+    _, annotations = boxes_of(make_yolo, rows)
+    assert [action for action, _, _ in said(annotations, "angles-behind-boxes")] == ["refused"] * stops
+    root = make_yolo({"images/train/a.jpg": "\n".join(rows)}, data_yaml=YAML)
+    assert load_annotations(root, "train", boxes="cxcywh-relative").findings == ()
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------

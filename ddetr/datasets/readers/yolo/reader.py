@@ -21,6 +21,7 @@ from ddetr.datasets.annotations import (
     unlike_training,
     whole,
 )
+from ddetr.datasets.box_form import is_relative
 from ddetr.datasets.image_files import IMAGES_OPTION, listed_lines, visible
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
 from ddetr.datasets.readers.yolo.labels import LabelFiles
@@ -54,7 +55,13 @@ def read_yolo(wanted: Wanted) -> Annotations:
         looked = ", ".join(str(source) for source in splits[split].sources)
         log.add("no-images", "refused", looked, "There is no image in it; correct the split's path.")
 
-    reader = RowReader(log, _keypoint_numbers(content, file), polygons=content.get("task") in ("segment", "obb"))
+    if wanted.boxes != "auto" and not is_relative(wanted.boxes):
+        raise InputError(
+            f"--data.boxes (boxes) is for formats in pixels without -relative, got {wanted.boxes}: YOLO's boxes are "
+            f"fractions of the image, read by --data.boxes {wanted.boxes}-relative"
+        )
+    polygons = content.get("task") in ("segment", "obb")
+    reader = RowReader(log, _keypoint_numbers(content, file), polygons, wanted.boxes)
     labels = LabelFiles()
     rows = []
     for image in images:
@@ -62,7 +69,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
         lines = _read_lines(label, log) if label is not None else []
         rows.append(reader.read(lines, _shown(label or image, root)))
     labels.report([source for source in splits[split].sources if source.is_dir()], log)
-    keypoints = reader.settle(root)
+    keypoints = reader.settle(root, rows)
     own = _names(root, file, content, log) or _numbered(reader.ids, root, log)
     _check_names(own, reader.ids, str(file or root), log)
 
@@ -83,7 +90,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
     num_of_id = Counter(class_id for image in found for class_id in image.classes)
     unnamed = {class_id: count for class_id, count in num_of_id.items() if class_id not in name_of_id}
     check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
-    table = table_of(found, label_of_id, log, said_of, wanted.boxes)
+    table = table_of(found, label_of_id, log, said_of)
     return whole(f"{root.name}/{split}", "yolo", categories, table, log)
 
 
