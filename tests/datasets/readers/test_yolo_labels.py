@@ -1,5 +1,7 @@
 """YOLO's label files: which belongs to which image, what their lines say, what the classes are called."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -417,3 +419,31 @@ def test_names_in_another_encoding_are_mentioned(make_yolo, kinds):
     root = make_yolo({"images/a.jpg": ROW}, data_yaml="")
     (root / "data.yaml").write_bytes("train: images\nnames: [猫, 狗]\n".encode("gbk"))
     assert kinds(load_annotations(root, "train")) == {"names-not-utf8": "note"}
+
+
+@pytest.mark.parametrize("place", ["classes.txt", "labels/classes.txt", "labels/train/classes.txt", "notes.json"])
+def test_lists_of_classes_in_another_order_stop(make_yolo, place):
+    root = make_yolo({"images/train/a.jpg": f"{ROW}\n1 .5 .5 .1 .1"}, data_yaml=f"train: images/train\n{NAMES}")
+    file = root / place
+    for names, stops in (("dog\ncat", True), ("Dog\nbird\ncat", True), ("cat\ndog", False), ("Katze\nHund", False)):
+        categories = [{"id": str(i), "name": name} for i, name in enumerate(names.split("\n"))]
+        file.write_text(json.dumps({"categories": categories}) if place.endswith(".json") else names)
+        found = said(load_annotations(root, "train"), "names-in-other-order")
+        assert [action for action, _, _ in found] == ["refused"] * stops
+    for broken in ("", "{", '{"categories": [1, {"id": 0}]}'):
+        file.write_text(broken)
+        assert said(load_annotations(root, "train"), "names-in-other-order") == []
+
+
+def test_each_folder_of_labels_has_its_own_list(make_yolo):
+    """As LabelImg leaves them; a split without one is named by another's."""
+    splits = ("train", "val", "test")
+    root = make_yolo({f"images/{split}/{split}.jpg": "0 .5 .5 .2 .2\n1 .5 .5 .4 .4" for split in splits})
+    (root / "labels/train/classes.txt").write_text("cat\ndog\n")
+    (root / "labels/val/classes.txt").write_text("dog\ncat\n")
+    train = load_annotations(root, "train")
+    assert [category.name for category in train.categories] == ["cat", "dog"]
+    for split, labels in (("train", [0, 1]), ("val", [1, 0]), ("test", [0, 1])):
+        annotations = load_annotations(root, split, categories=train.categories)
+        assert annotations.images[0].labels.tolist() == labels
+        assert annotations.findings == ()

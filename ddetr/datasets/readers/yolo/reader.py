@@ -9,6 +9,7 @@ oriented boxes) become the box around them.
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,16 @@ from ddetr.datasets.annotations import (
     whole,
 )
 from ddetr.datasets.box_form import is_relative
-from ddetr.datasets.image_files import IMAGES_OPTION, listed_lines, visible
+from ddetr.datasets.image_files import IMAGES_OPTION, visible
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
-from ddetr.datasets.readers.yolo.labels import LabelFiles
+from ddetr.datasets.readers.yolo.labels import LabelFiles, label_folders
 from ddetr.datasets.readers.yolo.layout import description, image_paths, yolo_file, yolo_splits
+from ddetr.datasets.readers.yolo.names import listed_classes, name_files, report_other_order
 from ddetr.datasets.readers.yolo.paths import Places, given
 from ddetr.datasets.readers.yolo.rows import RowReader, class_id_of
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_CLASSES, MAX_LABEL_BYTES, MAX_PATH, one_line, read_text
 
-_NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names", "classes.names", "images/classes.txt")
 _LIST_MARKS = " []\"'"
 
 
@@ -70,8 +71,12 @@ def read_yolo(wanted: Wanted) -> Annotations:
         rows.append(reader.read(lines, _shown(label or image, root)))
     labels.report([source for source in splits[split].sources if source.is_dir()], log)
     keypoints = reader.settle(root, rows)
-    own = _names(root, file, content, log) or _numbered(reader.ids, root, log)
+    others = (source for other in splits.values() for source in other.sources if source.is_dir())
+    lists = name_files(root, labels.folders) or name_files(root, chain.from_iterable(map(label_folders, others)))
+    own = _names(lists, file, content, log) or _numbered(reader.ids, root, log)
     _check_names(own, reader.ids, str(file or root), log)
+    if source := next(iter([file, *lists] if file else lists), None):
+        report_other_order(own, reader.ids, source, root, labels.folders, log)
 
     categories = tuple(own if wanted.categories is None else wanted.categories)
     label_of = match_categories(own, categories, log, str(root), by_id=False)
@@ -116,10 +121,10 @@ def _keypoint_numbers(content: dict[str, Any], file: Path | None) -> int | None:
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 
-def _names(root: Path, file: Path | None, content: dict[str, Any], log: FindingLog) -> list[Category]:
-    """The classes of the description, or of a `classes.txt`; [] where nothing names them."""
+def _names(lists: list[Path], file: Path | None, content: dict[str, Any], log: FindingLog) -> list[Category]:
+    """The classes of the description `file`, or of the first of `lists`; [] where nothing names them."""
     if file is None:
-        return next((_listed(root / name) for name in _NAME_FILES if (root / name).is_file()), [])
+        return listed_classes(lists[0]) if lists else []
     names = content.get("names")
     if isinstance(names, list) and names and all(isinstance(item, dict) and len(item) == 1 for item in names):
         names = {key: name for item in names for key, name in item.items()}  # `- 0: cat`
@@ -164,13 +169,8 @@ def _from_text(names: str, file: Path, content: dict[str, Any]) -> list[Category
             )
         listing = beside[0]
     if listing is not None and listing.is_file():
-        return _listed(listing)
+        return listed_classes(listing)
     return [Category(i, word) for i, word in enumerate(word for word in words if word)]
-
-
-def _listed(file: Path) -> list[Category]:
-    words = listed_lines(file)
-    return [Category(i, word.strip()) for i, word in enumerate(words) if word.strip()]
 
 
 def _counted(content: dict[str, Any], file: Path) -> list[Category]:
