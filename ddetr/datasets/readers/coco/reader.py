@@ -315,7 +315,9 @@ def _sizes(
     for i, header in zip(to_read.tolist(), headers, strict=True):
         if isinstance(header, InputError):
             kept[i] = False
-            log.add("unreadable-image", "dropped", f"{shown}, {names[i]}", f"{header} It was left out.")
+            log.add(
+                "unreadable-image", "dropped", f"{shown}, {names[i]}", f"{str(header).rstrip('.')}; it was left out."
+            )
         else:
             boxes = boxes_xyxy[boxes_in_order[ends[i - 1] if i else 0 : ends[i]]]
             declared_hw = None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1]))
