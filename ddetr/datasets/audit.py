@@ -26,6 +26,7 @@ from ddetr.datasets.annotations import (
     ImageTable,
 )
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
+from ddetr.datasets.image_files import copied_from
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
 
 if TYPE_CHECKING:
@@ -245,6 +246,7 @@ def audit(
     _report_classes(train, summaries, log)
     if val is not None:
         _report_duplicates(*scans, log)
+        _report_copies(*scans, log)
     if decode:
         _report_decoded(splits, decode, on_bad_image, log, progress)
     own = [finding for split in splits for finding in split.findings]
@@ -424,6 +426,22 @@ def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> None:
             "about new images. Validate on others, or hold some back with --data.val_fraction 0.1."
         )
         log.add("validation-is-training", "note", str(val.paths[0].parent), message, count=same_images)
+
+
+def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> None:
+    """Copies of one image, augmented before the splits were made, in training and validation: by their names."""
+    copies = [(path, source) for path in val.paths if (source := copied_from(path.name)) is not None]
+    if not copies:
+        return
+    of_training = {copied_from(path.name): path for path in train.paths}
+    pairs = [(path, of_training[source]) for path, source in copies if source in of_training]
+    if pairs:
+        message = (
+            f"{len(pairs):,} validation images look like copies of training images, such as "
+            f"{one_line(pairs[0][0].name)} of {one_line(pairs[0][1].name)}: augmented before they were parted, they "
+            "flatter the model. Part them anew (--data.val_fraction keeps copies together)."
+        )
+        log.add("copies-across-splits", "note", str(pairs[0][0].parent), message, count=len(pairs))
 
 
 def _hash(path: Path, whole: bool) -> bytes:

@@ -20,11 +20,14 @@ _MEANING = {
     "cxcywh": "a centre and a size (x, y, width, height)",
 }
 _RELATIVE = "-relative"
+_ONE = np.ones((1, 2))  # the size of an image whose boxes are fractions
 _SMALLEST_SIDE = 16  # of an image in which a box within the first pixel is told from fractions
 _MOSTLY = 0.5  # of the boxes: fewer than that in 0..1 are mistakes of their own
 # Boxes that don't fit into their images are mistakes of their own where they are fewer than this or a smaller share of
-# all. Corners read as sizes, or sizes as corners, break three of four; centres as corners only those near an edge.
-_FEW, _SHARE = {"xyxy": 2, "xywh": 2, "cxcywh": 5}, {"xyxy": 0.25, "xywh": 0.25, "cxcywh": 0.03}
+# all. Corners read as sizes, or sizes as corners, break three of four; centres as corners, and corners as centres, only
+# those near an edge.
+_FEW, _SHARE = 2, 0.25
+_FEW_OF_CENTRES, _SHARE_OF_CENTRES = 5, 0.03
 _CLEARER = 20  # times fewer of them don't fit when they are read by the right form
 # Fewer boxes than this, or a smaller share, are mistakes of their own, where no form is clearly better or units differ.
 _FEW_OF_ANY, _SHARE_OF_ANY = 5, 0.2
@@ -62,7 +65,7 @@ def numbers_of(boxes_xyxy: np.ndarray, form: BoxForm) -> np.ndarray:
 def read_as(boxes_xyxy: np.ndarray, own: BoxForm, wanted: BoxForm) -> np.ndarray:
     """(n, 4) corners, read as the format's `own` form, read as the `wanted` one: (n, 4) corners, in fractions where it
     is relative."""
-    if wanted == "auto" or wanted.removesuffix(_RELATIVE) == own.removesuffix(_RELATIVE):
+    if wanted == "auto" or _base(wanted) == _base(own):
         return boxes_xyxy
     return corners_of(numbers_of(boxes_xyxy, own), wanted)
 
@@ -176,6 +179,20 @@ def check_meaning(
             log.add("boxes-not-relative", "refused", where, message, count=int(beyond.sum()))
 
 
+def check_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, where: str) -> None:
+    """The same of (n, 4) corners in fractions, of a format that has fractions; own: its form, one that is relative."""
+    judged = np.isfinite(boxes_xyxy).all(axis=1) & (boxes_xyxy[:, 2:] != boxes_xyxy[:, :2]).any(axis=1)
+    boxes_xyxy = boxes_xyxy[judged]
+    bad = _misfits(boxes_xyxy, _ONE)
+    if not _report_other_form(boxes_xyxy, _ONE, bad, own, log, where):
+        _report_misfits(boxes_xyxy, _ONE, bad, own, log, where)
+
+
+def num_misfits(numbers: np.ndarray, form: BoxForm) -> int:
+    """How many of (n, 4) boxes as written, in fractions, don't fit into their images."""
+    return int(_misfits(corners_of(numbers, form), _ONE).sum())
+
+
 # Each of these says whether it has found what is the matter; bad: (n,) bool, the boxes that don't fit into their image.
 
 
@@ -198,7 +215,7 @@ def _report_fractions(
         return True
     if count > _MOSTLY * len(small):
         numbers = numbers_of(boxes_xyxy[small], own)
-        fitting, _ = _best_forms(numbers, np.ones((1, 2)), _from(own))
+        fitting, _ = _best_forms(numbers, _ONE, _from(own))
         message = (
             f"{_of(small)} lie in 0 to 1 where pixels are expected: they look like fractions of the image, "
             f"{_said(fitting)}. {_cure([form + _RELATIVE for form in fitting], own)}"
@@ -216,14 +233,14 @@ def _report_other_form(
 ) -> bool:
     """Whether boxes, of which those of `bad` don't fit into their images, do in another form."""
     count = int(bad.sum())
-    forms = [form for form in _MEANING if form != own and count >= max(_FEW[form], _SHARE[form] * len(bad))]
+    forms = [form for form in _from(own)[1:] if count >= _fewest(own, form, len(bad))]
     if not forms:
         return False
     fitting, misfits = _best_forms(numbers_of(boxes_xyxy, own), sizes_hw, forms)
     if misfits * _CLEARER > count:
         return False
-    message = f"{_of(bad)} don't fit into their images as {_MEANING[own]}, but do as {_said(fitting)}. "
-    log.add(f"boxes-look-like-{fitting[0]}", "refused", where, message + _cure(fitting, own), count=count)
+    message = f"{_of(bad)} don't fit into their images as {_said([own])}, but do as {_said(fitting)}. "
+    log.add(f"boxes-look-like-{_base(fitting[0])}", "refused", where, message + _cure(fitting, own), count=count)
     return True
 
 
@@ -245,8 +262,9 @@ def _report_misfits(
         log.add("boxes-look-exchanged", "refused", where, message, count=count)
     else:
         message = (
-            f"{_of(bad)} don't fit into their images by any form: are they in pixels of these images, as "
-            f"{_MEANING[own]}? Look at some before training."
+            f"{_of(bad)} don't fit into their images by any form: are they "
+            f"{'fractions' if is_relative(own) else 'in pixels'} of these images, as {_said([own])}? Look at some "
+            "before training."
         )
         log.add("boxes-reach-out", "note", where, message, count=count)
     return True
@@ -292,7 +310,7 @@ def _forms_in_scale(numbers: np.ndarray, scale: int, own: BoxForm) -> list[str]:
     """The forms by which all boxes lie in 0..scale and some come near its end in both directions."""
     if numbers.max() > 1.02 * scale or numbers.max() < _REACH * scale / 2:
         return []
-    forms, misfits = _best_forms(numbers / scale, np.ones((1, 2)), _from(own))
+    forms, misfits = _best_forms(numbers / scale, _ONE, _from(own))
     reach = corners_of(numbers, forms[0])[:, 2:].max(axis=0)
     return forms if misfits == 0 and (reach >= _REACH * scale).all() else []
 
@@ -329,12 +347,24 @@ def _of(mask: np.ndarray) -> str:
 
 
 def _from(own: BoxForm) -> list[str]:
-    """All forms, the format's own first."""
-    return list(dict.fromkeys([own, *_MEANING]))
+    """All forms of its unit, the format's own first."""
+    unit = _RELATIVE if is_relative(own) else ""
+    return list(dict.fromkeys([own, *(form + unit for form in _MEANING)]))
+
+
+def _fewest(own: str, form: str, total: int) -> float:
+    """Of `total` boxes so many don't fit at least, read as `own`, where they are of another form."""
+    if _base(form) == "cxcywh" or (_base(own), _base(form)) == ("cxcywh", "xywh"):
+        return max(_FEW_OF_CENTRES, _SHARE_OF_CENTRES * total)
+    return max(_FEW, _SHARE * total)
+
+
+def _base(form: str) -> str:
+    return form.removesuffix(_RELATIVE)
 
 
 def _said(forms: Sequence[str]) -> str:
-    return " or ".join(_MEANING[form] for form in forms)
+    return " or ".join(_MEANING[_base(form)] for form in forms)
 
 
 def _cure(forms: Sequence[str], own: str) -> str:

@@ -44,7 +44,8 @@ class DataSource:
     is refused: it looks like a wrong path, or a download that is not finished."""
     val_fraction: float | None = option(None, at_least=0.001, at_most=0.9)
     """Hold back this share of the training images for validation, for a data set without a validation split: 0.1 is
-    every tenth image. Which ones depends on their names and split_seed alone."""
+    every tenth image. Which ones depends on their names and split_seed alone. Copies that Roboflow made of one image
+    stay together."""
     group_pattern: str | None = None
     """With val_fraction: a regular expression for image paths. Images that agree in what it matches, or in its groups,
     stay on one side: "(.*)_[0-9]+" keeps the frames of a video together."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
@@ -66,6 +67,19 @@ _OTHERS = {
     _SLIDE: ".svs .ndpi .czi .mrxs .scn .nii .nrrd .mha .mhd",
     _FRAMES: ".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv",
 }
+
+
+START_BYTES = 64  # of a file, by which it is known
+_CONTENTS = (
+    (rb"$", "it is empty"),
+    (rb"version https://git-lfs", "it is a pointer of Git LFS: `git lfs pull` fetches the file itself"),
+    (rb"\s*<(!doctype|html|head|\?xml)", "it is a web page, as a download that failed leaves: fetch the image again"),
+    (rb"\s*[{\[]", "it is text, such as a download that failed leaves: fetch the image again"),
+    (rb"\0*$", "all its first bytes are zero, as a copy that was cut off leaves: copy it again"),
+    (rb"II[*+]\0|MM\0[*+]", "a TIFF of a kind that Pillow doesn't read, such as several bands: write it as 8-bit RGB"),
+)
+_BRANDS = ((rb"....ftyp(hei[cmsx]|hev[cmx]|mif1|msf1)", ".heic"), (rb"....ftypavi[fs]", ".avif"))
+_BRANDS += ((rb"\xff\x0a|\0\0\0\x0cJXL ", ".jxl"), (rb"%PDF", ".pdf"), (rb"8BPS", ".psd"))
 
 
 class Unread(NamedTuple):
@@ -127,6 +141,17 @@ def unread_suffixes() -> dict[str, tuple[bool, str]]:
         if plugin.format not in known_formats():
             found |= dict.fromkeys(_FORMATS[plugin.format], (True, f"{plugin.cure}, or {_CONVERT}"))
     return found
+
+
+def said_of_content(start: bytes) -> str:
+    """What a file that begins so is where it is no image that is read, and what to do about it; "" for what nobody
+    knows. start: its first `START_BYTES`, all where it has fewer."""
+    for pattern, said in _CONTENTS:
+        if re.match(pattern, start, re.IGNORECASE):
+            return said
+    kind = next((suffix for pattern, suffix in _BRANDS if re.match(pattern, start, re.DOTALL)), "")
+    _, cure = unread_suffixes().get(kind, (False, ""))
+    return f"it is what {kind} files are: {cure}" if cure else ""
 
 
 def is_unread_name(name: str) -> bool:

@@ -25,6 +25,8 @@ _EXIF_MARK = b"Exif\x00\x00"
 _NUMBERS = {3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's kinds of whole numbers; the standard says 3
 _STANDALONE_MARKERS = frozenset([0x01, *range(0xD0, 0xD9)])
 
+PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_WORDS = frozenset([b"tEXt", b"zTXt", b"iTXt", b"iCCP"])  # chunks that say something about the pixels
 _TAIL_BYTES = 1 << 16  # of a PNG, in which an orientation behind the pixels is looked for
 
 _TIFF_WIDTH, _TIFF_HEIGHT = ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
@@ -52,7 +54,7 @@ def read_header(file: BinaryIO) -> ImageHeader:
     try:
         if start[:3] == b"\xff\xd8\xff":
             return _read_jpeg(file)
-        if start == b"\x89PNG\r\n\x1a\n":
+        if start == PNG_START:
             return _read_png(file)
     except (struct.error, IndexError):
         raise ValueError("the file ends within its header") from None
@@ -62,6 +64,21 @@ def read_header(file: BinaryIO) -> ImageHeader:
 def open_image(file: BinaryIO | Path) -> Image.Image:
     """Pillow's image of a file, of the formats that photographs come in; the one place where ours are opened."""
     return Image.open(file, formats=known_formats())
+
+
+def png_without_words(data: bytes) -> bytes:
+    """A PNG without its texts and its colour profile, of which Pillow refuses those above a megabyte: they change no
+    pixel."""
+    parts, place = [data[: len(PNG_START)]], len(PNG_START)
+    for _ in range(MAX_IMAGE_SEGMENTS):
+        length, name = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
+        if not name:
+            break
+        end = place + 12 + length
+        if name not in _PNG_WORDS:
+            parts.append(data[place:end])
+        place = end
+    return b"".join(parts)
 
 
 def pillow_orientation(image: Image.Image) -> int:

@@ -34,8 +34,15 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from ddetr.datasets.image_formats import suffix_of, unread_suffixes
-from ddetr.datasets.image_header import ImageHeader, open_image, pillow_orientation, read_header
+from ddetr.datasets.image_formats import START_BYTES, said_of_content, suffix_of, unread_suffixes
+from ddetr.datasets.image_header import (
+    PNG_START,
+    ImageHeader,
+    open_image,
+    pillow_orientation,
+    png_without_words,
+    read_header,
+)
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_IMAGE_BYTES, open_file, read_bytes
 
@@ -53,11 +60,14 @@ _BACK = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the oth
 
 def image_header(path: str | PathLike) -> ImageHeader:
     """Size and orientation from the first bytes; `InputError` where there is no readable image."""
+    start = b""
     try:
         with open_file(path, MAX_IMAGE_BYTES) as file:
+            start = file.read(START_BYTES)
+            file.seek(0)
             return read_header(file)
     except _DECODE_ERRORS as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, error, start) from error
 
 
 def image_size_hw(path: str | PathLike) -> tuple[int, int]:
@@ -93,10 +103,20 @@ def decode_image(data: bytes, path: str | PathLike, size_hw: tuple[int, int] | N
             turn = None
         if header.is_usual_jpeg and (pixels := _decode_jpeg(data, header)) is not None:
             return pixels if turn is None else _to_tensor(Image.fromarray(pixels.permute(1, 2, 0).numpy()), turn)
+        return _decode_by_pillow(data, turn)
+    except _DECODE_ERRORS as error:
+        raise error if isinstance(error, InputError) else _unreadable(path, error, data[:START_BYTES]) from error
+
+
+def _decode_by_pillow(data: bytes, turn: Image.Transpose | None) -> Tensor:
+    try:
         with open_image(io.BytesIO(data)) as image:
             return _to_tensor(_pillow_to_rgb(image), turn)
-    except _DECODE_ERRORS as error:
-        raise error if isinstance(error, InputError) else _unreadable(path, error) from error
+    except ValueError:  # of a PNG with long texts
+        if not data.startswith(PNG_START):
+            raise
+    with open_image(io.BytesIO(png_without_words(data))) as image:
+        return _to_tensor(_pillow_to_rgb(image), turn)
 
 
 def _decode_jpeg(data: bytes, header: ImageHeader) -> Tensor | None:
@@ -159,12 +179,14 @@ def size_mismatch(path: str | PathLike, actual_hw: tuple[int, int], expected_hw:
 _DECODE_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
-def _unreadable(path: str | PathLike, error: Exception) -> InputError:
+def _unreadable(path: str | PathLike, error: Exception, start: bytes | None = None) -> InputError:
+    """start: the first bytes of the file, where they were read."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"there is no image {path}")
     if isinstance(error, Image.UnidentifiedImageError):
         _, cure = unread_suffixes().get(suffix_of(str(path)), (False, ""))
-        return InputError(f"{path} can't be read: it is no image of a known format{f' ({cure})' if cure else ''}")
+        said = cure or ("" if start is None else said_of_content(start))
+        return InputError(f"{path} can't be read: it is no image of a known format{f' ({said})' if said else ''}")
     said = getattr(error, "strerror", None) or str(error)  # of an OSError without number and name
     reason = (said.strip().splitlines() or [type(error).__name__])[0]
     return InputError(f"{path} can't be read: {reason}")

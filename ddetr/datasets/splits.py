@@ -12,6 +12,7 @@ import numpy as np
 
 from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
+from ddetr.datasets.image_files import copied_from
 from ddetr.datasets.load import (
     FORMATS,
     also_there,
@@ -31,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 HELD_BACK_FILE = "held_back.json"  # of a run folder: the names of the images that `hold_back` chose
 _FRAMES = re.compile(r"^(.*[^0-9].*?)[0-9]+\.\w+$", re.DOTALL)  # "videos/cam1_00017.jpg": "videos/cam1_"
-_FRAMES_A_VIDEO = 5
+_TILES = re.compile(r"^(.*?)(?:[-_ ]+[0-9]+){2,}\.\w+$", re.DOTALL)  # "tiles/field7_0_512_512_1024.png": "tiles/field7"
+_FRAMES_A_VIDEO, _TILES_AN_IMAGE = 5, 3
+_OF_FRAMES, _OF_TILES = "(.*[^0-9])[0-9]+[.]", "(.*?)(?:[-_ ]+[0-9]+)+[.]"  # group patterns
+_OF_ROBOFLOWS_FRAMES = "(.*[^0-9])[0-9]+_[a-z]+[.]rf[.]"
 
 
 def load_split(
@@ -242,6 +246,11 @@ def hold_back(
         chosen = _chosen(_groups(train, names, data), len(names), data)
     else:
         chosen = [i for i, name in enumerate(names) if name in held_back]
+        if not chosen:
+            raise InputError(
+                f"none of the images that the run holds back for validation is there any more "
+                f"({first_few(map(one_line, held_back), 3)}): restore them, or start a new run"
+            )
     if not chosen or len(chosen) == len(names):
         what = "no image" if not chosen else "all images"
         raise InputError(
@@ -253,6 +262,12 @@ def hold_back(
     is_val[chosen] = True
     if data.group_pattern is None:
         _say_where_frames_are_parted(names, is_val)
+    if held_back is None and abs(len(chosen) - len(names) * data.val_fraction) > max(1, len(chosen) / 2):
+        logger.warning(
+            "val_fraction: %d of %d images are held back, %.0f %% and not %.0f %%: some stay together, and no class "
+            "may lose its last one",
+            len(chosen), len(names), 100 * len(chosen) / len(names), 100 * data.val_fraction,
+        )  # fmt: skip
     in_val = ImageTable.from_records(train.images[i] for i in np.flatnonzero(is_val).tolist())
     in_train = ImageTable.from_records(train.images[i] for i in np.flatnonzero(~is_val).tolist())
     held = f"{train.name} ({data.val_fraction:g} of it)"
@@ -260,8 +275,8 @@ def hold_back(
 
 
 def _groups(train: Annotations, names: Sequence[str], data: DataSource) -> list[_Group]:
-    """In an order that depends on their names and the seed alone."""
-    keys = list(names)
+    """In an order that depends on their names and the seed alone. Copies of one image stay together."""
+    keys = [copied_from(name) or name for name in names]
     if data.group_pattern is not None:
         try:
             pattern = re.compile(data.group_pattern)
@@ -273,9 +288,20 @@ def _groups(train: Annotations, names: Sequence[str], data: DataSource) -> list[
         if not any(matches):
             raise InputError(f"--data.group_pattern: {data.group_pattern!r} matches no image, such as {names[0]}")
         keys = [
-            name if match is None else "\0".join(["", *(match.groups("") or [match[0]])])
-            for name, match in zip(names, matches, strict=True)
+            key if match is None else "\0".join(["", *(match.groups("") or [match[0]])])
+            for key, match in zip(keys, matches, strict=True)
         ]
+        others = [name for name, match in zip(names, matches, strict=True) if match is None]
+        if others:
+            logger.warning(
+                "group_pattern: %r matches %d of %d images; the others, such as %s, are held back one by one",
+                data.group_pattern, len(names) - len(others), len(names), one_line(others[0]),
+            )  # fmt: skip
+        if len(set(keys)) == len(names):
+            logger.warning(
+                "group_pattern: no two images agree in what %r matches, such as %s: it keeps none together",
+                data.group_pattern, one_line(names[0]),
+            )  # fmt: skip
     members: dict[str, list[int]] = {}
     for i, key in enumerate(keys):
         members.setdefault(key, []).append(i)
@@ -309,15 +335,26 @@ def _chosen(groups: Sequence[_Group], num_images: int, data: DataSource) -> list
 
 
 def _say_where_frames_are_parted(names: Sequence[str], is_val: np.ndarray) -> None:
-    """Frames of one video on both sides make validation flatter the model; names of such sets end in numbers."""
-    videos: dict[str, list[bool]] = {}
-    for name, held in zip(names, is_val.tolist(), strict=True):
-        if match := _FRAMES.match(name):
-            videos.setdefault(match[1], []).append(held)
-    parted = [video for video, held in videos.items() if any(held) and not all(held)]
-    if len(videos) > 1 and sum(map(len, videos.values())) >= max(len(names) / 2, _FRAMES_A_VIDEO * len(videos)):
-        logger.warning(
-            "the image names look like frames of %d videos (%s), and %d of them have frames in training and in "
-            'validation, which flatters the model: --data.group_pattern "(.*[^0-9])[0-9]+[.]" keeps each on one side',
-            len(videos), first_few(sorted(videos), 3), len(parted),
-        )  # fmt: skip
+    """Frames of one video, or tiles of one image, on both sides make validation flatter the model; names of such sets
+    end in numbers."""
+    sources = [copied_from(name) for name in names]
+    of_frames = _OF_ROBOFLOWS_FRAMES if any(sources) else _OF_FRAMES
+    plain = [source or name for source, name in zip(sources, names, strict=True)]
+    kinds = (
+        (_FRAMES, _FRAMES_A_VIDEO, "frames of %d videos", of_frames),
+        (_TILES, _TILES_AN_IMAGE, "tiles of %d images", _OF_TILES),
+    )
+    for pattern, least, what, cure in kinds:
+        families: dict[str, list[bool]] = {}
+        for name, held in zip(plain, is_val.tolist(), strict=True):
+            if match := pattern.match(name):
+                families.setdefault(match[1], []).append(held)
+        parted = [family for family, held in families.items() if any(held) and not all(held)]
+        are_many = sum(map(len, families.values())) >= max(len(names) / 2, least * len(families))
+        if len(families) > 1 and parted and are_many:
+            logger.warning(
+                f"the image names look like {what} (%s), and %d of them are in training and in validation, which "
+                'flatters the model: --data.group_pattern "%s" keeps each on one side',
+                len(families), first_few(sorted(families), 3), len(parted), cure,
+            )  # fmt: skip
+            return

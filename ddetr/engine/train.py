@@ -355,7 +355,9 @@ def _write_data(prepared: Prepared) -> None:
     data = prepared.config.data
     if data.val_fraction is not None:
         with prepared.run.going_on_without(HELD_BACK_FILE):
-            prepared.run.write_json(HELD_BACK_FILE, image_names(prepared.val_set, existing(data.path)))
+            before = read_held_back(prepared.run.path) or []  # one that is gone may come back, and is no training image
+            names = dict.fromkeys([*before, *image_names(prepared.val_set, existing(data.path))])
+            prepared.run.write_json(HELD_BACK_FILE, list(names))
 
 
 def _said_of_extension(config: TrainConfig) -> str:

@@ -1,4 +1,6 @@
+import io
 import struct
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -145,6 +147,42 @@ def test_what_is_no_image_says_so(tmp_path):
         image_size_hw(tmp_path / "absent.jpg")
     with pytest.raises(InputError, match="can't be read"):
         image_header(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", r"format \(it is empty\)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS: `git lfs pull`"),
+        (b"\n<!DOCTYPE html><html>404</html>", "a web page, as a download that failed leaves"),
+        (b'{"error": "rate limit"}', "it is text"),
+        (bytes(300), "first bytes are zero"),
+        (b"II*\0\x08" + bytes(9), "a TIFF of a kind that Pillow doesn't read"),
+        (b"%PDF-1.7", r"it is what \.pdf files are: convert them"),
+        (b"no idea", "format$"),
+    ],
+)
+def test_what_is_in_a_file_that_is_no_image(tmp_path, content, said):
+    (tmp_path / "a.jpg").write_bytes(content)
+    for read in (read_image, image_header):
+        with pytest.raises(InputError, match=f"it is no image of a known {said}" if "format" in said else said):
+            read(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize("words", [b"iTXt", b"zTXt", b"iCCP"])
+def test_long_texts_of_a_png_are_passed_over(tmp_path, words, is_last):
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    text = zlib.compress(bytes(2**21))
+    long = chunk(words, b"x\0\1\0\0\0" + text if words == b"iTXt" else b"x\0\0" + text)
+    file = io.BytesIO()
+    Image.fromarray(RAMP).save(file, "PNG")
+    data = file.getvalue()
+    place = len(data) - 12 if is_last else 33  # before the end, or behind the header
+    (tmp_path / "a.png").write_bytes(data[:place] + long + data[place:])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.png").permute(1, 2, 0).numpy(), RAMP)
 
 
 def test_size_is_found_behind_a_long_header(tmp_path):

@@ -99,6 +99,78 @@ def test_frames_of_a_video_stay_on_one_side(make_coco, write_image, caplog):
     assert not caplog.text
 
 
+@pytest.fixture
+def named(make_yolo, tmp_path):
+    """A flat YOLO set whose images are called so."""
+
+    def make(stems: list[str]) -> Path:
+        folder = tmp_path / f"set{len(list(tmp_path.iterdir()))}"
+        return make_yolo({f"images/{stem}.jpg": "0 .5 .5 .2 .2" for stem in stems}, folder)
+
+    return make
+
+
+ROBOFLOW = [f"IMG_{i}_{'png' if i % 2 else 'jpg'}.rf.{i:02d}{copy}{'0a1b2c3d' * 4}" for i in range(6) for copy in "abc"]
+
+
+def test_copies_that_roboflow_made_of_an_image_stay_together(named, caplog):
+    root = named(ROBOFLOW)
+    for seed in range(5):
+        train, val = load_splits(TrainingSource(str(root), val_fraction=0.34, split_seed=seed))
+        assert (len(train.images), len(val.images)) == (12, 6)
+        assert not {name[:5] for name in names(train, root)} & {name[:5] for name in names(val, root)}
+    assert caplog.text == ""
+
+
+def test_copies_of_an_image_in_training_and_validation_are_a_note(make_yolo):
+    splits = ("train", "train", "valid")
+    images = {f"{splits[i % 3]}/images/{stem}.jpg": "0 .5 .5 .2 .2" for i, stem in enumerate(ROBOFLOW)}
+    root = make_yolo({**images, "valid/images/other_jpg.rf.0123456789abcdef0123456789abcdef.jpg": None})
+    report = audit(*load_splits(TrainingSource(str(root))))
+    [finding] = [finding for finding in report.findings if finding.kind == "copies-across-splits"]
+    assert (finding.action, finding.count) == ("note", 6)
+    assert not report.refused
+
+
+@pytest.mark.parametrize(
+    ("stems", "said", "start"),
+    [
+        ([f"field{i}_{x}_{y}_{x + 9}_{y + 9}" for i in range(5) for x in (0, 9) for y in (0, 9)], "tiles of 5", 6),
+        ([f"P{i}__0.5__{x}___{y}" for i in range(5) for x in (0, 9) for y in (0, 9)], "tiles of 5 images", 2),
+        ([f"v{i % 3}_mp4-{i}_jpg.rf.{i:02d}{'0a1b2c3d' * 4}" for i in range(30)], "frames of 3 videos", 2),
+    ],
+)
+def test_the_pattern_for_tiles_and_frames_is_named(named, caplog, stems, said, start):
+    root = named(stems)
+    load_splits(TrainingSource(str(root), val_fraction=0.3))
+    assert said in caplog.text
+    pattern = caplog.text.partition('--data.group_pattern "')[2].partition('"')[0]
+    caplog.clear()
+    train, val = load_splits(TrainingSource(str(root), val_fraction=0.3, group_pattern=pattern))
+    assert not {name[:start] for name in names(train, root)} & {name[:start] for name in names(val, root)}
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (".*", "no two images agree in what '.*' matches"),
+        ("(ab).", "'(ab).' matches 3 of 10 images; the others, such as images/c"),
+        ("/[ac]", "3 of 10 images are held back, 30 % and not 10 %"),
+    ],
+)
+def test_a_pattern_that_does_otherwise_than_meant_is_said(named, caplog, pattern, said):
+    root = named(["ab1", "ab2", "ab3", *(f"c{i}" for i in range(7))])
+    load_splits(TrainingSource(str(root), val_fraction=0.1, group_pattern=pattern))
+    assert said in caplog.text
+
+
+def test_held_back_images_that_are_gone(flat):
+    source = TrainingSource(str(flat), val_fraction=0.1)
+    with pytest.raises(InputError, match=r"none of the images that the run holds back .* \(train/99.jpg\): restore"):
+        load_splits(source, held_back=["train/99.jpg"])
+
+
 def test_a_video_that_is_larger_than_the_fraction_is_held_back_whole(make_coco, write_image):
     def rename(content):
         for i, entry in enumerate(content["images"]):

@@ -181,6 +181,13 @@ def test_images_that_a_run_holds_back_stay_held_back(
     assert "18 of the 20 images are none of those that the run of" in capsys.readouterr().out
     assert result.data_options == ["--data.val_fraction", "0.25"]
 
+    content["images"] = [entry for entry in content["images"] if entry["file_name"] != Path(held_back[0]).name]
+    file.write_text(json.dumps(content))
+    prepared = prepare(TrainConfig(**more))
+    assert image_names(prepared.val_set, data) == held_back[1:]
+    training._write_data(prepared)
+    assert json.loads((tmp_path / "run" / "held_back.json").read_text()) == held_back, "one that is gone may come back"
+
 
 # --- full disks
 

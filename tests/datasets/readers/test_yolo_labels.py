@@ -1,5 +1,7 @@
 """YOLO's label files: which belongs to which image, what their lines say, what the classes are called."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -318,9 +320,49 @@ def test_words_name_the_classes_where_nothing_else_does(make_yolo, write_image):
 def test_corners_in_place_of_centres(make_yolo):
     rows = ["0 0.1 0.1 0.3 0.3", "0 0.5 0.5 0.9 0.9", "1 0.6 0.1 0.9 0.5", "1 0.2 0.6 0.95 0.99"]
     _, annotations = boxes_of(make_yolo, rows)
-    assert [action for action, _, _ in said(annotations, "corners-not-centres")] == ["refused"]
+    assert [action for action, _, _ in said(annotations, "boxes-look-like-xyxy")] == ["refused"]
     _, annotations = boxes_of(make_yolo, [*rows, "0 0.5 0.5 0.2 0.2"])
-    assert said(annotations, "corners-not-centres") == []
+    assert said(annotations, "boxes-look-like-xyxy") == []
+
+
+def test_a_corner_and_a_size_in_place_of_a_centre(make_yolo, tmp_path):
+    """Only boxes near the left and the upper edge reach out when their corner is taken for their centre."""
+    grid = [f"0 {0.02 + x / 10} {0.01 + y / 5} 0.1 0.19" for x in range(9) for y in range(5)]
+    _, annotations = boxes_of(make_yolo, grid)
+    ((action, _, message),) = said(annotations, "boxes-look-like-xywh")
+    assert action == "refused"
+    assert "--data.boxes xywh-relative; if they are right as they are, by --data.boxes cxcywh-relative." in message
+    root = make_yolo({"images/train/a.jpg": "0 .25 .25 .5 .5"}, tmp_path / "one", YAML)
+    for form, box in (("xywh", [16, 12, 48, 36]), ("xyxy", [16, 12, 32, 24]), ("cxcywh", [0, 0, 32, 24])):
+        (record,) = load_annotations(root, "train", boxes=f"{form}-relative").images
+        assert record.boxes_xyxy.tolist() == [box]
+
+
+def test_a_confidence_before_the_box(make_yolo):
+    rows = [f"0 0.9{i} 0.2 0.{i + 3} 0.2 0.{i + 1}" for i in range(5)]
+    _, annotations = boxes_of(make_yolo, rows)
+    assert [action for action, _, _ in said(annotations, "confidence-first")] == ["refused"]
+    _, annotations = boxes_of(make_yolo, [f"0 0.{i + 3} 0.2 0.2 0.1 0.9{i}" for i in range(5)])
+    assert annotations.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("behind", "stops"),
+    [
+        ([0.3, 1.2, 0.7, 1.5], True),  # radians
+        ([-0.4, 0.2, 0.1, 0.3], True),
+        ([90, 90, 0, 45], True),  # degrees
+        ([45.5, 12, 3, 4], True),
+        ([0.9, 0.25, 1, 0], False),
+        ([0.9, 0.25, 1, 7], False),
+    ],
+)
+def test_angles_behind_boxes(make_yolo, behind, stops):
+    rows = [f"0 0.{i + 3} 0.5 0.2 0.1 {number}" for i, number in enumerate(behind)]
+    _, annotations = boxes_of(make_yolo, rows)
+    assert [action for action, _, _ in said(annotations, "angles-behind-boxes")] == ["refused"] * stops
+    root = make_yolo({"images/train/a.jpg": "\n".join(rows)}, data_yaml=YAML)
+    assert load_annotations(root, "train", boxes="cxcywh-relative").findings == ()
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------
@@ -423,3 +465,32 @@ def test_names_in_another_encoding_are_mentioned(make_yolo, kinds):
     root = make_yolo({"images/a.jpg": ROW}, data_yaml="")
     (root / "data.yaml").write_bytes("train: images\nnames: [猫, 狗]\n".encode("gbk"))
     assert kinds(load_annotations(root, "train")) == {"names-not-utf8": "note"}
+
+
+@pytest.mark.parametrize("place", ["classes.txt", "labels/classes.txt", "labels/train/classes.txt", "notes.json"])
+def test_lists_of_classes_in_another_order_stop(make_yolo, place):
+    root = make_yolo({"images/train/a.jpg": f"{ROW}\n1 .5 .5 .1 .1"}, data_yaml=f"train: images/train\n{NAMES}")
+    file = root / place
+    for names, stops in (("dog\ncat", True), ("Dog\nbird\ncat", True), ("cat\ndog", False), ("Katze\nHund", False)):
+        categories = [{"id": str(i), "name": name} for i, name in enumerate(names.split("\n"))]
+        file.write_text(json.dumps({"categories": categories}) if place.endswith(".json") else names)
+        found = said(load_annotations(root, "train"), "class-lists-differ")
+        assert [action for action, _, _ in found] == ["refused"] * stops
+    for broken in ("", "{", '{"categories": [1, {"id": 0}]}'):
+        file.write_text(broken)
+        assert said(load_annotations(root, "train"), "class-lists-differ") == []
+
+
+def test_each_folder_of_labels_has_its_own_list(make_yolo):
+    """As LabelImg leaves them; of a split without one they must agree."""
+    splits = ("train", "val", "test")
+    root = make_yolo({f"images/{split}/{split}.jpg": "0 .5 .5 .2 .2\n1 .5 .5 .4 .4" for split in splits})
+    (root / "labels/train/classes.txt").write_text("cat\ndog\n")
+    (root / "labels/val/classes.txt").write_text("dog\ncat\n")
+    train = load_annotations(root, "train")
+    assert [category.name for category in train.categories] == ["cat", "dog"]
+    for split, labels in (("train", [0, 1]), ("val", [1, 0])):
+        annotations = load_annotations(root, split, categories=train.categories)
+        assert annotations.images[0].labels.tolist() == labels
+        assert annotations.findings == ()
+    assert [action for action, _, _ in said(load_annotations(root, "test"), "class-lists-differ")] == ["refused"]

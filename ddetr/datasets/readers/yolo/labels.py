@@ -20,7 +20,7 @@ _NEAR = 1000  # folders in which lost label files are looked for
 _Folded = tuple[dict[str, str | None], list[tuple[Path, dict[str, str | None]]]]
 
 
-def _label_folders(folder: Path) -> list[Path]:
+def label_folders(folder: Path) -> list[Path]:
     """The folders that may hold the label files of a folder of images, the usual one first."""
     places = [usual_folder(folder)]
     for depth, part in ((1, folder.name), (2, folder.parent.name)):  # train_images -> train_labels
@@ -48,11 +48,16 @@ class LabelFiles:
         self._twice: dict[Path, list[tuple[Path, Path]]] = defaultdict(list)
         self._without: dict[Path, list[Path]] = defaultdict(list)  # folder of images -> those without
 
+    @property
+    def folders(self) -> list[Path]:
+        """Where label files were found."""
+        return sorted({place for used in self._used.values() for place in used})
+
     def find(self, image: Path) -> Path | None:
         """The label file of an image; None where it has none."""
         folder = image.parent
         if folder not in self._places:
-            self._places[folder] = _label_folders(folder)
+            self._places[folder] = label_folders(folder)
         names = (f"{image.stem}.txt", f"{image.name}.txt")
         found = [place / name for place in self._places[folder] for name in names if name in self._folders.names(place)]
         found = found or self._alike(image, names)

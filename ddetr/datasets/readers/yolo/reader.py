@@ -1,39 +1,42 @@
 """YOLO: one text file of `class x y w h` lines per image, `labels/` mirroring `images/`, classes in a `data.yaml`.
 
-layout.py finds the images, labels.py the label file of each, rows.py reads its lines; here they become a
-split, with the classes that the YAML, Darknet's `obj.names` or a `classes.txt` name. `category_id` is the id in the
-label files. An image without a label file is background, as YOLO defines it, and counted; polygons (segmentation,
-oriented boxes) become the box around them.
+layout.py finds the images, labels.py the label file of each, names.py the classes, rows.py reads the lines; here they
+become a split. `category_id` is the id in the label files. An image without a label file is background, as YOLO defines
+it, and counted; polygons (segmentation, oriented boxes) become the box around them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import (
     Annotations,
-    Category,
     FindingLog,
-    alike,
     match_categories,
     split_error,
     unlike_training,
     whole,
 )
-from ddetr.datasets.image_files import IMAGES_OPTION, counted, listed_lines, visible
+from ddetr.datasets.box_form import is_relative
+from ddetr.datasets.image_files import IMAGES_OPTION, counted
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
-from ddetr.datasets.readers.yolo.labels import LabelFiles
+from ddetr.datasets.readers.yolo.labels import LabelFiles, label_folders
 from ddetr.datasets.readers.yolo.layout import description, image_paths, names_file, not_named, yolo_file, yolo_splits
-from ddetr.datasets.readers.yolo.paths import Places, given
-from ddetr.datasets.readers.yolo.rows import Class, RowReader, class_id_of
+from ddetr.datasets.readers.yolo.names import (
+    check_names,
+    class_lists,
+    classes_of,
+    classes_of_rows,
+    ids_of_names,
+    report_other_lists,
+)
+from ddetr.datasets.readers.yolo.paths import given
+from ddetr.datasets.readers.yolo.rows import Class, RowReader
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_CLASSES, MAX_LABEL_BYTES, MAX_PATH, SHOWN_NAME, one_line, read_text, shortened
-
-_NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names", "classes.names", "images/classes.txt")
-_LIST_MARKS = " []\"'"
+from ddetr.untrusted import MAX_LABEL_BYTES, SHOWN_NAME, one_line, read_text, shortened
 
 
 def read_yolo(wanted: Wanted) -> Annotations:
@@ -56,19 +59,28 @@ def read_yolo(wanted: Wanted) -> Annotations:
         looked = ", ".join(str(source) for source in splits[split].sources)
         log.add("no-images", "refused", looked, "There is no image in it; correct the split's path.")
 
-    named = _names(root, file, content, log)
-    polygons = content.get("task") in ("segment", "obb")
-    reader = RowReader(log, _keypoint_numbers(content, file), polygons, _ids_of_names(named))
+    if wanted.boxes != "auto" and not is_relative(wanted.boxes):
+        raise InputError(
+            f"--data.boxes (boxes) is for formats in pixels without -relative, got {wanted.boxes}: YOLO's boxes are "
+            f"fractions of the image, read by --data.boxes {wanted.boxes}-relative"
+        )
     labels = LabelFiles()
+    files = [labels.find(image) for image in images]
+    labels.report([source for source in splits[split].sources if source.is_dir()], log)
+    others = (source for other in splits.values() for source in other.sources if source.is_dir())
+    lists = class_lists(root, labels.folders) or class_lists(root, chain.from_iterable(map(label_folders, others)))
+    named = classes_of(file, content, lists, log)
+
+    polygons = content.get("task") in ("segment", "obb")
+    reader = RowReader(log, _keypoint_numbers(content, file), polygons, ids_of_names(named), wanted.boxes)
     rows = []
-    for image in counted(images):
-        label = labels.find(image)
+    for image, label in counted(list(zip(images, files, strict=True))):
         lines = _read_lines(label, log) if label is not None else []
         rows.append(reader.read(lines, _shown(label or image, root)))
-    labels.report([source for source in splits[split].sources if source.is_dir()], log)
-    keypoints = reader.settle(root)
-    own = named or _of_rows(reader.ids, root, log)
-    _check_names(own, reader.ids, str(file or root), log)
+    keypoints = reader.settle(root, rows)
+    own = named or classes_of_rows(reader.ids, root, log)
+    check_names(own, reader.ids, str(file or root), log)
+    report_other_lists(own, reader.ids, file, lists, root, log)
 
     categories = tuple(own if wanted.categories is None else wanted.categories)
     label_of = match_categories(own, categories, log, str(root), by_id=False)
@@ -91,7 +103,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
     num_of_id = Counter(class_id for image in found for class_id in image.classes)
     unnamed = {class_id: count for class_id, count in num_of_id.items() if class_id not in name_of_id}
     check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
-    table = table_of(found, label_of_id, log, said_of, wanted.boxes)
+    table = table_of(found, label_of_id, log, said_of)
     return whole(f"{root.name}/{split}", "yolo", categories, table, log)
 
 
@@ -124,122 +136,6 @@ def _keypoint_numbers(content: dict[str, Any], file: Path | None) -> int | None:
     if isinstance(shape, list) and len(shape) == 2 and shape[1] in ("2", "3"):
         return int(shape[1])
     raise InputError(f"{file}: kpt_shape must be [number of keypoints, 2 or 3], got {one_line(shape)}")
-
-
-# ---- classes ---------------------------------------------------------------------------------------------------------
-
-
-def _names(root: Path, file: Path | None, content: dict[str, Any], log: FindingLog) -> list[Category]:
-    """The classes of the description, or of a `classes.txt`; [] where nothing names them."""
-    if file is None:
-        return next((_listed(root / name) for name in _NAME_FILES if (root / name).is_file()), [])
-    names = content.get("names")
-    if isinstance(names, list) and names and all(isinstance(item, dict) and len(item) == 1 for item in names):
-        names = {key: name for item in names for key, name in item.items()}  # `- 0: cat`
-    if isinstance(names, dict) and names:
-        categories = [Category(_key(key, names, file), _name(name, file)) for key, name in names.items()]
-        categories.sort(key=lambda category: category.category_id)
-    elif isinstance(names, list) and names:
-        categories = [Category(i, _name(name, file)) for i, name in enumerate(names)]
-    elif isinstance(names, str) and given(names):
-        categories = _from_text(names, file, content)
-    else:
-        return _counted(content, file)
-    count = class_id_of(str(content.get("nc", "")))
-    if count is not None and count != len(categories):
-        message = f"nc is {count}, but there are {len(categories)} names; the names were used."
-        log.add("nc-differs", "note", file.name, message)
-    return categories
-
-
-def _key(key: Any, names: dict[str, Any], file: Path) -> int:
-    class_id = class_id_of(key) if isinstance(key, str) else None
-    if class_id is None:
-        raise InputError(f"{file}: the keys of names must be class ids (0, 1, ...), found {one_line(list(names))}")
-    return class_id
-
-
-def _name(name: Any, file: Path) -> str:
-    if not isinstance(name, str):
-        raise InputError(f"{file}: a class name must be a word, found {one_line(name)}")
-    return name
-
-
-def _from_text(names: str, file: Path, content: dict[str, Any]) -> list[Category]:
-    """`names: data/obj.names`, a file of one name a line; or the names themselves, with commas or lines between."""
-    words = [word.strip(_LIST_MARKS) for word in names.replace(",", "\n").splitlines()]
-    listing = Places(file, content).find(names, 1) if len(words) == 1 and len(names) < MAX_PATH else None
-    if listing is None and file.suffix.lower() == ".data":
-        beside = visible(file.parent.glob("*.names"), file.parent)
-        if len(beside) != 1:
-            raise InputError(
-                f"{file} names {one_line(names)} as the list of classes, which is not there; correct the path"
-            )
-        listing = beside[0]
-    if listing is not None and listing.is_file():
-        return _listed(listing)
-    return [Category(i, word) for i, word in enumerate(word for word in words if word)]
-
-
-def _listed(file: Path) -> list[Category]:
-    words = listed_lines(file)
-    return [Category(i, word.strip()) for i, word in enumerate(words) if word.strip()]
-
-
-def _counted(content: dict[str, Any], file: Path) -> list[Category]:
-    """Classes without names, as many as `nc` says."""
-    if not given(content.get("nc")):
-        raise InputError(f"{file} has neither names (a list or a map) nor nc (a number of classes)")
-    count = class_id_of(str(content["nc"]))
-    if count is None or not 0 <= count <= MAX_CLASSES:
-        shown = one_line(content["nc"])
-        raise InputError(f"{file}: nc must be a number of classes, at most {MAX_CLASSES:,}, got {shown}")
-    return [Category(i, f"class_{i}") for i in range(count)]
-
-
-def _ids_of_names(named: Sequence[Category]) -> dict[str, int]:
-    """Class ids by the names of classes, as `alike` makes them; without those that two classes have."""
-    count = Counter(alike(category.name) for category in named)
-    return {key: category.category_id for category in named if count[key := alike(category.name)] == 1}
-
-
-def _of_rows(classes: Collection[Class], root: Path, log: FindingLog) -> list[Category]:
-    """The classes that the rows speak of, where no file names any: by the ids that are there, or by the words."""
-    ids = [class_id for class_id in classes if not isinstance(class_id, str)]
-    words = sorted(word for word in classes if isinstance(word, str))
-    if words and not ids:
-        message = "No file names the classes; the words that stand in the rows in place of ids are their names."
-        log.add("unnamed-classes", "note", str(root), message)
-        return [Category(i, word) for i, word in enumerate(words)]
-    most = max(ids, default=-1)
-    if most >= MAX_CLASSES:
-        message = f"No file names the classes, and a class id is above {MAX_CLASSES:,}; correct it, or add a data.yaml."
-        log.add("too-many-classes", "refused", str(root), message)
-        most = max((class_id for class_id in ids if class_id < MAX_CLASSES), default=-1)
-    if most >= 0:
-        message = (
-            "No file names the classes; they are called by their ids, class_0 and so on. Name them in a data.yaml."
-        )
-        log.add("unnamed-classes", "note", str(root), message)
-    return [Category(i, f"class_{i}") for i in range(most + 1)]
-
-
-def _check_names(own: list[Category], ids: Collection[Class], where: str, log: FindingLog) -> None:
-    """What the names and the ids in use say about each other."""
-    if any("\ufffd" in category.name for category in own):
-        message = "Class names hold characters that are not UTF-8; save the file as UTF-8."
-        log.add("names-not-utf8", "note", where, message)
-    if (
-        own
-        and [category.category_id for category in own] == list(range(len(own)))
-        and set(ids) == set(range(1, len(own) + 1))
-    ):
-        message = (
-            f"The class ids in the label files are 1 to {len(own)}, those of the names 0 to {len(own) - 1}: each name "
-            "would stand for its neighbour. Write the names with their ids (names: {1: ..., 2: ...}), or correct the "
-            "ids."
-        )
-        log.add("ids-from-one", "refused", where, message)
 
 
 def _shown(file: Path, root: Path) -> str:

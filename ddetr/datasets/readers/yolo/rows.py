@@ -3,8 +3,9 @@ box with keypoints.
 
 The class is an id, or one of the names, as some write it (`traffic light 0.5 0.5 0.2 0.2`).
 
-Some of it no single line tells: whether 14 numbers are seven corners or a box and five keypoints. All lines are read
-both ways, and what the whole data set looks like decides, or stops.
+Some of it no single line tells: whether 14 numbers are seven corners or a box and five keypoints, whether a sixth word
+is a confidence or an angle, whether x and y are the centre. All lines are read, and what the whole data set looks like
+decides, or stops.
 """
 
 from __future__ import annotations
@@ -17,11 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from ddetr.datasets.annotations import FindingLog, alike, report_crowd
+from ddetr.datasets.box_form import check_fractions, corners_of, num_misfits
+from ddetr.datasets.config import BoxForm
 from ddetr.untrusted import MAX_OBJECTS, one_line
 
 MAX_RELATIVE = 1.5  # beyond it a line holds pixels, not fractions; up to it a box just reaches out of the image
+OWN_FORM: BoxForm = "cxcywh-relative"
 _FEW = 3  # boxes say nothing of what all boxes are
 _MOST_WORDS = 16  # of a class name in a row
+_FEW_ODD = 0.05  # of the numbers behind boxes: fewer that are no confidences are mistakes of their own
+_CLEARER = 20  # times fewer boxes don't fit into their images when they are read by the right numbers
 _BOX, _POLYGON, _NEITHER, _TRIANGLE_OR_TRACK = range(4)
 Class = int | str  # the id in a row, or the words in its place that are none of the names
 
@@ -46,12 +52,13 @@ class RowReader:
     keypoint_numbers: int | None = None  # numbers of a keypoint, where the description says that there are keypoints
     polygons: bool = False  # the description says that long rows are polygons
     names: Mapping[str, int] = field(default_factory=dict)  # class names, `alike`, and their ids
+    form: BoxForm = "auto"  # what the four numbers of a box are, where somebody has said it
     num_in_pixels: int = 0
     malformed: str = ""  # the first line that is no object, and
     num_malformed: int = 0
     num_boxes: int = 0
-    num_ordered: int = 0  # boxes whose third and fourth number are above the first and second: corners, perhaps
-    num_reaching_out: int = 0  # boxes read as centre and size
+    fives: list[list[float]] = field(default_factory=list)  # the numbers of boxes that have one more behind them
+    odd: str = ""  # the first line of them whose fifth is no confidence
     num_long: int = 0  # rows of at least seven numbers and a class
     num_like_keypoints: int = 0
     num_tracks: int = 0
@@ -62,7 +69,7 @@ class RowReader:
     def read(self, lines: Sequence[str], where: str) -> Rows:
         """The objects of a label file; what is no object goes to the log."""
         rows = Rows(where, [], [], [], np.empty((0, 4)), np.empty((0, 4)))
-        boxes, polygons = [], []
+        fours, around = [], []
         seen: set[tuple[float, ...]] = set()
         repeated = 0
         if len(lines) > MAX_OBJECTS:
@@ -92,20 +99,22 @@ class RowReader:
                 continue
             seen.add(row)
             kind = self._kind(values)
-            x, y, w, h = values[:4]
-            boxes.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2))
+            fours.append(values[:4])
             if kind == _BOX:
-                self._count_box(x, y, w, h)
-                polygons.append(boxes[-1])
+                self._count_box(values, line)
             else:
                 xs, ys = values[::2], values[1::2]
-                polygons.append((_least(xs), _least(ys), -_least([-x for x in xs]), -_least([-y for y in ys])))
+                corners = (_least(xs), _least(ys), -_least([-x for x in xs]), -_least([-y for y in ys]))
+                around.append((len(fours) - 1, corners))
             rows.ids.append(class_id)
             rows.kinds.append(kind)
             rows.numbers.append(number)
             self.ids.add(class_id)
-        as_boxes = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-        as_polygons = np.array(polygons, dtype=np.float64).reshape(-1, 4) if any(rows.kinds) else as_boxes
+        numbers = np.array(fours, dtype=np.float64).reshape(-1, 4)
+        as_boxes = as_polygons = corners_of(numbers, OWN_FORM if self.form == "auto" else self.form)
+        if around:
+            as_polygons = as_boxes.copy()
+            as_polygons[[i for i, _ in around]] = [corners for _, corners in around]
         if repeated:
             message = f"{repeated:,} lines say the same as another one of the file; they were used once."
             self.log.add("repeated-line", "repaired", where, message, count=repeated)
@@ -163,13 +172,15 @@ class RowReader:
             return _TRIANGLE_OR_TRACK
         return _POLYGON if inside and count % 2 == 0 else _NEITHER
 
-    def _count_box(self, x: float, y: float, w: float, h: float) -> None:
+    def _count_box(self, values: list[float], line: str) -> None:
         self.num_boxes += 1
-        self.num_ordered += w > x and h > y
-        self.num_reaching_out += x + w / 2 > 1.02 or y + h / 2 > 1.02 or x - w / 2 < -0.02 or y - h / 2 < -0.02
+        if len(values) == 5:
+            self.fives.append(values)
+            if not self.odd and (values[4] < 0 or values[4] > 1):
+                self.odd = line
 
-    def settle(self, root: Path) -> bool:
-        """What all lines together look like; True where the long rows are boxes with keypoints."""
+    def settle(self, root: Path, rows: Sequence[Rows]) -> bool:
+        """What all lines together look like, those of `rows`; True where the long rows are boxes with keypoints."""
         if self.num_in_pixels > self.num_boxes + self.num_long:
             message = (
                 f"{self.num_in_pixels:,} lines, more than half, hold no fractions of the image; they look like pixels. "
@@ -182,18 +193,17 @@ class RowReader:
                 f"{one_line(self.malformed.strip(), 60)!r}: these are not YOLO's label files. Convert them first."
             )
             self.log.add("not-yolo-rows", "refused", str(root), message, count=self.num_malformed)
-        if self.num_boxes > _FEW and self.num_ordered == self.num_boxes and self.num_reaching_out * 4 > self.num_boxes:
-            message = (
-                f"All {self.num_boxes:,} boxes look like `class x1 y1 x2 y2`: read as centre and size, "
-                f"{self.num_reaching_out:,} reach out of their image. Rewrite them as `class x y w h`."
-            )
-            self.log.add("corners-not-centres", "refused", str(root), message, count=self.num_boxes)
         if self.num_named:
             message = (
                 f"{self.num_named:,} rows hold the name of a class in place of its id, such as "
                 f"{one_line(self.named.strip(), 60)!r}; they were read by the names."
             )
             self.log.add("class-name-in-row", "repaired", str(root), message, count=self.num_named)
+        if self.form == "auto":
+            boxes = [read.as_boxes[np.array(read.kinds) == _BOX] for read in rows if read.kinds]
+            if not self._confidences_are_first(root) and self.num_boxes > _FEW:
+                check_fractions(np.concatenate(boxes), OWN_FORM, self.log, str(root))
+            self._check_confidences(root)
         if self.num_tracks:
             message = (
                 f"{self.num_tracks:,} rows end in a confidence and the number of a track, which were ignored; they "
@@ -209,6 +219,37 @@ class RowReader:
             )
             self.log.add("keypoints-or-polygons", "refused", str(root), message, count=self.num_like_keypoints)
         return keypoints
+
+    def _confidences_are_first(self, root: Path) -> bool:
+        """Whether boxes of five numbers fit into their images by the last four of them, and not by the first."""
+        fives = np.array(self.fives, dtype=np.float64).reshape(-1, 5)
+        count = num_misfits(fives[:, :4], OWN_FORM)
+        if count <= max(_FEW, _FEW_ODD * len(fives)) or num_misfits(fives[:, 1:], OWN_FORM) * _CLEARER > count:
+            return False
+        message = (
+            f"{count:,} of {len(fives):,} boxes don't fit into their images as `x y w h confidence`, but do as "
+            "`confidence x y w h`. If so, take the confidence out, or put it last; if they are right as they are, read "
+            f"them by --data.boxes {OWN_FORM}."
+        )
+        self.log.add("confidence-first", "refused", str(root), message, count=count)
+        return True
+
+    def _check_confidences(self, root: Path) -> None:
+        """Whether numbers behind boxes are angles: the boxes that they turn are others. What tracks are numbered by is
+        whole, and tells a track from the others of its image."""
+        behind = np.array([values[4] for values in self.fives], dtype=np.float64)
+        odd = (behind < 0) | (behind > 1)
+        are_whole = (behind == np.floor(behind)) & (behind >= 0)
+        share = 0.5 if (are_whole | ~odd).all() else _FEW_ODD
+        if not odd.any() or odd.sum() <= share * len(behind):
+            return
+        message = (
+            f"{odd.sum():,} of {len(behind):,} boxes have a number behind them that is no confidence, such as "
+            f"{one_line(self.odd.strip(), 60)!r}. If it is the angle of a rotated box, write the box by its corners "
+            "(`class x1 y1 x2 y2 x3 y3 x4 y4`); if it says nothing of the box, as the number of a track does, read "
+            f"the boxes by --data.boxes {OWN_FORM}."
+        )
+        self.log.add("angles-behind-boxes", "refused", str(root), message, count=int(odd.sum()))
 
     def boxes(self, rows: Rows, keypoints: bool) -> tuple[list[Class], np.ndarray, list[int]]:
         """Classes, corners (n, 4) in fractions of the image, and the line of each object.
