@@ -447,3 +447,21 @@ def test_a_box_of_another_shape_is_shown(make_coco):
     for shape, message in zip(shapes[:-1], messages, strict=False):
         assert f'Its "bbox" is {shape!r}; expected [x, y, width, height].' in message
     assert 'There is no "bbox"' in messages[-1]
+
+
+@pytest.mark.parametrize(
+    ("key", "written"), [("annotations", "annotation"), ("annotations", "Annotations"), ("categories", "category")]
+)
+def test_lists_under_another_spelling_of_their_key(make_coco, kinds, key, written):
+    root = make_coco(edit=lambda content: content.update({written: content.pop(key)}))
+    annotations = load_annotations(root, "train")
+    assert [category.name for category in annotations.categories] == ["cat", "dog"]
+    assert sum(len(record.labels) for record in annotations.images) == 1
+    assert kinds(annotations) == {"other-key": "repaired"}
+
+
+def test_a_file_without_annotations_says_so(make_coco):
+    root = make_coco(edit=lambda content: content.update(objects=content.pop("annotations")))
+    (finding,) = load_annotations(root, "train").findings
+    assert (finding.kind, finding.action) == ("missing-annotations", "note")
+    assert 'no "annotations" (the keys are images, categories, objects)' in finding.message

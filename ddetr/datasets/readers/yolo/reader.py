@@ -1,14 +1,16 @@
 """YOLO: one text file of `class x y w h` lines per image, `labels/` mirroring `images/`, classes in a `data.yaml`.
 
 layout.py finds the images, labels.py the label file of each, rows.py reads its lines; here they become a
-split, with the classes that the YAML, Darknet's `obj.names` or a `classes.txt` name. `category_id` is the id in the
-label files. An image without a label file is background, as YOLO defines it, and counted; polygons (segmentation,
-oriented boxes) become the box around them.
+split, with the classes that the YAML, Darknet's `obj.names` or a `classes.txt` name, which may lie beside the labels.
+`category_id` is the id in the label files. An image without a label file is background, as YOLO defines it, and
+counted; polygons (segmentation, oriented boxes) become the box around them.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,15 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.image_files import IMAGES_OPTION, listed_lines, visible
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
-from ddetr.datasets.readers.yolo.labels import LabelFiles
+from ddetr.datasets.readers.yolo.labels import LabelFiles, label_file
 from ddetr.datasets.readers.yolo.layout import description, image_paths, yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.paths import Places, given
 from ddetr.datasets.readers.yolo.rows import RowReader, class_id_of
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_CLASSES, MAX_LABEL_BYTES, MAX_PATH, one_line, read_text
 
-_NAME_FILES = ("classes.txt", "labels/classes.txt", "obj.names", "classes.names", "images/classes.txt")
+_NAME_FILES = ("classes.txt", "obj.names", "classes.names", "_darknet.labels")  # the last is Roboflow's
+_MOST_FOLDERS = 50  # of labels, in which such a file is looked for
 _LIST_MARKS = " []\"'"
 
 
@@ -56,14 +59,22 @@ def read_yolo(wanted: Wanted) -> Annotations:
 
     reader = RowReader(log, _keypoint_numbers(content, file), polygons=content.get("task") in ("segment", "obb"))
     labels = LabelFiles()
-    rows = []
+    rows, folders = [], {}
     for image in images:
         label = labels.find(image)
+        folders[(label or image).parent] = None
         lines = _read_lines(label, log) if label is not None else []
         rows.append(reader.read(lines, _shown(label or image, root)))
     labels.report([source for source in splits[split].sources if source.is_dir()], log)
     keypoints = reader.settle(root)
-    own = _names(root, file, content, log) or _numbered(reader.ids, root, log)
+    if file is not None:
+        own = _names(file, content, log)
+    else:
+        sources = [source for one in splits.values() for source in one.sources if source.is_dir()]
+        everywhere = [place for source in sources for place in (source, label_file(source / "any.jpg").parent)]
+        beside = [root, root / "labels", root / "images", *islice(folders, _MOST_FOLDERS)]
+        own = _names_beside(beside, root, log) or _names_beside(everywhere, root, log)
+    own = own or _numbered(reader.ids, root, log)
     _check_names(own, reader.ids, str(file or root), log)
 
     categories = tuple(own if wanted.categories is None else wanted.categories)
@@ -109,10 +120,25 @@ def _keypoint_numbers(content: dict[str, Any], file: Path | None) -> int | None:
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 
-def _names(root: Path, file: Path | None, content: dict[str, Any], log: FindingLog) -> list[Category]:
-    """The classes of the description, or of a `classes.txt`; [] where nothing names them."""
-    if file is None:
-        return next((_listed(root / name) for name in _NAME_FILES if (root / name).is_file()), [])
+def _names_beside(folders: Sequence[Path], root: Path, log: FindingLog) -> list[Category]:
+    """The classes of a `classes.txt` or the like, without a description; [] where nothing names them. labelImg writes
+    one into each folder of labels: of several that begin alike the longest, others are refused."""
+    files = [folder / name for folder in dict.fromkeys(folders) for name in _NAME_FILES if (folder / name).is_file()]
+    lists = {file: _listed(file) for file in files}
+    longest = max(files, key=lambda file: len(lists[file]), default=None)
+    for file in files:
+        if lists[file] != lists[longest][: len(lists[file])]:
+            message = (
+                f"{_shown(file, root)} and {_shown(longest, root)} name other classes: which ids mean which can't be "
+                "known. Make them one list, or write a data.yaml."
+            )
+            log.add("class-lists-differ", "refused", str(root), message)
+            break
+    return lists[longest] if longest else []
+
+
+def _names(file: Path, content: dict[str, Any], log: FindingLog) -> list[Category]:
+    """The classes of the description."""
     names = content.get("names")
     if isinstance(names, list) and names and all(isinstance(item, dict) and len(item) == 1 for item in names):
         names = {key: name for item in names for key, name in item.items()}  # `- 0: cat`
