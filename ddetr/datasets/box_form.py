@@ -132,7 +132,7 @@ def settled_form(numbers: np.ndarray, sizes_hw: np.ndarray, log: FindingLog, whe
     misfits = {form: _misfits(corners_of(numbers, form), sizes_hw) for form in forms}
     best, other = sorted(forms, key=lambda form: int(misfits[form].sum()))
     count = int(misfits[other].sum())
-    if count >= max(_FEW[best], _SHARE[best] * len(numbers)) and misfits[best].sum() * _CLEARER <= count:
+    if count >= _fewest(other, best, len(numbers)) and misfits[best].sum() * _CLEARER <= count:
         message = (
             f"The columns don't say what the four numbers of a box are; they were read as {_MEANING[best]}: "
             f"{_of(misfits[other])} don't fit into their images as {_MEANING[other]}."

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from ddetr.datasets.annotations import Annotations, Category, Finding, are_most, split_error
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import IMAGES_OPTION, folders_in
+from ddetr.datasets.image_files import IMAGES_OPTION, folders_in, visible
 from ddetr.datasets.readers.coco.layout import coco_files, coco_splits, part_of
 from ddetr.datasets.readers.coco.reader import read_coco
 from ddetr.datasets.readers.createml import createml_splits, read_createml
@@ -224,6 +224,10 @@ def _place(path: Path, formats: Sequence[str], broken: list[InputError] | None =
                 inside = _found_in(inner, formats, broken)
                 if inside is not None and (len(inside[1]) > 1 or formats.index(inside[0]) < formats.index(format)):
                     return inside[0], inner
+            if inner is not None and not visible(filter(Path.is_file, path.iterdir()), path):
+                inside = _place(inner, formats, broken)  # VOC's reader looks deeper than those before it
+                if inside is not None and formats.index(inside[0]) < formats.index(format):
+                    return inside
             return format, path
         if inner is None:
             break

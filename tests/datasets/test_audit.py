@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from ddetr.datasets import Finding, audit, load_annotations
-from ddetr.datasets.audit import counted
+from ddetr.datasets.audit import things
 from ddetr.datasets.decoding import spread
 
 audit_module = importlib.import_module("ddetr.datasets.audit")  # the function of its name stands in its place
@@ -324,7 +324,7 @@ def test_images_that_are_nearly_black_are_named(make_coco):
 
 def test_things_are_counted_as_the_table_counts_them():
     one = Finding("a", "refused", "x", "It is.")
-    assert [counted(findings) for findings in ([], [one], [one, replace(one, count=1233)])] == [
+    assert [things(findings) for findings in ([], [one], [one, replace(one, count=1233)])] == [
         "0 things",
         "1 thing",
         "1,234 things",

@@ -88,6 +88,15 @@ def test_no_split_called_train(make_coco):
         default_splits(root)
 
 
+def test_a_wrapper_changes_no_format(make_coco, tmp_path):
+    """Pascal VOC's reader looks deeper than COCO's, which comes first."""
+    root = make_coco(root=tmp_path / "repo" / "src" / "data")
+    for i in (1, 2):
+        (root / "train" / f"{i}.xml").write_text("<annotation><object><name>a</name></object></annotation>")
+    assert detect_format(root) == detect_format(tmp_path / "repo") == detect_format(tmp_path / "repo/src") == "coco"
+    assert len(load_annotations(tmp_path / "repo", "train").images) == 2
+
+
 def test_findings_beyond_the_limit_are_counted():
     log = FindingLog()
     for i in range(MAX_PLACES + 5):

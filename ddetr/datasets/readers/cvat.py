@@ -1,4 +1,5 @@
-"""CVAT for images 1.1: one `annotations.xml` with `<image>` elements, the images in `images/` or `images/SUBSET/`.
+"""CVAT for images 1.1: one `annotations.xml` with `<image>` elements, the images in `images/` or `images/SUBSET/`, or
+where a person has put them.
 
 Subsets are the splits. Boxes turned by an angle, polygons, ellipses and masks become the box around them; lines, points
 and cuboids have none. Several exports, each in its folder, are a split each. Classes are the labels in the training
@@ -17,8 +18,16 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import IMAGES_OPTION, ImageFolders, folders_in, report_all_missing, report_unlisted
+from ddetr.datasets.image_files import (
+    IMAGES_OPTION,
+    ImageFolders,
+    folded,
+    folders_in,
+    report_all_missing,
+    report_unlisted,
+)
 from ddetr.datasets.image_formats import is_image_name
+from ddetr.datasets.readers.file_names import images_below
 from ddetr.datasets.readers.label_folders import (
     box_around,
     box_around_turned,
@@ -88,25 +97,32 @@ def _images(file: Path, subset: str | None, wanted: Wanted, log: FindingLog) -> 
     all_names = Counter(_name(image) for image in _load(file))
     times = Counter(name.name for name in all_names.elements())
     elements = [image for image in _load(file) if subset in (None, image.get("subset") or _NO_SUBSET)]
-    home, folders, used = file.parent, ImageFolders(), set()
-    for image in elements:
-        name = _name(image)
-        where = f"{file.name}, image {one_line(name)}"
-        own, shared = image.get("subset") or _NO_SUBSET, [home / "images", home]
-        if wanted.path not in (home, file):  # annotations/annotations.xml
-            shared += [home.parent / "images", home.parent]
+    home, folders = file.parent, ImageFolders()
+    shared = [home / "images", home]
+    if wanted.path not in (home, file):  # annotations/annotations.xml
+        shared += [home.parent / "images", home.parent]
+    names, paths = [_name(image) for image in elements], []
+    for image, name in zip(elements, names, strict=True):
+        own = image.get("subset") or _NO_SUBSET
         places = [home / "images" / own, home / own] + (shared if all_names[name] == 1 else [])
         if wanted.image_dir:
             places = [wanted.image_dir]
         tries = [place / name for place in places] + [place / name.name for place in places if times[name.name] == 1]
-        path = next((found for one in tries if (found := folders.find(one)) and is_image_name(found.name)), None)
+        paths.append(next((found for one in tries if (found := folders.find(one)) and is_image_name(found.name)), None))
+    if None in paths:  # in folders that a person made: those of one name alone
+        elsewhere = images_below(wanted.image_dir or home, wanted.split, {folded(path.stem) for path in paths if path})
+        for i, name in enumerate(names):
+            if paths[i] is None and name.name and times[name.name] == 1:
+                paths[i] = elsewhere.find(name.name, any_suffix=False)
+    for image, name, path in zip(elements, names, paths, strict=True):
+        where = f"{file.name}, image {one_line(name)}"
         if path is None:
             log.add("missing-image", "dropped", where, "Its image was not found in images/; it was left out.")
             continue
-        used.add(path)
         classes, boxes, numbers = _objects(image, where, log)
         declared_hw = size_hw(image.get("height"), image.get("width"))
         yield LabelledImage(path, where, classes, boxes, numbers, declared_hw=declared_hw, unit="shape")
+    used = set(filter(None, paths))
     if elements and not used:
         cure = f"Export them too, or name their folder by {IMAGES_OPTION}."
         looked = [wanted.image_dir or home / "images"]

@@ -203,13 +203,13 @@ def _look_elsewhere(
     left = [i for i, path in enumerate(paths) if path is None and (not home or home.by_ends or "/" not in names[i])]
     if not left:
         return
-    elsewhere = _below(root, split, {folded(path.stem) for path in paths if path is not None})
+    elsewhere = images_below(root, split, {folded(path.stem) for path in paths if path is not None})
     for i in left:
         parts = filter(None, map(path_parts, spell(names[i])))
         paths[i] = next(filter(None, (elsewhere.find(one[-1], any_suffix=False) for one in parts)), None)
 
 
-def _below(root: Path, split: str, found: Collection[str]) -> AlikeNames:
+def images_below(root: Path, split: str, found: Collection[str]) -> AlikeNames:
     """The images below a folder, without the folders of other splits, and without those that hold an image of the same
     name as one of `found`: they run beside the images, as masks, depths and other resolutions do."""
     kind, alike = split_kind(split), AlikeNames()

@@ -31,6 +31,8 @@ _DRAW = (
     "draw a box around each object in a labelling tool (CVAT, Label Studio, Roboflow), and export COCO, Pascal VOC or "
     "YOLO"
 )
+_PAPERS = (".md", ".rst", ".pdf", ".html", ".cff", ".bib", ".py", ".ipynb", ".sh")  # that lie beside any data
+_PAPER_NAMES = ("readme", "license", "licence", "copying", "notice", "citation", "requirements")
 
 
 class _Look:
@@ -142,6 +144,16 @@ def _is_oid(words: list[str]) -> bool:
     return len(words) > 4 and _numbers(words) == 0 and _numbers(words[-4:]) == 4
 
 
+def _is_corners(words: list[str]) -> bool:
+    """`10 20 50 80 3` or `car 10 20 50 80`: pixels, with the second corner right of and below the first."""
+    words = " ".join(words).replace(",", " ").split()
+    for four in (words[:4], words[1:]):
+        if len(words) == 5 and _numbers(four) == 4:
+            left, top, right, bottom = map(float, four)
+            return left < right and top < bottom and max(right, bottom) > 1
+    return False
+
+
 def _is_keras_yolo(words: list[str]) -> bool:
     """`images/a.jpg 5,6,25,16,0 50,60,90,100,1`."""
     rest = [word.split(",") for word in words[1:]]
@@ -245,6 +257,7 @@ _KINDS = (
         _BY_HAND,
     ),
     _Kind("label files of OIDv4 ToolKit", lambda look: _lines_of(look, _is_oid), _BY_HAND),
+    _Kind("text files with corners of boxes in pixels", lambda look: _lines_of(look, _is_corners), _BY_HAND),
     _Kind(
         "VisDrone's annotations",
         lambda look: _lines_of(look, lambda words: len(words) == 8 == _numbers(words), ","),
@@ -297,9 +310,9 @@ def _near(look: _Look) -> list[Path]:
     """Folders that may have been meant: those inside, and the one around where this looks like a part of it."""
     if look.path.is_file():
         return []
-    inside = [place for place in look.folders if len(place.relative_to(look.path).parts) <= 2][:_NEAR]
+    inside = sorted(look.folders, key=lambda place: len(place.parts))[:_NEAR]
     around = [look.path.resolve().parent] if look.path.resolve().name.lower() in PARTS else []
-    return [*sorted(inside, key=lambda place: len(place.parts)), *around]
+    return [*inside, *around]
 
 
 def _is_one(place: Path, is_known: Callable[[Path], bool]) -> bool:
@@ -307,6 +320,10 @@ def _is_one(place: Path, is_known: Callable[[Path], bool]) -> bool:
         return is_known(place)
     except (InputError, OSError):
         return False
+
+
+def _is_paper(file: Path) -> bool:
+    return file.suffix.lower() in _PAPERS or file.stem.lower() in _PAPER_NAMES
 
 
 def _pictures(look: _Look) -> str | None:
@@ -321,7 +338,7 @@ def _pictures(look: _Look) -> str | None:
             "(`ffmpeg -i VIDEO -vf fps=1 frames/%06d.jpg`), and annotate those"
         )
     folders = sorted({file.parent.name for file in images if file.parent != look.path} - set(PARTS))
-    others = [file for file in look.files if not is_image_name(file.name)]
+    others = [file for file in look.files if not is_image_name(file.name) and not _is_paper(file)]
     if len(folders) > 1 and not others:
         return (
             f"{look.path} holds {len(images):,} images in folders ({first_few(map(one_line, folders), 4)}) and no "

@@ -632,3 +632,14 @@ def test_numbered_splits_of_other_formats_are_not_left_out_without_a_word(tmp_pa
         load_splits(TrainingSource(str(tmp_path)))
     train, _ = load_splits(TrainingSource(str(tmp_path), train_split="train_1"))
     assert [record.path.name for record in train.images] == ["1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("key", "written"), [("annotations", "annotation"), ("annotations", "Annotations"), ("categories", "category")]
+)
+def test_lists_under_another_spelling_of_their_key(make_coco, kinds, key, written):
+    root = make_coco(edit=lambda content: content.update({written: content.pop(key)}))
+    annotations = load_annotations(root, "train")
+    assert [category.name for category in annotations.categories] == ["cat", "dog"]
+    assert sum(len(record.labels) for record in annotations.images) == 1
+    assert kinds(annotations) == {"other-key": "repaired"}

@@ -103,6 +103,23 @@ def test_where_images_lie(write_cvat, name, place):
         assert load_annotations(path, "all").images[0].path == root / place
 
 
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (["images/raw/a.jpg", "images/masks/a_mask.jpg", "images/raw/b.jpg"], ["images/raw/a.jpg", "images/raw/b.jpg"]),
+        (["a/a.jpg", "b/b.jpg"], ["a/a.jpg", "b/b.jpg"]),
+        (["images/a.jpg", "more/b.jpg"], ["images/a.jpg", "more/b.jpg"]),
+        (["images/a.jpg", "masks/a.jpg", "masks/b.jpg"], ["images/a.jpg"]),  # nothing from a folder that runs beside
+        (["x/a.jpg", "y/a.jpg", "x/b.jpg"], ["x/b.jpg"]),  # of two neither
+    ],
+)
+def test_images_in_folders_that_a_person_made(write_cvat, images, found):
+    root = write_cvat(image("a.jpg"), image("b.jpg"), images=images)
+    read = load_annotations(root, "all")
+    assert [record.path.relative_to(root).as_posix() for record in read.images] == found
+    assert len([f for f in read.findings if f.kind == "missing-image"]) == 2 - len(found)
+
+
 def test_a_folder_of_its_own_for_the_file(write_cvat):
     root = write_cvat(image(), file="annotations/annotations.xml")
     assert load_annotations(root, "all").images[0].path == root / "images/a.jpg"

@@ -72,6 +72,12 @@ IMAGE = "an image"
         ),
         ({"JPEGImages/a.jpg": IMAGE, "SegmentationClass/a.png": IMAGE}, "segmentation masks"),
         ({"train/cat/1.jpg": IMAGE, "train/dog/2.jpg": IMAGE}, r"2 images in folders \(cat, dog\).*classification"),
+        (
+            {"train/cat/1.jpg": IMAGE, "train/dog/2.jpg": IMAGE, "README.md": "Pets", "LICENSE": "", "get.py": ""},
+            r"2 images in folders \(cat, dog\).*classification",
+        ),
+        ({"a/1.jpg": IMAGE, "a_not/1.txt": "466 441 493 470 3\n4 5 9 8 1\n", "gt.zip": ""}, "corners of boxes in pix"),
+        ({"a/1.jpg": IMAGE, "a/1.txt": "car,466,441,493,470\n"}, r"corners .* \(a/1.txt\): write its boxes"),
         ({"1.jpg": IMAGE, "2.jpg": IMAGE}, "2 images and no annotations"),
         ({"images/1.jpg": IMAGE}, "1 images and no annotations"),
         ({"a.mp4": "", "b.MOV": ""}, r"videos \(a.mp4\) and no images: take single frames"),
@@ -104,6 +110,10 @@ def test_a_folder_too_high_or_too_low(tmp_path: Path, make_coco: Callable[..., P
         detect_format(tmp_path / "download")
     with pytest.raises(InputError, match="train is no data set itself, but .*coco is one"):
         detect_format(root / "train")
+    (tmp_path / "tool" / "docs").mkdir(parents=True)
+    deep = make_coco(root=tmp_path / "tool" / "x64" / "release" / "data")
+    with pytest.raises(InputError, match=f"tool is no data set itself, but {deep} is one"):
+        detect_format(tmp_path / "tool")
     make_coco(root=tmp_path / "download" / "sets" / "other")
     with pytest.raises(InputError, match="but there are .*coco, .*other: give one"):
         detect_format(tmp_path / "download" / "sets")

@@ -397,6 +397,43 @@ def test_class_ids_of_numpy_without_a_yaml(make_yolo):
 
 
 @pytest.mark.parametrize(
+    ("images", "lists"),
+    [
+        ("{split}/a.jpg", ["train/_darknet.labels", "val/_darknet.labels"]),  # Roboflow's export for Darknet
+        ("images/{split}/a.jpg", ["labels/train/classes.txt", "labels/val/classes.txt"]),  # labelImg's
+        ("images/{split}/a.jpg", ["labels/train/classes.txt"]),
+        ("{split}/images/a.jpg", ["train/labels/classes.txt"]),
+    ],
+)
+def test_class_lists_beside_the_labels(make_yolo, images, lists):
+    """Each split by its own list, which may have another order; by another's where it has none."""
+    rows = {"train": "0 .5 .5 .2 .2\n1 .5 .5 .2 .2", "val": "1 .5 .5 .2 .2"}
+    root = make_yolo({images.format(split=split): None for split in rows})
+    for split, text in rows.items():
+        label = root / images.replace("images", "labels").format(split=split)
+        label.parent.mkdir(parents=True, exist_ok=True)
+        label.with_suffix(".txt").write_text(text)
+    for n, file in enumerate(lists):
+        (root / file).write_text("dog\ncat\n" if n else "cat\ndog\n")
+    train = load_annotations(root, "train")
+    assert [category.name for category in train.categories] == ["cat", "dog"]
+    val = load_annotations(root, "val", categories=train.categories)
+    assert val.images[0].labels.tolist() == [0 if len(lists) > 1 else 1]
+    assert not (*train.findings, *val.findings)
+
+
+def test_class_lists_of_one_split_that_differ_stop(make_yolo):
+    root = make_yolo({"images/train/a.jpg": "0 .5 .5 .2 .2", "images/train/b/c.jpg": "1 .5 .5 .2 .2"})
+    (root / "classes.txt").write_text("cat\n")  # the beginning of the longest
+    (root / "labels/train/b/classes.txt").write_text("cat\ndog\n")
+    assert [category.name for category in load_annotations(root, "train").categories] == ["cat", "dog"]
+    (root / "classes.txt").write_text("dog\n")
+    ((action, _, message),) = said(load_annotations(root, "train"), "class-lists-differ")
+    assert action == "refused"
+    assert "calls class 0 'dog', and another list calls it 'cat'" in message
+
+
+@pytest.mark.parametrize(
     ("yaml", "names"),
     [
         ("[no, yes]", ["no", "yes"]),

@@ -19,6 +19,7 @@ from ddetr.untrusted import MAX_ANNOTATION_BYTES, one_line, open_file, parse_jso
 from ddetr.wording import first_few
 
 _WHOLE = re.compile(r"([+-]?[0-9]{1,20})(?:\.0*)?")
+_SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
 @contextmanager
@@ -54,6 +55,8 @@ def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
         return entry
 
     content = parse_json(json_text(file, MAX_ANNOTATION_BYTES, log, file.name), str(file), without_mask)
+    if isinstance(content, dict):
+        _settle_keys(content, log, file.name)
     if not isinstance(content, dict) or "images" not in content:
         found = "the keys " + first_few(content, 8) if isinstance(content, dict) else f"a {type(content).__name__}"
         raise NotCoco(
@@ -61,6 +64,16 @@ def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
             f"found {found}"
         )
     return content
+
+
+def _settle_keys(content: dict[str, Any], log: FindingLog, shown: str) -> None:
+    """A list under another spelling of its key (`annotation`, `Images`) is taken for it, which is said."""
+    for key, singular in _SINGULAR.items():
+        alike = [other for other in content if other != key and other.casefold() in (key, singular)]
+        if key not in content and len(alike) == 1 and isinstance(content[alike[0]], list):
+            content[key] = content.pop(alike[0])
+            message = f'There is no "{key}", but "{one_line(alike[0])}", which was read as that.'
+            log.add("other-key", "repaired", shown, message)
 
 
 def whole_number(value: Any) -> int | None:
