@@ -367,14 +367,13 @@ def _report_repeated(split: Annotations, log: FindingLog) -> None:
     """Objects that repeat another one of their image: class and box are the same."""
     table = split.images if isinstance(split.images, ImageTable) else ImageTable.from_records(split.images)
     index = np.repeat(np.arange(len(table)), np.diff(table.offsets))
-    columns = [index, table.labels, *table.boxes_xyxy.view(np.uint32).T]
-    mixed = np.zeros(len(index), dtype=np.uint64)  # equal for equal objects, and hardly ever for others
-    for column in columns:
-        mixed = (mixed ^ (mixed >> np.uint64(32)) ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-    order = np.argsort(mixed, kind="stable")
-    near = np.flatnonzero(mixed[order][1:] == mixed[order][:-1])
-    same = np.all([column[order[near]] == column[order[near + 1]] for column in columns], axis=0)
-    repeated = np.sort(order[near + 1][same])
+    columns = np.stack([index, table.labels, *table.boxes_xyxy.view(np.uint32).T]).astype(np.uint64)
+    factors = np.random.default_rng(0).integers(1 << 63, size=len(columns), dtype=np.uint64)
+    key = factors @ columns  # equal for equal objects, and hardly ever for others; sorting by all columns takes seconds
+    order = np.argsort(key, kind="stable")
+    first, second = order[:-1], order[1:]
+    near = key[first] == key[second]
+    repeated = np.sort(second[near][(columns[:, first[near]] == columns[:, second[near]]).all(axis=0)])
     if len(repeated):
         name = one_line(split.categories[table.labels[repeated[0]]].name)
         box = ", ".join(f"{value:g}" for value in table.boxes_xyxy[repeated[0]])

@@ -8,6 +8,7 @@ without any all boxes are of one class. Classes are the names in the training sp
 
 from __future__ import annotations
 
+import ast
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -18,7 +19,6 @@ from typing import Any
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_files import visible
 from ddetr.datasets.readers.coco.layout import named_by_split
-from ddetr.datasets.readers.json_files import json_of_python
 from ddetr.datasets.readers.named_images import ImageCollector, Place
 from ddetr.datasets.readers.reader import (
     WHOLE,
@@ -81,15 +81,20 @@ def _image_of(entry: dict[str, Any]) -> str | None:
     return next((entry[key] for key in _IMAGE if isinstance(entry.get(key), str)), None)
 
 
+def _of_python(text: str) -> Any:
+    """A value as Python prints it, and pandas writes into a table; tuples become lists."""
+    return json.loads(json.dumps(ast.literal_eval(text)))
+
+
 def _objects_of(entry: dict[str, Any]) -> Any:
     """What holds the boxes: under `objects`, or lists of the line itself; None where nothing does."""
     value = entry.get("objects", entry.get("annotations"))
     if value is None and any(key in entry for key in _BOXES):
         return entry
     if isinstance(value, str):  # in a CSV
-        for text in (value, json_of_python(value)):
-            with suppress(ValueError, RecursionError):
-                value = json.loads(text)
+        for parse in (json.loads, _of_python):
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                value = parse(value)
                 break
     return value if isinstance(value, (dict, list)) else None
 

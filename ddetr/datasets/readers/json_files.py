@@ -4,7 +4,6 @@ and the splits that they are."""
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,6 @@ from ddetr.datasets.readers.coco.layout import JSON_MARKS, named_by_split
 from ddetr.datasets.readers.reader import WHOLE, split_kind
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_ANNOTATION_BYTES, open_file, parse_json, read_text
-
-_PYTHON = re.compile(r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|\b(?:None|True|False|nan|inf)\b|[()]""")
-_WORDS = {"None": "null", "True": "true", "False": "false", "nan": "NaN", "inf": "Infinity", "(": "[", ")": "]"}
 
 
 def json_text(file: Path, most_bytes: int, log: FindingLog, where: str) -> str:
@@ -45,19 +41,6 @@ def json_text(file: Path, most_bytes: int, log: FindingLog, where: str) -> str:
             return text
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} can't be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def json_of_python(text: str) -> str:
-    """The JSON of lists, dicts, texts and numbers as Python prints them, which pandas writes into a table."""
-
-    def written(found: re.Match[str]) -> str:
-        word = found[0]
-        if word[0] in "\"'":
-            inner = word[1:-1].replace('\\"', '"').replace("\\'", "'").replace('"', '\\"')
-            return f'"{inner}"'
-        return _WORDS.get(word, word)
-
-    return _PYTHON.sub(written, text)
 
 
 def list_splits(path: Path, patterns: Sequence[str], is_ours: Callable[[bytes], bool]) -> dict[str, Path]:

@@ -10,7 +10,6 @@ import pytest
 
 from ddetr.datasets import available_splits, default_splits, detect_format, load_annotations
 from ddetr.datasets.annotations import Annotations
-from ddetr.datasets.readers.json_files import json_of_python
 from ddetr.errors import InputError
 
 BOX = [4.0, 6.0, 24.0, 18.0]
@@ -571,20 +570,6 @@ def test_hugging_face_without_classes(tmp_path: Path, write_image: Callable[...,
     annotations = load_annotations(tmp_path, "val")
     assert objects(annotations) == {"val.jpg": [("object", BOX)]}
     assert kinds(annotations)["missing-classes"] == "repaired"
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        (
-            "{'a': ['it\\'s', \"say \\'\", 'the \"x\"'], 'b': (1, None, True)}",
-            {"a": ["it's", "say '", 'the "x"'], "b": [1, None, True]},
-        ),
-        ("{'None': 'True (x)'}", {"None": "True (x)"}),
-    ],
-)
-def test_json_of_python(text: str, value: Any) -> None:
-    assert json.loads(json_of_python(text)) == value
 
 
 def test_hugging_face_table(tmp_path: Path, write_image: Callable[..., Path]) -> None:
