@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +26,12 @@ from ddetr.datasets.annotations import (
     FindingLog,
     ImageRecord,
     ImageTable,
+    alike,
 )
 from ddetr.datasets.decoding import most_unreadable, spread, undecodable
-from ddetr.datasets.image_files import copied_from
+from ddetr.datasets.related import copied_from, families, looks_numbered
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
+from ddetr.wording import first_few
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -247,6 +250,8 @@ def audit(
     if val is not None:
         _report_duplicates(*scans, log)
         _report_copies(*scans, log)
+        if not val.name.startswith(f"{train.name} ("):  # what was held back has been told of already
+            _report_related(*scans, train.categories, log)
     if decode:
         _report_undecodable(splits, decode, on_bad_image, log, progress)
     own = [finding for split in splits for finding in split.findings]
@@ -407,6 +412,29 @@ def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> None:
             "flatter the model. Part them anew (--data.val_fraction keeps copies together)."
         )
         log.add("copies-across-splits", "note", str(pairs[0][0].parent), message, count=len(pairs))
+
+
+def _report_related(train: _Scan, val: _Scan, categories: Sequence[Category], log: FindingLog) -> None:
+    """Frames of the same videos, or tiles of the same images, in training and validation: by their names. Names that
+    begin with a class's say nothing, nor do those of numbers alone."""
+    val_names = [path.name for path in val.paths]
+    if 2 * sum(map(looks_numbered, val_names)) < max(1, len(val_names)):
+        return
+    classes, num_train = {alike(category.name) for category in categories}, len(train.paths)
+    for found in families([*(path.name for path in train.paths), *val_names]):
+        shared = {
+            family: sum(place >= num_train for place in places)
+            for family, places in found.members.items()
+            if places[0] < num_train <= places[-1] and re.search(r"[^\W\d_]", family) and alike(family) not in classes
+        }
+        if len(shared) > 1 and 2 * sum(shared.values()) > len(val_names):
+            message = (
+                f"The image names look like {found.said}, and {sum(shared.values()):,} of the {len(val_names):,} "
+                f"validation images are of such that training has too ({one_line(first_few(sorted(shared), 3))}): if "
+                "so, validation flatters the model. Part them anew."
+            )
+            log.add("related-across-splits", "note", str(val.paths[0].parent), message, count=sum(shared.values()))
+            return
 
 
 def _hash(path: Path, whole: bool) -> bytes:
