@@ -248,9 +248,8 @@ def audit(
         _report_thin(split, log)
     _report_classes(train, summaries, log)
     if val is not None:
-        _report_duplicates(*scans, log)
-        _report_copies(*scans, log)
-        if not val.name.startswith(f"{train.name} ("):  # what was held back has been told of already
+        was_said = _report_duplicates(*scans, log) or _report_copies(*scans, log)
+        if not was_said and not val.name.startswith(f"{train.name} ("):  # what was held back has been told of already
             _report_related(*scans, train.categories, log)
     if decode:
         _report_undecodable(splits, decode, on_bad_image, log, progress)
@@ -373,9 +372,10 @@ def _report_classes(train: Annotations, summaries: Sequence[SplitSummary], log: 
             log.add("class-without-objects", "note", where, "It has no object in training: it can't be learned.")
 
 
-def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> None:
-    """The same content in training and validation. Files of one size are candidates, of those the ends are compared,
-    and of those the whole: on COCO a few hundred megabytes are read instead of 20 GB."""
+def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> bool:
+    """The same content in training and validation; True where that is most of validation. Files of one size are
+    candidates, of those the ends are compared, and of those the whole: on COCO a few hundred megabytes are read instead
+    of 20 GB."""
     shared = set(train.file_sizes) & set(val.file_sizes) - {-1, 0}
     of_training: dict[tuple[int, bytes], list[Path]] = defaultdict(list)
     for path, size in zip(train.paths, train.file_sizes, strict=True):
@@ -396,13 +396,16 @@ def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> None:
             "about new images. Validate on others, or hold some back with --data.val_fraction 0.1."
         )
         log.add("validation-is-training", "note", str(val.paths[0].parent), message, count=same_images)
+        return True
+    return False
 
 
-def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> None:
-    """Copies of one image, augmented before the splits were made, in training and validation: by their names."""
+def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> bool:
+    """Whether copies of one image, augmented before the splits were made, are in training and validation: by their
+    names."""
     copies = [(path, source) for path in val.paths if (source := copied_from(path.name)) is not None]
     if not copies:
-        return
+        return False
     of_training = {copied_from(path.name): path for path in train.paths}
     pairs = [(path, of_training[source]) for path, source in copies if source in of_training]
     if pairs:
@@ -412,6 +415,7 @@ def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> None:
             "flatter the model. Part them anew (--data.val_fraction keeps copies together)."
         )
         log.add("copies-across-splits", "note", str(pairs[0][0].parent), message, count=len(pairs))
+    return bool(pairs)
 
 
 def _report_related(train: _Scan, val: _Scan, categories: Sequence[Category], log: FindingLog) -> None:
