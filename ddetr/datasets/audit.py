@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,10 +25,12 @@ from ddetr.datasets.annotations import (
     Finding,
     FindingLog,
     ImageTable,
+    alike,
 )
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
-from ddetr.datasets.image_files import copied_from
+from ddetr.datasets.related import copied_from, families, looks_numbered
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
+from ddetr.wording import first_few
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -245,8 +248,9 @@ def audit(
         _report_repeated(split, log)
     _report_classes(train, summaries, log)
     if val is not None:
-        _report_duplicates(*scans, log)
-        _report_copies(*scans, log)
+        was_said = _report_duplicates(*scans, log) or _report_copies(*scans, log)
+        if not was_said and not val.name.startswith(f"{train.name} ("):  # what was held back has been told of already
+            _report_related(*scans, train.categories, log)
     if decode:
         _report_decoded(splits, decode, on_bad_image, log, progress)
     own = [finding for split in splits for finding in split.findings]
@@ -402,9 +406,10 @@ def _report_classes(train: Annotations, summaries: Sequence[SplitSummary], log: 
             log.add("class-without-objects", "note", where, "It has no object in training: it can't be learned.")
 
 
-def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> None:
-    """The same content in training and validation. Files of one size are candidates, of those the ends are compared,
-    and of those the whole: on COCO a few hundred megabytes are read instead of 20 GB."""
+def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> bool:
+    """The same content in training and validation; True where that is most of validation. Files of one size are
+    candidates, of those the ends are compared, and of those the whole: on COCO a few hundred megabytes are read instead
+    of 20 GB."""
     shared = set(train.file_sizes) & set(val.file_sizes) - {-1, 0}
     of_training: dict[tuple[int, bytes], list[Path]] = defaultdict(list)
     for path, size in zip(train.paths, train.file_sizes, strict=True):
@@ -425,13 +430,16 @@ def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> None:
             "about new images. Validate on others, or hold some back with --data.val_fraction 0.1."
         )
         log.add("validation-is-training", "note", str(val.paths[0].parent), message, count=same_images)
+        return True
+    return False
 
 
-def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> None:
-    """Copies of one image, augmented before the splits were made, in training and validation: by their names."""
+def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> bool:
+    """Whether copies of one image, augmented before the splits were made, are in training and validation: by their
+    names."""
     copies = [(path, source) for path in val.paths if (source := copied_from(path.name)) is not None]
     if not copies:
-        return
+        return False
     of_training = {copied_from(path.name): path for path in train.paths}
     pairs = [(path, of_training[source]) for path, source in copies if source in of_training]
     if pairs:
@@ -441,6 +449,30 @@ def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> None:
             "flatter the model. Part them anew (--data.val_fraction keeps copies together)."
         )
         log.add("copies-across-splits", "note", str(pairs[0][0].parent), message, count=len(pairs))
+    return bool(pairs)
+
+
+def _report_related(train: _Scan, val: _Scan, categories: Sequence[Category], log: FindingLog) -> None:
+    """Frames of the same videos, or tiles of the same images, in training and validation: by their names. Names that
+    begin with a class's say nothing, nor do those of numbers alone."""
+    val_names = [path.name for path in val.paths]
+    if 2 * sum(map(looks_numbered, val_names)) < max(1, len(val_names)):
+        return
+    classes, num_train = {alike(category.name) for category in categories}, len(train.paths)
+    for found in families([*(path.name for path in train.paths), *val_names]):
+        shared = {
+            family: sum(place >= num_train for place in places)
+            for family, places in found.members.items()
+            if places[0] < num_train <= places[-1] and re.search(r"[^\W\d_]", family) and alike(family) not in classes
+        }
+        if len(shared) > 1 and 2 * sum(shared.values()) > len(val_names):
+            message = (
+                f"The image names look like {found.said}, and {sum(shared.values()):,} of the {len(val_names):,} "
+                f"validation images are of such that training has too ({one_line(first_few(sorted(shared), 3))}): if "
+                "so, validation flatters the model. Part them anew."
+            )
+            log.add("related-across-splits", "note", str(val.paths[0].parent), message, count=sum(shared.values()))
+            return
 
 
 def _hash(path: Path, whole: bool) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -34,7 +33,6 @@ _progress_of_labels: ContextVar[Progress | None] = ContextVar("progress_of_label
 _SAME_SHAPE = 0.02  # by how much the sides of an image that was resized differ in their factors
 _OTHER_SIZE = 0.05
 _FEW_RESIZED = 3  # say nothing of a data set
-_ROBOFLOW_COPY = re.compile(r"(_(jpe?g|png|bmp|webp|tiff?|avif|heic))?\.rf\.[0-9A-Za-z]{20,}(?=\.\w+$)", re.IGNORECASE)
 _ROUNDING_PX = 1.5  # what labelling tools' rounding and inclusive corners add to a box at the image's edge
 
 
@@ -101,13 +99,6 @@ class ImageFolders:
 def folded(name: str) -> str:
     """The same for names that people take for one: whatever its capitals, and however its accents are composed."""
     return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
-
-
-def copied_from(name: str) -> str | None:
-    """What the image was called of which Roboflow made a copy of this name, augmented or not: a.jpg for
-    a_jpg.rf.0123456789abcdef0123456789abcdef.jpg; None for another name."""
-    found = _ROBOFLOW_COPY.search(name)
-    return None if found is None else name[: found.start()] + name[found.end() :]
 
 
 def visible(paths: Iterable[Path], root: Path) -> list[Path]:

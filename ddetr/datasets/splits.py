@@ -12,7 +12,6 @@ import numpy as np
 
 from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
-from ddetr.datasets.image_files import copied_from
 from ddetr.datasets.load import (
     FORMATS,
     also_there,
@@ -23,6 +22,7 @@ from ddetr.datasets.load import (
     said_of_not_named,
 )
 from ddetr.datasets.readers.reader import WHOLE
+from ddetr.datasets.related import copied_from, families
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.untrusted import MAX_LABEL_BYTES, one_line, parse_json, read_text
@@ -31,11 +31,6 @@ from ddetr.wording import first_few
 logger = logging.getLogger(__name__)
 
 HELD_BACK_FILE = "held_back.json"  # of a run folder: the names of the images that `hold_back` chose
-_FRAMES = re.compile(r"^(.*[^0-9].*?)[0-9]+\.\w+$", re.DOTALL)  # "videos/cam1_00017.jpg": "videos/cam1_"
-_TILES = re.compile(r"^(.*?)(?:[-_ ]+[0-9]+){2,}\.\w+$", re.DOTALL)  # "tiles/field7_0_512_512_1024.png": "tiles/field7"
-_FRAMES_A_VIDEO, _TILES_AN_IMAGE = 5, 3
-_OF_FRAMES, _OF_TILES = "(.*[^0-9])[0-9]+[.]", "(.*?)(?:[-_ ]+[0-9]+)+[.]"  # group patterns
-_OF_ROBOFLOWS_FRAMES = "(.*[^0-9])[0-9]+_[a-z]+[.]rf[.]"
 
 
 def load_split(
@@ -335,26 +330,13 @@ def _chosen(groups: Sequence[_Group], num_images: int, data: DataSource) -> list
 
 
 def _say_where_frames_are_parted(names: Sequence[str], is_val: np.ndarray) -> None:
-    """Frames of one video, or tiles of one image, on both sides make validation flatter the model; names of such sets
-    end in numbers."""
-    sources = [copied_from(name) for name in names]
-    of_frames = _OF_ROBOFLOWS_FRAMES if any(sources) else _OF_FRAMES
-    plain = [source or name for source, name in zip(sources, names, strict=True)]
-    kinds = (
-        (_FRAMES, _FRAMES_A_VIDEO, "frames of %d videos", of_frames),
-        (_TILES, _TILES_AN_IMAGE, "tiles of %d images", _OF_TILES),
-    )
-    for pattern, least, what, cure in kinds:
-        families: dict[str, list[bool]] = {}
-        for name, held in zip(plain, is_val.tolist(), strict=True):
-            if match := pattern.match(name):
-                families.setdefault(match[1], []).append(held)
-        parted = [family for family, held in families.items() if any(held) and not all(held)]
-        are_many = sum(map(len, families.values())) >= max(len(names) / 2, least * len(families))
-        if len(families) > 1 and parted and are_many:
+    """Frames of one video, or tiles of one image, on both sides make validation flatter the model."""
+    for found in families(names):
+        parted = [family for family, places in found.members.items() if 0 < is_val[places].sum() < len(places)]
+        if parted:
             logger.warning(
-                f"the image names look like {what} (%s), and %d of them are in training and in validation, which "
-                'flatters the model: --data.group_pattern "%s" keeps each on one side',
-                len(families), first_few(sorted(families), 3), len(parted), cure,
+                "the image names look like %s (%s), and %d of them are in training and in validation, which flatters "
+                'the model: --data.group_pattern "%s" keeps each on one side',
+                found.said, first_few(sorted(found.members), 3), len(parted), found.group_pattern,
             )  # fmt: skip
             return

@@ -152,6 +152,27 @@ def test_the_pattern_for_tiles_and_frames_is_named(named, caplog, stems, said, s
 
 
 @pytest.mark.parametrize(
+    ("name", "first_parts", "is_said"),
+    [
+        ("{}_{:03d}", ["cam1", "cam2", "cam3"], True),
+        ("{}_{}_9", ["field a", "field b", "field c"], True),
+        ("{}_{:03d}", ["cat", "Dog", "cow"], False),  # classes
+        ("{}_{:06d}", ["2007", "2008", "2009"], False),  # as in VOC
+        ("{}_{:03d}", ["img"], False),
+    ],
+)
+def test_videos_in_training_and_validation_are_a_note(make_yolo, name, first_parts, is_said):
+    stems = [name.format(first_parts[i % len(first_parts)], i) for i in range(24)]
+    folder = ("train", "train", "train", "valid")
+    root = make_yolo(
+        {f"{folder[i // 3 % 4]}/images/{stem}.jpg": "0 .5 .5 .2 .2" for i, stem in enumerate(stems)},
+        data_yaml="train: train/images\nval: valid/images\nnames: [cat, dog, cow]\n",
+    )
+    found = [f for f in audit(*load_splits(TrainingSource(str(root)))).findings if f.kind == "related-across-splits"]
+    assert [(finding.action, finding.count) for finding in found] == [("note", 6)] * is_said
+
+
+@pytest.mark.parametrize(
     ("pattern", "said"),
     [
         (".*", "no two images agree in what '.*' matches"),

@@ -41,8 +41,7 @@ from ddetr.errors import InputError
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few
 
-_UNNAMED = 10  # objects of ids without a name, and
-_UNNAMED_PART = 0.01  # of all: more are no slip
+_UNNAMED = ((10, 0.01), (3, 0.2))  # so many objects of ids without a name, and that part of all, are no slip
 
 _BOX_KEYS = (  # what the numbers of a box are called
     *(("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height")),
@@ -242,7 +241,7 @@ def check_unnamed(unnamed: Mapping[Any, int], total: int, where: str, log: Findi
     unnamed: how many objects each such id has; total: how many objects there are.
     """
     lost = sum(unnamed.values())
-    if lost >= _UNNAMED and lost > _UNNAMED_PART * total:
+    if any(lost >= least and lost > part * total for least, part in _UNNAMED):
         ids = first_few([one_line(class_id, 40) for class_id in sorted(unnamed, key=str)], 5)
         message = (
             f"{lost:,} of {total:,} objects have class ids that have no name ({ids}); left out, they would be "

@@ -103,6 +103,18 @@ def test_label_files_in_another_place_are_named(make_yolo, images, labels):
     assert f"There is {root / labels / 'a.txt'}" in message
 
 
+def test_images_of_two_suffixes(make_yolo):
+    """As converters and systems that hide suffixes leave them; where another image may be meant, none is."""
+    images = ["a.png.jpg", "b.jpg.jpg", "c.png.jpg", "c.webp.jpg", "d.jpg", "d.png.jpg", "e.v1.jpg"]
+    root = make_yolo({f"images/train/{name}": None for name in images} | {"images/train/f.jpg": ROW})
+    for stem in "abcde":
+        (root / "labels/train" / f"{stem}.txt").write_text(ROW)
+    train = load_annotations(root, "train")
+    labelled = [record.path.name for record in train.images if len(record.labels)]
+    assert labelled == ["a.png.jpg", "b.jpg.jpg", "d.jpg", "f.jpg"]
+    assert "c.txt, e.txt" in said(train, "labels-without-image")[0][2]
+
+
 def test_label_files_named_with_the_suffix_and_files_of_several_images(make_yolo):
     root = make_yolo({"images/a.jpg": None, "images/b.jpg": ROW, "images/b.png": None}, data_yaml=YAML)
     (root / "labels/a.jpg.txt").write_text(ROW)
@@ -487,6 +499,13 @@ def test_many_objects_of_ids_without_a_name_stop(make_yolo):
     ((action, count, message),) = said(load_annotations(root, "train"), "unnamed-ids")
     assert (action, count) == ("refused", 10)
     assert "10 of 19 objects have class ids that have no name (1, 7)" in message
+
+
+@pytest.mark.parametrize(("unnamed", "named", "stops"), [(3, 9, True), (2, 2, False), (3, 60, False), (10, 500, True)])
+def test_a_large_part_of_ids_without_a_name_stops(make_yolo, unnamed, named, stops):
+    rows = [f"{7 * (i < unnamed)} 0.{i + 101} .5 .1 .1" for i in range(unnamed + named)]
+    _, annotations = boxes_of(make_yolo, rows)
+    assert [action for action, _, _ in said(annotations, "unnamed-ids")] == ["refused"] * stops
 
 
 def test_ids_counted_from_one_stop(make_yolo):

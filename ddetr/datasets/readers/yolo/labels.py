@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ddetr.datasets.annotations import FindingLog, are_most
 from ddetr.datasets.image_files import ImageFolders, folded, walk_files
-from ddetr.datasets.image_formats import is_clutter
+from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.yolo.layout import has_rows
 from ddetr.datasets.readers.yolo.paths import label_file, names_of_labels, usual_folder
 from ddetr.untrusted import one_line
@@ -41,6 +41,7 @@ class LabelFiles:
         self._folders = ImageFolders()
         self._places: dict[Path, list[Path]] = {}  # folder of images -> where their labels may be
         self._folded: dict[Path, _Folded] = {}  # folder of images
+        self._bare: dict[Path, Counter[str]] = {}  # folder of images -> their names without any image suffix
         self._taken: dict[Path, dict[str, list[Path]]] = defaultdict(
             lambda: defaultdict(list)
         )  # folder -> name -> images
@@ -60,7 +61,7 @@ class LabelFiles:
             self._places[folder] = label_folders(folder)
         names = (f"{image.stem}.txt", f"{image.name}.txt")
         found = [place / name for place in self._places[folder] for name in names if name in self._folders.names(place)]
-        found = found or self._alike(image, names)
+        found = found or self._alike(image, names) or self._of_two_suffixes(image)
         if not found:
             self._without[folder].append(image)
             return None
@@ -81,6 +82,17 @@ class LabelFiles:
             return []
         words = [folded(name) for name in names]
         return [place / file for place, texts in places for word in words if (file := texts.get(word))]
+
+    def _of_two_suffixes(self, image: Path) -> list[Path]:
+        """The a.txt of an a.png.jpg, as converters and hidden suffixes leave them, where no other image is a."""
+        if not is_image_name(image.stem):
+            return []
+        if image.parent not in self._bare:
+            self._bare[image.parent] = Counter(map(_bare, self._folders.images(image.parent)))
+        if self._bare[image.parent][_bare(image.name)] > 1:
+            return []
+        name = f"{_bare(image.name)}.txt"
+        return [place / name for place in self._places[image.parent] if name in self._folders.names(place)]
 
     def _fold(self, folder: Path) -> _Folded:
         stems = _by_folded({f"{os.path.splitext(name)[0]}.txt" for name in self._folders.images(folder)})
@@ -168,6 +180,13 @@ class LabelFiles:
         return next(
             (file for file in same if folded(file.stem) == folded(name[:-4]) and file.suffix.lower() != ".txt"), None
         )
+
+
+def _bare(name: str) -> str:
+    """A file name without its image suffixes: a for a.png.jpg."""
+    while is_image_name(name):
+        name = os.path.splitext(name)[0]
+    return name
 
 
 def _by_folded(names: Iterable[str]) -> dict[str, str | None]:

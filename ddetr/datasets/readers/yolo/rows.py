@@ -99,7 +99,9 @@ class RowReader:
                 continue
             seen.add(row)
             kind = self._kind(values)
-            fours.append(values[:4])
+            x, y, w, h = values[:4]
+            is_own = self.form == "auto"
+            fours.append((x - w / 2, y - h / 2, x + w / 2, y + h / 2) if is_own else (x, y, w, h))
             if kind == _BOX:
                 self._count_box(values, line)
             else:
@@ -110,8 +112,9 @@ class RowReader:
             rows.kinds.append(kind)
             rows.numbers.append(number)
             self.ids.add(class_id)
-        numbers = np.array(fours, dtype=np.float64).reshape(-1, 4)
-        as_boxes = as_polygons = corners_of(numbers, OWN_FORM if self.form == "auto" else self.form)
+        as_boxes = as_polygons = np.array(fours, dtype=np.float64).reshape(-1, 4)
+        if self.form != "auto":
+            as_boxes = as_polygons = corners_of(as_boxes, self.form)
         if around:
             as_polygons = as_boxes.copy()
             as_polygons[[i for i, _ in around]] = [corners for _, corners in around]
@@ -200,7 +203,7 @@ class RowReader:
             )
             self.log.add("class-name-in-row", "repaired", str(root), message, count=self.num_named)
         if self.form == "auto":
-            boxes = [read.as_boxes[np.array(read.kinds) == _BOX] for read in rows if read.kinds]
+            boxes = [read.as_boxes[np.array(read.kinds) == _BOX] if any(read.kinds) else read.as_boxes for read in rows]
             if not self._confidences_are_first(root) and self.num_boxes > _FEW:
                 check_fractions(np.concatenate(boxes), OWN_FORM, self.log, str(root))
             self._check_confidences(root)
