@@ -22,7 +22,7 @@ _FEW = 3  # boxes say nothing of what all boxes are
 _BOX, _POLYGON, _NEITHER, _TRIANGLE_OR_TRACK = range(4)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rows:
     """The n objects of a label file, read both ways; corners are fractions of the image."""
 
