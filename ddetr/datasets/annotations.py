@@ -259,6 +259,8 @@ def report_boxes(log: FindingLog, check: BoxCheck, boxes_as_written: np.ndarray,
             numbers = ", ".join(f"{value:g}" for value in boxes_as_written[i])
             log.add(kind, action, where(int(i)), message.format(box=f"({numbers})"))
 
+    if not (check.not_finite | check.degenerate | check.outside | check.clipped).any():
+        return
     add(check.not_finite, "nan-box", "refused", "The box {box} has a coordinate that is no number; correct it.")
     add(check.degenerate, "degenerate-box", "dropped", "The box {box} has no width or no height; it was left out.")
     add(check.outside, "box-outside-image", "dropped", "The box {box} lies outside its image; it was left out.")

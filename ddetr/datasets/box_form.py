@@ -104,7 +104,8 @@ def _turned(boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, slack: float = 1.0) ->
     limits = np.asarray(sizes_hw, dtype=np.float64).reshape(-1, 2)[:, ::-1]
     low = np.minimum(boxes_xyxy[:, :2], boxes_xyxy[:, 2:])
     high = np.maximum(boxes_xyxy[:, :2], boxes_xyxy[:, 2:])
-    negative &= ((low >= -slack) & (high <= limits + slack) & (high - low > slack)).all(axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite lies in no image
+        negative &= ((low >= -slack) & (high <= limits + slack) & (high - low > slack)).all(axis=1)
     return np.where(negative[:, None], np.concatenate([low, high], axis=1), boxes_xyxy), negative
 
 

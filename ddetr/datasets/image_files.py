@@ -117,13 +117,19 @@ def folders_in(folder: Path) -> list[Path]:
 
 
 def walk_files(folder: Path) -> list[Path]:
-    """All files in a folder and below that are no clutter, sorted. Links to folders are followed, each folder is walked
-    once, and none that the folder itself lies in.
+    """All files in a folder and below that are no clutter, sorted; as `walk_folders` finds them."""
+    walked = [(place, names) for place, names in walk_folders(folder) if names]
+    files = [place / name for place, names in walked for name in names]
+    return files if len(walked) < 2 else sorted(files)
+
+
+def walk_folders(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """A folder and those below with the sorted names of their files, without clutter. Links to folders are followed,
+    each folder is walked once, and none that the folder itself lies in.
 
     Raises:
         InputError: a folder can't be read.
     """
-    files: list[Path] = []
     seen: set[tuple[int, int]] = set()
     real_root = os.path.realpath(folder)
     waiting, links = [folder], []
@@ -137,14 +143,22 @@ def walk_files(folder: Path) -> list[Path]:
             entries = sorted((entry for entry in os.scandir(place) if not is_clutter(entry.name)), key=lambda e: e.name)
         except OSError as error:
             raise InputError(f"{place} can't be read: {error.strerror or error}") from None
+        names = []
         for entry in entries:
-            if not os.path.isdir(entry.path):
-                files.append(place / entry.name)
+            if not _is_folder(entry):
+                names.append(entry.name)
             elif not entry.is_symlink():
                 waiting.append(place / entry.name)
             elif not Path(real_root).is_relative_to(os.path.realpath(entry.path)):
                 links.append(place / entry.name)
-    return sorted(files)
+        yield place, names
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()  # asks the disk only about links
+    except OSError:  # a link to itself
+        return False
 
 
 def listed_lines(listing: Path) -> list[str]:

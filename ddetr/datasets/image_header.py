@@ -32,7 +32,7 @@ _TAIL_BYTES = 1 << 16  # of a PNG, in which an orientation behind the pixels is 
 _TIFF_WIDTH, _TIFF_HEIGHT = ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageHeader:
     """Size of the pixels as stored, the EXIF orientation (1..8) that turns them upright, whether the file is a JPEG of
     the usual kind (8 bits, grey or three colours), and whether Pillow has turned the pixels once it has loaded them."""

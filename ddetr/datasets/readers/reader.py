@@ -89,7 +89,10 @@ class Reader:
     read: Callable[[Wanted], Annotations]
 
 
-@dataclass(frozen=True)
+_NONE_IGNORED = np.zeros(0, dtype=bool)
+
+
+@dataclass(frozen=True, slots=True)  # there are hundreds of thousands
 class LabelledImage:
     """An image as its labels describe it, before its file is opened; n objects."""
 
@@ -103,7 +106,7 @@ class LabelledImage:
     # out, and they stand in `boxes_xyxy` as they are.
     form: BoxForm = "xyxy"
     declared_hw: tuple[int, int] | None = None  # size of the image that the labels state
-    ignore: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))  # (n,), or (0,) for none
+    ignore: np.ndarray = field(default_factory=lambda: _NONE_IGNORED)  # (n,), or (0,) for none
     unit: str = "object"  # what the numbers count: "object", "line", "row"
 
     def place(self, i: int) -> str:

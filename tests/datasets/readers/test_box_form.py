@@ -262,6 +262,12 @@ def test_boxes_drawn_from_another_corner_are_turned(tmp_path, write_image, kinds
         assert "(30, 8, -20, 12)" in annotations.findings[0].message
 
 
+@pytest.mark.parametrize("box", [(float("inf"), 1, -float("inf"), 3), (1e308, 1e308, -1.7e308, -5), (3, -1e300, 4, -9)])
+def test_negative_sizes_that_are_no_numbers_of_an_image(tmp_path, write_image, box):
+    write_drawn(tmp_path, "coco", [box], write_image)
+    assert len(load_annotations(tmp_path, "train").images[0].labels) == 0
+
+
 @pytest.mark.parametrize("format", ["coco", "csv", "huggingface", "yolo"])
 def test_what_is_no_box_however_it_is_turned_is_left_out(tmp_path, write_image, kinds, format):
     """A size of -1, which stands for none, and boxes that lie outside once they are turned."""

@@ -510,17 +510,16 @@ BOTH = {"cat": 4, "dog": 30}
 
 
 @pytest.mark.parametrize(
-    ("place", "folder", "split"),
+    ("place", "folder", "split", "count"),
     [
-        ("{}.json", "", "all"),
-        ("annotations/{}.json", "images", "all"),
-        ("train/{}.json", "train", "train"),
-        ("train/annotations/{}.json", "train/images", "train"),
-        ("annotations/train/{}.json", "images/train", "train"),
-        ("annotations/{}_coco.json", "images", "all"),
+        ("{}.json", "", "all", 3),
+        ("annotations/{}.json", "images", "all", 120),
+        ("train/{}.json", "train", "train", 3),
+        ("train/annotations/{}.json", "train/images", "train", 3),
+        ("annotations/train/{}.json", "images/train", "train", 3),
+        ("annotations/{}_coco.json", "images", "all", 3),
     ],
 )
-@pytest.mark.parametrize("count", [3, 120])
 def test_a_file_for_each_image_is_one_split(write_part, kinds, place, folder, split, count):
     for i in range(count):
         root = write_part(place.format(f"IMG_{i}"), [f"IMG_{i}.jpg"], ids=[i], folder=folder)

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from ddetr.datasets.annotations import FindingLog, are_most
-from ddetr.datasets.image_files import ImageFolders, folded, walk_files
+from ddetr.datasets.image_files import ImageFolders, folded, walk_folders
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.yolo.layout import has_rows
 from ddetr.datasets.readers.yolo.paths import label_file, names_of_labels, usual_folder
@@ -149,7 +149,7 @@ class LabelFiles:
         for source in sources:
             place = usual_folder(source)
             if place != source and place.is_dir():
-                for parent in {file.parent for file in walk_files(place)} - images_of.keys():
+                for parent in {folder for folder, names in walk_folders(place) if names} - images_of.keys():
                     images_of[parent].append(source / parent.relative_to(place))
         for place, folders in images_of.items():
             texts = (name for name in self._folders.names(place) if name.lower().endswith(".txt"))

@@ -7,6 +7,7 @@ it, and counted; polygons (segmentation, oriented boxes) become the box around t
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -100,6 +101,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
         found.append(
             LabelledImage(image, read.where, ids, boxes, numbers, in_fractions=True, form="cxcywh", unit="line")
         )
+    del rows, images
     num_of_id = Counter(class_id for image in found for class_id in image.classes)
     unnamed = {class_id: count for class_id, count in num_of_id.items() if class_id not in name_of_id}
     check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
@@ -139,4 +141,4 @@ def _keypoint_numbers(content: dict[str, Any], file: Path | None) -> int | None:
 
 
 def _shown(file: Path, root: Path) -> str:
-    return str(file.relative_to(root)) if file.is_relative_to(root) else str(file)
+    return str(file).removeprefix(f"{root}{os.sep}")

@@ -32,7 +32,7 @@ _BOX, _POLYGON, _NEITHER, _TRIANGLE_OR_TRACK = range(4)
 Class = int | str  # the id in a row, or the words in its place that are none of the names
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rows:
     """The n objects of a label file, read both ways; corners are fractions of the image."""
 
