@@ -52,7 +52,13 @@ class AlikeNames:
         whole = self._places.get((True, folded(name)))
         if whole is not None or (is_image_name(name) and not any_suffix):
             return whole
-        return self._places.get((False, folded(name.rpartition(".")[0] if is_image_name(name) else name)))
+        stem, suffix = os.path.splitext(name) if is_image_name(name) else (name, "")
+        found = self._places.get((False, folded(stem)))
+        if found is None and suffix:  # a.jpg.jpg: Windows hides a suffix, and who doesn't see it gives another
+            found = self._places.get((True, folded(name + suffix)))
+            if found is None and stem.lower().endswith(suffix.lower()):
+                found = self._places.get((True, folded(stem)))
+        return found
 
 
 class ImageFolders:

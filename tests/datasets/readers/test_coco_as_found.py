@@ -53,6 +53,7 @@ def named(make_coco, write_image):
         (["./a.jpg", "../b.jpg"], ["a.jpg", "b.jpg"]),
         (["/a.jpg", "//b.jpg"], ["a.jpg", "b.jpg"]),
         ([" a.jpg", "b.jpg "], ["a.jpg", "b.jpg"]),
+        (["a.jpg", "b.PNG.png"], ["a.jpg.jpg", "b.PNG"]),
         (["my%20photo.jpg", "two%20%282%29.jpg"], ["my photo.jpg", "two (2).jpg"]),
         (["100%.jpg", "a%zz.jpg"], ["100%.jpg", "a%zz.jpg"]),
         (["caf%C3%A9.jpg"], ["café.jpg"]),
