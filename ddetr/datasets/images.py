@@ -158,11 +158,16 @@ def size_mismatch(path: str | PathLike, actual_hw: tuple[int, int], expected_hw:
 _DECODE_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
+_OTHER_TIFF = "if it has more than 4 bands, or several of 16 bits, save it with three of 8 bits"
+
+
 def _unreadable(path: str | PathLike, error: Exception) -> InputError:
     if isinstance(error, FileNotFoundError):
         return InputError(f"there is no image {path}")
     if isinstance(error, Image.UnidentifiedImageError):
-        _, cure = unread_suffixes().get(suffix_of(str(path)), (False, ""))
+        _, cure = unread_suffixes().get(
+            suffix_of(str(path)), (False, _OTHER_TIFF if suffix_of(str(path)) in (".tif", ".tiff") else "")
+        )
         return InputError(f"{path} can't be read: it is no image of a known format{f' ({cure})' if cure else ''}")
     said = getattr(error, "strerror", None) or str(error)  # of an OSError without number and name
     reason = (said.strip().splitlines() or [type(error).__name__])[0]

@@ -100,6 +100,15 @@ def _images(file: Path, subset: str | None, wanted: Wanted, log: FindingLog) -> 
             places = [wanted.image_dir]
         tries = [place / name for place in places] + [place / name.name for place in places if times[name.name] == 1]
         path = next((found for one in tries if (found := folders.find(one)) and is_image_name(found.name)), None)
+        if path is None and all_names[name] == 1 and not wanted.image_dir:
+            path = _below(home / "images", name, folders)
+        if path is None and all_names[name] > 1:
+            message = (
+                f"{all_names[name]} images have this name: which file is which can't be known. Export their tasks one "
+                "by one, or give each a subset of its own in CVAT."
+            )
+            log.add("ambiguous-image", "refused", where, message)
+            continue
         if path is None:
             log.add("missing-image", "dropped", where, "Its image was not found in images/; it was left out.")
             continue
@@ -112,6 +121,12 @@ def _images(file: Path, subset: str | None, wanted: Wanted, log: FindingLog) -> 
         looked = [wanted.image_dir or home / "images"]
         report_all_missing(log, str(file), str(_name(elements[0])), len(elements), looked, cure)
     report_unlisted(used, folders, log, file.name, known=times)
+
+
+def _below(folder: Path, name: PurePosixPath, folders: ImageFolders) -> Path | None:
+    """The only image of this name in the folders of `folder`: a task's subset, which its file needn't name."""
+    found = {path for sub in folders_in(folder) if (path := folders.find(sub / name)) and is_image_name(path.name)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _name(image: ElementTree.Element) -> PurePosixPath:

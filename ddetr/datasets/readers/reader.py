@@ -149,7 +149,7 @@ def table_of(
     readable, framed, resized = [], [], Resized()
     for image, header in zip(images, read_headers([image.path for image in images]), strict=True):
         if isinstance(header, InputError):
-            log.add("unreadable-image", "dropped", image.where, f"{header} It was left out.")
+            log.add("unreadable-image", "dropped", image.where, f"{str(header).rstrip('.')}; it was left out.")
             continue
         boxes = image.boxes_xyxy if image.in_fractions else read_as(image.boxes_xyxy, image.form, form)
         if not (image.in_fractions or is_relative(form)):

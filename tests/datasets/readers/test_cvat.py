@@ -139,6 +139,25 @@ def test_broken_files(tmp_path, content):
         detect_format(tmp_path)
 
 
+def test_a_subset_that_only_the_folder_names(write_cvat):
+    """Of two folders that have it nobody knows which is meant."""
+    root = write_cvat(image(), image("b.jpg"), images=("images/Train/a.jpg", "images/Train/b.jpg", "images/old/b.jpg"))
+    annotations = load_annotations(root, "all")
+    assert [record.path for record in annotations.images] == [root / "images/Train/a.jpg"]
+    assert [finding.kind for finding in annotations.findings if finding.action == "dropped"] == ["missing-image"]
+
+
+def test_images_of_one_name(write_cvat):
+    """Tasks of one project that have the same names: the file can belong to either."""
+    annotations = load_annotations(
+        write_cvat(image(), image(), image("b.jpg"), images=("images/a.jpg", "images/b.jpg")), "all"
+    )
+    assert [record.path.name for record in annotations.images] == ["b.jpg"]
+    refused = [finding for finding in annotations.findings if finding.action == "refused"]
+    assert [finding.kind for finding in refused] == ["ambiguous-image"] * 2
+    assert "2 images have this name" in refused[0].message
+
+
 def test_images_that_are_not_there(write_cvat):
     root = write_cvat(image("x.jpg"), image("", shapes=""), images=())
     assert [f.kind for f in load_annotations(root, "all").findings] == [

@@ -303,7 +303,9 @@ def _sizes(
     for i, header in read:
         if isinstance(header, InputError):
             kept[i] = False
-            log.add("unreadable-image", "dropped", f"{shown}, {names[i]}", f"{header} It was left out.")
+            log.add(
+                "unreadable-image", "dropped", f"{shown}, {names[i]}", f"{str(header).rstrip('.')}; it was left out."
+            )
         else:
             declared_hw, boxes = declared_and_boxes(i)
             resized.look_at(header, declared_hw, boxes, f"{shown}, {names[i]}")
