@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -106,6 +107,20 @@ def folded(name: str) -> str:
 def visible(paths: Iterable[Path], root: Path) -> list[Path]:
     """Of what was found below `root`, sorted: what is no clutter and lies in none."""
     return sorted(path for path in paths if not any(map(is_clutter, path.relative_to(root).parts)))
+
+
+def found_below(root: Path, pattern: str) -> list[Path]:
+    """The `visible` files below `root` that a pattern names; LABELS.CSV of *.csv too. Names without a wildcard are
+    taken as they stand: the folders, which may hold 100,000 images, need not be listed for them."""
+
+    def both(part: re.Match[str]) -> str:
+        letters = part[0].strip("[]")
+        return f"[{letters.lower()}{letters.upper()}]"
+
+    head, _, name = pattern.rpartition("/")
+    if "*" in name:
+        name = re.sub(r"\[[^\]]*\]|[A-Za-z]", both, name)
+    return visible(root.glob(f"{head}/{name}" if head else name), root)
 
 
 def folders_in(folder: Path) -> list[Path]:

@@ -288,6 +288,15 @@ def test_encodings(make_coco, kinds, encoding):
     assert kinds(annotations) == ({"encoding": "repaired"} if encoding == "cp1252" else {})
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_mark_that_stands_twice(make_coco, encoding):
+    """Of a text that had one when it was written with one."""
+    root = make_coco()
+    file = root / "annotations" / "instances_train.json"
+    file.write_bytes(f"\ufeff{file.read_text()}".encode(encoding))
+    assert len(load_annotations(root, "train").images) == 2
+
+
 def test_a_broken_encoding_is_one_sentence(make_coco):
     root = make_coco()
     file = root / "annotations" / "instances_train.json"
