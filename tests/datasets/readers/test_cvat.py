@@ -115,6 +115,19 @@ def test_an_export_for_each_split(write_cvat):
     assert load_annotations(root, "val").images[0].path == root / "val/images/a.jpg"
 
 
+def test_exports_beside_each_other(write_cvat):
+    """Each is a split, and all together are what one trains on; two of one task contradict each other."""
+    root = write_cvat(image(), file="task_1.xml", images=("images/a.jpg", "images/b.jpg"))
+    write_cvat(image("b.jpg"), file="task_2.xml", images=())
+    assert available_splits(root) == ["task_1", "task_2", "all"]
+    annotations = load_annotations(root, "all")
+    assert [record.path.name for record in annotations.images] == ["a.jpg", "b.jpg"]
+    assert annotations.findings == ()
+    write_cvat(image(), file="task_3.xml", images=())
+    (finding,) = load_annotations(root, "all").findings
+    assert (finding.kind, finding.action) == ("ambiguous-image", "refused")
+
+
 def test_what_is_broken_beside_a_data_set_does_not_end_the_search(write_cvat, make_coco, tmp_path):
     """Another export that can't be read, in a folder of its own, as tools' own files lie about."""
     track = '<track id="0" label="car"><box frame="0" xtl="1" ytl="1" xbr="2" ybr="2" outside="0"/></track>'
