@@ -268,6 +268,7 @@ class Resized:
 
     def __init__(self) -> None:
         self._found: list[tuple[str, tuple[int, int], tuple[int, int]]] = []  # where, declared and actual (h, w)
+        self.are_seen = False  # whether there are such whose boxes fit the stated size alone
 
     def look_at(
         self, header: ImageHeader, declared_hw: tuple[int, int] | None, boxes_xyxy: np.ndarray, where: str
@@ -276,12 +277,12 @@ class Resized:
         actual_hw = header.upright_hw
         if declared_hw is None or declared_hw in (actual_hw, header.stored_hw) or not len(boxes_xyxy):
             return
-        by_height, by_width = (actual / declared for actual, declared in zip(actual_hw, declared_hw, strict=True))
-        if abs(by_height / by_width - 1) > _SAME_SHAPE or abs(by_width - 1) < _OTHER_SIZE:
+        if not _is_resized(actual_hw, declared_hw):
             return
         limits = np.array([declared_hw[1], declared_hw[0]], dtype=np.float64) + _ROUNDING_PX
         if (boxes_xyxy[:, 2:] <= limits).all():  # not where the stated size is what is wrong
             self._found.append((where, declared_hw, actual_hw))
+            self.are_seen = self.are_seen or not _fit(boxes_xyxy, actual_hw)
 
     def report(self, num_images: int, log: FindingLog) -> None:
         """Adds a finding where many of the images are such."""
@@ -293,6 +294,12 @@ class Resized:
                 "and their boxes may not be. Restore the images, or scale the boxes and state the new size."
             )
             log.add("images-resized", "refused", where, message, count=len(self._found))
+
+
+def _is_resized(actual_hw: tuple[int, int], declared_hw: tuple[int, int]) -> bool:
+    """Whether the one size is the other in the same shape."""
+    by_height, by_width = (actual / declared for actual, declared in zip(actual_hw, declared_hw, strict=True))
+    return abs(by_height / by_width - 1) <= _SAME_SHAPE and abs(by_width - 1) >= _OTHER_SIZE
 
 
 def drawn_upright(images: Iterable[tuple[ImageHeader, tuple[int, int] | None, np.ndarray]]) -> bool:
@@ -325,10 +332,12 @@ def settle_size(
     log: FindingLog,
     where: str,
     upright: bool = False,
+    resized: bool = False,
 ) -> tuple[int, int] | None:
     """The frame (h, w) that an image's boxes live in, or None where that can't be known and the image is left out.
 
-    declared_hw: what the annotations say, None if nothing. boxes_xyxy: (n, 4) as written. upright: `drawn_upright`.
+    declared_hw: what the annotations say, None if nothing. boxes_xyxy: (n, 4) as written. What the split shows as a
+    whole: upright: `drawn_upright`; resized: `Resized.are_seen`.
     """
     actual_hw = header.upright_hw
     if declared_hw is None or tuple(declared_hw) == actual_hw:
@@ -354,7 +363,8 @@ def settle_size(
         )
         log.add("orientation", "repaired", where, message)
         return header.stored_hw
-    if _fit(boxes_xyxy, actual_hw):
+    by_chance = resized and len(boxes_xyxy) > 0 and _is_resized(actual_hw, declared_hw)
+    if _fit(boxes_xyxy, actual_hw) and not by_chance:
         message = (
             f"{path.name} is {actual_hw[1]} x {actual_hw[0]} pixels, not {declared} as annotated; its boxes fit, "
             "the file is believed."
