@@ -292,26 +292,28 @@ def _sizes(
     boxes_in_order = np.flatnonzero(usable)[np.argsort(image_index[usable], kind="stable")]
     ends = np.searchsorted(image_index[boxes_in_order], np.arange(len(paths)), side="right")
 
-    stated = [None if no else tuple(size) for no, size in zip(unknown.tolist(), declared.tolist(), strict=True)]
+    def stated(i: int) -> tuple[int, int] | None:
+        return None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1]))
 
     def boxes_of(i: int) -> np.ndarray:
         return boxes_xyxy[boxes_in_order[ends[i - 1] if i else 0 : ends[i]]]
 
-    readable = []
+    odd = []
     for i, header in zip(to_read.tolist(), headers, strict=True):
         if isinstance(header, InputError):
             kept[i] = False
             message = f"{str(header).rstrip('.')}; it was left out."
             log.add("unreadable-image", "dropped", f"{shown}, {names[i]}", message)
+        elif stated(i) == header.upright_hw and header.orientation == 1:  # nearly all
+            sizes_hw[i] = header.upright_hw
         else:
-            readable.append((i, header))
-    odd = [(i, header) for i, header in readable if stated[i] not in (None, header.upright_hw)]
-    upright, resized = drawn_upright((header, stated[i], boxes_of(i)) for i, header in odd), Resized()
+            odd.append((i, header))
+    upright, resized = drawn_upright((header, stated(i), boxes_of(i)) for i, header in odd), Resized()
     for i, header in odd:
-        resized.look_at(header, stated[i], boxes_of(i), f"{shown}, {names[i]}")
-    for i, header in readable:
+        resized.look_at(header, stated(i), boxes_of(i), f"{shown}, {names[i]}")
+    for i, header in odd:
         where = f"{shown}, {names[i]}"
-        size_hw = settle_size(paths[i], header, stated[i], boxes_of(i), log, where, upright, resized.are_seen)
+        size_hw = settle_size(paths[i], header, stated(i), boxes_of(i), log, where, upright, resized.are_seen)
         kept[i] = size_hw is not None
         sizes_hw[i] = size_hw or (0, 0)
     resized.report(len(to_read), log)
