@@ -154,6 +154,7 @@ def parse_json(text: str, what: str, pairs_hook: Callable[[list[tuple[str, Any]]
         InputError: broken, nested without end, a number of thousands of digits, a key twice in an object.
     """
     try:
+        text = text.lstrip("\ufeff")  # a second mark, of a text that had one when it was written with one
         return json.loads(text, object_pairs_hook=pairs_hook or without_doubles)
     except json.JSONDecodeError as error:
         raise InputError(

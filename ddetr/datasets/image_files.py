@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -56,7 +57,13 @@ class AlikeNames:
         whole = self._places.get((True, folded(name)))
         if whole is not None or (is_image_name(name) and not any_suffix):
             return whole
-        return self._places.get((False, folded(name.rpartition(".")[0] if is_image_name(name) else name)))
+        stem, suffix = os.path.splitext(name) if is_image_name(name) else (name, "")
+        found = self._places.get((False, folded(stem)))
+        if found is None and suffix:  # a.jpg.jpg: Windows hides a suffix, and who doesn't see it gives another
+            found = self._places.get((True, folded(name + suffix)))
+            if found is None and stem.lower().endswith(suffix.lower()):
+                found = self._places.get((True, folded(stem)))
+        return found
 
 
 class ImageFolders:
@@ -104,6 +111,20 @@ def folded(name: str) -> str:
 def visible(paths: Iterable[Path], root: Path) -> list[Path]:
     """Of what was found below `root`, sorted: what is no clutter and lies in none."""
     return sorted(path for path in paths if not any(map(is_clutter, path.relative_to(root).parts)))
+
+
+def found_below(root: Path, pattern: str) -> list[Path]:
+    """The `visible` files below `root` that a pattern names; LABELS.CSV of *.csv too. Names without a wildcard are
+    taken as they stand: the folders, which may hold 100,000 images, need not be listed for them."""
+
+    def both(part: re.Match[str]) -> str:
+        letters = part[0].strip("[]")
+        return f"[{letters.lower()}{letters.upper()}]"
+
+    head, _, name = pattern.rpartition("/")
+    if "*" in name:
+        name = re.sub(r"\[[^\]]*\]|[A-Za-z]", both, name)
+    return visible(root.glob(f"{head}/{name}" if head else name), root)
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -279,6 +300,7 @@ class Resized:
 
     def __init__(self) -> None:
         self._found: list[tuple[str, tuple[int, int], tuple[int, int]]] = []  # where, declared and actual (h, w)
+        self.are_seen = False  # whether there are such whose boxes fit the stated size alone
 
     def look_at(
         self, header: ImageHeader, declared_hw: tuple[int, int] | None, boxes_xyxy: np.ndarray, where: str
@@ -287,12 +309,12 @@ class Resized:
         actual_hw = header.upright_hw
         if declared_hw is None or declared_hw in (actual_hw, header.stored_hw) or not len(boxes_xyxy):
             return
-        by_height, by_width = (actual / declared for actual, declared in zip(actual_hw, declared_hw, strict=True))
-        if abs(by_height / by_width - 1) > _SAME_SHAPE or abs(by_width - 1) < _OTHER_SIZE:
+        if not _is_resized(actual_hw, declared_hw):
             return
         limits = np.array([declared_hw[1], declared_hw[0]], dtype=np.float64) + _ROUNDING_PX
         if (boxes_xyxy[:, 2:] <= limits).all():  # not where the stated size is what is wrong
             self._found.append((where, declared_hw, actual_hw))
+            self.are_seen = self.are_seen or not _fit(boxes_xyxy, actual_hw)
 
     def report(self, num_images: int, log: FindingLog) -> None:
         """Adds a finding where many of the images are such."""
@@ -304,6 +326,12 @@ class Resized:
                 "and their boxes may not be. Restore the images, or scale the boxes and state the new size."
             )
             log.add("images-resized", "refused", where, message, count=len(self._found))
+
+
+def _is_resized(actual_hw: tuple[int, int], declared_hw: tuple[int, int]) -> bool:
+    """Whether the one size is the other in the same shape."""
+    by_height, by_width = (actual / declared for actual, declared in zip(actual_hw, declared_hw, strict=True))
+    return abs(by_height / by_width - 1) <= _SAME_SHAPE and abs(by_width - 1) >= _OTHER_SIZE
 
 
 def drawn_upright(images: Iterable[tuple[ImageHeader, tuple[int, int] | None, np.ndarray]]) -> bool:
@@ -336,10 +364,12 @@ def settle_size(
     log: FindingLog,
     where: str,
     upright: bool = False,
+    resized: bool = False,
 ) -> tuple[int, int] | None:
     """The frame (h, w) that an image's boxes live in, or None where that can't be known and the image is left out.
 
-    declared_hw: what the annotations say, None if nothing. boxes_xyxy: (n, 4) as written. upright: `drawn_upright`.
+    declared_hw: what the annotations say, None if nothing. boxes_xyxy: (n, 4) as written. What the split shows as a
+    whole: upright: `drawn_upright`; resized: `Resized.are_seen`.
     """
     actual_hw = header.upright_hw
     if declared_hw is None or tuple(declared_hw) == actual_hw:
@@ -365,7 +395,8 @@ def settle_size(
         )
         log.add("orientation", "repaired", where, message)
         return header.stored_hw
-    if _fit(boxes_xyxy, actual_hw):
+    by_chance = resized and len(boxes_xyxy) > 0 and _is_resized(actual_hw, declared_hw)
+    if _fit(boxes_xyxy, actual_hw) and not by_chance:
         message = (
             f"{path.name} is {actual_hw[1]} x {actual_hw[0]} pixels, not {declared} as annotated; its boxes fit, "
             "the file is believed."

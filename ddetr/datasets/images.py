@@ -179,13 +179,18 @@ def size_mismatch(path: str | PathLike, actual_hw: tuple[int, int], expected_hw:
 _DECODE_ERRORS = (OSError, ValueError, RuntimeError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
+_OTHER_TIFF = "if it has more than 4 bands, or several of 16 bits, save it with three of 8 bits"
+
+
 def _unreadable(path: str | PathLike, error: Exception, start: bytes | None = None) -> InputError:
     """start: the first bytes of the file, where they were read."""
     if isinstance(error, FileNotFoundError):
         return InputError(f"there is no image {path}")
     if isinstance(error, Image.UnidentifiedImageError):
-        _, cure = unread_suffixes().get(suffix_of(str(path)), (False, ""))
+        suffix = suffix_of(str(path))
+        _, cure = unread_suffixes().get(suffix, (False, ""))
         said = cure or ("" if start is None else said_of_content(start))
+        said = said or (_OTHER_TIFF if suffix in (".tif", ".tiff") else "")
         return InputError(f"{path} can't be read: it is no image of a known format{f' ({said})' if said else ''}")
     said = getattr(error, "strerror", None) or str(error)  # of an OSError without number and name
     reason = (said.strip().splitlines() or [type(error).__name__])[0]

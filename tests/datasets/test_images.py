@@ -141,6 +141,9 @@ def test_what_is_no_image_says_so(tmp_path):
     (tmp_path / "a.jpg").write_text("<html>404</html>")
     with pytest.raises(InputError, match=r"a\.jpg can't be read: it is no image of a known format"):
         read_image(tmp_path / "a.jpg")
+    (tmp_path / "a.tif").write_text("18 bands")
+    with pytest.raises(InputError, match=r"known format \(if it has more than 4 bands"):
+        read_image(tmp_path / "a.tif")
     with pytest.raises(InputError, match=r"there is no image .*absent\.jpg"):
         read_image(tmp_path / "absent.jpg")
     with pytest.raises(InputError, match=r"there is no image"):

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog
-from ddetr.datasets.image_files import visible
+from ddetr.datasets.image_files import found_below
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.coco.layout import split_word
 from ddetr.datasets.readers.named_images import ImageCollector, Place
@@ -80,7 +80,7 @@ def csv_splits(path: Path) -> dict[str, Path]:
         is_table = path.suffix.lower() in (".csv", ".tsv") and _layout(path) is not None
         return {_split_name(path, path.parent): path} if is_table else {}
     for pattern in _PLACES:
-        files = [file for file in visible(path.glob(pattern), path) if _layout(file) is not None]
+        files = [file for file in found_below(path, pattern) if _layout(file) is not None]
         if files:
             names = [_split_name(file, path) for file in files]
             return {n if names.count(n) == 1 else f.stem: f for n, f in zip(names, files, strict=True)}

@@ -2,15 +2,15 @@
 where a person has put them.
 
 Subsets are the splits. Boxes turned by an angle, polygons, ellipses and masks become the box around them; lines, points
-and cuboids have none. Several exports, each in its folder, are a split each. Classes are the labels in the training
-split, sorted.
+and cuboids have none. Several exports, each in its folder or beside each other, are a split each. Classes are the
+labels in the training split, sorted.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree
@@ -50,7 +50,10 @@ def cvat_splits(path: Path) -> dict[str, list[_Source]]:
         InputError: it is one that can't be read, or one of a video.
     """
     files = [path] if path.suffix.lower() == ".xml" and path.is_file() else label_files(path, ".xml")
-    file = next((file for file in files if xml_root_name(file) == "annotations"), None)
+    files = [file for file in files if xml_root_name(file) == "annotations"]
+    if len(files) > 1:
+        return named_splits([(file.stem, (file, None)) for file in files if _load(file)])
+    file = files[0] if files else None
     if file is None:
         exports = [(sub.name, sub / "annotations.xml") for sub in folders_in(path)]
         found = [(name, inner) for name, inner in exports if xml_root_name(inner) == "annotations"]
@@ -64,7 +67,7 @@ def _load(file: Path) -> list[ElementTree.Element]:
     return _parse(file, stat.st_mtime_ns, stat.st_size)
 
 
-@lru_cache(maxsize=2)  # of a whole data set it takes seconds, and each look asks again
+@lru_cache(maxsize=64)  # of a whole data set it takes seconds, and each look asks again
 def _parse(file: Path, *_version: int) -> list[ElementTree.Element]:
     try:
         tree = parse_xml(decode_xml(read_bytes(file, MAX_LABEL_BYTES))[0])
@@ -83,17 +86,22 @@ def _parse(file: Path, *_version: int) -> list[ElementTree.Element]:
 
 def read_cvat(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
+    splits = cvat_splits(wanted.path)
 
     def read(sources: Sequence[_Source], log: FindingLog) -> list[LabelledImage]:
-        images = [image for file, subset in sources for image in _images(file, subset, wanted, log)]
+        known = {_name(image).name for sources_of in splits.values() for file, _ in sources_of for image in _load(file)}
+        images = [image for file, subset in sources for image in _images(file, subset, wanted, known, log)]
         return without_shared(images, log)
 
-    annotations = read_labelled(wanted, "cvat", cvat_splits(wanted.path), read)
+    annotations = read_labelled(wanted, "cvat", splits, read)
     _parse.cache_clear()  # a run of days needs no tree of a million elements
     return annotations
 
 
-def _images(file: Path, subset: str | None, wanted: Wanted, log: FindingLog) -> Iterator[LabelledImage]:
+def _images(
+    file: Path, subset: str | None, wanted: Wanted, known: Collection[str], log: FindingLog
+) -> Iterator[LabelledImage]:
+    """known: names of images that any of the files has."""
     all_names = Counter(_name(image) for image in _load(file))
     times = Counter(name.name for name in all_names.elements())
     elements = [image for image in _load(file) if subset in (None, image.get("subset") or _NO_SUBSET)]
@@ -116,6 +124,13 @@ def _images(file: Path, subset: str | None, wanted: Wanted, log: FindingLog) -> 
                 paths[i] = elsewhere.find(name.name, any_suffix=False)
     for image, name, path in zip(elements, names, paths, strict=True):
         where = f"{file.name}, image {one_line(name)}"
+        if path is None and all_names[name] > 1:
+            message = (
+                f"{all_names[name]} images have this name: which file is which can't be known. Export their tasks one "
+                "by one, or give each a subset of its own in CVAT."
+            )
+            log.add("ambiguous-image", "refused", where, message)
+            continue
         if path is None:
             log.add("missing-image", "dropped", where, "Its image was not found in images/; it was left out.")
             continue
@@ -127,7 +142,7 @@ def _images(file: Path, subset: str | None, wanted: Wanted, log: FindingLog) -> 
         cure = f"Export them too, or name their folder by {IMAGES_OPTION}."
         looked = [wanted.image_dir or home / "images"]
         report_all_missing(log, str(file), str(_name(elements[0])), len(elements), looked, cure)
-    report_unlisted(used, folders, log, file.name, known=times)
+    report_unlisted(used, folders, log, file.name, known=known)
 
 
 def _name(image: ElementTree.Element) -> PurePosixPath:

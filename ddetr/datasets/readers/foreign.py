@@ -263,6 +263,14 @@ _KINDS = (
         lambda look: _lines_of(look, lambda words: len(words) == 8 == _numbers(words), ","),
         f"Ultralytics' VisDrone.yaml makes YOLO of it, or {_BY_HAND}",
     ),
+    _Kind(
+        "COCO's words, but not as its JSON has them",
+        lambda look: next(
+            (f for f, start in look.starts.items() if b"file_name" in start and b"images" in start), None
+        ),
+        'it must be a *.json file with one object, {"images": [...], "annotations": [...], "categories": [...]}: write '
+        "it by json.dump, once",
+    ),
     _Kind("an archive", lambda look: look.any_file(*_ARCHIVES), "unpack it first, and give the folder that comes out"),
     _Kind(
         "a table with boxes as lists in one column",

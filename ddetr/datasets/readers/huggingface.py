@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ddetr.datasets.annotations import Annotations, FindingLog
-from ddetr.datasets.image_files import visible
+from ddetr.datasets.image_files import found_below
 from ddetr.datasets.readers.coco.layout import named_by_split
 from ddetr.datasets.readers.named_images import ImageCollector, Place
 from ddetr.datasets.readers.reader import (
@@ -56,11 +56,11 @@ def huggingface_splits(path: Path) -> dict[str, tuple[Path, str]]:
     """Split name -> its metadata file, and the folder in it that its images are in ("" for all); {} where there is
     none of objects."""
     if path.is_file():
-        is_one = path.name in _NAMES or path.suffix.lower() == ".jsonl"
+        is_one = path.name.lower() in _NAMES or path.suffix.lower() == ".jsonl"
         return {WHOLE: (path, "")} if is_one and _has_objects(path) else {}
     for names, place in product(_PATTERNS, ("{}", "*/{}", "data/*/{}", "images/*/{}")):
-        files = [file for name in names for file in visible(path.glob(place.format(name)), path) if _has_objects(file)]
-        if len(files) > 1 and files[0].name not in _NAMES and len({file.parent for file in files}) == 1:
+        files = [file for name in names for file in found_below(path, place.format(name)) if _has_objects(file)]
+        if len(files) > 1 and files[0].name.lower() not in _NAMES and len({file.parent for file in files}) == 1:
             return {name: (file, "") for name, file in named_by_split({file.stem: file for file in files}).items()}
         if len(files) == 1 and files[0].parent in (path, path / "data", path / "images"):
             folders = sorted(f.name for f in files[0].parent.iterdir() if split_kind(f.name) and f.is_dir())
@@ -74,7 +74,7 @@ def _has_objects(file: Path) -> bool:
     try:
         return any(_image_of(entry) and _objects_of(entry) is not None for entry in islice(_entries(file), _SAMPLED))
     except InputError:
-        return file.name == "metadata.jsonl"  # reading it will say what is wrong
+        return file.name.lower() == "metadata.jsonl"  # reading it will say what is wrong
 
 
 def _image_of(entry: dict[str, Any]) -> str | None:
@@ -102,7 +102,7 @@ def _objects_of(entry: dict[str, Any]) -> Any:
 def _entries(file: Path) -> Iterator[dict[str, Any]]:
     """The object of each line."""
     try:
-        if file.suffix == ".csv":
+        if file.suffix.lower() == ".csv":
             rows = read_csv(file, MAX_ANNOTATION_BYTES)
             header = next(rows, [])
             yield from (dict(zip(header, row)) for row in rows if row)

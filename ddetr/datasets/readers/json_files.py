@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import visible
+from ddetr.datasets.image_files import found_below
 from ddetr.datasets.readers.coco.layout import JSON_MARKS, named_by_split
 from ddetr.datasets.readers.reader import WHOLE, split_kind
 from ddetr.errors import InputError
@@ -48,7 +48,7 @@ def list_splits(path: Path, patterns: Sequence[str], is_ours: Callable[[bytes], 
     kilobytes are `is_ours`. A file that is alone in its folder is called as the folder is."""
     if path.is_file():
         return {WHOLE: path} if path.suffix.lower() == ".json" and _starts_as(path, is_ours) else {}
-    found = ([file for file in visible(path.glob(pattern), path) if _starts_as(file, is_ours)] for pattern in patterns)
+    found = ([file for file in found_below(path, pattern) if _starts_as(file, is_ours)] for pattern in patterns)
     files = next(filter(None, found), [])
     if len(files) == 1 and (files[0].parent == path or not split_kind(files[0].parent.name)):
         return {WHOLE: files[0]}

@@ -29,6 +29,7 @@ from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, open_file,
 
 _LABELS = ("label_2", "labels", "label")
 _NUMBERS = (7, 14, 15)  # after the type: without its place in space, with it, with a score
+_FEW = 3  # boxes that lie at the left edge by chance
 _SAMPLED = 8  # files of a folder whose first line says what it holds
 
 
@@ -114,6 +115,7 @@ def _label_files(source: Source, log: FindingLog) -> list[Path]:
 
 def _images(root: Path, files: Sequence[Path], beside: ImagesBeside, log: FindingLog) -> Iterator[LabelledImage]:
     num_regions = 0
+    with_score: list[list[float]] = []
     for file in counted(files):
         where = str(file.relative_to(root))
         path = beside.find_own(file)
@@ -139,9 +141,18 @@ def _images(root: Path, files: Sequence[Path], beside: ImagesBeside, log: Findin
             else:
                 classes.append(row[0])
                 boxes.append(row[1][3:7])
+                with_score += [row[1]] if len(row[1]) == _NUMBERS[-1] else []
                 numbers.append(i)
         corners = np.array(boxes, dtype=np.float64).reshape(-1, 4)
         yield LabelledImage(path, where, classes, corners, numbers, unit="line")
+    shifted = [row for row in with_score if row[3] == 0 and row[4] < row[6] and row[5] < row[7]]
+    if len(shifted) >= _FEW and len(shifted) == len(with_score):
+        message = (
+            f"All {len(shifted):,} rows of a type and 15 numbers have 0 for the left side of the box: it seems "
+            "there is a number too many before it, as in `type truncated occluded alpha 0 left top right bottom`. Take "
+            "it out; if the last number is a score, take that out instead."
+        )
+        log.add("columns-shifted", "refused", str(root), message, count=len(shifted))
     if num_regions:
         message = f"{num_regions} DontCare regions are of no class; they were left out, and count as background."
         log.add("dontcare-regions", "note", str(root), message, count=num_regions)

@@ -7,6 +7,7 @@ one object in several pieces. Lines and points have no box. Classes are the labe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,11 @@ from ddetr.untrusted import (
     parse_json,
     shortened,
 )
+from ddetr.wording import first_few
 
 _SAMPLED = 8  # files of a folder whose words say what it holds
 _NO_BOX = ("line", "linestrip", "point", "points")
+_NUMBERED = re.compile(r"(.*\D)[-_ ]\d+")
 _NO_CLASS = ("__ignore__", "_background_")  # LabelMe's own words in lists of labels
 
 
@@ -68,7 +71,9 @@ def _is_labelme(file: Path) -> bool:
             ends += stream.read()
     except OSError:
         return False
-    return b'"imagePath"' in ends and (b'"shapes"' in ends or b'"imageData"' in ends)
+    if b'"imagePath"' in ends:
+        return b'"shapes"' in ends or b'"imageData"' in ends
+    return b'"shapes"' in ends and b'"points"' in ends  # of tools that know the image by the file's name
 
 
 def read_labelme(wanted: Wanted) -> Annotations:
@@ -85,9 +90,25 @@ def read_labelme(wanted: Wanted) -> Annotations:
                 contents[file] = content
         images = without_shared(_images(wanted.path, contents, beside, log), log)
         report_images(log, wanted, beside, list(contents), images, known)
+        _report_numbered({name for image in images for name in image.classes}, wanted.path.name, log)
         return images
 
     return read_labelled(wanted, "labelme", splits, read)
+
+
+def _report_numbered(names: set[str], where: str, log: FindingLog) -> None:
+    """Labels that end in numbers: before it had group_id, LabelMe's users numbered the objects of an image so."""
+    numbered: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if match := _NUMBERED.fullmatch(name):
+            numbered.setdefault(match[1], []).append(name)
+    for stem, alike in numbered.items():
+        if len(alike) > 1:
+            message = (
+                f"{first_few(map(one_line, alike), 4)} are classes of their own. If the numbers tell the objects of an "
+                f"image apart, all are of one class: call them {one_line(stem)}."
+            )
+            log.add("numbered-labels", "note", where, message, count=len(alike))
 
 
 def _load(file: Path, where: str, log: FindingLog) -> dict[str, Any] | None:
@@ -157,10 +178,12 @@ def _objects(shapes: list[Any], where: str, log: FindingLog) -> tuple[list[str],
         if key not in found:
             numbers.append(i)
         found.setdefault(key, []).append(box)
-    pieces = [boxes for boxes in found.values() if len(boxes) > 1]
+    pieces = [key for key, boxes in found.items() if len(boxes) > 1]
     if pieces:
         message = (
-            f"{len(pieces)} objects have several shapes (label and group_id are equal); the box around all is used."
+            f"{len(pieces)} objects have several shapes, whose label and group_id are equal, such as "
+            f"{one_line(pieces[0][0])} of group {one_line(pieces[0][1])}; the box around all is used. If they are "
+            "objects of their own, give each another group_id, or none."
         )
         log.add("grouped-shapes", "note", where, message, count=len(pieces))
     boxes = [box_around([corner for box in one for corner in (box[:2], box[2:])]) for one in found.values()]

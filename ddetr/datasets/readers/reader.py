@@ -173,7 +173,7 @@ def table_of(
         readable.append((image, header, boxes))
     upright = drawn_upright((header, image.declared_hw, boxes) for image, header, boxes in readable)
     for image, header, boxes in readable:
-        size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where, upright)
+        size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where, upright, resized.are_seen)
         if size_hw is not None:
             framed.append((image, boxes, size_hw))
     resized.report(len(images), log)

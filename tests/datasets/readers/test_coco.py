@@ -336,14 +336,28 @@ def test_upright_boxes_with_the_sizes_of_stored_pixels(make_coco, make_voc, writ
 def test_image_of_another_size(make_coco, write_image):
     objects = [coco_object(bbox=(1, 1, 20, 20)), coco_object(image_id=2, bbox=(30, 20, 30, 20))]
     root = make_coco(objects)
-    for name in ("1.jpg", "2.jpg"):
-        write_image(root / "train" / name, size_wh=(32, 24))
+    for name, height in (("1.jpg", 24), ("2.jpg", 30)):  # the second in another shape: it tells nothing of the first
+        write_image(root / "train" / name, size_wh=(32, height))
     annotations = load_annotations(root, "train")
     assert [record.size_hw for record in annotations.images] == [(24, 32)]
     assert [(f.kind, f.action) for f in annotations.findings] == [
         ("size-mismatch", "repaired"),
         ("size-mismatch", "dropped"),
     ]
+
+
+def test_a_few_images_that_were_resized_are_left_out(make_coco, write_image):
+    """One box that only the stated size holds tells what the boxes of the others, which happen to fit, mean."""
+    objects = [coco_object(i, bbox=(1, 2, 10, 10)) for i in range(1, 5)] + [coco_object(5, bbox=(40, 20, 20, 20))]
+    root = make_coco(objects, num_images=5)
+    for i in (4, 5):
+        write_image(root / "train" / f"{i}.jpg", size_wh=(32, 24))
+    annotations = load_annotations(root, "train")
+    assert [record.path.name for record in annotations.images] == ["1.jpg", "2.jpg", "3.jpg"]
+    assert [(f.kind, f.action) for f in annotations.findings] == [("size-mismatch", "dropped")] * 2
+    root = make_coco(objects[:4], num_images=4)
+    write_image(root / "train" / "4.jpg", size_wh=(32, 24))
+    assert [f.action for f in load_annotations(root, "train").findings if f.kind == "size-mismatch"] == ["repaired"]
 
 
 def test_images_that_were_resized_after_annotation_stop(make_coco, kinds):

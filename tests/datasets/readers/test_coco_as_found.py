@@ -55,6 +55,7 @@ def named(make_coco, write_image):
         (["./a.jpg", "../b.jpg"], ["a.jpg", "b.jpg"]),
         (["/a.jpg", "//b.jpg"], ["a.jpg", "b.jpg"]),
         ([" a.jpg", "b.jpg "], ["a.jpg", "b.jpg"]),
+        (["a.jpg", "b.PNG.png"], ["a.jpg.jpg", "b.PNG"]),
         (["my%20photo.jpg", "two%20%282%29.jpg"], ["my photo.jpg", "two (2).jpg"]),
         (["100%.jpg", "a%zz.jpg"], ["100%.jpg", "a%zz.jpg"]),
         (["caf%C3%A9.jpg"], ["café.jpg"]),
@@ -307,6 +308,15 @@ def test_encodings(make_coco, kinds, encoding):
     annotations = load_annotations(root, "train")
     assert annotations.categories[0].name == "Kätzchen"
     assert kinds(annotations) == ({"encoding": "repaired"} if encoding == "cp1252" else {})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_mark_that_stands_twice(make_coco, encoding):
+    """Of a text that had one when it was written with one."""
+    root = make_coco()
+    file = root / "annotations" / "instances_train.json"
+    file.write_bytes(f"\ufeff{file.read_text()}".encode(encoding))
+    assert len(load_annotations(root, "train").images) == 2
 
 
 def test_a_broken_encoding_is_one_sentence(make_coco):

@@ -132,6 +132,19 @@ def test_an_export_for_each_split(write_cvat):
     assert load_annotations(root, "val").images[0].path == root / "val/images/a.jpg"
 
 
+def test_exports_beside_each_other(write_cvat):
+    """Each is a split, and all together are what one trains on; two of one task contradict each other."""
+    root = write_cvat(image(), file="task_1.xml", images=("images/a.jpg", "images/b.jpg"))
+    write_cvat(image("b.jpg"), file="task_2.xml", images=())
+    assert available_splits(root) == ["task_1", "task_2", "all"]
+    annotations = load_annotations(root, "all")
+    assert [record.path.name for record in annotations.images] == ["a.jpg", "b.jpg"]
+    assert annotations.findings == ()
+    write_cvat(image(), file="task_3.xml", images=())
+    (finding,) = load_annotations(root, "all").findings
+    assert (finding.kind, finding.action) == ("ambiguous-image", "refused")
+
+
 def test_what_is_broken_beside_a_data_set_does_not_end_the_search(write_cvat, make_coco, tmp_path):
     """Another export that can't be read, in a folder of its own, as tools' own files lie about."""
     track = '<track id="0" label="car"><box frame="0" xtl="1" ytl="1" xbr="2" ybr="2" outside="0"/></track>'
@@ -154,6 +167,25 @@ def test_broken_files(tmp_path, content):
     (tmp_path / "annotations.xml").write_text(content)
     with pytest.raises(InputError, match=r"annotations\.xml(: broken XML| can't be read: it declares the entity)"):
         detect_format(tmp_path)
+
+
+def test_a_subset_that_only_the_folder_names(write_cvat):
+    """Of two folders that have it nobody knows which is meant."""
+    root = write_cvat(image(), image("b.jpg"), images=("images/Train/a.jpg", "images/Train/b.jpg", "images/old/b.jpg"))
+    annotations = load_annotations(root, "all")
+    assert [record.path for record in annotations.images] == [root / "images/Train/a.jpg"]
+    assert [finding.kind for finding in annotations.findings if finding.action == "dropped"] == ["missing-image"]
+
+
+def test_images_of_one_name(write_cvat):
+    """Tasks of one project that have the same names: the file can belong to either."""
+    annotations = load_annotations(
+        write_cvat(image(), image(), image("b.jpg"), images=("images/a.jpg", "images/b.jpg")), "all"
+    )
+    assert [record.path.name for record in annotations.images] == ["b.jpg"]
+    refused = [finding for finding in annotations.findings if finding.action == "refused"]
+    assert [finding.kind for finding in refused] == ["ambiguous-image"] * 2
+    assert "2 images have this name" in refused[0].message
 
 
 def test_images_that_are_not_there(write_cvat):

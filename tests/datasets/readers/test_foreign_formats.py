@@ -88,6 +88,24 @@ def test_a_table_of_any_place(tmp_path: Path, write_image: Callable[..., Path]) 
         assert objects(found) == {name: [("cat", BOX)]}
 
 
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("annotations/LABELS.CSV", TENSORFLOW + "a.jpg,64,48,cat,4,6,24,18\n"),
+        ("_Annotations.CreateML.JSON", "["),
+        ("Metadata.JSONL", '{"file_name": "a.jpg", "objects": {"bbox": [[4, 6, 20, 12]], "categories": ["cat"]}}'),
+    ],
+)
+def test_files_in_capitals(tmp_path: Path, write_image: Callable[..., Path], file: str, text: str) -> None:
+    write_image(tmp_path / "a.jpg")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    boxes = [{"label": "cat", "coordinates": {"x": 14, "y": 12, "width": 20, "height": 12}}]
+    text = json.dumps([{"image": "a.jpg", "annotations": boxes}]) if text == "[" else text
+    (tmp_path / file).write_text(text)
+    (split,) = available_splits(tmp_path)
+    assert objects(load_annotations(tmp_path, split)) == {"a.jpg": [("cat", BOX)]}
+
+
 def test_a_table_in_utf_16(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     write_image(tmp_path / "ä.jpg")
     (tmp_path / "train.csv").write_text(TENSORFLOW + "ä.jpg,64,48,Kätzchen,4,6,24,18\n", encoding="utf-16")

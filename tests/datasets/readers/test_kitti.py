@@ -38,6 +38,18 @@ def test_the_published_form(make_kitti, write_image):
     assert [(f.kind, f.action, f.count) for f in annotations.findings] == [("dontcare-regions", "note", 1)]
 
 
+def test_a_number_too_many_before_the_box(make_kitti):
+    """The box would begin with the 0: `0 15 20 46` for `15 20 46 40`. Results, which end in a score, are read."""
+    row = "a 0.00 0 0.0 {} 15.00 20.00 46.00 {} 0.0 0.0 0.0 0.0 0.0 0.0 0.0\n"
+    annotations = load_annotations(
+        make_kitti({"0": row.format("0.0", "40.0") * 2, "1": row.format(0, "40.0")}), "training"
+    )
+    (refused,) = [finding for finding in annotations.findings if finding.action == "refused"]
+    assert (refused.kind, refused.count) == ("columns-shifted", 3)
+    results = {"0": row.format("0.0", "40.0") * 2, "1": row.format("8.0", "40.0")}
+    assert "columns-shifted" not in {f.kind for f in load_annotations(make_kitti(results), "training").findings}
+
+
 def test_lists_of_the_usual_development_kits(make_kitti):
     root = make_kitti({"000000": ROWS, "000001": ROWS, "000002": ROWS})
     for name, text in {"train": "000000\n000001\n000009\n", "val": "000002\n", "test": "007000\n"}.items():

@@ -90,6 +90,23 @@ def test_an_object_in_pieces(write_labelme):
     assert [(f.kind, f.action) for f in annotations.findings] == [("grouped-shapes", "note")]
 
 
+def test_labels_that_number_the_objects(write_labelme):
+    root = write_labelme("a", [shape("cow-1"), shape("cow-2", points=((1, 1), (9, 9))), shape("dog-1"), shape("7-2")])
+    (finding,) = load_annotations(root, "all").findings
+    assert (finding.kind, finding.action, finding.count) == ("numbered-labels", "note", 2)
+    assert "cow-1, cow-2 are classes" in finding.message
+    assert "call them cow." in finding.message
+
+
+def test_a_file_that_names_no_image(write_labelme, tmp_path):
+    root = write_labelme("a", [shape()])
+    content = json.loads((root / "a.json").read_text())
+    del content["imagePath"], content["imageData"]
+    (root / "a.json").write_text(json.dumps(content))
+    assert detect_format(root) == "labelme"
+    assert load_annotations(root, "all").images[0].path == root / "a.jpg"
+
+
 @pytest.mark.parametrize(
     ("folder", "image", "image_path"),
     [

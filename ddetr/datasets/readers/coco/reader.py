@@ -310,26 +310,30 @@ def _sizes(
     boxes_in_order = np.flatnonzero(usable)[np.argsort(image_index[usable], kind="stable")]
     ends = np.searchsorted(image_index[boxes_in_order], np.arange(len(paths)), side="right")
 
-    def declared_and_boxes(i: int) -> tuple[tuple[int, int] | None, np.ndarray]:
-        mine = boxes_in_order[ends[i - 1] if i else 0 : ends[i]]
-        return None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1])), boxes_xyxy[mine]
+    def stated(i: int) -> tuple[int, int] | None:
+        return None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1]))
 
-    read = list(zip(to_read.tolist(), headers, strict=True))
-    turned = [(i, h) for i, h in read if not isinstance(h, InputError) and h.stored_hw != h.upright_hw]
-    upright = drawn_upright((header, *declared_and_boxes(i)) for i, header in turned)
-    resized = Resized()
-    for i, header in read:
+    def boxes_of(i: int) -> np.ndarray:
+        return boxes_xyxy[boxes_in_order[ends[i - 1] if i else 0 : ends[i]]]
+
+    odd = []
+    for i, header in zip(to_read.tolist(), headers, strict=True):
         if isinstance(header, InputError):
             kept[i] = False
-            log.add(
-                "unreadable-image", "dropped", f"{shown}, {names[i]}", f"{str(header).rstrip('.')}; it was left out."
-            )
+            message = f"{str(header).rstrip('.')}; it was left out."
+            log.add("unreadable-image", "dropped", f"{shown}, {names[i]}", message)
+        elif stated(i) == header.upright_hw and header.orientation == 1:  # nearly all
+            sizes_hw[i] = header.upright_hw
         else:
-            declared_hw, boxes = declared_and_boxes(i)
-            resized.look_at(header, declared_hw, boxes, f"{shown}, {names[i]}")
-            size_hw = settle_size(paths[i], header, declared_hw, boxes, log, f"{shown}, {names[i]}", upright)
-            kept[i] = size_hw is not None
-            sizes_hw[i] = size_hw or (0, 0)
+            odd.append((i, header))
+    upright, resized = drawn_upright((header, stated(i), boxes_of(i)) for i, header in odd), Resized()
+    for i, header in odd:
+        resized.look_at(header, stated(i), boxes_of(i), f"{shown}, {names[i]}")
+    for i, header in odd:
+        where = f"{shown}, {names[i]}"
+        size_hw = settle_size(paths[i], header, stated(i), boxes_of(i), log, where, upright, resized.are_seen)
+        kept[i] = size_hw is not None
+        sizes_hw[i] = size_hw or (0, 0)
     resized.report(len(to_read), log)
     return sizes_hw, kept
 
