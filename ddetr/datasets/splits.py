@@ -13,7 +13,7 @@ import numpy as np
 from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
 from ddetr.datasets.load import FORMATS, also_there, default_splits, detect_format, read_together, said_of_not_named
-from ddetr.datasets.readers.reader import WHOLE
+from ddetr.datasets.readers.reader import WHOLE, layouts_kept
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.untrusted import MAX_LABEL_BYTES, one_line, parse_json, read_text
@@ -26,6 +26,7 @@ _FRAMES = re.compile(r"^(.*[^0-9].*?)[0-9]+\.\w+$", re.DOTALL)  # "videos/cam1_0
 _FRAMES_A_VIDEO = 5
 
 
+@layouts_kept()
 def load_split(
     data: DataSource,
     which: Literal["train", "val"],
@@ -43,6 +44,7 @@ def load_split(
     return _load(data, which, split, categories)
 
 
+@layouts_kept()
 def load_splits(
     data: TrainingSource, *, keep_empty: bool = True, held_back: Collection[str] | None = None
 ) -> tuple[Annotations, Annotations | None]:
