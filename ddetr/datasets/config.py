@@ -39,7 +39,7 @@ class DataSource:
     boxes: BoxForm = "auto"
     """What the four numbers of a box are, where they are not what the format says (the audit tells): corners "xyxy",
     corner and size "xywh", centre and size "cxcywh", in pixels; with "-relative" in fractions of the image."""
-    allow_incomplete: bool = option(False, resume="free")
+    allow_incomplete: bool = False
     """Take what is there of a split of which more than half of the images are missing, or can't be read; by default it
     is refused: it looks like a wrong path, or a download that is not finished."""
     val_fraction: float | None = option(None, at_least=0.001, at_most=0.9)

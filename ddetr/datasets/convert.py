@@ -28,6 +28,7 @@ from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.image_header import open_image
 from ddetr.datasets.images import image_header, read_image
 from ddetr.datasets.load import available_splits, default_splits
+from ddetr.datasets.readers.reader import layouts_kept
 from ddetr.datasets.splits import hold_back, load_split
 from ddetr.errors import InputError
 from ddetr.files import remove_leftovers, write_folder_atomically
@@ -66,6 +67,7 @@ class Source:
         return [name for name in list(self.splits)[1:] if name != self.val]
 
 
+@layouts_kept()
 def read_source(data: TrainingSource, split: str | None = None) -> Source:
     """All splits, or the one called `split`; with `data.val_fraction` the training split in two, called train and val.
 

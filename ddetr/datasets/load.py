@@ -22,7 +22,7 @@ from ddetr.datasets.readers.huggingface import huggingface_splits, read_huggingf
 from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
 from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
-from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted
+from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept
 from ddetr.datasets.readers.side_by_side import Neighbours, neighbours
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
@@ -39,6 +39,7 @@ _VAL_NAMES = ("val", "val2017", "valid", "validate", "validation", "dev", "eval"
 _VAL_NAMES += ("test", "testing")
 
 
+@layouts_kept()
 def load_annotations(
     path: str | PathLike,
     split: str,

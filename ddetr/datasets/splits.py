@@ -21,7 +21,7 @@ from ddetr.datasets.load import (
     read_together,
     said_of_not_named,
 )
-from ddetr.datasets.readers.reader import WHOLE
+from ddetr.datasets.readers.reader import WHOLE, layouts_kept
 from ddetr.datasets.related import copied_from, families
 from ddetr.errors import InputError
 from ddetr.files import existing
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 HELD_BACK_FILE = "held_back.json"  # of a run folder: the names of the images that `hold_back` chose
 
 
+@layouts_kept()
 def load_split(
     data: DataSource,
     which: Literal["train", "val"],
@@ -50,6 +51,7 @@ def load_split(
     return _load(data, which, split, categories)
 
 
+@layouts_kept()
 def load_splits(
     data: TrainingSource, *, keep_empty: bool = True, held_back: Collection[str] | None = None
 ) -> tuple[Annotations, Annotations | None]:

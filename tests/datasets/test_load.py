@@ -12,6 +12,7 @@ from ddetr.datasets import audit, available_splits, default_splits, detect_forma
 from ddetr.datasets.annotations import MAX_PLACES, FindingLog, ImageRecord, ImageTable
 from ddetr.datasets.config import DataSource, TrainingSource
 from ddetr.datasets.load import _TRAIN_NAMES, _VAL_NAMES, FORMATS, _first
+from ddetr.datasets.readers.yolo import layout
 from ddetr.datasets.splits import load_splits
 from ddetr.errors import InputError
 
@@ -177,6 +178,21 @@ def test_who_listens_hears_how_many_label_files_are_read(
     with image_files.reading_shown(None, lambda done, total: seen.append((done, total))):
         load_annotations(root, available_splits(root)[0])
     assert seen == [(2, 5), (4, 5)]
+
+
+def test_a_large_folder_is_looked_through_once(tmp_path, write_image, monkeypatch):
+    """Flat folders hold label files by the ten thousand; each part of a reading asks for the splits."""
+    looked, beside = [], layout._has_labels_beside
+    monkeypatch.setattr(layout, "_has_labels_beside", lambda folder: looked.append(folder) or beside(folder))
+    for stem in "abcd":
+        write_image(tmp_path / f"{stem}.jpg")
+        (tmp_path / f"{stem}.txt").write_text("0 .5 .5 .2 .2\n")
+    train, val = load_splits(TrainingSource(str(tmp_path), val_fraction=0.25))
+    assert (len(train.images), len(val.images), looked) == (3, 1, [tmp_path])
+    (tmp_path / "a.txt").unlink()
+    write_image(tmp_path / "images" / "e.jpg")
+    (tmp_path / "labels").mkdir()
+    assert len(load_annotations(tmp_path, "all").images) == 1  # a data set may change between two readings
 
 
 # ---- images that are not there ---------------------------------------------------------------------------------------

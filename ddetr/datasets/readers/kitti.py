@@ -24,7 +24,15 @@ from ddetr.datasets.readers.label_folders import (
     report_images,
     without_shared,
 )
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, split_kind
+from ddetr.datasets.readers.reader import (
+    WHOLE,
+    LabelledImage,
+    Wanted,
+    looked_at_once,
+    number,
+    read_labelled,
+    split_kind,
+)
 from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, open_file, read_text, shortened
 
 _LABELS = ("label_2", "labels", "label")
@@ -33,6 +41,7 @@ _FEW = 3  # boxes that lie at the left edge by chance
 _SAMPLED = 8  # files of a folder whose first line says what it holds
 
 
+@looked_at_once
 def kitti_splits(path: Path) -> dict[str, list[Source]]:
     """Split name -> where its images come from; {} where there is no KITTI data set."""
     found = []

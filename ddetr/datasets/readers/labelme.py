@@ -25,7 +25,16 @@ from ddetr.datasets.readers.label_folders import (
     report_images,
     without_shared,
 )
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
+from ddetr.datasets.readers.reader import (
+    WHOLE,
+    LabelledImage,
+    Wanted,
+    looked_at_once,
+    number,
+    read_labelled,
+    size_hw,
+    split_kind,
+)
 from ddetr.errors import InputError
 from ddetr.untrusted import (
     MAX_LABEL_BYTES,
@@ -44,6 +53,7 @@ _NUMBERED = re.compile(r"(.*\D)[-_ ]\d+")
 _NO_CLASS = ("__ignore__", "_background_")  # LabelMe's own words in lists of labels
 
 
+@looked_at_once
 def labelme_splits(path: Path) -> dict[str, list[Path]]:
     """Split name -> its folders of JSON files; {} where there is no LabelMe data set."""
     if path.is_file():

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -49,6 +51,7 @@ _BOX_KEYS = (  # what the numbers of a box are called
     ("left", "top", "right", "bottom"),
 )
 
+T = TypeVar("T")
 WHOLE = "all"  # the one split of a data set that has none
 _SPLIT_NAME = re.compile(
     r"(?:(train)(?:val|ing)?|(val)(?:id|idate|idation)?|(test)(?:ing)?)(?:[\W_\d]|$)", re.IGNORECASE
@@ -59,6 +62,36 @@ def split_kind(name: str) -> str | None:
     """ "train", "val" or "test" for the name of a file or folder that begins as a split's does; None for another."""
     found = _SPLIT_NAME.match(name)
     return next(filter(None, found.groups())).lower() if found else None
+
+
+_layouts: ContextVar[dict[Any, Any] | None] = ContextVar("layouts", default=None)
+
+
+@contextmanager
+def layouts_kept() -> Iterator[None]:
+    """In it, a data set doesn't change: where its splits lie is looked for once, not by each part that asks."""
+    outer = _layouts.get()
+    token = _layouts.set({} if outer is None else outer)
+    try:
+        yield
+    finally:
+        _layouts.reset(token)
+
+
+def looked_at_once(look: Callable[[Path], T]) -> Callable[[Path], T]:
+    """For a function that lists a folder, which may hold 100,000 files: within `layouts_kept` it is called once for
+    each folder."""
+
+    @wraps(look)
+    def kept(path: Path) -> T:
+        known = _layouts.get()
+        if known is None:
+            return look(path)
+        if (look, path) not in known:
+            known[look, path] = look(path)
+        return known[look, path]
+
+    return kept
 
 
 @dataclass(frozen=True)

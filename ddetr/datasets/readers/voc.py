@@ -41,6 +41,7 @@ from ddetr.datasets.readers.reader import (
     LabelledImage,
     Wanted,
     is_true,
+    looked_at_once,
     number,
     read_labelled,
     size_hw,
@@ -76,6 +77,7 @@ def voc_splits(path: Path) -> dict[str, list[Source]]:
     return {} if path.is_file() else _layout(path)[1]
 
 
+@looked_at_once
 def _layout(path: Path) -> tuple[Path, dict[str, list[Source]]]:
     """The data set's folder, and its splits: `path`, or the only one up to two levels below (VOCdevkit/VOC2007)."""
     level = [path]

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import ImageFolders, folded, report_unread, visible, walk_files
-from ddetr.datasets.image_formats import is_image_name, is_unread_name
+from ddetr.datasets.image_files import ImageFolders, folded, folders_in, report_unread, visible, walk_files
+from ddetr.datasets.image_formats import is_clutter, is_image_name, is_unread_name
 from ddetr.datasets.readers.label_folders import holds_json_labels
-from ddetr.datasets.readers.reader import WHOLE, split_kind
+from ddetr.datasets.readers.reader import WHOLE, looked_at_once, split_kind
 from ddetr.datasets.readers.yolo.paths import (
     FEW,
     Places,
@@ -78,7 +78,8 @@ def yolo_file(path: Path) -> Path | None:
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return [file for file in visible(folder.glob("*.*"), folder) if file.suffix.lower() in suffixes]
+    names = sorted(name for name in ImageFolders().names(folder) if name.lower().endswith(suffixes))
+    return [folder / name for name in names if not is_clutter(name)]
 
 
 def names_file(folder: Path) -> Path | None:
@@ -142,6 +143,7 @@ def _entries(content: dict[str, Any]) -> dict[str, Any]:
 # ---- splits ----------------------------------------------------------------------------------------------------------
 
 
+@looked_at_once
 def yolo_splits(path: Path) -> dict[str, YoloSplit]:
     """Split name -> where its images are said to be; {} where there is no YOLO data set."""
     file = yolo_file(path)
@@ -152,11 +154,10 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
         return splits
     if path.is_file():
         return {}
-    inside = {folder.name.lower(): folder for folder in visible(path.iterdir(), path) if folder.is_dir()}
+    inside = {folder.name.lower(): folder for folder in folders_in(path)}
     if "images" in inside and "labels" in inside and not holds_json_labels(inside["labels"]):
         images, labels = inside["images"], inside["labels"]
-        inner = [folder for folder in visible(images.iterdir(), images) if folder.is_dir()]
-        inner = [folder for folder in inner if (labels / folder.name).is_dir()]
+        inner = [folder for folder in folders_in(images) if (labels / folder.name).is_dir()]
         if inner:
             return {folder.name: YoloSplit((folder,)) for folder in inner}
         lists = {file.stem: file for place in _LISTS for file in visible((path / place).glob("*.txt"), path)}
@@ -169,7 +170,7 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
         return {}  # a data set of its own, or several, and no splits of one
     splits = {}
     for folder in inside.values():
-        below = {place.name.lower(): place for place in folder.iterdir() if place.is_dir()}
+        below = {place.name.lower(): place for place in folders_in(folder)}
         if "images" in below and "labels" in below and not holds_json_labels(below["labels"]):
             splits[folder.name] = YoloSplit((below["images"],))
     for folder in inside.values():  # train_images and train_labels
