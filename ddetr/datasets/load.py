@@ -286,7 +286,14 @@ def default_splits(
             f"--data.val_split, or --data.val_fraction 0.1) names the one to train on{own}"
         )
     others = [split for split in splits if split not in (train, "trainval")]
-    return train, _first(others, _VAL_NAMES, "val")
+    val = _first(others, _VAL_NAMES, "val")
+    for chosen in (None if train_split else train, val):
+        if chosen and len(alike := [split for split in splits if split.lower() == chosen.lower()]) > 1:
+            raise InputError(
+                f"{path} has the splits {first_few(alike, 4)}, which differ in capitals alone: --data.train_split and "
+                "--data.val_split name the ones that are meant"
+            )
+    return train, val
 
 
 def check_parts(path: str | PathLike, split: str, splits: Sequence[str], option: str) -> None:

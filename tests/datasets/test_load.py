@@ -89,6 +89,14 @@ def test_no_split_called_train(make_coco):
         default_splits(root)
 
 
+def test_splits_that_differ_in_capitals_are_not_guessed(make_coco):
+    root = make_coco()
+    make_coco(split="Train")
+    with pytest.raises(InputError, match="splits Train, train, which differ in capitals alone: --data.train_split"):
+        default_splits(root)
+    assert default_splits(root, train_split="train") == ("train", None)
+
+
 def test_a_wrapper_changes_no_format(make_coco, tmp_path):
     """Pascal VOC's reader looks deeper than COCO's, which comes first."""
     root = make_coco(root=tmp_path / "repo" / "src" / "data")

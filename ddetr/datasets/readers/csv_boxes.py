@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,9 +83,22 @@ def csv_splits(path: Path) -> dict[str, Path]:
     for pattern in _PLACES:
         files = [file for file in found_below(path, pattern) if _layout(file) is not None]
         if files:
-            names = [_split_name(file, path) for file in files]
-            return {n if names.count(n) == 1 else f.stem: f for n, f in zip(names, files, strict=True)}
+            return _named(path, files)
     return {}
+
+
+def _named(root: Path, files: Sequence[Path]) -> dict[str, Path]:
+    """Tables by the names of their splits; those that would share one, by their file names, or by their paths where
+    they lie in several folders: parts of several data sets are never taken for one."""
+    names = [_split_name(file, root) for file in files]
+    sharing = Counter(name.lower() for name in names)
+    splits = {}
+    for name, file in zip(names, files, strict=True):
+        if sharing[name.lower()] > 1:
+            homes = {f.parent for n, f in zip(names, files, strict=True) if n.lower() == name.lower()}
+            name = file.stem if len(homes) == 1 else file.relative_to(root).with_suffix("").as_posix()
+        splits[name] = file
+    return splits
 
 
 def _split_name(file: Path, root: Path) -> str:

@@ -157,6 +157,30 @@ def test_a_table_of_one_class(tmp_path: Path, write_image: Callable[..., Path]) 
     assert kinds(load_annotations(tmp_path, "train"))["classes-unknown"] == "refused"
 
 
+@pytest.mark.parametrize(
+    ("tables", "splits", "chosen"),
+    [
+        (
+            ["a/train_labels.csv", "a/val_labels.csv", "b/Train.csv"],
+            ["a/train_labels", "b/Train", "val"],
+            "none is called train",
+        ),
+        (["a/train.csv", "b/train.csv"], ["a/train", "b/train"], "none is called train"),
+        (["train.csv", "train_labels.csv"], ["train", "train_labels"], ("train", None)),
+    ],
+)
+def test_tables_of_several_folders_are_never_parts_of_one_set(tmp_path, tables, splits, chosen):
+    for table in tables:
+        (tmp_path / table).parent.mkdir(exist_ok=True)
+        (tmp_path / table).write_text(f"{TENSORFLOW}a.jpg,64,48,cat,4,6,24,18\n")
+    assert sorted(available_splits(tmp_path)) == splits
+    if isinstance(chosen, str):
+        with pytest.raises(InputError, match=chosen):
+            default_splits(tmp_path)
+    else:
+        assert default_splits(tmp_path) == chosen
+
+
 def test_open_images(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     """Names by their ids, groups ignored, the images that are not there counted in one finding a name."""
     write_image(tmp_path / "train" / "000002b66c9c498e.jpg")

@@ -41,6 +41,13 @@ def test_a_split_that_is_not_there_stays_a_split(make_yolo, capsys):
     assert "missing-path" in capsys.readouterr().out
 
 
+def test_a_path_of_another_machine_is_compared_where_it_meets(make_yolo):
+    root = make_yolo({"set/train/a.jpg": ROW, "set/valid/b.jpg": ROW})
+    (root / "data.yaml").write_text(f"train: 'C:\\me\\x\\set\\train'\nval: 'C:\\me\\x\\set\\val'\n{NAMES}")
+    ((_, _, message),) = said(load_annotations(root, "val"), "missing-path")
+    assert f"{root / 'set'} has train, valid (did you mean valid?)" in message
+
+
 @pytest.mark.parametrize(
     ("entry", "named"),
     [

@@ -80,8 +80,9 @@ class Places:
         """A sentence on a path that is nowhere: what is there instead."""
         bare = bare_parts(text)
         folder = next((base for base in self.bases if base.is_dir()), self.home)
-        if len(bare) > 1 and not _exists(folder / bare[0]):
-            bare = bare[-needed:]
+        if len(bare) > 1 and not _exists(folder / bare[0]):  # of another machine: from where the paths meet
+            known = (i for i in range(1, min(len(bare) - 1, MAX_PATH_PARTS)) if _exists(folder / bare[i]))
+            bare = bare[next(known, len(bare) - needed) :]
         while len(bare) > 1 and len(bare) <= MAX_PATH_PARTS and _exists(folder / bare[0]):
             folder, bare = folder / bare[0], bare[1:]
         names = [place.name for place in folders_in(folder)]
