@@ -33,8 +33,7 @@ from ddetr.datasets.readers.coco.ids import (
     is_id,
     look_up,
     look_up_names,
-    report_classes_off_by_one,
-    report_images_off_by_one,
+    report_off_by_one,
 )
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
@@ -257,12 +256,12 @@ def _objects(
             )
             log.add("empty-box", "repaired", _where(objects[i], shown, names, image_index[i]), message)
     if (image_index < 0).any():
-        report_images_off_by_one(objects, index_of_id, shown, log)
+        report_off_by_one(objects, "image_id", index_of_id, shown, log)
     for i in np.flatnonzero(image_index < 0):
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
     unnamed = Counter(one_line(repr(objects[i].get("category_id")), 40) for i in np.flatnonzero(labels < 0))
-    if not unnamed or not report_classes_off_by_one(objects, label_of_id, shown, log):
+    if not unnamed or not report_off_by_one(objects, "category_id", label_of_id, shown, log):
         check_unnamed(unnamed, len(objects), shown, log)
     for i in np.flatnonzero(labels < 0):
         category_id = objects[i].get("category_id")
