@@ -165,7 +165,7 @@ def _name_of_split(data: DataSource, which: Literal["train", "val"]) -> str | No
     if getattr(data, f"{which}_annotations", None):
         return which
     train = getattr(data, "train_split", None)
-    name = dict(zip(("train", "val"), default_splits(data.path, data.format, train)))[which]
+    name = dict(zip(("train", "val"), default_splits(data.path, data.format, train, data.val_split)))[which]
     if name is not None:
         check_parts(data.path, name, available_splits(data.path, data.format), f"--data.{which}_split")
     return name

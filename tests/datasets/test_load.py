@@ -13,7 +13,7 @@ from ddetr.datasets.annotations import MAX_PLACES, FindingLog, ImageRecord, Imag
 from ddetr.datasets.config import DataSource, TrainingSource
 from ddetr.datasets.load import _TRAIN_NAMES, _VAL_NAMES, FORMATS, _first
 from ddetr.datasets.readers.yolo import layout
-from ddetr.datasets.splits import load_splits
+from ddetr.datasets.splits import load_split, load_splits
 from ddetr.errors import InputError
 
 
@@ -95,6 +95,18 @@ def test_splits_that_differ_in_capitals_are_not_guessed(make_coco):
     with pytest.raises(InputError, match="splits Train, train, which differ in capitals alone: --data.train_split"):
         default_splits(root)
     assert default_splits(root, train_split="train") == ("train", None)
+
+
+def test_a_split_that_is_named_is_not_ambiguous(make_coco):
+    root = make_coco()
+    for split in ("val", "Val"):
+        make_coco(split=split)
+    with pytest.raises(InputError, match="splits Val, val, which differ in capitals alone"):
+        default_splits(root)
+    assert default_splits(root, val_split="Val") == ("train", "Val")
+    assert load_split(DataSource(path=str(root), val_split="val"), "val").name.endswith("/val")
+    _, val = load_splits(TrainingSource(path=str(root), val_split="Val"))
+    assert val.name.endswith("/Val")
 
 
 def test_a_wrapper_changes_no_format(make_coco, tmp_path):
