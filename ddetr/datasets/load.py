@@ -150,10 +150,10 @@ def detect_format(path: str | PathLike) -> str:
     )
 
 
-def _neighbours(format: str, place: Path) -> Neighbours | None:
+def _neighbours(format: str, place: Path) -> Neighbours:
     """Data sets that lie side by side with what a reader finds in a folder; none where a file there describes it."""
     if place.is_file() or (format == "yolo" and yolo_file(place) is not None):
-        return None
+        return Neighbours()
 
     def format_in(folder: Path) -> str | None:
         found = _place(folder, list(FORMATS), [])
@@ -165,7 +165,7 @@ def _neighbours(format: str, place: Path) -> Neighbours | None:
 def _check_alone(format: str, place: Path) -> None:
     """Of several data sets in one folder the first is not taken for all of it."""
     found = _neighbours(format, place)
-    if found is not None and found.others:
+    if found.others:
         known = [*((folder, FORMATS[format].title) for folder in found.read), *found.others]
         listed = first_few([f"{one_line(folder)} ({title})" for folder, title in sorted(known)], 6)
         read = first_few([one_line(folder.name) for folder in found.read], 4)
@@ -177,8 +177,8 @@ def _check_alone(format: str, place: Path) -> None:
 
 def read_together(path: str | PathLike, format: str = "auto") -> tuple[Path, ...]:
     """The folders that could be data sets of their own, where several are read from the folder around them."""
-    found = _neighbours(*_located(path, format))
-    return found.read if found is not None and len(found.read) > 1 else ()
+    read = _neighbours(*_located(path, format)).read
+    return read if len(read) > 1 else ()
 
 
 def _only_folder(path: Path) -> Path | None:

@@ -344,7 +344,8 @@ def test_a_column_that_may_hold_the_classes_is_not_passed_over(
     annotations = load_annotations(tmp_path, "train")
     assert kinds(annotations) == {"classes-unknown": "refused", "missing-classes": "repaired"}
     assert '"species" has 2 different words, such as robin' in annotations.findings[0].message
-    for name, values in (("species", ("robin", "robin")), ("source", ("x", "y")), ("confidence", (0.5, 0.7))):
+    others = (("species", ("robin", "robin")), ("source", ("x", "y")), ("confidence", (0.5, 0.7)), ("path", ("x", "y")))
+    for name, values in others:
         (tmp_path / "train.csv").write_text(f"image,xmin,ymin,xmax,ymax,{name}\n" + rows.format(*values))
         annotations = load_annotations(tmp_path, "train")
         assert [category.name for category in annotations.categories] == ["object"]
