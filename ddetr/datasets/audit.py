@@ -369,7 +369,7 @@ def _report_thin(split: Annotations, log: FindingLog) -> None:
 
 def _report_repeated(split: Annotations, log: FindingLog) -> None:
     """Objects that repeat another one of their image: class and box are the same."""
-    table = split.images if isinstance(split.images, ImageTable) else ImageTable.from_records(split.images)
+    table = ImageTable.from_records(split.images)
     index = np.repeat(np.arange(len(table)), np.diff(table.offsets))
     columns = np.stack([index, table.labels, *table.boxes_xyxy.view(np.uint32).T]).astype(np.uint64)
     factors = np.random.default_rng(0).integers(1 << 63, size=len(columns), dtype=np.uint64)
