@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,11 +25,11 @@ from ddetr.wording import first_few
 
 _HEADER_THREADS = 8  # they wait for the disk; more gains nothing locally, and on network storage the disk is the limit
 _HEADERS_A_TASK = 256
+_HEADERS = "image headers"
 _LABELS_A_STEP = 256
-Progress = Callable[[int, int], None]  # (done, total)
+Progress = Callable[[int, int, str], None]  # (done, total, of what)
 T = TypeVar("T")
 _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
-_progress_of_labels: ContextVar[Progress | None] = ContextVar("progress_of_labels", default=None)
 _SAME_SHAPE = 0.02  # by how much the sides of an image that was resized differ in their factors
 _OTHER_SIZE = 0.05
 _FEW_RESIZED = 3  # say nothing of a data set
@@ -237,15 +236,14 @@ def report_unread(names: Iterable[str], where: str, log: FindingLog, *, are_left
 
 
 @contextmanager
-def reading_shown(progress: Progress | None, labels: Progress | None = None) -> Iterator[None]:
-    """In it, `progress(done, total)` hears how many of the image files whose headers are being read are read, and
-    `labels` the same of label files: for who shows it to people. Readers, which are in between, need not know of it."""
-    tokens = _progress.set(progress), _progress_of_labels.set(labels)
+def reading_shown(progress: Progress) -> Iterator[None]:
+    """In it, `progress(done, total, of_what)` hears how many of the label files and of the image headers that are being
+    read are read: for who shows it to people. Readers, which are in between, need not know of it."""
+    token = _progress.set(progress)
     try:
         yield
     finally:
-        _progress.reset(tokens[0])
-        _progress_of_labels.reset(tokens[1])
+        _progress.reset(token)
 
 
 @contextmanager
@@ -253,20 +251,17 @@ def reading_on_screen(path: str | os.PathLike) -> Iterator[None]:
     """In it, people see that the data set at `path` is being read, and how far."""
     from ddetr import console
 
-    with (
-        console.reading(f"reading {path}", "image headers") as update,
-        reading_shown(update, partial(update, unit="label files")),
-    ):
+    with console.reading(f"reading {path}", _HEADERS) as update, reading_shown(update):
         yield
 
 
 def counted(label_files: Sequence[T]) -> Iterator[T]:
     """The label files, or what has one each, as they are read one by one; `reading_shown` says who hears how far it
     is."""
-    progress = _progress_of_labels.get()
+    progress = _progress.get()
     for done, file in enumerate(label_files):
         if progress is not None and done and done % _LABELS_A_STEP == 0:
-            progress(done, len(label_files))
+            progress(done, len(label_files), "label files")
         yield file
 
 
@@ -291,7 +286,7 @@ def read_headers(paths: Sequence[Path | str]) -> list[ImageHeader | InputError]:
         for found in pool.map(read, chunks):
             headers += found
             if progress is not None:
-                progress(len(headers), len(paths))
+                progress(len(headers), len(paths), _HEADERS)
     return headers
 
 

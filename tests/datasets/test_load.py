@@ -170,7 +170,7 @@ def test_importing_datasets_loads_no_heavy_package():
 def test_who_listens_hears_how_many_headers_are_read(make_coco, monkeypatch):
     root, seen = make_coco(num_images=5), []
     monkeypatch.setattr(image_files, "_HEADERS_A_TASK", 2)
-    with image_files.reading_shown(lambda done, total: seen.append((done, total))):
+    with image_files.reading_shown(lambda done, total, _: seen.append((done, total))):
         load_annotations(root, "train")
     assert seen == [(2, 5), (4, 5), (5, 5)]
     load_annotations(root, "train")
@@ -195,9 +195,9 @@ def test_who_listens_hears_how_many_label_files_are_read(
             (root / f"{stem}.json").write_text(json.dumps({"imagePath": f"{stem}.jpg", "shapes": []}))
     assert detect_format(root) == format
     monkeypatch.setattr(image_files, "_LABELS_A_STEP", 2)
-    with image_files.reading_shown(None, lambda done, total: seen.append((done, total))):
+    with image_files.reading_shown(lambda *step: seen.append(step)):
         load_annotations(root, available_splits(root)[0])
-    assert seen == [(2, 5), (4, 5)]
+    assert seen == [(2, 5, "label files"), (4, 5, "label files")]
 
 
 def test_a_large_folder_is_looked_through_once(tmp_path, write_image, monkeypatch):
