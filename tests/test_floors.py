@@ -147,3 +147,15 @@ def test_no_folder_is_crowded() -> None:
         for folder, root in folders.items()  # the package may be installed elsewhere than the tests are
     }
     assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+def test_numbers_of_bytes_say_their_order() -> None:
+    """Python 3.10, the oldest that is supported, has no default for it."""
+    silent = [
+        f"{path.relative_to(ROOT.parent)}:{node.lineno}"
+        for path in FILES.values()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_bytes"
+        if len(node.args) + len(node.keywords) < 2
+    ]
+    assert silent == []

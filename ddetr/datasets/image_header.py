@@ -71,7 +71,7 @@ def png_without_words(data: bytes) -> bytes:
     pixel."""
     parts, place = [data[: len(PNG_START)]], len(PNG_START)
     for _ in range(MAX_IMAGE_SEGMENTS):
-        length, name = int.from_bytes(data[place : place + 4]), data[place + 4 : place + 8]
+        length, name = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
         if not name:
             break
         end = place + 12 + length
@@ -159,8 +159,8 @@ def _trailing_orientation(file: BinaryIO) -> int:
     place = tail.rfind(b"eXIf")
     if place < 4:
         return 1
-    end = place + 4 + int.from_bytes(tail[place - 4 : place])
-    if end + 4 > len(tail) or zlib.crc32(tail[place:end]) != int.from_bytes(tail[end : end + 4]):
+    end = place + 4 + int.from_bytes(tail[place - 4 : place], "big")
+    if end + 4 > len(tail) or zlib.crc32(tail[place:end]) != int.from_bytes(tail[end : end + 4], "big"):
         return 1  # pixels that look like it
     return _exif_orientation(tail[place + 4 : end].removeprefix(_EXIF_MARK))
 
