@@ -299,6 +299,21 @@ def test_annotations_of_another_format_are_mentioned(make_coco, make_yolo):
     assert not any(finding.kind == "other-annotations" for finding in train.findings)
 
 
+@pytest.mark.parametrize("place", ["", "ImageSets/Main", "splits"])
+def test_lists_of_splits_that_are_not_used_are_said(make_coco, place):
+    root = make_coco(num_images=3)
+    (root / place).mkdir(parents=True, exist_ok=True)
+    (root / place / "test.txt").write_text("What was measured\n")  # no list
+    (root / place / "train.txt").write_text("\n1\n2\n")
+    (root / place / "val.txt").write_text("images/3.jpg\n")
+    train, _ = load_splits(TrainingSource(str(root)))
+    (found,) = [finding for finding in train.findings if finding.kind == "lists-not-used"]
+    assert (found.action, found.count) == ("note", 2)
+    make_coco(split="val")
+    train, _ = load_splits(TrainingSource(str(root)))
+    assert "lists-not-used" not in {finding.kind for finding in train.findings}
+
+
 def test_splits_of_unusual_names_are_named(make_coco):
     root = make_coco([coco_object(image_id=i) for i in range(1, 3)])
     make_coco([coco_object()], split="session2", root=root)

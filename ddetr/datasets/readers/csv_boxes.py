@@ -37,7 +37,7 @@ _COLUMNS = {  # what a column is called; the first that is there
     "image": ("filename", "file_name", "image", "image_name", "imagename", "image_path", "img", "img_name")
     + ("image_id", "imageid", "filepath", "file_path", "path", "file", "frame"),
     "class": ("class", "label", "class_name", "classname", "label_name", "labelname", "category", "category_name")
-    + ("class_id", "category_id", "label_id", "labels", "classes", "categories"),
+    + ("class_id", "category_id", "label_id", "labels", "classes", "categories", "object", "object_name"),
     "x1": ("xmin", "x_min", "x1", "left", "bbox_xmin", "bbox_x1", "xtl", "bbox_x"),
     "y1": ("ymin", "y_min", "y1", "top", "bbox_ymin", "bbox_y1", "ytl", "bbox_y"),
     "x2": ("xmax", "x_max", "x2", "right", "bbox_xmax", "bbox_x2", "xbr"),
