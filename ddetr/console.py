@@ -109,10 +109,9 @@ def reading(what: str, unit: str) -> Iterator[Callable[..., None]]:
     """Shows that something is being read: a bar where somebody watches, elsewhere a line once it has taken a second,
     one more with the number of `unit` once that is known, and then how far it is from time to time. Yields
     `update(done, total)`, which takes another `unit` too."""
-    usual = unit
     if err.is_terminal:
         with progress(what) as update:
-            yield lambda done, total, unit=usual: update(done, total, f"{what}, {unit}")
+            yield lambda done, total, unit=unit: update(done, total, f"{what}, {unit}")
         return
     began, said = time.monotonic(), dict[str, float]()  # when what was said
 
@@ -120,7 +119,7 @@ def reading(what: str, unit: str) -> Iterator[Callable[..., None]]:
         said[key] = time.monotonic()
         err.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
 
-    def update(done: int, total: int, unit: str = usual) -> None:
+    def update(done: int, total: int, unit: str = unit) -> None:
         now = time.monotonic()
         if done >= total or now - began <= QUIET_SECONDS:
             return

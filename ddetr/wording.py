@@ -18,3 +18,8 @@ def first_few(names: Iterable[object], most: int) -> str:
     shown = [str(name) for name in names]
     rest = f" and {len(shown) - most} more" if len(shown) > most else ""
     return (", ".join(shown[:most]) or "nothing") + rest
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 object" or "1,234 objects"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -136,6 +136,9 @@ class ImageTable(Sequence[ImageRecord]):
 
     @classmethod
     def from_records(cls, records: Iterable[ImageRecord]) -> ImageTable:
+        """A table of the records; the same one where they are a table already."""
+        if isinstance(records, ImageTable):
+            return records
         records = list(records)
         counts = [len(record.labels) for record in records]
 

@@ -30,7 +30,7 @@ from ddetr.datasets.annotations import (
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
 from ddetr.datasets.related import copied_from, families, looks_numbered
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
-from ddetr.wording import first_few
+from ddetr.wording import first_few, plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -369,7 +369,7 @@ def _report_thin(split: Annotations, log: FindingLog) -> None:
 
 def _report_repeated(split: Annotations, log: FindingLog) -> None:
     """Objects that repeat another one of their image: class and box are the same."""
-    table = split.images if isinstance(split.images, ImageTable) else ImageTable.from_records(split.images)
+    table = ImageTable.from_records(split.images)
     index = np.repeat(np.arange(len(table)), np.diff(table.offsets))
     columns = np.stack([index, table.labels, *table.boxes_xyxy.view(np.uint32).T]).astype(np.uint64)
     factors = np.random.default_rng(0).integers(1 << 63, size=len(columns), dtype=np.uint64)
@@ -382,7 +382,7 @@ def _report_repeated(split: Annotations, log: FindingLog) -> None:
         name = one_line(split.categories[table.labels[repeated[0]]].name)
         box = ", ".join(f"{value:g}" for value in table.boxes_xyxy[repeated[0]])
         message = (
-            f"{_plural(len(repeated), 'object')} with the class and the box of another one in the same image, such as "
+            f"{plural(len(repeated), 'object')} with the class and the box of another one in the same image, such as "
             f"the {name} at ({box}): each counts, in training and in evaluation. Take the repetitions out."
         )
         log.add("repeated-object", "note", str(table.path(index[repeated[0]])), message, count=len(repeated))
@@ -549,8 +549,4 @@ def _report_problems(split: Annotations, found: Decoded, is_train: bool, refuse:
 
 def things(findings: Sequence[Finding]) -> str:
     """ "1 thing" or "1,234 things": what the findings stand for, as the table counts it."""
-    return _plural(sum(finding.count for finding in findings), "thing")
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return plural(sum(finding.count for finding in findings), "thing")

@@ -82,8 +82,7 @@ def read_source(data: TrainingSource, split: str | None = None) -> Source:
     else:
         known = available_splits(data.path, data.format)
         train = split if known == [split] else None
-        train, val = default_splits(data.path, data.format, data.train_split or train)
-        val = data.val_split or val
+        train, val = default_splits(data.path, data.format, data.train_split or train, data.val_split)
         others = [name for name in known if name not in (train, val)]
     annotations = load_split(data, "train", train)
     if data.val_fraction is not None:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,11 +25,11 @@ from ddetr.wording import first_few
 
 _HEADER_THREADS = 8  # they wait for the disk; more gains nothing locally, and on network storage the disk is the limit
 _HEADERS_A_TASK = 256
+_HEADERS = "image headers"
 _LABELS_A_STEP = 256
-Progress = Callable[[int, int], None]  # (done, total)
+Progress = Callable[[int, int, str], None]  # (done, total, of what)
 T = TypeVar("T")
 _progress: ContextVar[Progress | None] = ContextVar("progress", default=None)
-_progress_of_labels: ContextVar[Progress | None] = ContextVar("progress_of_labels", default=None)
 _SAME_SHAPE = 0.02  # by how much the sides of an image that was resized differ in their factors
 _OTHER_SIZE = 0.05
 _FEW_RESIZED = 3  # say nothing of a data set
@@ -237,15 +236,14 @@ def report_unread(names: Iterable[str], where: str, log: FindingLog, *, are_left
 
 
 @contextmanager
-def reading_shown(progress: Progress | None, labels: Progress | None = None) -> Iterator[None]:
-    """In it, `progress(done, total)` hears how many of the image files whose headers are being read are read, and
-    `labels` the same of label files: for who shows it to people. Readers, which are in between, need not know of it."""
-    tokens = _progress.set(progress), _progress_of_labels.set(labels)
+def reading_shown(progress: Progress) -> Iterator[None]:
+    """In it, `progress(done, total, of_what)` hears how many of the label files and of the image headers that are being
+    read are read: for who shows it to people. Readers, which are in between, need not know of it."""
+    token = _progress.set(progress)
     try:
         yield
     finally:
-        _progress.reset(tokens[0])
-        _progress_of_labels.reset(tokens[1])
+        _progress.reset(token)
 
 
 @contextmanager
@@ -253,20 +251,17 @@ def reading_on_screen(path: str | os.PathLike) -> Iterator[None]:
     """In it, people see that the data set at `path` is being read, and how far."""
     from ddetr import console
 
-    with (
-        console.reading(f"reading {path}", "image headers") as update,
-        reading_shown(update, partial(update, unit="label files")),
-    ):
+    with console.reading(f"reading {path}", _HEADERS) as update, reading_shown(update):
         yield
 
 
 def counted(label_files: Sequence[T]) -> Iterator[T]:
     """The label files, or what has one each, as they are read one by one; `reading_shown` says who hears how far it
     is."""
-    progress = _progress_of_labels.get()
+    progress = _progress.get()
     for done, file in enumerate(label_files):
         if progress is not None and done and done % _LABELS_A_STEP == 0:
-            progress(done, len(label_files))
+            progress(done, len(label_files), "label files")
         yield file
 
 
@@ -291,89 +286,80 @@ def read_headers(paths: Sequence[Path | str]) -> list[ImageHeader | InputError]:
         for found in pool.map(read, chunks):
             headers += found
             if progress is not None:
-                progress(len(headers), len(paths))
+                progress(len(headers), len(paths), _HEADERS)
     return headers
 
 
-class Resized:
-    """Images that were resized after they were annotated: boxes that happen to fit mean other places all the same."""
+class Stated(NamedTuple):
+    """What the annotations say of an image, and the header of its file."""
 
-    def __init__(self) -> None:
-        self._found: list[tuple[str, tuple[int, int], tuple[int, int]]] = []  # where, declared and actual (h, w)
-        self.are_seen = False  # whether there are such whose boxes fit the stated size alone
+    path: Path
+    header: ImageHeader
+    declared_hw: tuple[int, int] | None  # its size, where they say one
+    boxes_xyxy: np.ndarray  # (n, 4) as written
+    where: str
+    in_fractions: bool  # the boxes, which a resized image keeps
 
-    def look_at(
-        self, header: ImageHeader, declared_hw: tuple[int, int] | None, boxes_xyxy: np.ndarray, where: str
-    ) -> None:
-        """One image; arguments as those of `settle_size`."""
-        actual_hw = header.upright_hw
-        if declared_hw is None or declared_hw in (actual_hw, header.stored_hw) or not len(boxes_xyxy):
-            return
-        if not _is_resized(actual_hw, declared_hw):
-            return
-        limits = np.array([declared_hw[1], declared_hw[0]], dtype=np.float64) + _ROUNDING_PX
-        if (boxes_xyxy[:, 2:] <= limits).all():  # not where the stated size is what is wrong
-            self._found.append((where, declared_hw, actual_hw))
-            self.are_seen = self.are_seen or not _fit(boxes_xyxy, actual_hw)
+    def fits(self, size_hw: tuple[int, int]) -> bool:
+        """Whether no box reaches beyond an image of this size."""
+        finite = self.boxes_xyxy[np.isfinite(self.boxes_xyxy).all(axis=1)]
+        limits = np.array([size_hw[1], size_hw[0]], dtype=np.float64) + _ROUNDING_PX
+        return bool((finite[:, 2:] <= limits).all())
 
-    def report(self, num_images: int, log: FindingLog) -> None:
-        """Adds a finding where many of the images are such."""
-        if len(self._found) > _FEW_RESIZED and len(self._found) * 2 > num_images:
-            where, (height, width), (actual_height, actual_width) = self._found[0]
-            message = (
-                f"{len(self._found):,} of {num_images:,} images have the shape that their annotations state, in "
-                f"another size, as {actual_width} x {actual_height} for {width} x {height} pixels: they look resized, "
-                "and their boxes may not be. Restore the images, or scale the boxes and state the new size."
-            )
-            log.add("images-resized", "refused", where, message, count=len(self._found))
+    @property
+    def is_declared_as_stored(self) -> bool:
+        """Whether the size is that of the pixels before the EXIF orientation turns them into another one."""
+        return self.header.upright_hw != self.declared_hw == self.header.stored_hw
+
+    @property
+    def is_resized(self) -> bool:
+        """Whether the image looks resized after its boxes were drawn: the same shape in another size."""
+        actual_hw = self.header.upright_hw
+        if self.declared_hw is None or self.in_fractions or self.is_declared_as_stored or not len(self.boxes_xyxy):
+            return False
+        by_height, by_width = (actual / declared for actual, declared in zip(actual_hw, self.declared_hw, strict=True))
+        return abs(by_height / by_width - 1) <= _SAME_SHAPE and abs(by_width - 1) >= _OTHER_SIZE
 
 
-def _is_resized(actual_hw: tuple[int, int], declared_hw: tuple[int, int]) -> bool:
-    """Whether the one size is the other in the same shape."""
-    by_height, by_width = (actual / declared for actual, declared in zip(actual_hw, declared_hw, strict=True))
-    return abs(by_height / by_width - 1) <= _SAME_SHAPE and abs(by_width - 1) >= _OTHER_SIZE
+def settle_sizes(images: Sequence[Stated], num_images: int, log: FindingLog) -> list[tuple[int, int] | None]:
+    """The frame (h, w) that the boxes of each image live in; None where that can't be known, and it is left out.
 
-
-def drawn_upright(images: Iterable[tuple[ImageHeader, tuple[int, int] | None, np.ndarray]]) -> bool:
-    """Whether a split states the sizes of turned images as they are stored, and its boxes were drawn on the upright
-    ones all the same: tools that show an image turned, and take its size from the file, write that.
-
-    images: of each its header, the size (h, w) that the annotations state, and its boxes (n, 4) as written.
+    num_images: of the split, with those whose files are as they are stated, which need not be among `images`.
     """
+    resized = [image for image in images if image.is_resized and image.fits(image.declared_hw)]
+    are_resized = any(not image.fits(image.header.upright_hw) for image in resized)
+    upright = _drawn_upright(images)
+    sizes_hw = [_settle_size(image, upright, are_resized, log) for image in images]
+    if len(resized) > _FEW_RESIZED and len(resized) * 2 > num_images:
+        (height, width), (actual_height, actual_width) = resized[0].declared_hw, resized[0].header.upright_hw
+        message = (
+            f"{len(resized):,} of {num_images:,} images have the shape that their annotations state, in another size, "
+            f"as {actual_width} x {actual_height} for {width} x {height} pixels: they look resized, and their boxes "
+            "may not be. Restore the images, or scale the boxes and state the new size."
+        )
+        log.add("images-resized", "refused", resized[0].where, message, count=len(resized))
+    return sizes_hw
+
+
+def _drawn_upright(images: Sequence[Stated]) -> bool:
+    """Whether a split states the sizes of turned images as they are stored, and its boxes were drawn on the upright
+    ones all the same: tools that show an image turned, and take its size from the file, write that."""
     fits = {True: 0, False: 0}  # images whose boxes fit the upright frame alone, and the stored one alone
-    for header, declared_hw, boxes_xyxy in images:
-        if declared_hw is None or header.stored_hw == header.upright_hw or tuple(declared_hw) != header.stored_hw:
-            continue
-        upright, stored = _fit(boxes_xyxy, header.upright_hw), _fit(boxes_xyxy, header.stored_hw)
-        if upright != stored:
-            fits[upright] += 1
+    for image in images:
+        if image.is_declared_as_stored:
+            upright, stored = image.fits(image.header.upright_hw), image.fits(image.header.stored_hw)
+            if upright != stored:
+                fits[upright] += 1
     return fits[True] > fits[False]
 
 
-def _fit(boxes_xyxy: np.ndarray, size_hw: tuple[int, int]) -> bool:
-    finite = boxes_xyxy[np.isfinite(boxes_xyxy).all(axis=1)]
-    limits = np.array([size_hw[1], size_hw[0]], dtype=np.float64) + _ROUNDING_PX
-    return bool((finite[:, 2:] <= limits).all())
-
-
-def settle_size(
-    path: Path,
-    header: ImageHeader,
-    declared_hw: tuple[int, int] | None,
-    boxes_xyxy: np.ndarray,
-    log: FindingLog,
-    where: str,
-    upright: bool = False,
-    resized: bool = False,
-) -> tuple[int, int] | None:
-    """The frame (h, w) that an image's boxes live in, or None where that can't be known and the image is left out.
-
-    declared_hw: what the annotations say, None if nothing. boxes_xyxy: (n, 4) as written. What the split shows as a
-    whole: upright: `drawn_upright`; resized: `Resized.are_seen`.
-    """
+def _settle_size(image: Stated, upright: bool, are_resized: bool, log: FindingLog) -> tuple[int, int] | None:
+    """Of one image; upright: `_drawn_upright`; are_resized: whether boxes of the split fit the stated sizes alone, so
+    that others fit both by chance."""
+    path, header, declared_hw, where = image.path, image.header, image.declared_hw, image.where
     actual_hw = header.upright_hw
-    if declared_hw is None or tuple(declared_hw) == actual_hw:
-        if header.orientation > 1 and len(boxes_xyxy) and (declared_hw is None or header.stored_hw == actual_hw):
+    if declared_hw is None or declared_hw == actual_hw:
+        if header.orientation > 1 and len(image.boxes_xyxy) and (declared_hw is None or header.stored_hw == actual_hw):
             message = (
                 f"{path.name} is turned by its EXIF orientation and its size does not tell whether its boxes were "
                 "drawn on the turned image; that was taken."
@@ -381,8 +367,8 @@ def settle_size(
             log.add("orientation", "note", where, message)
         return actual_hw
     declared = f"{declared_hw[1]} x {declared_hw[0]}"
-    if tuple(declared_hw) == header.stored_hw:
-        if upright and (_fit(boxes_xyxy, actual_hw) or not _fit(boxes_xyxy, header.stored_hw)):
+    if image.is_declared_as_stored:
+        if upright and (image.fits(actual_hw) or not image.fits(header.stored_hw)):
             message = (
                 f"{path.name} is turned by its EXIF orientation, and its annotations state the {declared} pixels as "
                 "stored, but boxes of these annotations fit the upright images alone; it is used upright."
@@ -395,8 +381,7 @@ def settle_size(
         )
         log.add("orientation", "repaired", where, message)
         return header.stored_hw
-    by_chance = resized and len(boxes_xyxy) > 0 and _is_resized(actual_hw, declared_hw)
-    if _fit(boxes_xyxy, actual_hw) and not by_chance:
+    if image.fits(actual_hw) and not (are_resized and image.is_resized):
         message = (
             f"{path.name} is {actual_hw[1]} x {actual_hw[0]} pixels, not {declared} as annotated; its boxes fit, "
             "the file is believed."

@@ -70,7 +70,11 @@ def load_annotations(
         allow_incomplete: whether a split may lack more than half of the images that its annotations name; otherwise a
             finding refuses it.
     """
-    annotations = _read(path, split, format, annotation_file, image_dir, categories, check_images, boxes)
+    if boxes not in (known := get_args(BoxForm)):
+        raise InputError(f"--data.boxes is one of {', '.join(known)}, not {boxes!r}{did_you_mean(boxes, known)}")
+    path = existing(path)
+    images = _inside(path, image_dir, IMAGES_OPTION) if image_dir is not None else None
+    annotations = _read(Wanted(path, split, None, images, categories, check_images, boxes), format, annotation_file)
     lost, left = annotations.num_images_left_out, len(annotations.images)
     if allow_incomplete or not left or not are_most(lost, left):  # where none is left, that is refused
         return annotations
@@ -83,34 +87,21 @@ def load_annotations(
     return replace(annotations, findings=(*annotations.findings, incomplete))
 
 
-def _read(
-    path: str | PathLike,
-    split: str,
-    format: str,
-    annotation_file: str | PathLike | None,
-    image_dir: str | PathLike | None,
-    categories: Sequence[Category] | None,
-    check_images: bool,
-    boxes: BoxForm,
-) -> Annotations:
-    """The split, with what its reader found; `load_annotations` says what the arguments are."""
-    if boxes not in (known := get_args(BoxForm)):
-        raise InputError(f"--data.boxes is one of {', '.join(known)}, not {boxes!r}{did_you_mean(boxes, known)}")
-    path = existing(path)
-    images = _inside(path, image_dir, IMAGES_OPTION) if image_dir is not None else None
-    if annotation_file is not None:
-        if format not in ("auto", "coco", *_OF_ONE_FILE):
-            raise InputError(f"{ANNOTATIONS_OPTION} is for formats of one file, {format} has one for each image")
-        file = _inside(path, annotation_file, ANNOTATIONS_OPTION)
-        for one in _OF_ONE_FILE if format == "auto" else [format]:
-            if one in _OF_ONE_FILE and (names := list(FORMATS[one].splits(file))):
-                places = images or (path if path.is_dir() and not file.is_relative_to(path) else None)
-                return FORMATS[one].read(Wanted(file, names[0], None, places, categories, check_images, boxes))
-        root = path if path.is_dir() else _home(file)
-        return read_coco(Wanted(root, split, None, images, categories, check_images, boxes), [file])
-    format, path = _located(path, format)
-    train_split = _train_split(list(FORMATS[format].splits(path)))
-    return FORMATS[format].read(Wanted(path, split, train_split, images, categories, check_images, boxes))
+def _read(wanted: Wanted, format: str, annotation_file: str | PathLike | None) -> Annotations:
+    """The split, with what its reader found; wanted: of the path that was given, wherever the data set lies in it."""
+    path = wanted.path
+    if annotation_file is None:
+        format, place = _located(path, format)
+        train_split = _train_split(list(FORMATS[format].splits(place)))
+        return FORMATS[format].read(replace(wanted, path=place, train_split=train_split))
+    if format not in ("auto", "coco", *_OF_ONE_FILE):
+        raise InputError(f"{ANNOTATIONS_OPTION} is for formats of one file, {format} has one for each image")
+    file = _inside(path, annotation_file, ANNOTATIONS_OPTION)
+    for one in _OF_ONE_FILE if format == "auto" else [format]:
+        if one in _OF_ONE_FILE and (names := list(FORMATS[one].splits(file))):
+            places = wanted.image_dir or (path if path.is_dir() and not file.is_relative_to(path) else None)
+            return FORMATS[one].read(replace(wanted, path=file, split=names[0], image_dir=places))
+    return read_coco(replace(wanted, path=path if path.is_dir() else _home(file)), [file])
 
 
 def _read_coco(wanted: Wanted) -> Annotations:
@@ -159,10 +150,10 @@ def detect_format(path: str | PathLike) -> str:
     )
 
 
-def _neighbours(format: str, place: Path) -> Neighbours | None:
+def _neighbours(format: str, place: Path) -> Neighbours:
     """Data sets that lie side by side with what a reader finds in a folder; none where a file there describes it."""
     if place.is_file() or (format == "yolo" and yolo_file(place) is not None):
-        return None
+        return Neighbours()
 
     def format_in(folder: Path) -> str | None:
         found = _place(folder, list(FORMATS), [])
@@ -174,7 +165,7 @@ def _neighbours(format: str, place: Path) -> Neighbours | None:
 def _check_alone(format: str, place: Path) -> None:
     """Of several data sets in one folder the first is not taken for all of it."""
     found = _neighbours(format, place)
-    if found is not None and found.others:
+    if found.others:
         known = [*((folder, FORMATS[format].title) for folder in found.read), *found.others]
         listed = first_few([f"{one_line(folder)} ({title})" for folder, title in sorted(known)], 6)
         read = first_few([one_line(folder.name) for folder in found.read], 4)
@@ -186,8 +177,8 @@ def _check_alone(format: str, place: Path) -> None:
 
 def read_together(path: str | PathLike, format: str = "auto") -> tuple[Path, ...]:
     """The folders that could be data sets of their own, where several are read from the folder around them."""
-    found = _neighbours(*_located(path, format))
-    return found.read if found is not None and len(found.read) > 1 else ()
+    read = _neighbours(*_located(path, format)).read
+    return read if len(read) > 1 else ()
 
 
 def _only_folder(path: Path) -> Path | None:
@@ -269,11 +260,11 @@ def available_splits(path: str | PathLike, format: str = "auto") -> list[str]:
 
 
 def default_splits(
-    path: str | PathLike, format: str = "auto", train_split: str | None = None
+    path: str | PathLike, format: str = "auto", train_split: str | None = None, val_split: str | None = None
 ) -> tuple[str, str | None]:
     """(training split, validation split) by their names; the second is None where there is none.
 
-    train_split: the training split, where its name doesn't say it.
+    train_split, val_split: the ones to take, where their names don't say it.
     """
     splits = available_splits(path, format)
     if not splits:
@@ -286,8 +277,8 @@ def default_splits(
             f"--data.val_split, or --data.val_fraction 0.1) names the one to train on{own}"
         )
     others = [split for split in splits if split not in (train, "trainval")]
-    val = _first(others, _VAL_NAMES, "val")
-    for chosen in (None if train_split else train, val):
+    val = val_split or _first(others, _VAL_NAMES, "val")
+    for chosen in (None if train_split else train, None if val_split else val):
         if chosen and len(alike := [split for split in splits if split.lower() == chosen.lower()]) > 1:
             raise InputError(
                 f"{path} has the splits {first_few(alike, 4)}, which differ in capitals alone: --data.train_split and "

@@ -199,7 +199,7 @@ def _name_of_split(data: DataSource, which: Literal["train", "val"]) -> str | No
     if getattr(data, f"{which}_annotations", None):
         return which
     train = getattr(data, "train_split", None)
-    name = dict(zip(("train", "val"), default_splits(data.path, data.format, train)))[which]
+    name = dict(zip(("train", "val"), default_splits(data.path, data.format, train, data.val_split)))[which]
     if name is not None:
         check_parts(data.path, name, available_splits(data.path, data.format), f"--data.{which}_split")
     return name
@@ -248,8 +248,7 @@ def image_names(annotations: Annotations, root: Path) -> list[str]:
     annotation file."""
     home = root if root.is_dir() else root.parent
     bases = (home, home.resolve())  # some readers resolve links, some keep them
-    images = annotations.images
-    table = images if isinstance(images, ImageTable) else ImageTable.from_records(images)
+    table = ImageTable.from_records(annotations.images)
     paths = [table.path(index) for index in range(len(table))]
     return [
         next((path.relative_to(base) for base in bases if path.is_relative_to(base)), path).as_posix() for path in paths
@@ -276,7 +275,8 @@ def hold_back(
     if held_back is None:
         chosen = _chosen(_groups(train, names, data), len(names), data)
     else:
-        chosen = [i for i, name in enumerate(names) if name in held_back]
+        held_names = frozenset(held_back)
+        chosen = [i for i, name in enumerate(names) if name in held_names]
         if not chosen:
             raise InputError(
                 f"none of the images that the run holds back for validation is there any more "

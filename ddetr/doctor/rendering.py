@@ -13,6 +13,7 @@ from rich.text import Text
 from ddetr.doctor.causes import Cause
 from ddetr.doctor.diagnosis import Diagnosis
 from ddetr.doctor.rows import Row
+from ddetr.wording import plural
 
 _STYLES = {"ok": "green", "warning": "bold yellow", "broken": "bold red"}
 _WIDTH = 18
@@ -68,7 +69,7 @@ def line(row: Row) -> str:
 def summary(diagnosis: Diagnosis) -> str:
     """The verdict in a sentence, with the exit code."""
     states = [row.state for row in diagnosis.rows]
-    counts = f"{states.count('broken')} broken, {_number(states.count('warning'), 'warning')}"
+    counts = f"{states.count('broken')} broken, {plural(states.count('warning'), 'warning')}"
     cause = diagnosis.cause
     if cause is None:
         computed = "" if diagnosis.facts.steps else " (nothing was computed)"
@@ -89,9 +90,5 @@ def headline(diagnosis: Diagnosis) -> str:
     if facts.driver.version:
         parts.append(f"driver {facts.driver.version}")
     names = [gpu.name for gpu in facts.gpus]
-    parts.append(f"{_number(len(names), 'GPU')}: {', '.join(sorted(set(names)))}" if names else "no GPU")
+    parts.append(f"{plural(len(names), 'GPU')}: {', '.join(sorted(set(names)))}" if names else "no GPU")
     return f"ddetr doctor: {'; '.join(parts)}"
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

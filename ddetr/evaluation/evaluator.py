@@ -61,8 +61,7 @@ class CocoEvaluator:
         self.max_detections = max_detections
         self._backend = Backend(backend)
         self.backend = self._backend.name
-        images = annotations.images
-        self.images = images if isinstance(images, ImageTable) else ImageTable.from_records(images)
+        self.images = ImageTable.from_records(annotations.images)
         self._index = {image_id: i for i, image_id in enumerate(self.images.image_ids.tolist())}
         if len(self._index) != len(self.images):
             raise InputError(f"Image ids must differ: {annotations.name} has repeated ones.")

@@ -27,7 +27,7 @@ from ddetr.report.charts import shown
 from ddetr.report.data_pool import GROUPS, Choice, Pool, choose
 from ddetr.report.pictures import PAGE_SIDE, data_uri, resized
 from ddetr.untrusted import one_line, open_file
-from ddetr.wording import first_few
+from ddetr.wording import first_few, plural
 
 Progress = Callable[[int, int], None]  # (done, total) pictures
 
@@ -147,7 +147,7 @@ def _annotated(pool: Pool, choice: Choice, names: Sequence[str]) -> dict[str, An
     counted = ~record.ignore
     num_objects = int(counted.sum())
     said = [pool.split_of(choice.image).name, f"{width} x {height} pixels"]
-    said.append(f"{num_objects:,} object{'' if num_objects == 1 else 's'}")
+    said.append(plural(num_objects, "object"))
     if num_objects:
         said[-1] += f": {tables.listed(record.labels[counted], names.__getitem__)}"
     if not counted.all():
@@ -188,8 +188,7 @@ def _preview(dataset: DetectionDataset, index: int, seed: int, names: Sequence[s
         boxes = (box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height] * 2)).numpy()
         ignore = np.zeros(len(boxes), bool)
         drawn = _drawn(image, boxes, target["labels"].numpy(), ignore, names, PREVIEW_SIDE)
-        num_objects = f"{len(boxes)} object{'' if len(boxes) == 1 else 's'}"
-        said = f"epoch {epoch + 1}: {width} x {height}, {num_objects}"
+        said = f"epoch {epoch + 1}: {width} x {height}, {plural(len(boxes), 'object')}"
         figure["pictures"].append(_picture(drawn) | {"said": said})
     return figure
 

@@ -39,7 +39,7 @@ class Pool:
     @classmethod
     def of(cls, splits: Sequence[Annotations], image_size: int) -> Pool:
         """image_size: short side in pixels in training."""
-        tables = [s.images if isinstance(s.images, ImageTable) else ImageTable.from_records(s.images) for s in splits]
+        tables = [ImageTable.from_records(split.images) for split in splits]
         starts = np.concatenate([[0], np.cumsum([len(table) for table in tables])]).astype(np.int64)
         sizes_hw = np.concatenate([np.zeros((0, 2), np.int32), *(table.sizes_hw for table in tables)])
         counts = np.concatenate([np.zeros(0, np.int64), *(np.diff(table.offsets) for table in tables)])

@@ -13,7 +13,7 @@ from ddetr.datasets.annotations import MAX_PLACES, FindingLog, ImageRecord, Imag
 from ddetr.datasets.config import DataSource, TrainingSource
 from ddetr.datasets.load import _TRAIN_NAMES, _VAL_NAMES, FORMATS, _first
 from ddetr.datasets.readers.yolo import layout
-from ddetr.datasets.splits import load_splits
+from ddetr.datasets.splits import load_split, load_splits
 from ddetr.errors import InputError
 
 
@@ -97,6 +97,18 @@ def test_splits_that_differ_in_capitals_are_not_guessed(make_coco):
     assert default_splits(root, train_split="train") == ("train", None)
 
 
+def test_a_split_that_is_named_is_not_ambiguous(make_coco):
+    root = make_coco()
+    for split in ("val", "Val"):
+        make_coco(split=split)
+    with pytest.raises(InputError, match="splits Val, val, which differ in capitals alone"):
+        default_splits(root)
+    assert default_splits(root, val_split="Val") == ("train", "Val")
+    assert load_split(DataSource(path=str(root), val_split="val"), "val").name.endswith("/val")
+    _, val = load_splits(TrainingSource(path=str(root), val_split="Val"))
+    assert val.name.endswith("/Val")
+
+
 def test_a_wrapper_changes_no_format(make_coco, tmp_path):
     """Pascal VOC's reader looks deeper than COCO's, which comes first."""
     root = make_coco(root=tmp_path / "repo" / "src" / "data")
@@ -158,7 +170,7 @@ def test_importing_datasets_loads_no_heavy_package():
 def test_who_listens_hears_how_many_headers_are_read(make_coco, monkeypatch):
     root, seen = make_coco(num_images=5), []
     monkeypatch.setattr(image_files, "_HEADERS_A_TASK", 2)
-    with image_files.reading_shown(lambda done, total: seen.append((done, total))):
+    with image_files.reading_shown(lambda done, total, _: seen.append((done, total))):
         load_annotations(root, "train")
     assert seen == [(2, 5), (4, 5), (5, 5)]
     load_annotations(root, "train")
@@ -183,9 +195,9 @@ def test_who_listens_hears_how_many_label_files_are_read(
             (root / f"{stem}.json").write_text(json.dumps({"imagePath": f"{stem}.jpg", "shapes": []}))
     assert detect_format(root) == format
     monkeypatch.setattr(image_files, "_LABELS_A_STEP", 2)
-    with image_files.reading_shown(None, lambda done, total: seen.append((done, total))):
+    with image_files.reading_shown(lambda *step: seen.append(step)):
         load_annotations(root, available_splits(root)[0])
-    assert seen == [(2, 5), (4, 5)]
+    assert seen == [(2, 5, "label files"), (4, 5, "label files")]
 
 
 def test_a_large_folder_is_looked_through_once(tmp_path, write_image, monkeypatch):

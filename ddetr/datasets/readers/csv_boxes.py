@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ _COLUMNS = {  # what a column is called; the first that is there
     "box": ("bbox", "bboxes", "box", "boxes", "bounding_box", "bounding_boxes", "boxesstring"),
 }
 _CORNERS, _SIZES = ("x1", "y1", "x2", "y2"), ("x1", "y1", "w", "h")
-_NO_CLASSES = ("source", "domain", "split", "set", "usage", "url", "image_url")  # columns of text, which are no classes
+_NO_CLASSES = ("source", "domain", "split", "set", "usage", "url", "image_url", *chain(*_COLUMNS.values()))
 _MOST_CLASSES = 1000  # different words in a column that may hold classes
 _NO_BOX = ("", "[]", "no_box", "none", "nan", "null")
 _HEADLESS = (  # RetinaNet, SKU-110K; makesense.ai

@@ -72,8 +72,10 @@ class _Look:
         return found
 
     def any_start(self, suffix: str, *words: bytes) -> Path | None:
-        """The first file with this suffix in whose first bytes all of these stand."""
-        fits = (f for f, start in self.starts.items() if f.suffix.lower() == suffix and all(w in start for w in words))
+        """The first file with this suffix, or of any for "", in whose first bytes all of these stand."""
+        fits = (
+            f for f, start in self.starts.items() if suffix in ("", f.suffix.lower()) and all(w in start for w in words)
+        )
         return next(fits, None)
 
 
@@ -265,9 +267,7 @@ _KINDS = (
     ),
     _Kind(
         "COCO's words, but not as its JSON has them",
-        lambda look: next(
-            (f for f, start in look.starts.items() if b"file_name" in start and b"images" in start), None
-        ),
+        lambda look: look.any_start("", b"file_name", b"images"),
         'it must be a *.json file with one object, {"images": [...], "annotations": [...], "categories": [...]}: write '
         "it by json.dump, once",
     ),

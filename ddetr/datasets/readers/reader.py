@@ -37,7 +37,7 @@ from ddetr.datasets.box_form import (
     settled_form,
 )
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import Resized, drawn_upright, read_headers, settle_size
+from ddetr.datasets.image_files import Stated, read_headers, settle_sizes
 from ddetr.datasets.image_header import ImageHeader
 from ddetr.errors import InputError
 from ddetr.untrusted import one_line
@@ -192,7 +192,7 @@ def table_of(
             "format says"
         )
     said_of = cache(said_of)
-    readable, framed, resized = [], [], Resized()
+    readable, stated = [], []
     headers = read_headers([image.path for image in images])
     if form == "auto" and any(image.form == "auto" for image in images):
         images = _with_forms(images, headers, log)
@@ -200,16 +200,16 @@ def table_of(
         if isinstance(header, InputError):
             log.add("unreadable-image", "dropped", image.where, f"{str(header).rstrip('.')}; it was left out.")
             continue
+        in_fractions = image.in_fractions or is_relative(form)
         boxes = image.boxes_xyxy if image.in_fractions else read_as(image.boxes_xyxy, image.form, form)
-        if not (image.in_fractions or is_relative(form)):
-            resized.look_at(header, image.declared_hw, boxes, image.where)
-        readable.append((image, header, boxes))
-    upright = drawn_upright((header, image.declared_hw, boxes) for image, header, boxes in readable)
-    for image, header, boxes in readable:
-        size_hw = settle_size(image.path, header, image.declared_hw, boxes, log, image.where, upright, resized.are_seen)
-        if size_hw is not None:
-            framed.append((image, boxes, size_hw))
-    resized.report(len(images), log)
+        readable.append(image)
+        stated.append(Stated(image.path, header, image.declared_hw, boxes, image.where, in_fractions))
+    sizes_hw = settle_sizes(stated, len(images), log)
+    framed = [
+        (image, one.boxes_xyxy, size_hw)
+        for image, one, size_hw in zip(readable, stated, sizes_hw, strict=True)
+        if size_hw is not None
+    ]
     _check_meaning(framed, form, log)
     records = []
     for image, boxes, size_hw in framed:

@@ -23,12 +23,12 @@ _WALKED = 100  # folders below one in which an image is looked for
 class Neighbours:
     """Folders of one folder, each with images and annotations, none called as a split or a part of a data set is."""
 
-    read: tuple[Path, ...]  # those whose data a reader has found from above
-    others: tuple[tuple[Path, str], ...]  # those of which it knows nothing, with their formats
+    read: tuple[Path, ...] = ()  # those whose data a reader has found from above
+    others: tuple[tuple[Path, str], ...] = ()  # those of which it knows nothing, with their formats
 
 
-def neighbours(place: Path, splits: Iterable[Any], format_in: Callable[[Path], str | None]) -> Neighbours | None:
-    """The data sets around those that a reader has found below the folder `place`; None where what it has found is one
+def neighbours(place: Path, splits: Iterable[Any], format_in: Callable[[Path], str | None]) -> Neighbours:
+    """The data sets around those that a reader has found below the folder `place`; none where what it has found is one
     data set, or lies in no folder of its own.
 
     splits: where a reader says that its splits lie, in a form of its own. format_in: the format that lies in a folder.
@@ -36,18 +36,18 @@ def neighbours(place: Path, splits: Iterable[Any], format_in: Callable[[Path], s
     paths = [path for split in splits for path in _paths_in(split)]
     for _ in range(_LEVELS):
         if not paths or any(path == place or not path.is_relative_to(place) for path in paths):
-            return None
+            break
         names = sorted({path.relative_to(place).parts[0] for path in paths})
         read = [place / name for name in names]
         if any(_is_part(name) for name in names) or not all(map(_has_images, read[:_MOST])):
-            return None
+            break
         around = [folder for folder in folders_in(place) if folder not in read and not _is_part(folder.name)]
         known = ((folder, format_in(folder)) for folder in around[:_MOST] if _has_images(folder))
         others = tuple((folder, format) for folder, format in known if format is not None)
         if others or len(read) > 1:
             return Neighbours(tuple(read), others)
         place = read[0]
-    return None
+    return Neighbours()
 
 
 def _paths_in(found: Any) -> Iterator[Path]:

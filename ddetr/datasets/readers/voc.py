@@ -86,7 +86,7 @@ def _layout(path: Path) -> tuple[Path, dict[str, list[Source]]]:
         found = {folder: splits for folder in level if (splits := _splits_of(folder, alone))}
         if len(found) > 1:
             names = ", ".join(one_line(folder.name) for folder in found)
-            raise InputError(f"{path} holds several Pascal VOC data sets ({names}); name one of them")
+            raise InputError(f"{path} holds several Pascal VOC data sets ({names}): give the path of one")
         if found:
             return next(iter(found.items()))
         level = [sub for folder in level for sub in folders_in(folder)]

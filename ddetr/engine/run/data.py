@@ -41,9 +41,7 @@ class SplitTraits:
 
     @classmethod
     def of(cls, annotations: Annotations, root: Path) -> "SplitTraits":
-        table = annotations.images
-        if not isinstance(table, ImageTable):
-            table = ImageTable.from_records(table)
+        table = ImageTable.from_records(annotations.images)
         columns = (table.boxes_xyxy, table.labels, table.area, table.ignore)
         # (n, bytes of an object): flat bytes are cut into images without a Python object for each
         rows = np.concatenate([np.ascontiguousarray(c).reshape(len(c), -1).view(np.uint8) for c in columns], axis=1)

@@ -369,6 +369,9 @@ def test_images_that_were_resized_after_annotation_stop(make_coco, kinds):
     assert kinds(load_annotations(root, "train"))["images-resized"] == "refused"
     root = make_coco([coco_object(image_id=i, bbox=(100, 100, 20, 20)) for i in (1, 2, 3, 4)], num_images=4, edit=edit)
     assert "images-resized" not in kinds(load_annotations(root, "train"))  # the stated size is wrong
+    objects = [coco_object(image_id=i, bbox=(0.5, 0.5, 0.2, 0.2)) for i in (1, 2, 3, 4)]
+    root = make_coco(objects, num_images=4, edit=edit)  # fractions mean the same in any size
+    assert set(kinds(load_annotations(root, "train", boxes="cxcywh-relative"))) == {"size-mismatch"}
 
 
 def test_broken_json_names_line_and_column(make_coco):

@@ -450,9 +450,13 @@ def test_a_yolo_set_in_a_folder_of_its_own(make_yolo, tmp_path):
     ("listed", "used", "said"),
     [
         ((1, 2, 3), (0, 1, 2), "ids are 0 to 2, those of the categories 1 to 3"),
-        ((0, 1, 2), (1, 2, 3, 3), "Subtract 1 from the ids of the objects, or add 1 to those of the categories"),
+        (
+            (0, 1, 2),
+            (1, 2, 3, 3),
+            "Subtract 1 from the category ids of the objects, or add 1 to those of the categories",
+        ),
         ((1, 2), ("0", 1.0), "ids are 0, 1, those of the categories 1, 2"),
-        ((1, 2, 3, 4), (0, 2), "Add 1 to the ids of the objects, or subtract 1 from those of the categories"),
+        ((1, 2, 3, 4), (0, 2), "Add 1 to the category ids of the objects, or subtract 1 from those of the categories"),
         ((1, 2, 3), (1, 3), None),
         ((1, 2, 3), (1, 2, 3, 4), None),
         ((0, 1, 2), (0, 1, 9), None),

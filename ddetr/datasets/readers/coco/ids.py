@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,7 +16,10 @@ from ddetr.datasets.readers.coco.content import whole_number
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few
 
-_FEW_IDS = 3  # fewer that are off by one are so by chance
+_OFF_BY_ONE = {  # the last: fewer ids that are off by one are so by chance
+    "category_id": ("ids-off-by-one", "category", "categories", "had the name of its class's neighbour", 1),
+    "image_id": ("image-ids-off-by-one", "image", "images", "lay on the neighbour of its image", 3),
+}
 
 
 def is_id(value: Any) -> bool:
@@ -86,46 +89,25 @@ def look_up_names(
             log.add(kind, "repaired", shown, message, count=len(repaired))
 
 
-def report_classes_off_by_one(
-    objects: Sequence[dict[str, Any]], label_of_id: Mapping[int, int], shown: str, log: FindingLog
+def report_off_by_one(
+    objects: Sequence[dict[str, Any]], key: str, listed: Iterable[Any], shown: str, log: FindingLog
 ) -> bool:
-    """Whether the objects' category ids, of which some are not listed, would all be after adding or subtracting one."""
-    used, unlisted, shift = _off_by_one(objects, "category_id", label_of_id)
-    if not shift:
+    """Whether the ids of classes or of images that objects have, of which some are not listed, would all be after
+    adding or subtracting one."""
+    kind, noun, nouns, said, fewest = _OFF_BY_ONE[key]
+    known = {number for i in listed if (number := whole_number(i)) is not None}
+    used = {number for obj in objects if (number := whole_number(obj.get(key))) is not None}
+    shift = next((by for by in (1, -1) if all(i + by in known for i in used)), 0)
+    if used <= known or not shift or len(used) < fewest:
         return False
     change, back = ("Add 1 to", "subtract 1 from") if shift > 0 else ("Subtract 1 from", "add 1 to")
     message = (
-        f"The objects' category ids are {_span(used)}, those of the categories {_span(label_of_id)}: it looks as if "
-        f"each object had the name of its class's neighbour. {change} the ids of the objects, or {back} those of the "
-        f"categories; if they are right, list {_span(unlisted)} among the categories or take these objects out."
+        f"The objects' {noun} ids are {_span(used)}, those of the {nouns} {_span(known)}: it looks as if each object "
+        f"{said}. {change} the {noun} ids of the objects, or {back} those of the {nouns}; if they are right, list "
+        f"{_span(used - known)} among the {nouns} or take these objects out."
     )
-    log.add("ids-off-by-one", "refused", shown, message)
+    log.add(kind, "refused", shown, message)
     return True
-
-
-def report_images_off_by_one(
-    objects: Sequence[dict[str, Any]], index_of_id: Mapping[Any, int], shown: str, log: FindingLog
-) -> None:
-    """The same of the objects' image ids: their boxes would lie on the neighbours of their images."""
-    listed = {number for image_id in index_of_id if (number := whole_number(image_id)) is not None}
-    used, unlisted, shift = _off_by_one(objects, "image_id", listed)
-    if shift and len(used) >= _FEW_IDS:
-        change, back = ("Add 1 to", "subtract 1 from") if shift > 0 else ("Subtract 1 from", "add 1 to")
-        message = (
-            f"The objects' image ids are {_span(used)}, those of the images {_span(listed)}: it looks as if each box "
-            f"were on the neighbour of its image. {change} the image ids of the objects, or {back} the ids of the "
-            f"images; if they are right, take the objects of {_span(unlisted)} out."
-        )
-        log.add("image-ids-off-by-one", "refused", shown, message)
-
-
-def _off_by_one(objects: Sequence[dict[str, Any]], key: str, listed: Collection[int]) -> tuple[set[int], set[int], int]:
-    """The ids that objects use, those of them that are not listed, and the 1 or -1 after whose addition all are; 0
-    where none is missing, or neither helps."""
-    used = {number for obj in objects if (number := whole_number(obj.get(key))) is not None}
-    unlisted = {i for i in used if i not in listed}
-    shift = next((by for by in (1, -1) if all(i + by in listed for i in used)), 0)
-    return used, unlisted, shift if unlisted else 0
 
 
 def _span(ids: Collection[int]) -> str:

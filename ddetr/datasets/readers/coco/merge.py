@@ -14,6 +14,7 @@ from typing import Any
 
 from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.readers.coco.content import NotCoco, categories_of, entries_of, load_json, whole_number
+from ddetr.datasets.readers.coco.ids import is_id
 from ddetr.errors import InputError
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few
@@ -82,7 +83,7 @@ def _read(file: Path, log: FindingLog) -> _Part:
 
 def _mapped(new_ids: Mapping[Any, int], written: Any, part: _Part) -> Any:
     """The new id; of one that the file doesn't list, a text that no other file has."""
-    if isinstance(written, (list, dict)):
+    if not is_id(written):
         return None
     found = new_ids.get(written, new_ids.get(whole_number(written)))
     return f"{one_line(written, 40)} of {part.name}" if found is None else found
@@ -90,10 +91,7 @@ def _mapped(new_ids: Mapping[Any, int], written: Any, part: _Part) -> Any:
 
 def _image_ids(parts: Sequence[_Part], log: FindingLog, shown: str) -> list[dict[Any, int]] | None:
     """Of each file the new id of each image; None where all ids may stay."""
-    own = [
-        dict.fromkeys(i for image in part.images if isinstance(i := image.get("id"), (int, float, str)))
-        for part in parts
-    ]
+    own = [dict.fromkeys(i for image in part.images if is_id(i := image.get("id"))) for part in parts]
     if len(set().union(*own)) == sum(map(len, own)):
         return None
     message = "Image ids of one file are those of other images in another; the images were numbered from 1."

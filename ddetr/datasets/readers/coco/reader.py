@@ -26,22 +26,14 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, put_in_order
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import (
-    ImageFolders,
-    Resized,
-    drawn_upright,
-    read_headers,
-    report_unlisted,
-    settle_size,
-)
+from ddetr.datasets.image_files import ImageFolders, Stated, read_headers, report_unlisted, settle_sizes
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco.ids import (
     integer_ids,
     is_id,
     look_up,
     look_up_names,
-    report_classes_off_by_one,
-    report_images_off_by_one,
+    report_off_by_one,
 )
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.coco.mask import box_of_mask
@@ -99,7 +91,7 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
             log.add("category-unknown", "dropped", where(i), f"{said[int(labels[i])]}; left out.")
         labels, usable = label_in_training[labels], usable & ~unknown
 
-    sizes_hw, kept = _sizes(paths, declared, image_index, boxes_xyxy, usable, wanted.check_images, log, shown, names)
+    sizes_hw, kept = _sizes(paths, declared, image_index, boxes_xyxy, usable, wanted, log, shown, names)
     selected = np.flatnonzero(usable)
     selected = selected[kept[image_index[selected]]]
     selected = selected[np.argsort(image_index[selected], kind="stable")]
@@ -264,12 +256,12 @@ def _objects(
             )
             log.add("empty-box", "repaired", _where(objects[i], shown, names, image_index[i]), message)
     if (image_index < 0).any():
-        report_images_off_by_one(objects, index_of_id, shown, log)
+        report_off_by_one(objects, "image_id", index_of_id, shown, log)
     for i in np.flatnonzero(image_index < 0):
         message = f"It belongs to image id {objects[i].get('image_id')!r}, which is not listed; left out."
         log.add("image-unknown", "dropped", _where(objects[i], shown, names, -1), message)
     unnamed = Counter(one_line(repr(objects[i].get("category_id")), 40) for i in np.flatnonzero(labels < 0))
-    if not unnamed or not report_classes_off_by_one(objects, label_of_id, shown, log):
+    if not unnamed or not report_off_by_one(objects, "category_id", label_of_id, shown, log):
         check_unnamed(unnamed, len(objects), shown, log)
     for i in np.flatnonzero(labels < 0):
         category_id = objects[i].get("category_id")
@@ -291,7 +283,7 @@ def _sizes(
     image_index: np.ndarray,
     boxes_xyxy: np.ndarray,
     usable: np.ndarray,
-    check_images: bool,
+    wanted: Wanted,
     log: FindingLog,
     shown: str,
     names: Sequence[str],
@@ -300,7 +292,7 @@ def _sizes(
     sizes_hw = declared.copy()
     kept = np.array([path is not None for path in paths], dtype=bool)
     unknown = (declared <= 0).any(axis=1)
-    to_read = np.flatnonzero(kept if check_images else kept & unknown)
+    to_read = np.flatnonzero(kept if wanted.check_images else kept & unknown)
     num_unknown = int((unknown & kept).sum())
     if num_unknown:
         first = names[np.flatnonzero(unknown & kept)[0]]
@@ -309,32 +301,21 @@ def _sizes(
     headers = read_headers([paths[i] for i in to_read])
     boxes_in_order = np.flatnonzero(usable)[np.argsort(image_index[usable], kind="stable")]
     ends = np.searchsorted(image_index[boxes_in_order], np.arange(len(paths)), side="right")
-
-    def stated(i: int) -> tuple[int, int] | None:
-        return None if unknown[i] else (int(declared[i, 0]), int(declared[i, 1]))
-
-    def boxes_of(i: int) -> np.ndarray:
-        return boxes_xyxy[boxes_in_order[ends[i - 1] if i else 0 : ends[i]]]
-
-    odd = []
+    odd, stated = {}, declared.tolist()
     for i, header in zip(to_read.tolist(), headers, strict=True):
+        declared_hw, where = None if unknown[i] else tuple(stated[i]), f"{shown}, {names[i]}"
         if isinstance(header, InputError):
             kept[i] = False
             message = f"{str(header).rstrip('.')}; it was left out."
-            log.add("unreadable-image", "dropped", f"{shown}, {names[i]}", message)
-        elif stated(i) == header.upright_hw and header.orientation == 1:  # nearly all
+            log.add("unreadable-image", "dropped", where, message)
+        elif declared_hw == header.upright_hw and header.orientation == 1:  # nearly all
             sizes_hw[i] = header.upright_hw
         else:
-            odd.append((i, header))
-    upright, resized = drawn_upright((header, stated(i), boxes_of(i)) for i, header in odd), Resized()
-    for i, header in odd:
-        resized.look_at(header, stated(i), boxes_of(i), f"{shown}, {names[i]}")
-    for i, header in odd:
-        where = f"{shown}, {names[i]}"
-        size_hw = settle_size(paths[i], header, stated(i), boxes_of(i), log, where, upright, resized.are_seen)
+            boxes = boxes_xyxy[boxes_in_order[ends[i - 1] if i else 0 : ends[i]]]
+            odd[i] = Stated(paths[i], header, declared_hw, boxes, where, is_relative(wanted.boxes))
+    for i, size_hw in zip(odd, settle_sizes([*odd.values()], len(to_read), log), strict=True):
         kept[i] = size_hw is not None
         sizes_hw[i] = size_hw or (0, 0)
-    resized.report(len(to_read), log)
     return sizes_hw, kept
 
 

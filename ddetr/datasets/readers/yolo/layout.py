@@ -70,7 +70,7 @@ def yolo_file(path: Path) -> Path | None:
         usual = [file for file in candidates if file.stem.lower() in ("data", "dataset", path.name.lower(), "obj")]
         if not usual and len(candidates) > 1:
             names = ", ".join(file.name for file in candidates)
-            raise InputError(f"{path} holds several YOLO data sets ({names}); name one of them")
+            raise InputError(f"{path} holds several YOLO data sets ({names}): give the path of one")
         if candidates:
             return (usual or candidates)[0]
     beside = [file for file in _files(path.absolute().parent, _YAML) if _speaks_of(file, path)]
@@ -218,21 +218,18 @@ def _named_splits(file: Path) -> dict[str, YoloSplit]:
     return _resolved(Places(file, content, wide=True))
 
 
-def not_named(path: Path) -> dict[str, Path]:
-    """The splits for training and validation of which the description of the data set at `path` doesn't speak, by what
-    lies beside the images of the others: images/val beside images/train, val.txt beside train.txt; where there are
-    label files."""
-    file = yolo_file(path)
-    splits = _named_splits(file) if file is not None else {}
+def not_named(file: Path, kind: str) -> Path | None:
+    """The images of the split "train" or "val", of which the data set's description `file` doesn't speak, by what lies
+    beside the images of the others: images/val beside images/train, val.txt beside train.txt; where there are label
+    files."""
+    splits = _named_splits(file)
     named = {os.path.realpath(source) for split in splits.values() for source in split.sources}
-    found: dict[str, Path] = {}
-    for kind in sorted({"train", "val"} - splits.keys()):
-        for split in splits.values():
-            for place in (place for source in split.sources for place in _beside(source, kind)):
-                images = islice(image_paths(YoloSplit((place,), (), split.bases), FindingLog()), _SAMPLED_LABELS)
-                if os.path.realpath(place) not in named and any(label_file(image).is_file() for image in images):
-                    found.setdefault(kind, place)
-    return found
+    for split in splits.values() if kind not in splits else ():
+        for place in (place for source in split.sources for place in _beside(source, kind)):
+            images = islice(image_paths(YoloSplit((place,), (), split.bases), FindingLog()), _SAMPLED_LABELS)
+            if os.path.realpath(place) not in named and any(label_file(image).is_file() for image in images):
+                return place
+    return None
 
 
 def _beside(source: Path, kind: str) -> list[Path]:

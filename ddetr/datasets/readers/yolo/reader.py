@@ -111,8 +111,9 @@ def read_yolo(wanted: Wanted) -> Annotations:
 
 def said_of_unnamed(path: Path, kind: str) -> str:
     """A sentence on images of a split that are there and that the description doesn't name; "" without such."""
-    file, place = yolo_file(path), not_named(path).get(kind)
-    if file is None or place is None:
+    file = yolo_file(path)
+    place = None if file is None else not_named(file, kind)
+    if place is None:
         return ""
     shown = one_line(_shown(place, file.absolute().parent))
     return (
