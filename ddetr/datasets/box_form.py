@@ -129,6 +129,10 @@ def settled_form(numbers: np.ndarray, sizes_hw: np.ndarray, log: FindingLog, whe
     numbers, sizes_hw = numbers[judged], sizes_hw[judged]
     if not len(numbers) or ((numbers >= -0.05) & (numbers <= 1.05)).all(axis=1).mean() > _MOSTLY:
         return "xywh"
+    differ = (np.abs(numbers[:, :2]) >= 1).any(axis=1)  # from the corner of the image on, a size is a corner too
+    numbers, sizes_hw = numbers[differ], sizes_hw[differ]
+    if not len(numbers):
+        return "xywh"
     forms = ("xyxy", "xywh")
     misfits = {form: _misfits(corners_of(numbers, form), sizes_hw) for form in forms}
     best, other = sorted(forms, key=lambda form: int(misfits[form].sum()))
