@@ -132,6 +132,18 @@ def test_copies_of_an_image_in_training_and_validation_are_a_note(make_yolo):
     assert not report.refused
 
 
+def test_a_common_name_in_training_and_validation_is_no_copy(make_yolo):
+    hashes = ["0123456789abcdef" * 2, "fedcba9876543210" * 2]
+    stems = {"train": ["images"], "valid": ["images", *(f"v{i}" for i in range(24))]}
+    images = {
+        f"{split}/images/{stem}_jpg.rf.{hashes[split == 'valid']}.jpg": "0 .5 .5 .2 .2"
+        for split, own in stems.items()
+        for stem in own
+    }
+    report = audit(*load_splits(TrainingSource(str(make_yolo(images)))))
+    assert "copies-across-splits" not in {finding.kind for finding in report.findings}
+
+
 @pytest.mark.parametrize(
     ("stems", "said", "start"),
     [
@@ -157,6 +169,7 @@ def test_the_pattern_for_tiles_and_frames_is_named(named, caplog, stems, said, s
         ("{}_{:03d}", ["cam1", "cam2", "cam3"], True),
         ("{}_{}_9", ["field a", "field b", "field c"], True),
         ("{}_{:03d}", ["cat", "Dog", "cow"], False),  # classes
+        ("{}_{:03d}", ["cats", "Dogs", "cow"], False),
         ("{}_{:06d}", ["2007", "2008", "2009"], False),  # as in VOC
         ("{}_{:03d}", ["img"], False),
     ],

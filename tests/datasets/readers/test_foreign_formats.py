@@ -325,6 +325,7 @@ def test_tables_with_a_row_for_each_image(tmp_path: Path, write_image: Callable[
         (["[4, 6, 20, 12]", "[1, 2, 3]"], {"box-form-unknown": "refused", "nan-box": "refused"}),
         (["[4, 6, 20, 12]", "[1, 2, 3, 4, 5, 6, 7, 8]"], {"box-form-unknown": "refused", "nan-box": "refused"}),
         (["[4, 6, 20, 12]", "{'x': 1}"], {"box-form-unknown": "refused", "nan-box": "refused"}),
+        (["[0, 0, 20, 12]", "[0, 0.5, 64, 47]"], {}),  # the same as both
     ],
 )
 def test_boxes_in_cells_that_tell_nothing(
@@ -445,6 +446,11 @@ def test_label_studio_tasks_that_nobody_has_labelled(tmp_path: Path, write_image
     assert [finding.action for finding in left_out] == ["dropped"] * 3
     assert annotations.num_images_left_out == 3
     assert "predictions" in left_out[2].message
+    (tmp_path / "all.json").write_text(json.dumps([*tasks, *(task(f"{i}.jpg") for i in range(9))]))
+    for i in range(9):
+        write_image(tmp_path / f"{i}.jpg")
+    annotations = load_annotations(tmp_path, "all")
+    assert (annotations.num_images_left_out, kinds(annotations)) == (12, {"not-annotated": "dropped"})  # still at work
 
 
 def test_a_label_studio_ellipse(tmp_path: Path, write_image: Callable[..., Path]) -> None:
