@@ -294,6 +294,17 @@ def test_tables_with_a_box_in_a_cell(
     assert "box-form" not in kinds(given)
 
 
+@pytest.mark.parametrize("form", ["xywh", "xyxy"])
+def test_boxes_in_cells_of_which_some_reach_out(tmp_path: Path, write_image: Callable[..., Path], form: str) -> None:
+    write_image(tmp_path / "a.jpg")
+    boxes = [[30 + i, 28, 60, 40 + i] for i in range(8)] + [[50, 30, 80, 44], [40, 30, 60, 60]]
+    boxes = boxes if form == "xyxy" else [[x, y, x2 - x, y2 - y] for x, y, x2, y2 in boxes]
+    (tmp_path / "train.csv").write_text("image,bbox,class\n" + "".join(f'a.jpg,"{box}",cat\n' for box in boxes))
+    annotations = load_annotations(tmp_path, "train")
+    assert kinds(annotations) == {"box-form": "note", "box-clipped": "repaired"}
+    assert objects(annotations)["a.jpg"][0] == ("cat", [30.0, 28.0, 60.0, 40.0])
+
+
 def test_tables_with_a_row_for_each_image(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     for name in "abc":
         write_image(tmp_path / f"{name}.jpg")
