@@ -356,7 +356,9 @@ def test_a_column_that_may_hold_the_classes_is_not_passed_over(
     annotations = load_annotations(tmp_path, "train")
     assert kinds(annotations) == {"classes-unknown": "refused", "missing-classes": "repaired"}
     assert '"species" has 2 different words, such as robin' in annotations.findings[0].message
-    for name, values in (("species", ("robin", "robin")), ("source", ("x", "y")), ("confidence", (0.5, 0.7))):
+    no_classes = [("species", ("robin", "robin")), ("source", ("x", "y")), ("confidence", (0.5, 0.7))]
+    no_classes += [("day", ("2024-01-30", "2024-01-31T12:30:00Z")), ("occluded", ("True", "False"))]
+    for name, values in no_classes:
         (tmp_path / "train.csv").write_text(f"image,xmin,ymin,xmax,ymax,{name}\n" + rows.format(*values))
         annotations = load_annotations(tmp_path, "train")
         assert [category.name for category in annotations.categories] == ["object"]
