@@ -25,10 +25,9 @@ from ddetr.datasets.annotations import (
     Finding,
     FindingLog,
     ImageTable,
-    alike,
 )
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
-from ddetr.datasets.related import copied_from, families, looks_numbered
+from ddetr.datasets.related import copied_from, families, is_class, looks_numbered
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
 from ddetr.wording import first_few
 
@@ -461,13 +460,14 @@ def _report_related(train: _Scan, val: _Scan, categories: Sequence[Category], lo
     val_names = [path.name for path in val.paths]
     if 2 * sum(map(looks_numbered, val_names)) < max(1, len(val_names)):
         return
-    names = [alike(category.name) for category in categories]
-    classes, num_train = {name + plural for name in names for plural in ("", "s", "es")}, len(train.paths)
+    num_train = len(train.paths)
     for found in families([*(path.name for path in train.paths), *val_names]):
         shared = {
             family: sum(place >= num_train for place in places)
             for family, places in found.members.items()
-            if places[0] < num_train <= places[-1] and re.search(r"[^\W\d_]", family) and alike(family) not in classes
+            if places[0] < num_train <= places[-1]
+            and re.search(r"[^\W\d_]", family)
+            and not is_class(family, categories)
         }
         if len(shared) > 1 and 2 * sum(shared.values()) > len(val_names):
             message = (

@@ -99,6 +99,14 @@ def test_frames_of_a_video_stay_on_one_side(make_coco, write_image, caplog):
     assert not caplog.text
 
 
+def test_images_called_by_their_classes_are_no_frames(make_yolo, caplog):
+    images = {f"images/{'cats' if i % 2 else 'Dog'}_{i:03d}.jpg": f"{i % 2} .5 .5 .2 .2" for i in range(24)}
+    root = make_yolo(images, data_yaml="train: images\nnames: [dog, cat]\n")
+    with caplog.at_level(logging.WARNING, "ddetr"):
+        load_splits(TrainingSource(str(root), val_fraction=0.2))
+    assert caplog.text == ""
+
+
 @pytest.fixture
 def named(make_yolo, tmp_path):
     """A flat YOLO set whose images are called so."""
