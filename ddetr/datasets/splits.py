@@ -24,7 +24,7 @@ from ddetr.datasets.load import (
     said_of_not_named,
 )
 from ddetr.datasets.readers.reader import WHOLE, layouts_kept
-from ddetr.datasets.related import copied_from, families
+from ddetr.datasets.related import copied_from, families, is_class
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.untrusted import MAX_LABEL_BYTES, one_line, parse_json, read_text
@@ -292,7 +292,7 @@ def hold_back(
     is_val = np.zeros(len(names), dtype=bool)
     is_val[chosen] = True
     if data.group_pattern is None:
-        _say_where_frames_are_parted(names, is_val)
+        _say_where_frames_are_parted(names, is_val, train.categories)
     if held_back is None and abs(len(chosen) - len(names) * data.val_fraction) > max(1, len(chosen) / 2):
         logger.warning(
             "val_fraction: %d of %d images are held back, %.0f %% and not %.0f %%: some stay together, and no class "
@@ -365,10 +365,14 @@ def _chosen(groups: Sequence[_Group], num_images: int, data: DataSource) -> list
     return chosen
 
 
-def _say_where_frames_are_parted(names: Sequence[str], is_val: np.ndarray) -> None:
+def _say_where_frames_are_parted(names: Sequence[str], is_val: np.ndarray, categories: Sequence[Category]) -> None:
     """Frames of one video, or tiles of one image, on both sides make validation flatter the model."""
     for found in families(names):
-        parted = [family for family, places in found.members.items() if 0 < is_val[places].sum() < len(places)]
+        parted = [
+            family
+            for family, places in found.members.items()
+            if 0 < is_val[places].sum() < len(places) and not is_class(family, categories)
+        ]
         if parted:
             logger.warning(
                 "the image names look like %s (%s), and %d of them are in training and in validation, which flatters "
