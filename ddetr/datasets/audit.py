@@ -25,10 +25,9 @@ from ddetr.datasets.annotations import (
     Finding,
     FindingLog,
     ImageTable,
-    alike,
 )
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
-from ddetr.datasets.related import copied_from, families, looks_numbered
+from ddetr.datasets.related import copied_from, families, is_class, looks_numbered
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
 from ddetr.wording import first_few, plural
 
@@ -43,6 +42,8 @@ _DECODED = {"auto": (4_000, 60), "val": (10_000, 120)}  # images of a split and 
 _THINNEST = 40  # long side by short side: at the paper's size 33 pixels are left of the short one
 # Kinds of findings that stop nothing, and that somebody should read all the same: they stand in the verdict too.
 _DOUBTFUL = ("validation-is-training", "split-not-named", "read-together")
+_FEWEST_COPIES = 0.05  # of the validation images: fewer have common names (`images_jpg.rf...`) by chance
+_FEWEST_DARK = 0.05  # of the images: fewer are black frames of videos, or taken at night
 _SMALLEST = 10  # pixels of the short side
 
 Decode = bool | Literal["auto", "val"]
@@ -442,14 +443,15 @@ def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> bool:
         return False
     of_training = {copied_from(path.name): path for path in train.paths}
     pairs = [(path, of_training[source]) for path, source in copies if source in of_training]
-    if pairs:
+    are_some = len(pairs) >= _FEWEST_COPIES * len(val.paths)
+    if are_some:
         message = (
             f"{len(pairs):,} validation images look like copies of training images, such as "
             f"{one_line(pairs[0][0].name)} of {one_line(pairs[0][1].name)}: augmented before they were parted, they "
             "flatter the model. Part them anew (--data.val_fraction keeps copies together)."
         )
         log.add("copies-across-splits", "note", str(pairs[0][0].parent), message, count=len(pairs))
-    return bool(pairs)
+    return are_some
 
 
 def _report_related(train: _Scan, val: _Scan, categories: Sequence[Category], log: FindingLog) -> None:
@@ -458,12 +460,14 @@ def _report_related(train: _Scan, val: _Scan, categories: Sequence[Category], lo
     val_names = [path.name for path in val.paths]
     if 2 * sum(map(looks_numbered, val_names)) < max(1, len(val_names)):
         return
-    classes, num_train = {alike(category.name) for category in categories}, len(train.paths)
+    num_train = len(train.paths)
     for found in families([*(path.name for path in train.paths), *val_names]):
         shared = {
             family: sum(place >= num_train for place in places)
             for family, places in found.members.items()
-            if places[0] < num_train <= places[-1] and re.search(r"[^\W\d_]", family) and alike(family) not in classes
+            if places[0] < num_train <= places[-1]
+            and re.search(r"[^\W\d_]", family)
+            and not is_class(family, categories)
         }
         if len(shared) > 1 and 2 * sum(shared.values()) > len(val_names):
             message = (
@@ -523,7 +527,7 @@ def _report_decoded(
 def _report_dark(found: Decoded, log: FindingLog) -> None:
     """Says how many images are nearly black. They are not made brighter one by one: each would change by its own
     content, and a model could not tell a bright scene from a dark one."""
-    if found.dark:
+    if found.dark and len(found.dark) >= _FEWEST_DARK * found.num_images:
         message = (
             f"{len(found.dark):,} of {found.num_images:,} decoded images are nearly black: no value is above {DARKEST} "
             "of 255. Pixels of 10 or 12 bits in files of 16 look so: multiply them by 64 or 16, in the files to be "

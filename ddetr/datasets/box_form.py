@@ -29,6 +29,7 @@ _MOSTLY = 0.5  # of the boxes: fewer than that in 0..1 are mistakes of their own
 _FEW, _SHARE = 2, 0.25
 _FEW_OF_CENTRES, _SHARE_OF_CENTRES = 5, 0.03
 _CLEARER = 20  # times fewer of them don't fit when they are read by the right form
+_CLEARER_OF_TWO = 3  # where it must be one of two, and boxes of the right one may reach out of their images too
 # Fewer boxes than this, or a smaller share, are mistakes of their own, where no form is clearly better or units differ.
 _FEW_OF_ANY, _SHARE_OF_ANY = 5, 0.2
 _SCALES = {100: "hundredths (percent)", 1000: "thousandths"}  # of the image's sides, which no form has
@@ -129,11 +130,15 @@ def settled_form(numbers: np.ndarray, sizes_hw: np.ndarray, log: FindingLog, whe
     numbers, sizes_hw = numbers[judged], sizes_hw[judged]
     if not len(numbers) or ((numbers >= -0.05) & (numbers <= 1.05)).all(axis=1).mean() > _MOSTLY:
         return "xywh"
+    differ = (np.abs(numbers[:, :2]) >= 1).any(axis=1)  # from the corner of the image on, a size is a corner too
+    numbers, sizes_hw = numbers[differ], sizes_hw[differ]
+    if not len(numbers):
+        return "xywh"
     forms = ("xyxy", "xywh")
     misfits = {form: _misfits(corners_of(numbers, form), sizes_hw) for form in forms}
     best, other = sorted(forms, key=lambda form: int(misfits[form].sum()))
     count = int(misfits[other].sum())
-    if count >= _fewest(other, best, len(numbers)) and misfits[best].sum() * _CLEARER <= count:
+    if count >= _fewest(other, best, len(numbers)) and misfits[best].sum() * _CLEARER_OF_TWO <= count:
         message = (
             f"The columns don't say what the four numbers of a box are; they were read as {_MEANING[best]}: "
             f"{_of(misfits[other])} don't fit into their images as {_MEANING[other]}."

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal, get_args
 
 from ddetr.datasets.annotations import Annotations, Category, Finding, are_most, split_error
 from ddetr.datasets.config import BoxForm
-from ddetr.datasets.image_files import IMAGES_OPTION, folders_in, visible
+from ddetr.datasets.image_files import IMAGES_OPTION, folded, folders_in, visible
 from ddetr.datasets.readers.coco.layout import coco_files, coco_splits, part_of
 from ddetr.datasets.readers.coco.reader import read_coco
 from ddetr.datasets.readers.createml import createml_splits, read_createml
 from ddetr.datasets.readers.csv_boxes import csv_splits, read_csv_boxes
 from ddetr.datasets.readers.cvat import cvat_splits, read_cvat
+from ddetr.datasets.readers.file_names import stems_in_other_splits
 from ddetr.datasets.readers.foreign import what_it_is
 from ddetr.datasets.readers.huggingface import huggingface_splits, read_huggingface
 from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
 from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
-from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept
+from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept, split_kind
 from ddetr.datasets.readers.side_by_side import Neighbours, neighbours
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
@@ -34,6 +36,7 @@ from ddetr.wording import did_you_mean, first_few
 
 ANNOTATIONS_OPTION = "--data.train_annotations or --data.val_annotations (annotation_file)"
 _TRAIN_NAMES = ("train", "train2017", "training", "trainval", "all")
+_SAMPLED = 100  # images of a split whose names are held beside those of other splits
 _WRAPPERS = 3  # folders one in another, of which each holds only the next, as archives are unpacked
 _VAL_NAMES = ("val", "val2017", "valid", "validate", "validation", "dev", "eval", "evaluation", "holdout")
 _VAL_NAMES += ("test", "testing")
@@ -75,8 +78,13 @@ def load_annotations(
     path = existing(path)
     images = _inside(path, image_dir, IMAGES_OPTION) if image_dir is not None else None
     annotations = _read(Wanted(path, split, None, images, categories, check_images, boxes), format, annotation_file)
-    lost, left = annotations.num_images_left_out, len(annotations.images)
+    of_kind: Counter[str] = Counter()
+    for finding in annotations.findings:
+        of_kind[finding.kind] += finding.count
+    lost, left = annotations.num_images_left_out - of_kind["not-annotated"], len(annotations.images)
     if allow_incomplete or not left or not are_most(lost, left):  # where none is left, that is refused
+        return annotations
+    if not are_most(lost - of_kind["missing-image"], left) and _are_of_other_splits(annotations, split, path):
         return annotations
     message = (
         f"{lost:,} of its {lost + left:,} images are left out, for the reasons in the other rows: that looks like a "
@@ -85,6 +93,18 @@ def load_annotations(
     )
     incomplete = Finding("most-images-left-out", "refused", annotations.name, message, lost)
     return replace(annotations, findings=(*annotations.findings, incomplete))
+
+
+def _are_of_other_splits(annotations: Annotations, split: str, path: Path) -> bool:
+    """Whether the images that a split lacks lie in the folders of other splits: the same annotations stand in the file
+    of each, and nothing is lost."""
+    missing = [f.where for f in annotations.findings if f.kind == "missing-image" and f.count == 1]
+    elsewhere = stems_in_other_splits(_home(path), split) if split_kind(split) else set()
+    return (
+        all(folded(PurePath(where.rpartition(", ")[2]).stem) in elsewhere for where in missing)
+        # where images of several splits have one name, it doesn't tell whose they are
+        and not any(folded(image.path.stem) in elsewhere for image in annotations.images[:_SAMPLED])
+    )
 
 
 def _read(wanted: Wanted, format: str, annotation_file: str | PathLike | None) -> Annotations:

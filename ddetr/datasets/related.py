@@ -4,8 +4,10 @@ image. Where some of them are trained on and others validated on, the model look
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
+
+from ddetr.datasets.annotations import Category, alike
 
 _ROBOFLOW_COPY = re.compile(r"(_(jpe?g|png|bmp|webp|tiff?|avif|heic))?\.rf\.[0-9A-Za-z]{20,}(?=\.\w+$)", re.IGNORECASE)
 
@@ -50,6 +52,13 @@ def looks_numbered(name: str) -> bool:
     """Whether an image of this name may be one of several that belong together."""
     name = copied_from(name) or name
     return any(kind.pattern.match(name) for kind in _KINDS)
+
+
+def is_class(family: str, categories: Iterable[Category]) -> bool:
+    """Whether a family of images is called as a class or several of it are (cat_, data/Dogs-): that tells what is on
+    them, not what they are of."""
+    name = alike(family.rpartition("/")[2])
+    return any(name == alike(category.name) + plural for category in categories for plural in ("", "s", "es"))
 
 
 def families(names: Sequence[str]) -> Iterator[Families]:

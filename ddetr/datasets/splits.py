@@ -5,13 +5,15 @@ import logging
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 
 from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
+from ddetr.datasets.image_files import folders_in, listed_lines
+from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.load import (
     FORMATS,
     also_there,
@@ -22,7 +24,7 @@ from ddetr.datasets.load import (
     said_of_not_named,
 )
 from ddetr.datasets.readers.reader import WHOLE, layouts_kept
-from ddetr.datasets.related import copied_from, families
+from ddetr.datasets.related import copied_from, families, is_class
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.untrusted import MAX_LABEL_BYTES, one_line, parse_json, read_text
@@ -31,6 +33,8 @@ from ddetr.wording import first_few
 logger = logging.getLogger(__name__)
 
 HELD_BACK_FILE = "held_back.json"  # of a run folder: the names of the images that `hold_back` chose
+_LISTED = ("train", "trainval", "val", "valid", "test")  # text files that may list the images of splits
+_FOLDERS = 10  # of a folder, in which they are looked for
 
 
 @layouts_kept()
@@ -66,7 +70,8 @@ def load_splits(
     train = _load(data, "train", None, None)
     if data.train_annotations is None:
         others = _other_annotations(data, train) if was_recognised else []
-        train = replace(train, findings=(*train.findings, *others, *_not_named(data), *_together(data, train)))
+        others += [*_not_named(data), *_together(data, train), *_lists(data, train)]
+        train = replace(train, findings=(*train.findings, *others))
     if data.val_fraction is not None:
         unused = None if data.train_annotations else _name_of_split(data, "val")
         if unused is not None:
@@ -106,6 +111,35 @@ def _together(data: TrainingSource, train: Annotations) -> list[Finding]:
         "path of one."
     )
     return [Finding("read-together", "note", str(data.path), message, len(folders))]
+
+
+def _lists(data: TrainingSource, train: Annotations) -> list[Finding]:
+    """Of text files that list the images of splits, where all images are read as one split."""
+    root = Path(data.path)
+    if not root.is_dir() or len(available_splits(root, data.format)) > 1:
+        return []
+    inner = folders_in(root)[:_FOLDERS]
+    places = (root, *inner, *(sub for folder in inner for sub in folders_in(folder)[:_FOLDERS]))
+    lists = [file for place in places for name in _LISTED if (file := place / f"{name}.txt").is_file()]
+    names = {PurePosixPath(name).stem for name in image_names(train, root)} if lists else set()
+    used_not = [file for file in lists if _first_stem(file) in names]
+    if not used_not:
+        return []
+    message = (
+        f"{first_few([one_line(file) for file in used_not], 3)} list images by splits and are not used: all images are "
+        "read as one split. To use them, give each split a folder or an annotation file of its own."
+    )
+    return [Finding("lists-not-used", "note", str(root), message, len(used_not))]
+
+
+def _first_stem(file: Path) -> str:
+    """The name without suffix that a list begins with."""
+    try:
+        first = next(filter(str.strip, listed_lines(file)), "")
+    except InputError:
+        return ""
+    name = first.strip().replace("\\", "/").rpartition("/")[2]
+    return PurePosixPath(name).stem if is_image_name(name) else name
 
 
 def _not_named(data: TrainingSource) -> list[Finding]:
@@ -258,7 +292,7 @@ def hold_back(
     is_val = np.zeros(len(names), dtype=bool)
     is_val[chosen] = True
     if data.group_pattern is None:
-        _say_where_frames_are_parted(names, is_val)
+        _say_where_frames_are_parted(names, is_val, train.categories)
     if held_back is None and abs(len(chosen) - len(names) * data.val_fraction) > max(1, len(chosen) / 2):
         logger.warning(
             "val_fraction: %d of %d images are held back, %.0f %% and not %.0f %%: some stay together, and no class "
@@ -331,10 +365,14 @@ def _chosen(groups: Sequence[_Group], num_images: int, data: DataSource) -> list
     return chosen
 
 
-def _say_where_frames_are_parted(names: Sequence[str], is_val: np.ndarray) -> None:
+def _say_where_frames_are_parted(names: Sequence[str], is_val: np.ndarray, categories: Sequence[Category]) -> None:
     """Frames of one video, or tiles of one image, on both sides make validation flatter the model."""
     for found in families(names):
-        parted = [family for family, places in found.members.items() if 0 < is_val[places].sum() < len(places)]
+        parted = [
+            family
+            for family, places in found.members.items()
+            if 0 < is_val[places].sum() < len(places) and not is_class(family, categories)
+        ]
         if parted:
             logger.warning(
                 "the image names look like %s (%s), and %d of them are in training and in validation, which flatters "

@@ -322,6 +322,13 @@ def test_images_that_are_nearly_black_are_named(make_coco):
     assert "multiply them by 64 or 16" in finding.message
 
 
+def test_a_black_image_among_many_is_none_of_12_bits(make_coco):
+    root = make_coco(num_images=21)
+    Image.new("RGB", (64, 48)).save(root / "train" / "1.jpg")
+    report = audit(load_annotations(root, "train"), decode=True)
+    assert "dark-images" not in {finding.kind for finding in report.findings}
+
+
 def test_things_are_counted_as_the_table_counts_them():
     one = Finding("a", "refused", "x", "It is.")
     assert [things(findings) for findings in ([], [one], [one, replace(one, count=1233)])] == [

@@ -263,6 +263,37 @@ def test_most_images_unreadable_stop(make_coco):
     assert [f.kind for f in audit(load_annotations(root, "train")).refused] == ["most-images-left-out"]
 
 
+@pytest.mark.parametrize("format", ["coco", "voc", "yolo", "csv"])
+def test_images_of_other_splits_are_not_lost(write_image, tmp_path, format):
+    """The annotations of all splits stand in each; where images of several splits have one name, it tells nothing."""
+    stems = {"train": [f"i{i}" for i in range(10)], "val": ["v0", "v1"]}
+    both = [*stems["train"], *stems["val"]]
+    for split, own in stems.items():
+        (tmp_path / "labels" / split).mkdir(parents=True)
+        for stem in own:
+            write_image(
+                tmp_path / ("images" if format == "yolo" else "") / split / f"{stem}.jpg", seed=both.index(stem)
+            )
+        images = [{"id": i, "file_name": f"{stem}.jpg", "width": 64, "height": 48} for i, stem in enumerate(both)]
+        content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+        if format == "coco":
+            (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(content))
+        if format == "csv":
+            rows = "".join(f"{stem}.jpg,cat,1,2,30,40\n" for stem in both)
+            (tmp_path / split / "_annotations.csv").write_text(f"filename,class,xmin,ymin,xmax,ymax\n{rows}")
+        for stem in both if format == "voc" else []:
+            (tmp_path / split / f"{stem}.xml").write_text(voc_xml([voc_object()]))
+        for stem in both if format == "yolo" else []:
+            (tmp_path / "labels" / split / f"{stem}.txt").write_text("0 .5 .5 .2 .2\n")
+    val = load_annotations(tmp_path, "val")
+    assert len(val.images) == 2
+    assert [finding for finding in val.findings if finding.action == "refused"] == []
+    for stem in stems["val"]:
+        write_image(tmp_path / ("images" if format == "yolo" else "") / "train" / f"{stem}.jpg")
+    val = load_annotations(tmp_path, "val")
+    assert "most-images-left-out" in {finding.kind for finding in val.findings}
+
+
 def test_a_few_missing_images_are_dropped(make_coco):
     root = make_coco(num_images=5)
     _lose(root, left=1)

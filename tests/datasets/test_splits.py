@@ -99,6 +99,14 @@ def test_frames_of_a_video_stay_on_one_side(make_coco, write_image, caplog):
     assert not caplog.text
 
 
+def test_images_called_by_their_classes_are_no_frames(make_yolo, caplog):
+    images = {f"images/{'cats' if i % 2 else 'Dog'}_{i:03d}.jpg": f"{i % 2} .5 .5 .2 .2" for i in range(24)}
+    root = make_yolo(images, data_yaml="train: images\nnames: [dog, cat]\n")
+    with caplog.at_level(logging.WARNING, "ddetr"):
+        load_splits(TrainingSource(str(root), val_fraction=0.2))
+    assert caplog.text == ""
+
+
 @pytest.fixture
 def named(make_yolo, tmp_path):
     """A flat YOLO set whose images are called so."""
@@ -132,6 +140,18 @@ def test_copies_of_an_image_in_training_and_validation_are_a_note(make_yolo):
     assert not report.refused
 
 
+def test_a_common_name_in_training_and_validation_is_no_copy(make_yolo):
+    hashes = ["0123456789abcdef" * 2, "fedcba9876543210" * 2]
+    stems = {"train": ["images"], "valid": ["images", *(f"v{i}" for i in range(24))]}
+    images = {
+        f"{split}/images/{stem}_jpg.rf.{hashes[split == 'valid']}.jpg": "0 .5 .5 .2 .2"
+        for split, own in stems.items()
+        for stem in own
+    }
+    report = audit(*load_splits(TrainingSource(str(make_yolo(images)))))
+    assert "copies-across-splits" not in {finding.kind for finding in report.findings}
+
+
 @pytest.mark.parametrize(
     ("stems", "said", "start"),
     [
@@ -157,6 +177,7 @@ def test_the_pattern_for_tiles_and_frames_is_named(named, caplog, stems, said, s
         ("{}_{:03d}", ["cam1", "cam2", "cam3"], True),
         ("{}_{}_9", ["field a", "field b", "field c"], True),
         ("{}_{:03d}", ["cat", "Dog", "cow"], False),  # classes
+        ("{}_{:03d}", ["cats", "Dogs", "cow"], False),
         ("{}_{:06d}", ["2007", "2008", "2009"], False),  # as in VOC
         ("{}_{:03d}", ["img"], False),
     ],
@@ -297,6 +318,21 @@ def test_annotations_of_another_format_are_mentioned(make_coco, make_yolo):
     )
     train, _ = load_splits(TrainingSource(str(root), format="coco"))
     assert not any(finding.kind == "other-annotations" for finding in train.findings)
+
+
+@pytest.mark.parametrize("place", ["", "ImageSets/Main", "splits"])
+def test_lists_of_splits_that_are_not_used_are_said(make_coco, place):
+    root = make_coco(num_images=3)
+    (root / place).mkdir(parents=True, exist_ok=True)
+    (root / place / "test.txt").write_text("What was measured\n")  # no list
+    (root / place / "train.txt").write_text("\n1\n2\n")
+    (root / place / "val.txt").write_text("images/3.jpg\n")
+    train, _ = load_splits(TrainingSource(str(root)))
+    (found,) = [finding for finding in train.findings if finding.kind == "lists-not-used"]
+    assert (found.action, found.count) == ("note", 2)
+    make_coco(split="val")
+    train, _ = load_splits(TrainingSource(str(root)))
+    assert "lists-not-used" not in {finding.kind for finding in train.findings}
 
 
 def test_splits_of_unusual_names_are_named(make_coco):

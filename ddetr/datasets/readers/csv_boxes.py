@@ -37,7 +37,7 @@ _COLUMNS = {  # what a column is called; the first that is there
     "image": ("filename", "file_name", "image", "image_name", "imagename", "image_path", "img", "img_name")
     + ("image_id", "imageid", "filepath", "file_path", "path", "file", "frame"),
     "class": ("class", "label", "class_name", "classname", "label_name", "labelname", "category", "category_name")
-    + ("class_id", "category_id", "label_id", "labels", "classes", "categories"),
+    + ("class_id", "category_id", "label_id", "labels", "classes", "categories", "object", "object_name"),
     "x1": ("xmin", "x_min", "x1", "left", "bbox_xmin", "bbox_x1", "xtl", "bbox_x"),
     "y1": ("ymin", "y_min", "y1", "top", "bbox_ymin", "bbox_y1", "ytl", "bbox_y"),
     "x2": ("xmax", "x_max", "x2", "right", "bbox_xmax", "bbox_x2", "xbr"),
@@ -51,6 +51,8 @@ _COLUMNS = {  # what a column is called; the first that is there
 }
 _CORNERS, _SIZES = ("x1", "y1", "x2", "y2"), ("x1", "y1", "w", "h")
 _NO_CLASSES = ("source", "domain", "split", "set", "usage", "url", "image_url", *chain(*_COLUMNS.values()))
+_FLAGS = ("true", "false", "yes", "no", "none", "nan", "null")
+_TIME = re.compile(r"\d{4}-\d\d-\d\d|\d\d:\d\d")  # 2024-01-31T12:30:00Z, 12:30 PM
 _MOST_CLASSES = 1000  # different words in a column that may hold classes
 _NO_BOX = ("", "[]", "no_box", "none", "nan", "null")
 _HEADLESS = (  # RetinaNet, SKU-110K; makesense.ai
@@ -232,7 +234,7 @@ def _report_other_classes(words_of: Mapping[int, set[str]], layout: _Layout, sho
     words_of: column that is not read -> its different words.
     """
     for i, words in words_of.items():
-        texts = sorted(word for word in words if word and not np.isfinite(number(word)))
+        texts = sorted(word for word in words if _may_be_class(word))
         if 1 < len(words) <= _MOST_CLASSES and texts and layout.others[i] not in _NO_CLASSES:
             name = one_line(layout.others[i], 60)
             message = (
@@ -242,6 +244,12 @@ def _report_other_classes(words_of: Mapping[int, set[str]], layout: _Layout, sho
             )
             log.add("classes-unknown", "refused", shown, message)
             return
+
+
+def _may_be_class(word: str) -> bool:
+    """Not a number, a date or a time, nor one of a flag's words."""
+    has_letters = any(character.isalpha() for character in word)
+    return has_letters and not np.isfinite(number(word)) and word.lower() not in _FLAGS and not _TIME.match(word)
 
 
 def _cell(columns: Mapping[str, int], row: Sequence[str], key: str) -> str:

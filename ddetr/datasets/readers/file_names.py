@@ -224,6 +224,17 @@ def images_below(root: Path, split: str, found: Collection[str]) -> AlikeNames:
     return alike
 
 
+def stems_in_other_splits(root: Path, split: str) -> set[str]:
+    """The names, folded and without suffix, of the images below a folder that lie in the folders of other splits."""
+    others, stems = {"train", "val", "test"} - {split_kind(split)}, set()
+    for folder, inner, files in islice(os.walk(root), _MOST_FOLDERS):
+        parts = Path(folder).relative_to(root).parts
+        inner[:] = [] if len(parts) >= _DEPTH else [name for name in inner if not is_clutter(name)]
+        if any(split_kind(part) in others for part in parts):
+            stems |= {folded(os.path.splitext(name)[0]) for name in filter(is_image_name, files)}
+    return stems
+
+
 def _says(name: str, path: Path, home: Path) -> bool:
     """Whether the name says this path to the letter."""
     return str(path) == f"{home}/{name}" or path == home / name

@@ -47,7 +47,9 @@ def read_label_studio(wanted: Wanted) -> Annotations:
             name, regions = _image_name(task), _regions(task, where, log)
             if name is None:
                 log.add("image-entry", "dropped", where, "The task names no image; it was left out.")
-            elif regions is not None:
+            elif regions is None:
+                images.leave_out(name)
+            else:
                 image = images.of(name)
                 for region in regions:
                     _add(image, region, where, log)

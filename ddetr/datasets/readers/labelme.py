@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ from ddetr.wording import first_few
 
 _SAMPLED = 8  # files of a folder whose words say what it holds
 _NO_BOX = ("line", "linestrip", "point", "points")
-_NUMBERED = re.compile(r"(.*\D)[-_ ]\d+")
+_NUMBERED = re.compile(r"(.*\D)[-_ ](\d{1,6})")
 _NO_CLASS = ("__ignore__", "_background_")  # LabelMe's own words in lists of labels
 
 
@@ -100,20 +101,23 @@ def read_labelme(wanted: Wanted) -> Annotations:
                 contents[file] = content
         images = without_shared(_images(wanted.path, contents, beside, log), log)
         report_images(log, wanted, beside, list(contents), images, known)
-        _report_numbered({name for image in images for name in image.classes}, wanted.path.name, log)
+        _report_numbered(images, wanted.path.name, log)
         return images
 
     return read_labelled(wanted, "labelme", splits, read)
 
 
-def _report_numbered(names: set[str], where: str, log: FindingLog) -> None:
-    """Labels that end in numbers: before it had group_id, LabelMe's users numbered the objects of an image so."""
-    numbered: dict[str, list[str]] = {}
-    for name in sorted(names):
+def _report_numbered(images: Sequence[LabelledImage], where: str, log: FindingLog) -> None:
+    """Labels that end in numbers from 0 or 1 on, each at most once in an image: before it had group_id, LabelMe's users
+    numbered the objects of an image so."""
+    numbered: dict[str, dict[int, str]] = {}
+    for name in sorted({name for image in images for name in image.classes}):
         if match := _NUMBERED.fullmatch(name):
-            numbered.setdefault(match[1], []).append(name)
-    for stem, alike in numbered.items():
-        if len(alike) > 1:
+            numbered.setdefault(match[1], {})[int(match[2])] = name
+    repeated = {name for image in images for name, count in Counter(image.classes).items() if count > 1}
+    for stem, names in numbered.items():
+        alike, first = list(names.values()), min(names)
+        if len(alike) > 1 and first <= 1 and max(names) - first + 1 == len(names) and repeated.isdisjoint(alike):
             message = (
                 f"{first_few(map(one_line, alike), 4)} are classes of their own. If the numbers tell the objects of an "
                 f"image apart, all are of one class: call them {one_line(stem)}."

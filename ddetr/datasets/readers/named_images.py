@@ -13,7 +13,7 @@ from ddetr.datasets.box_form import corners_of
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import ImageFolders, report_unlisted
 from ddetr.datasets.readers.coco.layout import image_dirs
-from ddetr.datasets.readers.file_names import Spell, find_files, spellings
+from ddetr.datasets.readers.file_names import Spell, find_files, path_parts, spellings
 from ddetr.datasets.readers.reader import LabelledImage, Wanted
 from ddetr.untrusted import MAX_OBJECTS, MAX_PATH, one_line
 
@@ -86,6 +86,11 @@ class ImageCollector:
         self._form, self._in_fractions, self._unit = form, in_fractions, unit
         self._spell, self._are_addresses = spell, are_addresses
         self._of_name: dict[str, Objects] = {}
+        self._left_out: set[str] = set()  # file names
+
+    def leave_out(self, written: str) -> None:
+        """The file names the image of this name, but says nothing of it that can be used."""
+        self._left_out |= {parts[-1] for one in self._spell(written) if (parts := path_parts(one))}
 
     def of(self, written: str) -> Objects:
         """What is collected for the image of this name."""
@@ -110,7 +115,7 @@ class ImageCollector:
             spell=self._spell,
             are_addresses=self._are_addresses,
         )
-        report_unlisted(paths, folders, self._log, place.shown)
+        report_unlisted(paths, folders, self._log, place.shown, known=self._left_out)
         found = zip(paths, names, strict=True)
         return list(self._labelled((path, self._of_name[name]) for path, name in found if path is not None))
 

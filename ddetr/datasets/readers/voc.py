@@ -5,8 +5,8 @@ are used as written: VOC's devkit counts pixels from 1 with both corners include
 count from 0, and nothing in a file tells which; the difference is one pixel. `difficult` objects are ignored, not
 dropped; turned boxes and polygons become the box around them.
 
-Read as well: lists elsewhere (`ImageSets/*.txt`, `train.txt`), XML files in folders of other names (`annots`, `xmls`,
-`labels`, ...) or beside their images, and a folder for each split (Roboflow's export).
+Read as well: lists elsewhere (`ImageSets/*.txt`, `train.txt`, `Splits/train.txt`), XML files in folders of other names
+(`annots`, `xmls`, `labels`, ...) or beside their images, and a folder for each split (Roboflow's export).
 """
 
 from __future__ import annotations
@@ -130,9 +130,12 @@ def _listed(root: Path, folder: Path) -> dict[str, list[Source]]:
     """The splits by the first place with lists of images."""
     sets = folder_named(root, ("ImageSets",))
     main = [inner for place in sets for inner in folder_named(place, ("Main",))]
+    others = [sub for place in (*sets, root) for sub in folders_in(place)[:_SAMPLED] if sub not in (*main, *sets)]
     index = None
-    for place in (*main, *sets, root, folder):
+    for place in (*main, *sets, root, folder, *others):
         lists = label_files(place, ".txt")
+        if place in others:  # `Splits/train.txt`
+            lists = [file for file in lists if split_kind(file.stem)][:_SAMPLED]
         if place not in main and lists:  # other text files may lie there: classes.txt, README.txt
             index = index or _by_name(folder)
             lists = [file for file in lists if _lists_images(file, index)]

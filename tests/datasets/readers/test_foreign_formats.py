@@ -291,6 +291,17 @@ def test_tables_with_a_box_in_a_cell(
     assert "box-form" not in kinds(given)
 
 
+@pytest.mark.parametrize("form", ["xywh", "xyxy"])
+def test_boxes_in_cells_of_which_some_reach_out(tmp_path: Path, write_image: Callable[..., Path], form: str) -> None:
+    write_image(tmp_path / "a.jpg")
+    boxes = [[30 + i, 28, 60, 40 + i] for i in range(8)] + [[50, 30, 80, 44], [40, 30, 60, 60]]
+    boxes = boxes if form == "xyxy" else [[x, y, x2 - x, y2 - y] for x, y, x2, y2 in boxes]
+    (tmp_path / "train.csv").write_text("image,bbox,class\n" + "".join(f'a.jpg,"{box}",cat\n' for box in boxes))
+    annotations = load_annotations(tmp_path, "train")
+    assert kinds(annotations) == {"box-form": "note", "box-clipped": "repaired"}
+    assert objects(annotations)["a.jpg"][0] == ("cat", [30.0, 28.0, 60.0, 40.0])
+
+
 def test_tables_with_a_row_for_each_image(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     for name in "abc":
         write_image(tmp_path / f"{name}.jpg")
@@ -322,6 +333,7 @@ def test_tables_with_a_row_for_each_image(tmp_path: Path, write_image: Callable[
         (["[4, 6, 20, 12]", "[1, 2, 3]"], {"box-form-unknown": "refused", "nan-box": "refused"}),
         (["[4, 6, 20, 12]", "[1, 2, 3, 4, 5, 6, 7, 8]"], {"box-form-unknown": "refused", "nan-box": "refused"}),
         (["[4, 6, 20, 12]", "{'x': 1}"], {"box-form-unknown": "refused", "nan-box": "refused"}),
+        (["[0, 0, 20, 12]", "[0, 0.5, 64, 47]"], {}),  # the same as both
     ],
 )
 def test_boxes_in_cells_that_tell_nothing(
@@ -341,8 +353,13 @@ def test_a_column_that_may_hold_the_classes_is_not_passed_over(
     annotations = load_annotations(tmp_path, "train")
     assert kinds(annotations) == {"classes-unknown": "refused", "missing-classes": "repaired"}
     assert '"species" has 2 different words, such as robin' in annotations.findings[0].message
-    others = (("species", ("robin", "robin")), ("source", ("x", "y")), ("confidence", (0.5, 0.7)), ("path", ("x", "y")))
-    for name, values in others:
+    no_classes = [("species", ("robin", "robin")), ("source", ("x", "y")), ("confidence", (0.5, 0.7))]
+    no_classes += [
+        ("day", ("2024-01-30", "2024-01-31T12:30:00Z")),
+        ("occluded", ("True", "False")),
+        ("path", ("x", "y")),
+    ]
+    for name, values in no_classes:
         (tmp_path / "train.csv").write_text(f"image,xmin,ymin,xmax,ymax,{name}\n" + rows.format(*values))
         annotations = load_annotations(tmp_path, "train")
         assert [category.name for category in annotations.categories] == ["object"]
@@ -443,6 +460,11 @@ def test_label_studio_tasks_that_nobody_has_labelled(tmp_path: Path, write_image
     assert [finding.action for finding in left_out] == ["dropped"] * 3
     assert annotations.num_images_left_out == 3
     assert "predictions" in left_out[2].message
+    (tmp_path / "all.json").write_text(json.dumps([*tasks, *(task(f"{i}.jpg") for i in range(9))]))
+    for i in range(9):
+        write_image(tmp_path / f"{i}.jpg")
+    annotations = load_annotations(tmp_path, "all")
+    assert (annotations.num_images_left_out, kinds(annotations)) == (12, {"not-annotated": "dropped"})  # still at work
 
 
 def test_a_label_studio_ellipse(tmp_path: Path, write_image: Callable[..., Path]) -> None:

@@ -98,6 +98,12 @@ def test_labels_that_number_the_objects(write_labelme):
     assert "call them cow." in finding.message
 
 
+@pytest.mark.parametrize("labels", [["limit 30", "limit 50"], ["type-1", "type-2", "type-1"], ["arrow_2", "arrow_3"]])
+def test_numbers_that_tell_classes_apart(write_labelme, labels):
+    root = write_labelme("a", [shape(label, points=((i, 1), (9, 9))) for i, label in enumerate(labels)])
+    assert load_annotations(root, "all").findings == ()
+
+
 def test_a_file_that_names_no_image(write_labelme, tmp_path):
     root = write_labelme("a", [shape()])
     content = json.loads((root / "a.json").read_text())

@@ -272,7 +272,7 @@ def test_lists_with_paths(make_voc, line):
     assert named(make_voc({"a": voc_xml([voc_object()])}, {"train": line})) == ["a.jpg"]
 
 
-@pytest.mark.parametrize("place", ["ImageSets", "imagesets/main", "", "Annotations"])
+@pytest.mark.parametrize("place", ["ImageSets", "imagesets/main", "ImageSets/Layout", "", "Annotations", "Splits"])
 def test_lists_elsewhere(make_voc, place):
     root = make_voc({"a": voc_xml([voc_object()]), "b": voc_xml([voc_object()])}, lists={})
     (root / place).mkdir(parents=True, exist_ok=True)

@@ -377,6 +377,26 @@ def test_angles_behind_boxes(make_yolo, behind, stops):
     assert load_annotations(root, "train", boxes="cxcywh-relative").findings == ()
 
 
+@pytest.mark.parametrize(
+    ("behind", "stops"),
+    [
+        ([(1, 2), (2, 3), (1, 3), (3, 2)] * 4, False),  # tracks: never twice in an image
+        ([(500, 501), (502, 503)], False),  # no angles
+        ([(90, 30), (90, 90), (5, 45), (0, 30)] * 4, True),
+        ([(17, 90), (0, 45), (33, 78)], True),  # too few to tell
+        ([(-1, -1), (-1, -1)], False),  # no confidence
+        ([(1.0000002, 1.0000004), (0.5, 1)], False),
+    ],
+)
+def test_numbers_of_tracks_are_no_angles(make_yolo, behind, stops):
+    images = {
+        f"images/train/{i}.jpg": "".join(f"0 0.5 0.{j + 3} 0.2 0.1 {number}\n" for j, number in enumerate(numbers))
+        for i, numbers in enumerate(behind)
+    }
+    annotations = load_annotations(make_yolo(images, data_yaml=YAML), "train")
+    assert [action for action, _, _ in said(annotations, "angles-behind-boxes")] == ["refused"] * stops
+
+
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 
@@ -443,6 +463,15 @@ def test_class_lists_of_one_split_that_differ_stop(make_yolo):
     ((action, _, message),) = said(load_annotations(root, "train"), "class-lists-differ")
     assert action == "refused"
     assert "calls class 0 'dog', and another list calls it 'cat'" in message
+
+
+def test_a_class_list_that_lacks_classes_in_use_is_older_than_the_labels(make_yolo):
+    rows = "0 .5 .5 .2 .2\n2 .5 .5 .3 .3"
+    root = make_yolo({"images/train/a.jpg": rows}, data_yaml="train: images/train\nnames: [cat, dog, bird]\n")
+    (root / "labels/train/classes.txt").write_text("dog\ncat\n")
+    assert load_annotations(root, "train").findings == ()
+    (root / "labels/train/classes.txt").write_text("dog\ncat\ncow\n")
+    assert [action for action, _, _ in said(load_annotations(root, "train"), "class-lists-differ")] == ["refused"]
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,11 @@ class LabelFiles:
             places.append((place, _by_folded(texts)))
         return stems, places
 
-    def report(self, sources: Sequence[Path], log: FindingLog) -> None:
-        """Adds what was found about the images asked for; sources: the folders that were read whole."""
+    def report(self, sources: Sequence[Path], others: Sequence[Path], log: FindingLog) -> None:
+        """Adds what was found about the images asked for.
+
+        sources: the folders that were read whole; others: those of the other splits.
+        """
         num_found = sum(sum(places.values()) for places in self._used.values())
         num_without = sum(map(len, self._without.values()))
         if not num_found and num_without:
@@ -138,9 +141,9 @@ class LabelFiles:
                 names = _few(image.name for image in shared[0])
                 message = f"{len(shared):,} label files serve several images each, such as those of {names}."
                 log.add("shared-label-file", "note", str(place), message, count=len(shared))
-        self._report_orphans(sources, log)
+        self._report_orphans(sources, others, log)
 
-    def _report_orphans(self, sources: Sequence[Path], log: FindingLog) -> None:
+    def _report_orphans(self, sources: Sequence[Path], others: Sequence[Path], log: FindingLog) -> None:
         """Label files whose image is gone. A text file with no row of numbers in it (classes.txt, notes) is none."""
         images_of: dict[Path, list[Path]] = defaultdict(list)  # folder of labels -> of images
         for folder, used in self._used.items():
@@ -167,8 +170,15 @@ class LabelFiles:
             is_whole = any(
                 folder.is_relative_to(source) for folder in folders for source in sources
             )  # else a list says
-            action = "dropped" if is_whole and are_most(len(orphans), with_image) else "note"
+            are_lost = is_whole and are_most(len(orphans), with_image) and not self._are_of(others, orphans, folders)
+            action = "dropped" if are_lost else "note"
             log.add("labels-without-image", action, str(place), message, count=len(orphans))
+
+    def _are_of(self, others: Sequence[Path], orphans: Sequence[str], folders: Sequence[Path]) -> bool:
+        """Whether label files are those of images of other splits, as where each split has the labels of all; not where
+        images of several splits have one name."""
+        words = self._image_words([folder for source in others for folder, names in walk_folders(source) if names])
+        return all(folded(name[:-4]) in words for name in orphans) and words.isdisjoint(self._image_words(folders))
 
     def _image_words(self, folders: Sequence[Path]) -> set[str]:
         """What label files of the images in these folders may be called, without `.txt`, folded."""

@@ -162,6 +162,8 @@ def report_other_lists(
     source = one_line(file.name, 60) if file else "another list"
     for place in (*lists, root / _NOTES):
         theirs = {category.category_id: category.name for category in _listed(place)}
+        if file is not None and not mine.keys() & set(ids) <= theirs.keys():
+            continue  # the labels were not written by it: it is older
         known = {alike(name) for name in mine.values()}, {alike(name) for name in theirs.values()}
         for class_id in sorted(mine.keys() & theirs.keys() & set(ids)):
             pair = alike(mine[class_id]), alike(theirs[class_id])

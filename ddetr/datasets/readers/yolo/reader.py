@@ -67,8 +67,9 @@ def read_yolo(wanted: Wanted) -> Annotations:
         )
     labels = LabelFiles()
     files = [labels.find(image) for image in images]
-    labels.report([source for source in splits[split].sources if source.is_dir()], log)
-    others = (source for other in splits.values() for source in other.sources if source.is_dir())
+    sources = [source for source in splits[split].sources if source.is_dir()]
+    others = [source for other in splits.values() for source in other.sources if source.is_dir()]
+    labels.report(sources, [source for source in others if source not in sources], log)
     lists = class_lists(root, labels.folders) or class_lists(root, chain.from_iterable(map(label_folders, others)))
     named = classes_of(file, content, lists, log)
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,9 @@ OWN_FORM: BoxForm = "cxcywh-relative"
 _FEW = 3  # boxes say nothing of what all boxes are
 _MOST_WORDS = 16  # of a class name in a row
 _FEW_ODD = 0.05  # of the numbers behind boxes: fewer that are no confidences are mistakes of their own
+_ROUNDING = 1e-3  # by which a confidence may be above 1
+_LARGEST_ANGLE = 360
+_NO_CHANCE = 5  # pairs of equal numbers in a file that chance would make, and none is there
 _CLEARER = 20  # times fewer boxes don't fit into their images when they are read by the right numbers
 _BOX, _POLYGON, _NEITHER, _TRIANGLE_OR_TRACK = range(4)
 Class = int | str  # the id in a row, or the words in its place that are none of the names
@@ -57,7 +61,9 @@ class RowReader:
     malformed: str = ""  # the first line that is no object, and
     num_malformed: int = 0
     num_boxes: int = 0
-    fives: list[list[float]] = field(default_factory=list)  # the numbers of boxes that have one more behind them
+    fives: list[list[float]] = field(default_factory=list)  # the numbers of boxes that have one more behind them, and
+    files_of_fives: list[int] = field(default_factory=list)  # of which file each is
+    num_files: int = 0
     odd: str = ""  # the first line of them whose fifth is no confidence
     num_long: int = 0  # rows of at least seven numbers and a class
     num_like_keypoints: int = 0
@@ -72,6 +78,7 @@ class RowReader:
         fours, around = [], []
         seen: set[tuple[float, ...]] = set()
         repeated = 0
+        self.num_files += 1
         if len(lines) > MAX_OBJECTS:
             report_crowd(self.log, where, len(lines))
         for number, line in enumerate(lines[:MAX_OBJECTS], 1):
@@ -179,7 +186,8 @@ class RowReader:
         self.num_boxes += 1
         if len(values) == 5:
             self.fives.append(values)
-            if not self.odd and (values[4] < 0 or values[4] > 1):
+            self.files_of_fives.append(self.num_files)
+            if not self.odd and _is_no_confidence(values[4]):
                 self.odd = line
 
     def settle(self, root: Path, rows: Sequence[Rows]) -> bool:
@@ -238,13 +246,14 @@ class RowReader:
         return True
 
     def _check_confidences(self, root: Path) -> None:
-        """Whether numbers behind boxes are angles: the boxes that they turn are others. What tracks are numbered by is
-        whole, and tells a track from the others of its image."""
+        """Whether numbers behind boxes are angles: the boxes that they turn are others."""
         behind = np.array([values[4] for values in self.fives], dtype=np.float64)
-        odd = (behind < 0) | (behind > 1)
+        odd = _is_no_confidence(behind)
         are_whole = (behind == np.floor(behind)) & (behind >= 0)
         share = 0.5 if (are_whole | ~odd).all() else _FEW_ODD
         if not odd.any() or odd.sum() <= share * len(behind):
+            return
+        if are_whole.all() and _are_tracks(behind, np.array(self.files_of_fives)):
             return
         message = (
             f"{odd.sum():,} of {len(behind):,} boxes have a number behind them that is no confidence, such as "
@@ -274,6 +283,24 @@ class RowReader:
         corners = np.where(is_box[:, None], rows.as_boxes, rows.as_polygons)
         chosen = np.flatnonzero(kept).tolist()
         return [rows.ids[i] for i in chosen], corners[kept], [rows.numbers[i] for i in chosen]
+
+
+def _is_no_confidence(value: Any) -> Any:
+    """Of a number, or of (n,): whether it lies outside of 0..1 by more than rounding, and is no -1, which stands for
+    none."""
+    return ((value < 0) & (value != -1)) | (value > 1 + _ROUNDING)
+
+
+def _are_tracks(numbers: np.ndarray, files: np.ndarray) -> bool:
+    """Whether (n,) whole numbers are no angles, but tell the objects of an image apart, as the numbers of tracks do:
+    none is in a file twice, and that is no chance. files: (n,) of which file each is."""
+    _, counts = np.unique(np.stack([files, numbers]), axis=1, return_counts=True)
+    if (counts > 1).any() or numbers.max() > _LARGEST_ANGLE:
+        return bool((counts == 1).all())
+    _, of_file = np.unique(files, return_counts=True)
+    _, of_number = np.unique(numbers, return_counts=True)
+    pairs = (of_file * (of_file - 1) / 2).sum()
+    return bool(pairs * ((of_number / len(numbers)) ** 2).sum() >= _NO_CHANCE)
 
 
 def class_id_of(word: str) -> int | None:
