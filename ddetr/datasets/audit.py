@@ -27,7 +27,7 @@ from ddetr.datasets.annotations import (
     ImageTable,
 )
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
-from ddetr.datasets.related import copied_from, families, is_class, looks_numbered
+from ddetr.datasets.related import copied_from, families, looks_numbered
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
 from ddetr.wording import first_few, plural
 
@@ -455,19 +455,17 @@ def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> bool:
 
 
 def _report_related(train: _Scan, val: _Scan, categories: Sequence[Category], log: FindingLog) -> None:
-    """Frames of the same videos, or tiles of the same images, in training and validation: by their names. Names that
-    begin with a class's say nothing, nor do those of numbers alone."""
+    """Frames of the same videos, or tiles of the same images, in training and validation: by their names. Those of
+    numbers alone say nothing."""
     val_names = [path.name for path in val.paths]
     if 2 * sum(map(looks_numbered, val_names)) < max(1, len(val_names)):
         return
     num_train = len(train.paths)
-    for found in families([*(path.name for path in train.paths), *val_names]):
+    for found in families([*(path.name for path in train.paths), *val_names], categories):
         shared = {
             family: sum(place >= num_train for place in places)
             for family, places in found.members.items()
-            if places[0] < num_train <= places[-1]
-            and re.search(r"[^\W\d_]", family)
-            and not is_class(family, categories)
+            if places[0] < num_train <= places[-1] and re.search(r"[^\W\d_]", family)
         }
         if len(shared) > 1 and 2 * sum(shared.values()) > len(val_names):
             message = (

@@ -54,21 +54,17 @@ def looks_numbered(name: str) -> bool:
     return any(kind.pattern.match(name) for kind in _KINDS)
 
 
-def is_class(family: str, categories: Iterable[Category]) -> bool:
-    """Whether a family of images is called as a class or several of it are (cat_, data/Dogs-): that tells what is on
-    them, not what they are of."""
-    name = alike(family.rpartition("/")[2])
-    return any(name == alike(category.name) + plural for category in categories for plural in ("", "s", "es"))
-
-
-def families(names: Sequence[str]) -> Iterator[Families]:
-    """The ways in which most images of a set look related, where there is more than one family."""
+def families(names: Sequence[str], categories: Iterable[Category]) -> Iterator[Families]:
+    """The ways in which most images of a set look related, where there is more than one family. Images that are called
+    as a class, or several of it, are none (cat_, data/Dogs-): that tells what is on them, not what they are of."""
     sources = [copied_from(name) for name in names]
+    classes = {alike(category.name) + plural for category in categories for plural in ("", "s", "es")}
     for kind in _KINDS:
         members: dict[str, list[int]] = {}
         for place, (name, source) in enumerate(zip(names, sources, strict=True)):
             if match := kind.pattern.match(source or name):
                 members.setdefault(match[1], []).append(place)
+        members = {stem: places for stem, places in members.items() if alike(stem.rpartition("/")[2]) not in classes}
         if len(members) > 1 and sum(map(len, members.values())) >= max(len(names) / 2, kind.least * len(members)):
             is_roboflows = kind is _KINDS[0] and any(sources)
             pattern = _OF_ROBOFLOWS_FRAMES if is_roboflows else kind.group_pattern

@@ -24,7 +24,7 @@ from ddetr.datasets.load import (
     said_of_not_named,
 )
 from ddetr.datasets.readers.reader import WHOLE, layouts_kept
-from ddetr.datasets.related import copied_from, families, is_class
+from ddetr.datasets.related import copied_from, families
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.untrusted import MAX_LABEL_BYTES, one_line, parse_json, read_text
@@ -367,12 +367,8 @@ def _chosen(groups: Sequence[_Group], num_images: int, data: DataSource) -> list
 
 def _say_where_frames_are_parted(names: Sequence[str], is_val: np.ndarray, categories: Sequence[Category]) -> None:
     """Frames of one video, or tiles of one image, on both sides make validation flatter the model."""
-    for found in families(names):
-        parted = [
-            family
-            for family, places in found.members.items()
-            if 0 < is_val[places].sum() < len(places) and not is_class(family, categories)
-        ]
+    for found in families(names, categories):
+        parted = [family for family, places in found.members.items() if 0 < is_val[places].sum() < len(places)]
         if parted:
             logger.warning(
                 "the image names look like %s (%s), and %d of them are in training and in validation, which flatters "
