@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice, product
@@ -83,7 +84,9 @@ def _image_of(entry: dict[str, Any]) -> str | None:
 
 def _of_python(text: str) -> Any:
     """A value as Python prints it, and pandas writes into a table; tuples become lists."""
-    return json.loads(json.dumps(ast.literal_eval(text)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # backslashes of Windows' paths
+        return json.loads(json.dumps(ast.literal_eval(text)))
 
 
 def _objects_of(entry: dict[str, Any]) -> Any:
