@@ -35,7 +35,7 @@ from ddetr.datasets.readers.label_folders import (
     named_splits,
     without_shared,
 )
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, decode_xml, one_line, parse_xml, read_bytes, xml_root_name
 
@@ -56,8 +56,10 @@ def cvat_splits(path: Path) -> dict[str, list[_Source]]:
     file = files[0] if files else None
     if file is None:
         exports = [(sub.name, sub / "annotations.xml") for sub in folders_in(path)]
-        found = [(name, inner) for name, inner in exports if xml_root_name(inner) == "annotations"]
-        return named_splits([(name, (inner, None)) for name, inner in found if _load(inner)])
+        found = [(name, inner) for name, inner in exports if xml_root_name(inner) == "annotations" and _load(inner)]
+        if len(found) != 1 or split_kind(found[0][0]):
+            return named_splits([(name, (inner, None)) for name, inner in found])
+        file = found[0][1]
     subsets = sorted({image.get("subset") or _NO_SUBSET for image in _load(file)})
     return {name: [(file, name)] for name in subsets} if len(subsets) > 1 else {WHOLE: [(file, None)]}
 
@@ -106,13 +108,13 @@ def _images(
     times = Counter(name.name for name in all_names.elements())
     elements = [image for image in _load(file) if subset in (None, image.get("subset") or _NO_SUBSET)]
     home, folders = file.parent, ImageFolders()
-    shared = [home / "images", home]
-    if wanted.path not in (home, file):  # annotations/annotations.xml
-        shared += [home.parent / "images", home.parent]
+    homes = [home] if wanted.path in (home, file) else [home, home.parent]  # annotations/annotations.xml
+    shared = [place for above in homes for place in (above / "images", above)]
     names, paths = [_name(image) for image in elements], []
     for image, name in zip(elements, names, strict=True):
         own = image.get("subset") or _NO_SUBSET
-        places = [home / "images" / own, home / own] + (shared if all_names[name] == 1 else [])
+        places = [place for above in homes for place in (above / "images" / own, above / own)]
+        places += shared if all_names[name] == 1 else []
         if wanted.image_dir:
             places = [wanted.image_dir]
         tries = [place / name for place in places] + [place / name.name for place in places if times[name.name] == 1]

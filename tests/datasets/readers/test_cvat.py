@@ -125,6 +125,19 @@ def test_a_folder_of_its_own_for_the_file(write_cvat):
     assert load_annotations(root, "all").images[0].path == root / "images/a.jpg"
 
 
+@pytest.mark.parametrize(
+    ("file", "above"), [("annotations/annotations.xml", ""), ("my export/annotations.xml", "my export/")]
+)
+def test_subsets_of_the_only_export_are_splits(write_cvat, file, above):
+    images = (f"{above}images/Train/a.jpg", f"{above}images/Validation/a.jpg")
+    root = write_cvat(image(subset="Train"), image(subset="Validation"), images=images, file=file)
+    (root / "README.md").touch()
+    assert default_splits(root) == ("Train", "Validation")
+    train, val = (load_annotations(root, split) for split in ("Train", "Validation"))
+    assert [r.path.relative_to(root).as_posix() for r in (*train.images, *val.images)] == list(images)
+    assert not (*train.findings, *val.findings)
+
+
 def test_an_export_for_each_split(write_cvat):
     for split in ("train", "val"):
         root = write_cvat(image(), images=(f"{split}/images/a.jpg",), file=f"{split}/annotations.xml")
