@@ -322,6 +322,12 @@ def _report_emptiness(split: Annotations, summary: SplitSummary, is_train: bool,
     elif not summary.num_objects and is_train:
         message = f"No image has an object to train on{_ignored(summary)}: nothing could be learned."
         log.add("no-objects", "refused", split.name, message)
+    elif not summary.num_objects and (unknown := _num_unknown(split)):
+        message = (
+            f"None of the classes of its {unknown:,} objects is a class of training: correct the names or the ids of "
+            "one of both, or the path. --data.val_split names another split."
+        )
+        log.add("no-class-of-training", "refused", split.name, message, count=unknown)
     elif not summary.num_objects:
         message = f"No validation image has an object{_ignored(summary)}: there is no AP to measure."
         log.add("no-objects", "note", split.name, message)
@@ -386,6 +392,11 @@ def _report_repeated(split: Annotations, log: FindingLog) -> None:
             f"the {name} at ({box}): each counts, in training and in evaluation. Take the repetitions out."
         )
         log.add("repeated-object", "note", str(table.path(index[repeated[0]])), message, count=len(repeated))
+
+
+def _num_unknown(split: Annotations) -> int:
+    """How many objects were left out because nobody knows their class."""
+    return sum(finding.count for finding in split.findings if finding.kind == "category-unknown")
 
 
 def _report_classes(train: Annotations, summaries: Sequence[SplitSummary], log: FindingLog) -> None:

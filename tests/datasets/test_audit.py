@@ -132,6 +132,17 @@ def test_no_images_no_objects_no_classes(make_coco):
     assert kinds_refused(root) == {"every-image-missing", "no-images"}
 
 
+def test_a_validation_split_none_of_whose_classes_is_known_is_refused(make_coco):
+    """It is another data set's, or its classes are called otherwise: every object would be left out."""
+    root = make_coco([coco_object(), coco_object(category_id=7)])
+    make_coco([coco_object(), coco_object(bbox=(1, 2, 9, 9))], split="val", categories=[{"id": 3, "name": "Katze"}])
+    [finding] = audited(root).refused
+    assert (finding.kind, finding.count) == ("no-class-of-training", 2)
+    others = [{"id": 3, "name": "Katze"}, {"id": 7, "name": "dog"}]
+    make_coco([coco_object(), coco_object(category_id=7)], split="val", categories=others)
+    assert audited(root).refused == ()
+
+
 def test_a_validation_split_without_objects_is_a_note(make_coco):
     root = make_coco([coco_object(), coco_object(category_id=7)])
     make_coco([], split="val")
