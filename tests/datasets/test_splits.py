@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_parts import coco_object
+from dataset_parts import coco_object, voc_object, voc_xml
 
 from ddetr.datasets import audit
 from ddetr.datasets.config import TrainingSource
@@ -296,6 +296,19 @@ def test_annotations_of_another_format_are_mentioned(make_coco, make_yolo):
         "YOLO annotations lie there too (splits: train); coco was read. --data.format yolo"
     )
     train, _ = load_splits(TrainingSource(str(root), format="coco"))
+    assert not any(finding.kind == "other-annotations" for finding in train.findings)
+
+
+@pytest.mark.parametrize("rows", [None, f"Car 0 0 0 4 5 24 15 {'0 ' * 7}"])
+def test_folders_of_other_labels_are_no_yolo_annotations(make_yolo, tmp_path, rows):
+    """Images and labels are the folders of VOC's XML and KITTI's text files too."""
+    root = make_yolo({f"{split}/images/a.jpg": rows for split in ("train", "val")}, root=tmp_path / "other")
+    for split in ("train", "val"):
+        (root / split / "labels").mkdir(exist_ok=True)
+        if rows is None:
+            (root / split / "labels" / "a.xml").write_text(voc_xml([voc_object()]))
+    train, val = load_splits(TrainingSource(str(root)))
+    assert train.format == val.format == ("voc" if rows is None else "kitti")
     assert not any(finding.kind == "other-annotations" for finding in train.findings)
 
 
