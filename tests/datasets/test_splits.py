@@ -137,6 +137,7 @@ def test_copies_of_an_image_in_training_and_validation_are_a_note(make_yolo):
     [
         ([f"field{i}_{x}_{y}_{x + 9}_{y + 9}" for i in range(5) for x in (0, 9) for y in (0, 9)], "tiles of 5", 6),
         ([f"P{i}__0.5__{x}___{y}" for i in range(5) for x in (0, 9) for y in (0, 9)], "tiles of 5 images", 2),
+        ([*(f"r{i % 2}_{i}" for i in range(12)), *(f"r{i}_0" for i in range(2, 9))], "frames of 9 videos", 2),
         ([f"v{i % 3}_mp4-{i}_jpg.rf.{i:02d}{'0a1b2c3d' * 4}" for i in range(30)], "frames of 3 videos", 2),
     ],
 )
