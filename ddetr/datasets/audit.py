@@ -253,7 +253,8 @@ def audit(
             _report_related(*scans, train.categories, log)
     if decode:
         _report_decoded(splits, decode, on_bad_image, log, progress)
-    own = [finding for split in splits for finding in split.findings]
+    of_train = set(train.findings)
+    own = [*train.findings, *(found for split in splits[1:] for found in split.findings if found not in of_train)]
     return AuditReport(
         train=summaries[0],
         val=summaries[1] if val is not None else None,

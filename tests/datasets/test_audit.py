@@ -143,6 +143,14 @@ def test_a_validation_split_none_of_whose_classes_is_known_is_refused(make_coco)
     assert audited(root).refused == ()
 
 
+def test_what_is_found_in_the_file_of_both_splits_is_told_once(make_yolo):
+    root = make_yolo(
+        {f"images/{split}/{split}.jpg": "0 .5 .5 .2 .2" for split in ("train", "val")},
+        data_yaml="train: images/train\nval: images/val\nnc: 8\nnames: [cat]\n",
+    )
+    assert [finding.kind for finding in audited(root).findings] == ["nc-differs"]
+
+
 def test_a_validation_split_without_objects_is_a_note(make_coco):
     root = make_coco([coco_object(), coco_object(category_id=7)])
     make_coco([], split="val")
