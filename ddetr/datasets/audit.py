@@ -43,6 +43,7 @@ _DECODED = {"auto": (4_000, 60), "val": (10_000, 120)}  # images of a split and 
 _THINNEST = 40  # long side by short side: at the paper's size 33 pixels are left of the short one
 # Kinds of findings that stop nothing, and that somebody should read all the same: they stand in the verdict too.
 _DOUBTFUL = ("validation-is-training", "split-not-named", "read-together")
+_FEWEST_ALIKE = 4  # different validation images that have the boxes of training images by no chance
 _SMALLEST = 10  # pixels of the short side
 
 Decode = bool | Literal["auto", "val"]
@@ -248,7 +249,7 @@ def audit(
         _report_repeated(split, log)
     _report_classes(train, summaries, log)
     if val is not None:
-        was_said = _report_duplicates(*scans, log) or _report_copies(*scans, log)
+        was_said = _report_duplicates(*scans, log) or _report_copies(*scans, log) or _report_same_boxes(train, val, log)
         if not was_said and not val.name.startswith(f"{train.name} ("):  # what was held back has been told of already
             _report_related(*scans, train.categories, log)
     if decode:
@@ -462,6 +463,28 @@ def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> bool:
         )
         log.add("copies-across-splits", "note", str(pairs[0][0].parent), message, count=len(pairs))
     return bool(pairs)
+
+
+def _report_same_boxes(train: Annotations, val: Annotations, log: FindingLog) -> bool:
+    """Whether most validation images have the very objects of a training image: copies of it in other files, or its
+    labels beside other images."""
+
+    def objects(split: Annotations) -> list[tuple[bytes, bytes]]:
+        return [(image.labels.tobytes(), image.boxes_xyxy.tobytes()) for image in split.images if len(image.labels)]
+
+    of_val = objects(val)
+    if len(set(of_val)) < _FEWEST_ALIKE:
+        return False
+    of_train = set(objects(train))
+    same = [found for found in of_val if found in of_train]
+    if 2 * len(same) <= len(of_val) or len(set(same)) < _FEWEST_ALIKE:
+        return False
+    message = (
+        f"{len(same):,} of the {len(of_val):,} validation images with objects have the very classes and boxes of a "
+        "training image: are they copies of training images, or are these the labels of others?"
+    )
+    log.add("same-boxes-across-splits", "note", val.name, message, count=len(same))
+    return True
 
 
 def _report_related(train: _Scan, val: _Scan, categories: Sequence[Category], log: FindingLog) -> None:
