@@ -43,6 +43,7 @@ _THINNEST = 40  # long side by short side: at the paper's size 33 pixels are lef
 # Kinds of findings that stop nothing, and that somebody should read all the same: they stand in the verdict too.
 _DOUBTFUL = ("validation-is-training", "split-not-named", "read-together")
 _FEWEST_COPIES = 0.05  # of the validation images: fewer have common names (`images_jpg.rf...`) by chance
+_FEWEST_ALIKE = 4  # different validation images that have the boxes of training images by no chance
 _FEWEST_DARK = 0.05  # of the images: fewer are black frames of videos, or taken at night
 _SMALLEST = 10  # pixels of the short side
 
@@ -249,12 +250,13 @@ def audit(
         _report_repeated(split, log)
     _report_classes(train, summaries, log)
     if val is not None:
-        was_said = _report_duplicates(*scans, log) or _report_copies(*scans, log)
+        was_said = _report_duplicates(*scans, log) or _report_copies(*scans, log) or _report_same_boxes(train, val, log)
         if not was_said and not val.name.startswith(f"{train.name} ("):  # what was held back has been told of already
             _report_related(*scans, train.categories, log)
     if decode:
         _report_decoded(splits, decode, on_bad_image, log, progress)
-    own = [finding for split in splits for finding in split.findings]
+    of_train = set(train.findings)
+    own = [*train.findings, *(found for split in splits[1:] for found in split.findings if found not in of_train)]
     return AuditReport(
         train=summaries[0],
         val=summaries[1] if val is not None else None,
@@ -323,6 +325,12 @@ def _report_emptiness(split: Annotations, summary: SplitSummary, is_train: bool,
     elif not summary.num_objects and is_train:
         message = f"No image has an object to train on{_ignored(summary)}: nothing could be learned."
         log.add("no-objects", "refused", split.name, message)
+    elif not summary.num_objects and (unknown := _num_unknown(split)):
+        message = (
+            f"None of the classes of its {unknown:,} objects is a class of training: correct the names or the ids of "
+            "one of both, or the path. --data.val_split names another split."
+        )
+        log.add("no-class-of-training", "refused", split.name, message, count=unknown)
     elif not summary.num_objects:
         message = f"No validation image has an object{_ignored(summary)}: there is no AP to measure."
         log.add("no-objects", "note", split.name, message)
@@ -389,6 +397,11 @@ def _report_repeated(split: Annotations, log: FindingLog) -> None:
         log.add("repeated-object", "note", str(table.path(index[repeated[0]])), message, count=len(repeated))
 
 
+def _num_unknown(split: Annotations) -> int:
+    """How many objects were left out because nobody knows their class."""
+    return sum(finding.count for finding in split.findings if finding.kind == "category-unknown")
+
+
 def _report_classes(train: Annotations, summaries: Sequence[SplitSummary], log: FindingLog) -> None:
     in_train = summaries[0].class_counts
     in_val = summaries[1].class_counts if len(summaries) > 1 else ()
@@ -452,6 +465,28 @@ def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> bool:
         )
         log.add("copies-across-splits", "note", str(pairs[0][0].parent), message, count=len(pairs))
     return are_some
+
+
+def _report_same_boxes(train: Annotations, val: Annotations, log: FindingLog) -> bool:
+    """Whether most validation images have the very objects of a training image: copies of it in other files, or its
+    labels beside other images."""
+
+    def objects(split: Annotations) -> list[tuple[bytes, bytes]]:
+        return [(image.labels.tobytes(), image.boxes_xyxy.tobytes()) for image in split.images if len(image.labels)]
+
+    of_val = objects(val)
+    if len(set(of_val)) < _FEWEST_ALIKE:
+        return False
+    of_train = set(objects(train))
+    same = [found for found in of_val if found in of_train]
+    if 2 * len(same) <= len(of_val) or len(set(same)) < _FEWEST_ALIKE:
+        return False
+    message = (
+        f"{len(same):,} of the {len(of_val):,} validation images with objects have the very classes and boxes of a "
+        "training image: are they copies of training images, or are these the labels of others?"
+    )
+    log.add("same-boxes-across-splits", "note", val.name, message, count=len(same))
+    return True
 
 
 def _report_related(train: _Scan, val: _Scan, categories: Sequence[Category], log: FindingLog) -> None:

@@ -28,7 +28,7 @@ from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept, s
 from ddetr.datasets.readers.side_by_side import Neighbours, neighbours
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
-from ddetr.datasets.readers.yolo.reader import read_yolo, said_of_unnamed
+from ddetr.datasets.readers.yolo.reader import has_label_rows, read_yolo, said_of_unnamed
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.untrusted import one_line
@@ -262,7 +262,7 @@ def also_there(path: str | PathLike, format: str = "auto") -> list[tuple[str, li
     found = []
     for other, reader in FORMATS.items():
         with suppress(InputError):  # a broken one is no data set
-            if other != read and (splits := list(reader.splits(place))):
+            if other != read and (splits := list(reader.splits(place))) and (other != "yolo" or has_label_rows(place)):
                 found.append((other, splits))
     return found
 

@@ -16,7 +16,7 @@ class _Kind(NamedTuple):
     """Names that end in numbers; what stands before these is the same for all of a family."""
 
     pattern: re.Pattern
-    least: int  # images of a family, in the mean
+    least: int  # images of a family; most images are in such, beside which there may be smaller ones
     said: str  # with the number of families
     group_pattern: str  # for people
 
@@ -65,7 +65,8 @@ def families(names: Sequence[str], categories: Iterable[Category]) -> Iterator[F
             if match := kind.pattern.match(source or name):
                 members.setdefault(match[1], []).append(place)
         members = {stem: places for stem, places in members.items() if alike(stem.rpartition("/")[2]) not in classes}
-        if len(members) > 1 and sum(map(len, members.values())) >= max(len(names) / 2, kind.least * len(members)):
+        large = [len(places) for places in members.values() if len(places) >= kind.least]
+        if len(large) > 1 and sum(large) >= len(names) / 2:
             is_roboflows = kind is _KINDS[0] and any(sources)
             pattern = _OF_ROBOFLOWS_FRAMES if is_roboflows else kind.group_pattern
             yield Families(kind.said.format(len(members)), pattern, members)

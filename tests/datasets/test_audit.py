@@ -25,6 +25,11 @@ def audited(root, **options):
     return audit(train, val, **options)
 
 
+def both(root):
+    train = load_annotations(root, "train")
+    return train, load_annotations(root, "val", categories=train.categories)
+
+
 def printed(report, width=160):
     console = Console(file=io.StringIO(), width=width)
     console.print(report.render())
@@ -130,6 +135,34 @@ def test_no_images_no_objects_no_classes(make_coco):
     root = make_coco()
     shutil.rmtree(root / "train")
     assert kinds_refused(root) == {"every-image-missing", "no-images"}
+
+
+def test_a_validation_split_none_of_whose_classes_is_known_is_refused(make_coco):
+    """It is another data set's, or its classes are called otherwise: every object would be left out."""
+    root = make_coco([coco_object(), coco_object(category_id=7)])
+    make_coco([coco_object(), coco_object(bbox=(1, 2, 9, 9))], split="val", categories=[{"id": 3, "name": "Katze"}])
+    [finding] = audited(root).refused
+    assert (finding.kind, finding.count) == ("no-class-of-training", 2)
+    others = [{"id": 3, "name": "Katze"}, {"id": 7, "name": "dog"}]
+    make_coco([coco_object(), coco_object(category_id=7)], split="val", categories=others)
+    assert audited(root).refused == ()
+
+
+def test_validation_images_with_the_boxes_of_training_images(make_yolo):
+    """They are copies of these, saved once more, or the labels are."""
+    rows = [f"0 .5 .5 .2 0.{i}" for i in range(1, 9)]
+    labels = {f"images/{split}/{split}{i}.jpg": rows[i] for split in ("train", "val") for i in range(4)}
+    yaml = "train: images/train\nval: images/val\nnames: [cat]\n"
+    [finding] = audit(*both(make_yolo(labels, data_yaml=yaml))).findings
+    assert (finding.kind, finding.action, finding.count) == ("same-boxes-across-splits", "note", 4)
+
+
+def test_what_is_found_in_the_file_of_both_splits_is_told_once(make_yolo):
+    root = make_yolo(
+        {f"images/{split}/{split}.jpg": "0 .5 .5 .2 .2" for split in ("train", "val")},
+        data_yaml="train: images/train\nval: images/val\nnc: 8\nnames: [cat]\n",
+    )
+    assert [finding.kind for finding in audit(*both(root)).findings] == ["nc-differs"]
 
 
 def test_a_validation_split_without_objects_is_a_note(make_coco):

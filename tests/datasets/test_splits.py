@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_parts import coco_object
+from dataset_parts import coco_object, voc_object, voc_xml
 
 from ddetr.datasets import audit
 from ddetr.datasets.config import TrainingSource
@@ -157,6 +157,7 @@ def test_a_common_name_in_training_and_validation_is_no_copy(make_yolo):
     [
         ([f"field{i}_{x}_{y}_{x + 9}_{y + 9}" for i in range(5) for x in (0, 9) for y in (0, 9)], "tiles of 5", 6),
         ([f"P{i}__0.5__{x}___{y}" for i in range(5) for x in (0, 9) for y in (0, 9)], "tiles of 5 images", 2),
+        ([*(f"r{i % 2}_{i}" for i in range(12)), *(f"r{i}_0" for i in range(2, 9))], "frames of 9 videos", 2),
         ([f"v{i % 3}_mp4-{i}_jpg.rf.{i:02d}{'0a1b2c3d' * 4}" for i in range(30)], "frames of 3 videos", 2),
     ],
 )
@@ -333,6 +334,19 @@ def test_lists_of_splits_that_are_not_used_are_said(make_coco, place):
     make_coco(split="val")
     train, _ = load_splits(TrainingSource(str(root)))
     assert "lists-not-used" not in {finding.kind for finding in train.findings}
+
+
+@pytest.mark.parametrize("rows", [None, f"Car 0 0 0 4 5 24 15 {'0 ' * 7}"])
+def test_folders_of_other_labels_are_no_yolo_annotations(make_yolo, tmp_path, rows):
+    """Images and labels are the folders of VOC's XML and KITTI's text files too."""
+    root = make_yolo({f"{split}/images/a.jpg": rows for split in ("train", "val")}, root=tmp_path / "other")
+    for split in ("train", "val"):
+        (root / split / "labels").mkdir(exist_ok=True)
+        if rows is None:
+            (root / split / "labels" / "a.xml").write_text(voc_xml([voc_object()]))
+    train, val = load_splits(TrainingSource(str(root)))
+    assert train.format == val.format == ("voc" if rows is None else "kitti")
+    assert not any(finding.kind == "other-annotations" for finding in train.findings)
 
 
 def test_splits_of_unusual_names_are_named(make_coco):

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_formats import is_clutter, is_image_name
+from ddetr.datasets.readers.json_files import json_text
 from ddetr.datasets.readers.side_by_side import PARTS
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, one_line, open_file, read_csv
+from ddetr.untrusted import MAX_LABEL_BYTES, one_line, open_file, parse_json, read_csv
 from ddetr.wording import first_few
 
 _DEPTH = 4  # folders below the one that was given
@@ -128,6 +130,29 @@ def _mot(look: _Look) -> Path | None:
     return next((file for file in look.files if file.name == "gt.txt" and file.parent.name == "gt"), None)
 
 
+def _coco_objects(look: _Look) -> Path | None:
+    """A JSON file that begins with a list whose entries speak of images by their ids."""
+    words = (b'"image_id"', b'"category_id"', b'"bbox"')
+    fits = (f for f, start in look.starts.items() if start.lstrip().startswith(b"[") and all(w in start for w in words))
+    return next((file for file in fits if file.suffix.lower() == ".json"), None)
+
+
+def _for_each_image(look: _Look) -> Path | None:
+    """A JSON file that is called as an image is."""
+    images = {file.stem for file in look.files if is_image_name(file.name)}
+    return next((file for file in look.starts if file.suffix.lower() == ".json" and file.stem in images), None)
+
+
+def _keys(file: Path) -> str:
+    """The first keys of a JSON file, and what to do about data that have such."""
+    try:
+        content = parse_json(json_text(file, MAX_LABEL_BYTES, FindingLog(), file.name), file.name)
+    except InputError:
+        content = None
+    keys = f"it has {first_few(map(one_line, content), 8)}; " if isinstance(content, dict) and content else ""
+    return f"{keys}{_BY_HAND}"
+
+
 def _of_another_task(look: _Look) -> Path | None:
     names = ("captions_", "panoptic_", "stuff_", "image_info_")
     return next((f for f in look.starts if f.suffix.lower() == ".json" and f.name.lower().startswith(names)), None)
@@ -233,6 +258,11 @@ _KINDS = (
         "give the annotations that they were compared with, an object with images, annotations and categories",
     ),
     _Kind(
+        "COCO's objects without their images and categories",
+        _coco_objects,
+        'write one object, {"images": [...], "annotations": [...], "categories": [...]}, with this list as annotations',
+    ),
+    _Kind(
         "DOTA's corners of turned boxes",
         lambda look: look.any_name("labeltxt", "labeltxt-v1.0", "labeltxt-v1.5") or _lines_of(look, _is_dota),
         _BY_DATUMARO,
@@ -287,6 +317,7 @@ _KINDS = (
         lambda look: look.any_name("segmentationclass", "segmentationobject", "masks", "mask"),
         f"draw a box around each object of a mask, and {_BY_HAND}",
     ),
+    _Kind("a JSON file for each image, of a kind that is not known", _for_each_image, _keys),
 )
 
 

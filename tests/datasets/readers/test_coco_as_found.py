@@ -656,3 +656,14 @@ def test_lists_under_another_spelling_of_their_key(make_coco, kinds, key, writte
     assert [category.name for category in annotations.categories] == ["cat", "dog"]
     assert sum(len(record.labels) for record in annotations.images) == 1
     assert kinds(annotations) == {"other-key": "repaired"}
+
+
+def test_entries_by_their_ids(make_coco):
+    """LIVECell's annotations are an object whose keys are ids; so may images be, without an id of their own."""
+
+    def edit(content):
+        content["annotations"] = {str(obj["id"]): obj for obj in content["annotations"]}
+        content["images"] = {str(image.pop("id")): image for image in content["images"]}
+
+    annotations = load_annotations(make_coco([coco_object(), coco_object(image_id=2)], edit=edit), "train")
+    assert [(image.image_id, len(image.labels)) for image in annotations.images] == [(1, 1), (2, 1)]

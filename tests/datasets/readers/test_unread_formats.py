@@ -40,6 +40,14 @@ IMAGE = "an image"
         ({"a.csv": "TRAIN,gs://b/a.jpg,cat,0.1,0.1,,,0.5,0.5,,\n", "a.jpg": IMAGE}, "AutoML"),
         ({"train.jsonl": '{"image": "a.jpg", "suffix": "<loc0123> cat"}\n', "a.jpg": IMAGE}, "PaliGemma.*as COCO"),
         ({"annotations/a.json": '[{"image_id": 1, "score": 0.9, "bbox": [1, 2, 3, 4]}]'}, "detections of a model"),
+        (
+            {"a.json": '[{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}]', "i/1.jpg": IMAGE},
+            "COCO's objects wi",
+        ),
+        (
+            {"a.json": '{"frame": "a", "objects": []}', "a.jpg": IMAGE},
+            r"each image.*\(a.json\): it has frame, objects;",
+        ),
         ({"a.csv": "filename,label,x,y,w,h\na.jpg,cat,1,2,3,4\n"}, "it has filename, label, x, y, w, h"),
         ({"train.json": "{'images': [{'id': 1, 'file_name': 'a.jpg'}], 'annotations': []}"}, "COCO's words.*json.dump"),
         ({"a.json": '[{"images": [{"id": 1, "file_name": "a.jpg"}]}]', "a.jpg": IMAGE}, "COCO's words.*one object"),

@@ -106,6 +106,8 @@ def read_categories(file: Path) -> tuple[Category, ...] | None:
 
 def entries_of(content: dict[str, Any], key: str, file: Path) -> list[dict[str, Any]]:
     entries = content[key]
+    if isinstance(entries, dict) and all(isinstance(entry, dict) for entry in entries.values()):
+        return [{"id": key, **entry} for key, entry in entries.items()]  # LIVECell's annotations are written so
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise InputError(f'{file}: "{key}" must be a list of objects')
     return entries

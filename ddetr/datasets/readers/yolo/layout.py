@@ -45,7 +45,7 @@ _YAML, _DARKNET = (".yaml", ".yml"), (".data",)
 _LISTS = ("", "ImageSets", "ImageSets/Main")
 _LISTED_SPLITS = {name for names in _SPLIT_KEYS.values() for name in names}
 _IMAGES_WORD = re.compile(r"[ _.-]*(images?|imgs?)[ _.-]*", re.IGNORECASE)
-_SAMPLED_LABELS = 100  # text files beside images that are looked into
+SAMPLED_LABELS = 100  # text files beside images that are looked into
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _has_labels_beside(folder: Path) -> bool:
     texts = {folded(name): name for name in names if name.lower().endswith(".txt")}
     labels = (folded(f"{os.path.splitext(name)[0]}.txt") for name in sorted(names) if is_image_name(name))
     beside = (texts[name] for name in labels if name in texts)
-    return any(has_rows(folder / name) for name in islice(beside, _SAMPLED_LABELS))
+    return any(has_rows(folder / name) for name in islice(beside, SAMPLED_LABELS))
 
 
 def has_rows(file: Path) -> bool:
@@ -226,7 +226,7 @@ def not_named(file: Path, kind: str) -> Path | None:
     named = {os.path.realpath(source) for split in splits.values() for source in split.sources}
     for split in splits.values() if kind not in splits else ():
         for place in (place for source in split.sources for place in _beside(source, kind)):
-            images = islice(image_paths(YoloSplit((place,), (), split.bases), FindingLog()), _SAMPLED_LABELS)
+            images = islice(image_paths(YoloSplit((place,), (), split.bases), FindingLog()), SAMPLED_LABELS)
             if os.path.realpath(place) not in named and any(label_file(image).is_file() for image in images):
                 return place
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,16 @@ from ddetr.datasets.box_form import is_relative
 from ddetr.datasets.image_files import IMAGES_OPTION, counted
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
 from ddetr.datasets.readers.yolo.labels import LabelFiles, label_folders
-from ddetr.datasets.readers.yolo.layout import description, image_paths, names_file, not_named, yolo_file, yolo_splits
+from ddetr.datasets.readers.yolo.layout import (
+    SAMPLED_LABELS,
+    description,
+    has_rows,
+    image_paths,
+    names_file,
+    not_named,
+    yolo_file,
+    yolo_splits,
+)
 from ddetr.datasets.readers.yolo.names import (
     check_names,
     class_lists,
@@ -121,6 +130,18 @@ def said_of_unnamed(path: Path, kind: str) -> str:
         f"{one_line(file.name)} names no {kind}, but {shown} has images with labels, which are not used: write "
         f"`{kind}: {shown}` into it."
     )
+
+
+def has_label_rows(path: Path) -> bool:
+    """Whether there are label files with rows of YOLO's: folders called images and labels are other formats' too."""
+    if yolo_file(path) is not None:
+        return True
+    for split in yolo_splits(path).values():
+        labels = LabelFiles()
+        files = (labels.find(image) for image in islice(image_paths(split, FindingLog()), SAMPLED_LABELS))
+        if any(file is not None and has_rows(file) for file in files):
+            return True
+    return False
 
 
 def _read_lines(file: Path, log: FindingLog) -> list[str]:
