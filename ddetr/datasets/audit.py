@@ -376,17 +376,19 @@ def _report_thin(split: Annotations, log: FindingLog) -> None:
             log.add("tiny-image", "note", str(images[i].path), f"{size}: there is little to be seen on it.")
 
 
+def _object_keys(table: ImageTable) -> np.ndarray:
+    """(n,) a number for each object, equal for equal classes and boxes, and hardly ever for others."""
+    columns = np.stack([table.labels, *table.boxes_xyxy.view(np.uint32).T]).astype(np.uint64)
+    return np.random.default_rng(0).integers(1 << 63, size=len(columns), dtype=np.uint64) @ columns
+
+
 def _report_repeated(split: Annotations, log: FindingLog) -> None:
     """Objects that repeat another one of their image: class and box are the same."""
     table = ImageTable.from_records(split.images)
-    index = np.repeat(np.arange(len(table)), np.diff(table.offsets))
-    columns = np.stack([index, table.labels, *table.boxes_xyxy.view(np.uint32).T]).astype(np.uint64)
-    factors = np.random.default_rng(0).integers(1 << 63, size=len(columns), dtype=np.uint64)
-    key = factors @ columns  # equal for equal objects, and hardly ever for others; sorting by all columns takes seconds
-    order = np.argsort(key, kind="stable")
+    index, key = np.repeat(np.arange(len(table)), np.diff(table.offsets)), _object_keys(table)
+    order = np.lexsort((key, index))
     first, second = order[:-1], order[1:]
-    near = key[first] == key[second]
-    repeated = np.sort(second[near][(columns[:, first[near]] == columns[:, second[near]]).all(axis=0)])
+    repeated = np.sort(second[(index[first] == index[second]) & (key[first] == key[second])])
     if len(repeated):
         name = one_line(split.categories[table.labels[repeated[0]]].name)
         box = ", ".join(f"{value:g}" for value in table.boxes_xyxy[repeated[0]])
@@ -471,15 +473,14 @@ def _report_same_boxes(train: Annotations, val: Annotations, log: FindingLog) ->
     """Whether most validation images have the very objects of a training image: copies of it in other files, or its
     labels beside other images."""
 
-    def objects(split: Annotations) -> list[tuple[bytes, bytes]]:
-        return [(image.labels.tobytes(), image.boxes_xyxy.tobytes()) for image in split.images if len(image.labels)]
+    def keys(split: Annotations) -> np.ndarray:
+        """Of the images with objects: equal for equal objects, in whatever order."""
+        table = ImageTable.from_records(split.images)
+        return np.add.reduceat(_object_keys(table), table.offsets[:-1][np.diff(table.offsets) > 0])
 
-    of_val = objects(val)
-    if len(set(of_val)) < _FEWEST_ALIKE:
-        return False
-    of_train = set(objects(train))
-    same = [found for found in of_val if found in of_train]
-    if 2 * len(same) <= len(of_val) or len(set(same)) < _FEWEST_ALIKE:
+    of_val = keys(val)
+    same = of_val[np.isin(of_val, keys(train))]
+    if 2 * len(same) <= len(of_val) or len(np.unique(same)) < _FEWEST_ALIKE:
         return False
     message = (
         f"{len(same):,} of the {len(of_val):,} validation images with objects have the very classes and boxes of a "
