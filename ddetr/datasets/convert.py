@@ -81,7 +81,7 @@ def read_source(data: TrainingSource, split: str | None = None) -> Source:
         train, val, others = data.train_split or "train", data.val_split or "val", []
     else:
         known = available_splits(data.path, data.format)
-        train = split if known == [split] else None
+        train = known[0] if len(known) == 1 and split in (None, *known) else None
         train, val = default_splits(data.path, data.format, data.train_split or train, data.val_split)
         others = [name for name in known if name not in (train, val)]
     annotations = load_split(data, "train", train)

@@ -112,9 +112,9 @@ def _read_jpeg(file: BinaryIO) -> ImageHeader:
     orientation = None
     for _ in range(MAX_IMAGE_SEGMENTS):
         marker = file.read(2)
-        if len(marker) < 2 or marker[0] != 0xFF:
+        if len(marker) < 2:
             raise ValueError("no start of frame: not a complete JPEG")
-        if marker[1] == 0xFF:  # a fill byte before a marker is legal
+        if marker[0] != 0xFF or marker[1] == 0xFF:  # stray bytes, which decoders pass over; fill bytes are legal
             file.seek(-1, 1)
             continue
         code = marker[1]

@@ -240,6 +240,8 @@ def _place(path: Path, formats: Sequence[str], broken: list[InputError] | None =
                 inside = _place(inner, formats, broken)  # VOC's reader looks deeper than those before it
                 if inside is not None and formats.index(inside[0]) < formats.index(format):
                     return inside
+                if inside is not None and _train_split(splits) is None:  # of data/train/0 and data/val, val alone
+                    return inside
             return format, path
         if inner is None:
             break
@@ -292,9 +294,10 @@ def default_splits(
     train = train_split or _train_split(splits)
     if train is None:
         own = ", or give the path of one, where they are data sets of their own" if read_together(path, format) else ""
+        unnamed = said_of_not_named(path, "train", format)
         raise InputError(
             f"{path} has the splits {first_few(splits, 8)}: none is called train; --data.train_split (and "
-            f"--data.val_split, or --data.val_fraction 0.1) names the one to train on{own}"
+            f"--data.val_split, or --data.val_fraction 0.1) names the one to train on{own}{unnamed and f'. {unnamed}'}"
         )
     others = [split for split in splits if split not in (train, "trainval")]
     val = val_split or _first(others, _VAL_NAMES, "val")
@@ -322,7 +325,8 @@ def check_parts(path: str | PathLike, split: str, splits: Sequence[str], option:
 
 
 def _train_split(splits: Sequence[str]) -> str | None:
-    return _first(splits, _TRAIN_NAMES, "train") or (splits[0] if len(splits) == 1 else None)
+    only = splits[0] if len(splits) == 1 and split_kind(splits[0]) in (None, "train") else None  # never a test split
+    return _first(splits, _TRAIN_NAMES, "train") or only
 
 
 def _first(splits: Sequence[str], names: Sequence[str], stem: str) -> str | None:

@@ -123,7 +123,8 @@ def _lists(data: TrainingSource, train: Annotations) -> list[Finding]:
     lists = [file for place in places for name in _LISTED if (file := place / f"{name}.txt").is_file()]
     names = {PurePosixPath(name).stem for name in image_names(train, root)} if lists else set()
     used_not = [file for file in lists if _first_stem(file) in names]
-    if not used_not:
+    by_lists = train.format in ("voc", "yolo")  # and one of them is read
+    if not used_not or (by_lists and PurePosixPath(train.name).name in [f.stem for f in used_not]):
         return []
     message = (
         f"{first_few([one_line(file) for file in used_not], 3)} list images by splits and are not used: all images are "
@@ -143,14 +144,10 @@ def _first_stem(file: Path) -> str:
 
 
 def _not_named(data: TrainingSource) -> list[Finding]:
-    """Of splits that lie beside those which the data set's description names, where nobody has named others."""
-    found = []
-    if data.train_split is None and (said := said_of_not_named(data.path, "train", data.format)):
-        found.append(Finding("split-not-named", "refused", str(data.path), said))  # the only other one is trained on
+    """Of a validation split beside those which the data set's description names, where nobody has named another."""
     named = (data.val_split, data.val_annotations, data.val_fraction)
-    if named == (None, None, None) and (said := said_of_not_named(data.path, "val", data.format)):
-        found.append(Finding("split-not-named", "note", str(data.path), said))
-    return found
+    said = said_of_not_named(data.path, "val", data.format) if named == (None, None, None) else ""
+    return [Finding("split-not-named", "note", str(data.path), said)] if said else []
 
 
 def no_validation(data: DataSource) -> InputError:

@@ -274,6 +274,16 @@ def test_torchvisions_decoder_keeps_the_policy(tmp_path, monkeypatch):
     assert len(kinds) < decoded < 8 * len(kinds)
 
 
+def test_stray_bytes_between_the_segments_of_a_jpeg(tmp_path, write_image):
+    """Decoders pass over them ("extraneous bytes before marker")."""
+    content = write_image(tmp_path / "a.jpg").read_bytes()
+    place = content.index(b"\xff\xdb")
+    for stray in (b"\0", b"\x01\x02\xff"):
+        (tmp_path / "b.jpg").write_bytes(content[:place] + stray + content[place:])
+        assert image_size_hw(tmp_path / "b.jpg") == image_size_hw(tmp_path / "a.jpg")
+        assert torch.equal(read_image(tmp_path / "b.jpg"), read_image(tmp_path / "a.jpg"))
+
+
 def test_jpegs_are_pillows_to_the_bit(jpegs):
     for path in jpegs:
         with Image.open(path) as image:

@@ -8,7 +8,7 @@ import pytest
 from dataset_parts import coco_object, voc_object, voc_xml
 
 from ddetr.datasets import audit
-from ddetr.datasets.config import TrainingSource
+from ddetr.datasets.config import DataSource, TrainingSource
 from ddetr.datasets.splits import image_names, load_split, load_splits, no_validation
 from ddetr.errors import InputError
 
@@ -334,6 +334,22 @@ def test_lists_of_splits_that_are_not_used_are_said(make_coco, place):
     make_coco(split="val")
     train, _ = load_splits(TrainingSource(str(root)))
     assert "lists-not-used" not in {finding.kind for finding in train.findings}
+
+
+def test_a_list_that_is_used_is_not_said_to_be_unused(make_voc):
+    root = make_voc({name: voc_xml([voc_object()]) for name in "ab"}, {"trainval": "a"})
+    train, _ = load_splits(TrainingSource(str(root)))
+    assert (len(train.images), "lists-not-used" in {finding.kind for finding in train.findings}) == (1, False)
+
+
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_a_test_split_alone_is_never_trained_on_unasked(make_coco, name):
+    root = make_coco(split=name)
+    with pytest.raises(InputError, match=f"has the splits {name}: none is called train"):
+        load_splits(TrainingSource(str(root)))
+    train, _ = load_splits(TrainingSource(str(root), train_split=name))
+    assert len(train.images) == 2
+    assert len(load_split(DataSource(str(root)), "val", name).images) == 2
 
 
 @pytest.mark.parametrize("rows", [None, f"Car 0 0 0 4 5 24 15 {'0 ' * 7}"])

@@ -64,8 +64,7 @@ def labelme_splits(path: Path) -> dict[str, list[Path]]:
     found = []
     for sub in folders_in(path):
         inner = [sub] if _holds_labelme(sub) else [folder for folder in folders_in(sub) if _holds_labelme(folder)]
-        is_one = len(inner) == 1 and split_kind(sub.name)  # train/annotations/*.json
-        found += [(sub.name if is_one else folder.name, folder) for folder in inner]
+        found += [(sub.name if split_kind(sub.name) else folder.name, folder) for folder in inner]  # train/annotations
     return named_splits(found)
 
 

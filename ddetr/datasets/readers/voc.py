@@ -335,7 +335,8 @@ def _find_image(
     by_name = beside.find_own(file)
     if by_name is None or by_statement in (None, by_name):
         return by_name or by_statement
-    message = f"It states the file name {one_line(stated)}, which is there too; {by_name.name} has its own name."
+    other = one_line(by_statement.name)
+    message = f"It states the file name {one_line(stated)}, and {other} is there; {by_name.name} has its own name."
     log.add("file-name-differs", "note", where, message)
     return by_name
 

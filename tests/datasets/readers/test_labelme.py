@@ -157,6 +157,15 @@ def test_a_folder_for_each_split(write_labelme):
     assert available_splits(root) == ["train", "val"]
 
 
+@pytest.mark.parametrize("val", ["val", "val/0"])
+def test_folders_within_the_folder_of_a_split(write_labelme, val):
+    for name, folder in (("a", "data/train/0"), ("b", "data/train/1"), ("c", f"data/{val}")):
+        root = write_labelme(name, [shape()], folder=folder)
+    for path in (root, root / "data"):
+        assert default_splits(path) == ("train", "val")
+        assert [len(load_annotations(path, split).images) for split in ("train", "val")] == [2, 1]
+
+
 def test_whose_shapes_these_are(write_labelme, write_image, tmp_path):
     write_labelme("a", [shape()])
     write_labelme("b", [shape()], image_path="a.jpg")  # a copy of a.json, for the next frame

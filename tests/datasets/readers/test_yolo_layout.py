@@ -96,9 +96,10 @@ def test_a_split_that_is_there_and_not_named_is_said(make_yolo, tree, train, oth
 
 def test_a_training_split_that_is_not_named_stops(make_yolo):
     root = make_yolo(TREE, data_yaml=f"train:\nval: images/val\n{NAMES}")
-    ((action, _, message),) = said(load_splits(TrainingSource(str(root)))[0], "split-not-named")
-    assert action == "refused"
-    assert "names no train, but images/train has images with labels" in message
+    with pytest.raises(
+        InputError, match="none is called train.*names no train, but images/train has images with labels"
+    ):
+        load_splits(TrainingSource(str(root)))
 
 
 def test_what_is_no_split_of_its_own_is_not_mentioned(make_yolo):
@@ -301,6 +302,16 @@ def test_a_list_of_which_nothing_is_there_says_where_it_looked(make_yolo):
     ((action, count, message),) = said(load_annotations(root, "train"), "every-image-missing")
     assert (action, count) == ("refused", 2)
     assert f"None of its 2 images was found (the first is /home/x/1.jpg; looked in {root}" in message
+
+
+def test_a_list_without_line_breaks_stops(make_yolo):
+    """VoTT's: by the end of its line alone it would be the list of one image."""
+    root = make_yolo({f"data/obj/{i}.jpg": ROW for i in range(3)}, data_yaml=f"train: train.txt\n{NAMES}")
+    (root / "train.txt").write_text("".join(f"data/obj/{i}.jpg" for i in range(3)))
+    assert [action for action, _, _ in said(load_annotations(root, "train"), "joined-lines")] == ["refused"]
+    shutil.move(root / "data", root / "set.jpg")  # a folder may be called so
+    (root / "train.txt").write_text("".join(f"set.jpg/obj/{i}.jpg\n" for i in range(3)))
+    assert len(load_annotations(root, "train").images) == 3
 
 
 def test_equal_names_in_several_folders_of_a_list_are_not_mixed_up(make_yolo):

@@ -22,6 +22,7 @@ from ddetr.wording import did_you_mean, first_few
 FEW = 8  # names of a folder in a message, and missing paths of which it is said what is there instead
 _FEW_FOLDERS = 50  # below a description's own that may hold the whole set; among more it is none
 _NOTHING = ("", "~", "null")
+_JOINED = re.compile(r"[^/]\.(jpe?g|png|bmp|webp|tiff?)", re.IGNORECASE)  # in a folder: an image before it
 _IMAGES = re.compile(r"jpegimages|images?|imgs?", re.IGNORECASE)
 
 Parts = tuple[str, ...]
@@ -110,8 +111,15 @@ def listed_images(listing: Path, bases: Sequence[Path], log: FindingLog) -> Iter
         text: [place for place in _folders_meant(text, bare, homes, needed.get(bare, 0), folders) if _exists(place)]
         for text, bare in parents.items()
     }
+    joined = {parent for parent in parents if _JOINED.search(parent) and not any((h / parent).is_dir() for h in homes)}
     absent = []
     for number, parent, name in split:
+        if parent in joined:
+            message = (
+                f"It lists several images without a line break: {one_line(f'{parent}/{name}', 80)}. Write one a line."
+            )
+            log.add("joined-lines", "refused", f"{listing.name}, line {number}", message)
+            continue
         places = (folders.find(folder / one) for one in (name, *last_parts(name)) for folder in candidates[parent])
         found = next(filter(None, places), None)
         if found is not None:
