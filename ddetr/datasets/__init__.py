@@ -10,6 +10,7 @@ image_input.py    what people pass as an image (files, Pillow, arrays, tensors),
 image_files.py    finding image files and settling the frame that their boxes live in
 readers/          one file for each format: COCO, Pascal VOC, YOLO, CSV and others
 load.py           load_annotations: which format, which split, which reader
+leaks.py          what training and validation share
 related.py        which images belong together, by their names
 splits.py         settings -> annotations of a split
 shapes.py         the embedded data set, drawn

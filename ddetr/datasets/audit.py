@@ -6,14 +6,11 @@ duplicates between training and validation, files that don't decode) and says wh
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -27,9 +24,9 @@ from ddetr.datasets.annotations import (
     ImageTable,
 )
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
-from ddetr.datasets.related import copied_from, families, looks_numbered
-from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, open_file, shortened
-from ddetr.wording import first_few, plural
+from ddetr.datasets.leaks import ImageFiles, report_leaks
+from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, shortened
+from ddetr.wording import plural
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -37,13 +34,10 @@ if TYPE_CHECKING:
 
 PLACES_SHOWN = 3
 CLASSES_SHOWN, RAREST_SHOWN = 20, 8  # of more classes: the 12 most frequent and the 8 rarest
-_ENDS_BYTES = 8192  # read of each end of a file before whole files are compared
 _DECODED = {"auto": (4_000, 60), "val": (10_000, 120)}  # images of a split and seconds, at most
 _THINNEST = 40  # long side by short side: at the paper's size 33 pixels are left of the short one
 # Kinds of findings that stop nothing, and that somebody should read all the same: they stand in the verdict too.
 _DOUBTFUL = ("validation-is-training", "split-not-named", "read-together")
-_FEWEST_COPIES = 0.05  # of the validation images: fewer have common names (`images_jpg.rf...`) by chance
-_FEWEST_ALIKE = 4  # different validation images that have the boxes of training images by no chance
 _FEWEST_DARK = 0.05  # of the images: fewer are black frames of videos, or taken at night
 _SMALLEST = 10  # pixels of the short side
 
@@ -250,9 +244,7 @@ def audit(
         _report_repeated(split, log)
     _report_classes(train, summaries, log)
     if val is not None:
-        was_said = _report_duplicates(*scans, log) or _report_copies(*scans, log) or _report_same_boxes(train, val, log)
-        if not was_said and not val.name.startswith(f"{train.name} ("):  # what was held back has been told of already
-            _report_related(*scans, train.categories, log)
+        report_leaks(train, val, *(scan.files for scan in scans), log)
     if decode:
         _report_decoded(splits, decode, on_bad_image, log, progress)
     of_train = set(train.findings)
@@ -275,8 +267,7 @@ class _Scan:
     counts: np.ndarray  # (K,) objects of each label
     per_image: np.ndarray  # (I,) objects of each image
     num_ignored: int
-    paths: list[Path]
-    file_sizes: list[int]  # bytes, -1 where there is no file
+    files: ImageFiles
 
 
 def _scan(split: Annotations, log: FindingLog) -> _Scan:
@@ -296,7 +287,7 @@ def _scan(split: Annotations, log: FindingLog) -> _Scan:
     everything = np.concatenate([np.empty(0, np.int64), *labels])
     counts = np.bincount(everything, minlength=len(split.categories))
     assert len(counts) == len(split.categories), f"{split.name}: a label is out of range"
-    return _Scan(counts, np.array(per_image, dtype=np.int64), num_ignored, paths, sizes)
+    return _Scan(counts, np.array(per_image, dtype=np.int64), num_ignored, ImageFiles(paths, sizes))
 
 
 def _summarise(split: Annotations, scan: _Scan) -> SplitSummary:
@@ -349,7 +340,7 @@ def _ignored(summary: SplitSummary) -> str:
 
 def _report_crowded(scan: _Scan, num_queries: int, max_detections: int, log: FindingLog) -> None:
     for i in np.flatnonzero(scan.per_image > min(num_queries, max_detections)):
-        num_objects, where = scan.per_image[i], str(scan.paths[i])
+        num_objects, where = scan.per_image[i], str(scan.files.paths[i])
         if num_objects > num_queries:
             message = f"{num_objects} objects, {num_queries} queries: some can't be found. Raise --model.num_queries."
             log.add("more-objects-than-queries", "note", where, message)
@@ -363,8 +354,7 @@ def _report_crowded(scan: _Scan, num_queries: int, max_detections: int, log: Fin
 
 def _report_thin(split: Annotations, log: FindingLog) -> None:
     images = split.images
-    sizes = images.sizes_hw if isinstance(images, ImageTable) else np.array([record.size_hw for record in images])
-    sizes = sizes.reshape(-1, 2)
+    sizes = ImageTable.from_records(images).sizes_hw.reshape(-1, 2)
     short, long = sizes.min(axis=1, initial=2**31 - 1), sizes.max(axis=1, initial=0)
     for i in np.flatnonzero((short < _SMALLEST) | (long > _THINNEST * short)).tolist():
         height, width = sizes[i].tolist()
@@ -376,16 +366,10 @@ def _report_thin(split: Annotations, log: FindingLog) -> None:
             log.add("tiny-image", "note", str(images[i].path), f"{size}: there is little to be seen on it.")
 
 
-def _object_keys(table: ImageTable) -> np.ndarray:
-    """(n,) a number for each object, equal for equal classes and boxes, and hardly ever for others."""
-    columns = np.stack([table.labels, *table.boxes_xyxy.view(np.uint32).T]).astype(np.uint64)
-    return np.random.default_rng(0).integers(1 << 63, size=len(columns), dtype=np.uint64) @ columns
-
-
 def _report_repeated(split: Annotations, log: FindingLog) -> None:
     """Objects that repeat another one of their image: class and box are the same."""
     table = ImageTable.from_records(split.images)
-    index, key = np.repeat(np.arange(len(table)), np.diff(table.offsets)), _object_keys(table)
+    index, key = np.repeat(np.arange(len(table)), np.diff(table.offsets)), table.object_keys()
     order = np.lexsort((key, index))
     first, second = order[:-1], order[1:]
     repeated = np.sort(second[(index[first] == index[second]) & (key[first] == key[second])])
@@ -420,111 +404,6 @@ def _report_classes(train: Annotations, summaries: Sequence[SplitSummary], log: 
             log.add("class-only-in-validation", "note", where, message)
         else:
             log.add("class-without-objects", "note", where, "It has no object in training: it can't be learned.")
-
-
-def _report_duplicates(train: _Scan, val: _Scan, log: FindingLog) -> bool:
-    """The same content in training and validation; True where that is most of validation. Files of one size are
-    candidates, of those the ends are compared, and of those the whole: on COCO a few hundred megabytes are read instead
-    of 20 GB."""
-    shared = set(train.file_sizes) & set(val.file_sizes) - {-1, 0}
-    of_training: dict[tuple[int, bytes], list[Path]] = defaultdict(list)
-    for path, size in zip(train.paths, train.file_sizes, strict=True):
-        if size in shared:
-            of_training[size, _hash(path, whole=False)].append(path)
-    same_images = 0
-    for path, size in zip(val.paths, val.file_sizes, strict=True):
-        alike = of_training.get((size, _hash(path, whole=False)), []) if size in shared else []
-        content = _hash(path, whole=True) if alike else b""
-        same = next((other for other in alike if other == path or _hash(other, whole=True) == content), None)
-        if same is not None:
-            same_images += 1
-            message = f"It is the same image as {same} of training: validation would flatter the model."
-            log.add("duplicate-across-splits", "note", str(path), message)
-    if 2 * same_images > len(val.paths):
-        message = (
-            f"{same_images:,} of the {len(val.paths):,} validation images are training images: the AP will say nothing "
-            "about new images. Validate on others, or hold some back with --data.val_fraction 0.1."
-        )
-        log.add("validation-is-training", "note", str(val.paths[0].parent), message, count=same_images)
-        return True
-    return False
-
-
-def _report_copies(train: _Scan, val: _Scan, log: FindingLog) -> bool:
-    """Whether copies of one image, augmented before the splits were made, are in training and validation: by their
-    names."""
-    copies = [(path, source) for path in val.paths if (source := copied_from(path.name)) is not None]
-    if not copies:
-        return False
-    of_training = {copied_from(path.name): path for path in train.paths}
-    pairs = [(path, of_training[source]) for path, source in copies if source in of_training]
-    are_some = len(pairs) >= _FEWEST_COPIES * len(val.paths)
-    if are_some:
-        message = (
-            f"{len(pairs):,} validation images look like copies of training images, such as "
-            f"{one_line(pairs[0][0].name)} of {one_line(pairs[0][1].name)}: augmented before they were parted, they "
-            "flatter the model. Part them anew (--data.val_fraction keeps copies together)."
-        )
-        log.add("copies-across-splits", "note", str(pairs[0][0].parent), message, count=len(pairs))
-    return are_some
-
-
-def _report_same_boxes(train: Annotations, val: Annotations, log: FindingLog) -> bool:
-    """Whether most validation images have the very objects of a training image: copies of it in other files, or its
-    labels beside other images."""
-
-    def keys(split: Annotations) -> np.ndarray:
-        """Of the images with objects: equal for equal objects, in whatever order."""
-        table = ImageTable.from_records(split.images)
-        return np.add.reduceat(_object_keys(table), table.offsets[:-1][np.diff(table.offsets) > 0])
-
-    of_val = keys(val)
-    same = of_val[np.isin(of_val, keys(train))]
-    if 2 * len(same) <= len(of_val) or len(np.unique(same)) < _FEWEST_ALIKE:
-        return False
-    message = (
-        f"{len(same):,} of the {len(of_val):,} validation images with objects have the very classes and boxes of a "
-        "training image: are they copies of training images, or are these the labels of others?"
-    )
-    log.add("same-boxes-across-splits", "note", val.name, message, count=len(same))
-    return True
-
-
-def _report_related(train: _Scan, val: _Scan, categories: Sequence[Category], log: FindingLog) -> None:
-    """Frames of the same videos, or tiles of the same images, in training and validation: by their names. Those of
-    numbers alone say nothing."""
-    val_names = [path.name for path in val.paths]
-    if 2 * sum(map(looks_numbered, val_names)) < max(1, len(val_names)):
-        return
-    num_train = len(train.paths)
-    for found in families([*(path.name for path in train.paths), *val_names], categories):
-        shared = {
-            family: sum(place >= num_train for place in places)
-            for family, places in found.members.items()
-            if places[0] < num_train <= places[-1] and re.search(r"[^\W\d_]", family)
-        }
-        if len(shared) > 1 and 2 * sum(shared.values()) > len(val_names):
-            message = (
-                f"The image names look like {found.said}, and {sum(shared.values()):,} of the {len(val_names):,} "
-                f"validation images are of such that training has too ({one_line(first_few(sorted(shared), 3))}): if "
-                "so, validation flatters the model. Part them anew."
-            )
-            log.add("related-across-splits", "note", str(val.paths[0].parent), message, count=sum(shared.values()))
-            return
-
-
-def _hash(path: Path, whole: bool) -> bytes:
-    digest = hashlib.blake2b(digest_size=16)
-    try:
-        with open_file(path) as file:
-            if not whole:
-                digest.update(file.read(_ENDS_BYTES))
-                file.seek(max(0, file.seek(0, 2) - _ENDS_BYTES))
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError:
-        return os.fsencode(path)  # like no other
-    return digest.digest()
 
 
 def _report_decoded(
