@@ -24,6 +24,7 @@ from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
 from ddetr.models.deformable_detr import DeformableDETR, check_fits
+from ddetr.models.query_selection import QuerySelection
 from ddetr.untrusted import MAX_VALUES, one_line, parse_json
 
 FORMAT = "ddetr"
@@ -189,11 +190,18 @@ def parse_checkpoint(path: Path, file: FileContent, *, with_model: bool = True) 
     )
 
 
-def build_from_checkpoint(checkpoint: Checkpoint) -> DeformableDETR:
+def build_from_checkpoint(
+    checkpoint: Checkpoint, *, num_queries: int | None = None, query_selection: QuerySelection | None = None
+) -> DeformableDETR:
     """The network of a checkpoint with its weights, in eval mode; fetches nothing.
 
+    Args:
+        checkpoint: the weights, and the arguments of the network.
+        num_queries: how many queries it works with; by default as it was trained. For two-stage alone.
+        query_selection: how it chooses them among the proposals; by default as it was trained. For two-stage alone.
+
     Raises:
-        InputError: the weights do not fit the configuration beside them.
+        InputError: the weights do not fit the configuration beside them, or the network cannot do what was asked for.
     """
     known = inspect.signature(DeformableDETR).parameters
     unknown = [name for name in checkpoint.config if name not in known]
@@ -203,6 +211,14 @@ def build_from_checkpoint(checkpoint: Checkpoint) -> DeformableDETR:
             f"{__version__} does not know: upgrade it (pip install -U ddetr)"
         )
     config = portable_config(checkpoint.config)
+    chosen = {"num_queries": num_queries, "query_selection": query_selection}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if chosen and not config.get("two_stage"):
+        raise InputError(
+            f"{next(iter(chosen))} can be chosen for a two-stage network alone, whose queries are made from the image; "
+            "this one has learned its queries, and has just these"
+        )
+    config |= chosen
     try:
         check_fits(config, checkpoint.model)
         model = DeformableDETR(**config)

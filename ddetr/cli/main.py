@@ -48,13 +48,33 @@ def predict_command(parser: Parser) -> Callable[[Any], None]:
         help="faster: float32 (the same but for rounding; what --optimize alone means), bfloat16, or compile: bfloat16 "
         "through torch.compile, a minute slower at first and for each new image size",
     )
+    parser.add_argument(
+        "--num_queries",
+        type=int | None,
+        default=None,
+        help="of a two-stage network, how many it works with: more for crowded images, fewer for speed; by default as "
+        "it was trained",
+    )
+    parser.add_argument(
+        "--query_selection",
+        type=Literal["topk", "peaks", "distinct"] | None,
+        default=None,
+        help="of a two-stage network, how it chooses them: the best proposals (topk), peaks or distinct ones first; by "
+        "default as it was trained",
+    )
 
     def run(settings: Any) -> None:
         from ddetr.inference.files import predict_files
         from ddetr.inference.predictor import Predictor
         from ddetr.runtime.allocator import keep_freed_memory
 
-        predictor = Predictor.from_checkpoint(settings.checkpoint, settings.device, optimize=settings.optimize or False)
+        predictor = Predictor.from_checkpoint(
+            settings.checkpoint,
+            settings.device,
+            num_queries=settings.num_queries,
+            query_selection=settings.query_selection,
+            optimize=settings.optimize or False,
+        )
         if settings.optimize and predictor.device.type == "cpu":
             keep_freed_memory()
         with console.progress("predict") as update:

@@ -29,6 +29,8 @@ def evaluate_checkpoint(
     num_workers: int = 0,
     device: str | None = None,
     optimize: Literal["float32", "bfloat16", "compile"] | None = None,
+    num_queries: int | None = None,
+    query_selection: Literal["topk", "peaks", "distinct"] | None = None,
     accept_refused: bool = False,
 ) -> "Metrics":
     """Measure a published checkpoint on one split of a data set.
@@ -48,6 +50,8 @@ def evaluate_checkpoint(
         device: "cpu" or "cuda"; by default a GPU if there is one.
         optimize: faster: float32 (the same but for rounding; what --optimize alone means), bfloat16, or compile:
             bfloat16 through torch.compile, a minute slower at first and for each new image size.
+        num_queries: of a two-stage network, how many it works with; by default as it was trained.
+        query_selection: of a two-stage network, how it chooses them; by default as it was trained.
         accept_refused: measure on what is left of a data set in which a part was refused.
 
     Raises:
@@ -64,8 +68,14 @@ def evaluate_checkpoint(
     from ddetr.inference.predictor import Predictor
     from ddetr.runtime.allocator import keep_freed_memory
 
-    options: dict[str, Any] = {"max_detections": max_detections, "optimize": optimize or False}
-    predictor = Predictor.from_checkpoint(checkpoint, device, **options)
+    predictor = Predictor.from_checkpoint(
+        checkpoint,
+        device,
+        num_queries=num_queries,
+        query_selection=query_selection,
+        max_detections=max_detections,
+        optimize=optimize or False,
+    )
     if optimize and predictor.device.type == "cpu":
         keep_freed_memory()
     folder = make_folder(Path(output), "--output") if output is not None else None

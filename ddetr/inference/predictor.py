@@ -21,6 +21,7 @@ from ddetr.errors import InputError
 from ddetr.inference.detections import Detections
 from ddetr.inference.optimize import Optimization, optimize_model
 from ddetr.models.postprocess import PostProcess
+from ddetr.models.query_selection import QuerySelection
 from ddetr.runtime.device import choose_device
 from ddetr.runtime.transfer import sent
 from ddetr.untrusted import MAX_SIDE, one_line
@@ -112,12 +113,24 @@ class Predictor:
         self._postprocess = PostProcess(max_detections)
 
     @classmethod
-    def from_checkpoint(cls, path: str | PathLike, device: str | torch.device | None = None, **options) -> Predictor:
+    def from_checkpoint(
+        cls,
+        path: str | PathLike,
+        device: str | torch.device | None = None,
+        *,
+        num_queries: int | None = None,
+        query_selection: QuerySelection | None = None,
+        **options,
+    ) -> Predictor:
         """Of a checkpoint that `save_checkpoint` wrote: its model, classes, image size, mean, deviation and threshold.
 
         Args:
             path: the checkpoint file.
             device: where to run; by default a GPU if there is one.
+            num_queries: of a two-stage network, how many it works with: more for crowded images, fewer for speed; by
+                default as it was trained.
+            query_selection: of a two-stage network, how it chooses them, "topk", "peaks" or "distinct"; by default as
+                it was trained.
             options: any other option of the constructor, instead of what the checkpoint says.
         """
         from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
@@ -127,7 +140,8 @@ class Predictor:
         saved |= {name: checkpoint.input[name] for name in ("mean", "std") if name in checkpoint.input}
         if 0 <= checkpoint.threshold <= 1:  # it is NaN where no threshold found anything
             saved["threshold"] = checkpoint.threshold
-        return cls(build_from_checkpoint(checkpoint), checkpoint.categories, device=device, **{**saved, **options})
+        model = build_from_checkpoint(checkpoint, num_queries=num_queries, query_selection=query_selection)
+        return cls(model, checkpoint.categories, device=device, **{**saved, **options})
 
     def predict(
         self, images: ImageInput | Sequence[ImageInput], threshold: float | None = None, batch_size: int = 1

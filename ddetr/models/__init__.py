@@ -4,6 +4,7 @@ backbone.py                 images -> feature maps [timm]
 position_encoding.py        where a cell lies
 attention.py                the multi-scale deformable attention module
 sampling.py                 where it looks, recorded while a model runs
+query_selection.py          which encoder proposals become queries (two-stage)
 deformable_transformer.py   feature maps -> query states and boxes of every layer
 heads.py                    query states -> class logits, box corrections
 deformable_detr.py          the detector; `build_model` from the official flags

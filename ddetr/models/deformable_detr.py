@@ -20,6 +20,7 @@ from ddetr.models.deformable_transformer import DeformableTransformer
 from ddetr.models.heads import BoxHead, class_head
 from ddetr.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from ddetr.models.postprocess import PostProcess
+from ddetr.models.query_selection import QuerySelection
 from ddetr.padding import pad_images
 from ddetr.untrusted import MAX_NETWORK, one_line
 from ddetr.wording import did_you_mean
@@ -55,6 +56,7 @@ class DeformableDETR(nn.Module):
         aux_loss: bool = True,
         with_box_refine: bool = False,
         two_stage: bool = False,
+        query_selection: QuerySelection = "topk",
     ):
         """
         Args:
@@ -79,6 +81,8 @@ class DeformableDETR(nn.Module):
             aux_loss: return the outputs of all decoder layers, for the loss.
             with_box_refine: each decoder layer corrects the boxes of the one before ("+").
             two_stage: queries start from encoder proposals ("++"); needs with_box_refine.
+            query_selection: which proposals: "topk", the best, as published; "peaks", first those of cells that score
+                highest among their neighbours; "distinct", first those that no better one covers (IoU above 0.7).
 
         Raises:
             InputError: arguments that do not fit together.
@@ -104,6 +108,7 @@ class DeformableDETR(nn.Module):
             "aux_loss": aux_loss,
             "with_box_refine": with_box_refine,
             "two_stage": two_stage,
+            "query_selection": query_selection,
         }
         _check(self.config)
         if freeze_backbone is None:
@@ -136,6 +141,7 @@ class DeformableDETR(nn.Module):
             num_queries=num_queries,
             with_box_refine=with_box_refine,
             two_stage=two_stage,
+            query_selection=query_selection,
         )
         self.query_embed = None if two_stage else nn.Embedding(num_queries, hidden_dim * 2)
         num_heads = dec_layers + two_stage
@@ -216,7 +222,11 @@ def _projection(in_channels: int, hidden_dim: int, **conv: int) -> nn.Sequential
 
 _AT_LEAST_ONE = ("num_classes", "hidden_dim", "num_queries", "num_feature_levels", "dec_layers", "nheads")
 _AT_LEAST_ONE += ("dim_feedforward", "enc_n_points", "dec_n_points")
-_CHOICES = {"position_embedding": ("sine", "learned"), "freeze_backbone": (None, *get_args(FreezeBackbone))}
+_CHOICES = {
+    "position_embedding": ("sine", "learned"),
+    "freeze_backbone": (None, *get_args(FreezeBackbone)),
+    "query_selection": get_args(QuerySelection),
+}
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -225,6 +235,11 @@ def _check(config: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: expected one of {', '.join(map(str, choices))}, got {one_line(config[name])}")
     if config["two_stage"] and not config["with_box_refine"]:
         raise InputError("two_stage needs with_box_refine: proposals are boxes, which only refining layers correct")
+    if config["query_selection"] != "topk" and not config["two_stage"]:
+        raise InputError(
+            f"query_selection {config['query_selection']} chooses among proposals and needs two_stage; the queries of "
+            "this model are learned"
+        )
     if config["dilation"] and config["num_feature_levels"] != 1:
         raise InputError(f"dilation (DC5) needs num_feature_levels 1, got {config['num_feature_levels']}")
     for name in _AT_LEAST_ONE:

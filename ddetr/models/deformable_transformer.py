@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ddetr.models.attention import MSDeformAttn
 from ddetr.models.heads import refine_boxes
 from ddetr.models.position_encoding import sine_embedding
+from ddetr.models.query_selection import QuerySelection, ranked_scores
 
 SpatialShapes = Sequence[tuple[int, int]]
 
@@ -168,9 +169,11 @@ class DeformableTransformer(nn.Module):
         num_queries: int = 300,
         with_box_refine: bool = False,
         two_stage: bool = False,
+        query_selection: QuerySelection = "topk",
     ):
         super().__init__()
         self.d_model, self.num_queries, self.two_stage = d_model, num_queries, two_stage
+        self.query_selection = query_selection
         common = (d_model, dim_feedforward, dropout, num_feature_levels, nhead)
         self.encoder = DeformableTransformerEncoder(
             [DeformableTransformerEncoderLayer(*common, enc_n_points) for _ in range(num_encoder_layers)]
@@ -239,11 +242,19 @@ class DeformableTransformer(nn.Module):
 
         proposals = None
         if self.two_stage:
-            proposals, boxes_unact = self._propose(
+            proposals, boxes_unact, invalid = self._propose(
                 memory, spatial_shapes, mask, class_embed[-1], bbox_embed[-1], valid_ratios
             )
             # The official code ranks by the first column, which its encoder loss trains as "any object".
-            best = proposals.logits[..., 0].topk(_smaller(self.num_queries, src.shape[1]), dim=1).indices
+            scores = ranked_scores(
+                self.query_selection,
+                proposals.logits[..., 0],
+                proposals.boxes,
+                spatial_shapes,
+                invalid,
+                self.num_queries,
+            )
+            best = scores.topk(_smaller(self.num_queries, src.shape[1]), dim=1).indices
             boxes_unact = boxes_unact.gather(1, best[..., None].expand(-1, -1, 4)).detach()  # (N, Q, 4)
             reference_points = boxes_unact.sigmoid()
             embedding = sine_embedding(reference_points * (2 * math.pi), self.d_model // 2).flatten(2)  # (N, Q, 2C)
@@ -267,8 +278,9 @@ class DeformableTransformer(nn.Module):
         class_head: nn.Module,
         box_head: nn.Module,
         valid_ratios: Tensor,
-    ) -> tuple[Proposals, Tensor]:
-        """One proposal a cell (sec. A.4): `Proposals` and their boxes before the sigmoid, (N, S, 4)."""
+    ) -> tuple[Proposals, Tensor, Tensor]:
+        """One proposal a cell (sec. A.4): `Proposals`, their boxes before the sigmoid, (N, S, 4), and which of them are
+        none, (N or 1, S): padding, or too near to the border."""
         centres = cell_centres(spatial_shapes, valid_ratios)  # (N, S, 2)
         sizes = torch.cat(
             [torch.full_like(c, 0.05 * 2.0**level) for level, c in enumerate(self._split(centres, spatial_shapes))],
@@ -281,7 +293,7 @@ class DeformableTransformer(nn.Module):
         anchors_unact = torch.logit(anchors.clamp(0.01, 0.99)).masked_fill(invalid[..., None], float("inf"))
         memory = self.enc_output_norm(self.enc_output(memory.masked_fill(invalid[..., None], 0.0)))
         boxes_unact = box_head(memory) + anchors_unact
-        return Proposals(class_head(memory), boxes_unact.sigmoid()), boxes_unact
+        return Proposals(class_head(memory), boxes_unact.sigmoid()), boxes_unact, invalid
 
     @staticmethod
     def _split(flat: Tensor, spatial_shapes: SpatialShapes) -> Sequence[Tensor]:

@@ -535,6 +535,19 @@ def test_predict_takes_files_folders_and_patterns(
     assert results
 
 
+def test_learned_queries_cannot_be_chosen_anew(
+    ddetr: Callable[..., Outcome], shapes: Path, tiny_run: Any, tmp_path: Path
+) -> None:
+    predict = ("predict", "--checkpoint", tiny_run.path / "best.pth", "--output", tmp_path / "out", shapes / "val")
+    evaluate = ("eval", "--checkpoint", tiny_run.path / "best.pth", "--data", shapes)
+    for command in (predict, evaluate):
+        for option in (("--num_queries", "5"), ("--query_selection", "peaks")):
+            outcome = ddetr(*command, *option)
+            assert outcome.code == 2
+            assert f"{option[0][2:]} can be chosen for a two-stage network alone" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_predict_fails_where_nothing_could_be_read(
     ddetr: Callable[..., Outcome], tiny_run: Any, tmp_path: Path
 ) -> None:

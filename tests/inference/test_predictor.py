@@ -332,12 +332,12 @@ def test_supervision_missing(predictor, pixels, monkeypatch):
         predictor.predict(pixels).to_supervision()
 
 
-def tiny_model():
+def tiny_model(**options):
     from ddetr.models.deformable_detr import DeformableDETR
 
     torch.manual_seed(0)
     sizes = {"hidden_dim": 32, "num_queries": 10, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 32, "nheads": 4}
-    return DeformableDETR(num_classes=3, backbone="resnet18", **sizes)
+    return DeformableDETR(num_classes=3, backbone="resnet18", **sizes, **options)
 
 
 def test_the_real_model(pixels):
@@ -401,3 +401,35 @@ def test_from_checkpoints_that_do_not_fit(tmp_path):
         Predictor.from_checkpoint(path)
     save_checkpoint(path, Checkpoint.of(tiny_model(), CATEGORIES, threshold=float("nan")))
     assert Predictor.from_checkpoint(path, device="cpu").threshold == 0.5
+
+
+def saved(path, **options):
+    from ddetr.checkpoint import Checkpoint, save_checkpoint
+
+    save_checkpoint(path, Checkpoint.of(tiny_model(**options), CATEGORIES, image_size=64, max_size=107))
+    return path
+
+
+def test_a_two_stage_network_works_with_any_number_of_queries(pixels, tmp_path):
+    path = saved(tmp_path / "c.pth", with_box_refine=True, two_stage=True)
+    for num_queries in (3, 40):
+        predictor = Predictor.from_checkpoint(path, "cpu", num_queries=num_queries, max_detections=1000)
+        assert len(predictor.predict(pixels, threshold=0)) == num_queries * 3
+    with pytest.raises(InputError, match="num_queries must be at least 1, got 0"):
+        Predictor.from_checkpoint(path, "cpu", num_queries=0)
+
+
+def test_a_two_stage_network_chooses_its_queries_as_asked(tmp_path):
+    path = saved(tmp_path / "c.pth", with_box_refine=True, two_stage=True)
+    assert Predictor.from_checkpoint(path, "cpu").model.transformer.query_selection == "topk"
+    predictor = Predictor.from_checkpoint(path, "cpu", query_selection="peaks")
+    assert predictor.model.config["query_selection"] == predictor.model.transformer.query_selection == "peaks"
+    trained = saved(tmp_path / "d.pth", with_box_refine=True, two_stage=True, query_selection="distinct")
+    assert Predictor.from_checkpoint(trained, "cpu").model.transformer.query_selection == "distinct"
+
+
+@pytest.mark.parametrize("choice", [{"num_queries": 5}, {"query_selection": "peaks"}])
+def test_learned_queries_are_as_many_as_were_learned(choice, tmp_path):
+    path = saved(tmp_path / "c.pth")
+    with pytest.raises(InputError, match=f"{next(iter(choice))} can be chosen for a two-stage network alone"):
+        Predictor.from_checkpoint(path, "cpu", **choice)

@@ -1,0 +1,81 @@
+"""Which of the encoder's proposals become queries (two-stage, arXiv:2010.04159, sec. A.4).
+
+The proposals of neighbouring cells of an object are nearly the same box. Where all of them become queries, one-to-one
+matching must teach the decoder to keep one of each heap; where one of each heap does, there is little left to teach.
+
+Shapes: N batch, S = sum_l H_l*W_l cells, one proposal each, Q queries.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddetr.boxes import box_cxcywh_to_xyxy
+
+QuerySelection = Literal["topk", "peaks", "distinct"]
+
+MOST_OVERLAP = 0.7  # IoU above which "distinct" takes two proposals for one; as in arXiv:2303.12776
+CANDIDATES_PER_QUERY = 4  # that "distinct" compares with each other: its time grows with their square
+_BEHIND = 100.0  # logits are far smaller, so that what has this subtracted comes after all that has not
+
+
+def ranked_scores(
+    selection: QuerySelection,
+    scores: Tensor,
+    boxes: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    invalid: Tensor,
+    num_queries: int,
+) -> Tensor:
+    """Scores by which the best `num_queries` proposals are taken, (N, S). What is passed over lies behind all others,
+    in its own order, so that there are always enough.
+
+    Args:
+        selection: "topk", the scores as they are (the official code); "peaks", first the cells that score highest
+            among their eight neighbours in their level; "distinct", first those that no better proposal covers with an
+            IoU above 0.7 (non-maximum suppression without classes, as in Dense Distinct Queries, arXiv:2303.12776,
+            among the best `4 * num_queries`).
+        scores: (N, S) logits of "any object".
+        boxes: (N, S, 4) cxcywh in [0, 1].
+        spatial_shapes: (H_l, W_l) of each level.
+        invalid: (N, S) or (1, S), True = padding, or too near to the border for a proposal.
+    """
+    if selection == "topk":
+        return scores
+    scores = scores.detach().float()
+    if selection == "peaks":
+        first = _peaks(scores.masked_fill(invalid, -_BEHIND), spatial_shapes) & ~invalid
+    else:
+        first = _distinct(scores.masked_fill(invalid, -_BEHIND), boxes.detach().float(), num_queries) & ~invalid
+    return torch.where(first, scores, scores - _BEHIND)
+
+
+def _peaks(scores: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """(N, S) bool: no neighbour in the same level has a higher score."""
+    levels = []
+    for level, (h, w) in zip(scores.split([h * w for h, w in spatial_shapes], dim=1), spatial_shapes):
+        grid = level.unflatten(1, (h, w))[:, None]  # (N, 1, H, W)
+        levels.append((F.max_pool2d(grid, kernel_size=3, stride=1, padding=1) == grid).flatten(1))
+    return torch.cat(levels, dim=1)
+
+
+# An operator, since what suppression does depends on the values, where a graph of torch.compile would break.
+@torch.library.custom_op("ddetr::distinct", mutates_args=())
+def _distinct(scores: Tensor, boxes: Tensor, num_queries: int) -> Tensor:
+    """(N, S) bool: among the best, and no better one overlaps it by more than `MOST_OVERLAP`."""
+    from torchvision.ops import nms  # here, since it takes seconds, and `ddetr train --help` has no use for it
+
+    best = scores.topk(min(CANDIDATES_PER_QUERY * num_queries, scores.shape[1]), dim=1).indices
+    first = torch.zeros_like(scores, dtype=torch.bool)
+    for row, index in enumerate(best):
+        kept = nms(box_cxcywh_to_xyxy(boxes[row, index]), scores[row, index], MOST_OVERLAP)
+        first[row, index[kept]] = True
+    return first
+
+
+@_distinct.register_fake
+def _(scores: Tensor, boxes: Tensor, num_queries: int) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool)

@@ -1,0 +1,120 @@
+"""Which encoder proposals become queries."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddetr.boxes import box_cxcywh_to_xyxy, box_iou
+from ddetr.errors import InputError
+from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+from ddetr.models.query_selection import MOST_OVERLAP, QuerySelection, ranked_scores
+
+TWO_STAGE = {"with_box_refine": True, "two_stage": True}
+SELECTIONS: tuple[QuerySelection, ...] = ("topk", "peaks", "distinct")
+SHAPES = [(6, 8), (3, 4)]
+
+
+def some_proposals(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores (2, S), boxes (2, S, 4) of which many overlap, and no invalid cell."""
+    torch.manual_seed(seed)
+    num_cells = sum(h * w for h, w in SHAPES)
+    centres = torch.randint(1, 4, (2, num_cells, 2)) / 4 + 0.02 * torch.rand(2, num_cells, 2)
+    boxes = torch.cat((centres, 0.2 + 0.02 * torch.rand(2, num_cells, 2)), dim=-1)
+    return torch.randn(2, num_cells), boxes, torch.zeros(2, num_cells, dtype=torch.bool)
+
+
+def test_topk_is_the_official_choice() -> None:
+    scores, boxes, invalid = some_proposals()
+    assert ranked_scores("topk", scores, boxes, SHAPES, invalid, 5) is scores
+
+
+def test_peaks_come_before_all_others_in_the_order_of_their_scores() -> None:
+    scores, boxes, invalid = some_proposals()
+    ranked = ranked_scores("peaks", scores, boxes, SHAPES, invalid, 5)
+    for row in range(2):
+        peaks, start = [], 0
+        for h, w in SHAPES:
+            grid = scores[row, start : start + h * w].reshape(h, w)
+            for y in range(h):
+                for x in range(w):
+                    if grid[y, x] == grid[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2].max():
+                        peaks.append(start + y * w + x)
+            start += h * w
+        peaks.sort(key=lambda cell: -scores[row, cell])
+        others = sorted(set(range(start)) - set(peaks), key=lambda cell: -scores[row, cell])
+        assert ranked[row].argsort(descending=True).tolist() == peaks + others
+        assert len(peaks) < start // 4
+
+
+def test_distinct_ones_are_those_of_greedy_suppression() -> None:
+    scores, boxes, invalid = some_proposals()
+    num_queries = 10  # of which each compares 4: fewer than there are cells
+    ranked = ranked_scores("distinct", scores, boxes, SHAPES, invalid, num_queries)
+    for row in range(2):
+        ious = box_iou(*[box_cxcywh_to_xyxy(boxes[row])] * 2)
+        order = scores[row].argsort(descending=True).tolist()
+        kept: list[int] = []
+        for cell in order[: 4 * num_queries]:
+            if all(ious[cell, better] <= MOST_OVERLAP for better in kept):
+                kept.append(cell)
+        assert 3 < len(kept) < 4 * num_queries
+        assert ranked[row].argsort(descending=True).tolist() == kept + [cell for cell in order if cell not in kept]
+
+
+@pytest.mark.parametrize("selection", ["peaks", "distinct"])
+def test_padding_is_never_first(selection: QuerySelection) -> None:
+    """Cells of padding have one score, and none of them is lower than its neighbours."""
+    scores, boxes, invalid = some_proposals()
+    invalid[1, 10:30] = True
+    scores[invalid], boxes[invalid] = 9.0, 1.0
+    best = ranked_scores(selection, scores, boxes, SHAPES, invalid, 5).topk(5, dim=1).indices
+    assert not invalid.gather(1, best).any()
+    assert ranked_scores(selection, scores, boxes, SHAPES, invalid[1:], 5).isfinite().all()  # one row for all images
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_there_are_always_as_many_queries(selection: QuerySelection, small: dict) -> None:
+    model = DeformableDETR(**small | {"num_queries": 70}, **TWO_STAGE, query_selection=selection).eval()
+    with torch.no_grad():
+        assert model(torch.rand(2, 3, 96, 96))["pred_boxes"].shape == (2, 70, 4)
+        mask = torch.zeros(1, 64, 64, dtype=torch.bool)
+        mask[:, 30:] = True
+        few = model(torch.rand(1, 3, 64, 64), mask)["pred_boxes"]  # 64 + 16 + 4 + 1 cells, most of them padding
+    assert few.shape == (1, 70, 4)
+    assert few.isfinite().all()
+
+
+@pytest.mark.parametrize("selection", ["peaks", "distinct"])
+def test_it_trains(selection: QuerySelection, small: dict) -> None:
+    torch.manual_seed(0)
+    model = DeformableDETR(**small, **TWO_STAGE, query_selection=selection)
+    criterion = build_criterion(model)
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}] * 2
+    criterion.total(criterion(model(torch.rand(2, 3, 96, 96)), targets)).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_peaks_export(small: dict) -> None:
+    model = DeformableDETR(**small, **TWO_STAGE, query_selection="peaks").eval()
+    exported = torch.export.export(model, (torch.rand(1, 3, 96, 128),))
+    image = torch.rand(1, 3, 96, 128)
+    torch.testing.assert_close(exported.module()(image)["pred_boxes"], model(image)["pred_boxes"])
+
+
+@pytest.mark.parametrize("selection", ["peaks", "distinct"])
+def test_it_compiles_as_one_graph(selection: QuerySelection) -> None:
+    scores, boxes, invalid = some_proposals()
+
+    def best(scores: Tensor, boxes: Tensor) -> Tensor:
+        return ranked_scores(selection, scores, boxes, SHAPES, invalid, 10).topk(10, dim=1).indices
+
+    compiled = torch.compile(best, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(scores, boxes), best(scores, boxes))
+    torch._dynamo.reset()
+
+
+def test_learned_queries_are_not_selected(small: dict) -> None:
+    with pytest.raises(InputError, match="query_selection peaks chooses among proposals and needs two_stage"):
+        DeformableDETR(**small, query_selection="peaks")
+    with pytest.raises(InputError, match="query_selection: expected one of topk, peaks, distinct, got best"):
+        DeformableDETR(**small, **TWO_STAGE, query_selection="best")
