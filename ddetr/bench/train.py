@@ -29,10 +29,11 @@ from ddetr.engine.fit import run_steps
 from ddetr.engine.loading.datamodule import BatchesInMemory, DetectionData
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups
-from ddetr.engine.step import REGIONS, MicroBatch
+from ddetr.engine.step import REGIONS, MicroBatch, training_forward
 from ddetr.errors import InputError
 from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.files import make_folder, write_text
+from ddetr.models.auxiliary import attach_auxiliary
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.allocator import use_expandable_segments
 from ddetr.runtime.device import choose_device
@@ -187,13 +188,14 @@ def engine(plan: Plan, steps: int, warmup: int, keep: int = 0) -> tuple[dict[str
     """Measured steps of the engine: milliseconds by region (medians), images/s over all of them, peak memory; and the
     `keep` batches that the loader gives."""
     model = plan.detector()
+    attach_auxiliary(model, plan.config.auxiliary)
     model.transformer.set_activation_checkpointing(plan.config.activation_checkpointing)
     compiled = None
     if plan.config.compile:
         shapes = padded_shapes(plan.config.data.image_size, plan.config.data.padded_shapes)
         if plan.batches is not None:
             shapes = list(dict.fromkeys(tuple(images.shape[-2:]) for batch in plan.batches for images, _, _ in batch))
-        compiled = CompiledForward(model, shapes)
+        compiled = CompiledForward(training_forward(model), shapes)
     peak, watch = Peak(plan.device), StopWatch(plan.device)
     last_loss = math.nan
 

@@ -23,6 +23,7 @@ from ddetr.datasets.annotations import Category
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
+from ddetr.models.auxiliary import PREFIX
 from ddetr.models.deformable_detr import DeformableDETR, check_fits
 from ddetr.models.query_selection import QuerySelection
 from ddetr.untrusted import MAX_VALUES, one_line, parse_json
@@ -81,13 +82,14 @@ class Checkpoint:
         metrics: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
     ) -> "Checkpoint":
-        """The checkpoint of a model in memory; its tensors are the model's own, not copies."""
+        """The checkpoint of a model in memory, without what trained beside it; its tensors are the model's own, not
+        copies."""
         if len(categories) != model.config["num_classes"]:
             raise InputError(
                 f"expected a category for each of the {model.config['num_classes']} classes, got {len(categories)}"
             )
         return cls(
-            model=dict(model.state_dict()),
+            model={name: value for name, value in model.state_dict().items() if not name.startswith(PREFIX)},
             config=portable_config(model.config),
             categories=tuple(categories),
             input={"image_size": image_size, "max_size": max_size, "mean": list(mean), "std": list(std)},

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddetr.errors import InputError
 from ddetr.padding import padded_hw
@@ -30,7 +30,7 @@ class CompiledForward:
     further to the smallest shape that holds it, and always has a mask: none would be one more graph per shape.
     """
 
-    def __init__(self, model: nn.Module, shapes_hw: Sequence[tuple[int, int]]):
+    def __init__(self, model: Callable[..., dict[str, Any]], shapes_hw: Sequence[tuple[int, int]]):
         """shapes_hw: the (H, W) that are compiled, each for up to `BATCH_SIZES` batch sizes."""
         self.model, self.shapes_hw = model, tuple(shapes_hw)
         self.limit = len(self.shapes_hw) * BATCH_SIZES

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ddetr.datasets.config import DataConfig
 from ddetr.errors import InputError
+from ddetr.models.auxiliary import AuxiliaryConfig
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.settings import check_ranges, option
@@ -72,6 +73,8 @@ class TrainConfig:
     then the constructor's default."""
     loss: LossWeights = LossWeights()
     """Weights of losses and matching costs."""
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    """Queries and losses that exist in training alone."""
     optim: OptimConfig = OptimConfig()
     """Optimiser and schedule."""
     epochs: int = option(50, at_least=1, resume="grows")

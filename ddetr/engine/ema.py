@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from ddetr.engine.module import DetectionModule
+from ddetr.models.auxiliary import PREFIX
 
 _IN_CHECKPOINT = "weight_average"
 
@@ -109,11 +110,13 @@ class WeightAverage(Callback):
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes, each tensor once and under its first name: trainable parameters, and saved buffers."""
+    """What training changes and a checkpoint publishes, each tensor once and under its first name: trainable
+    parameters, and saved buffers."""
     tensors = model.state_dict(keep_vars=True)
+    own = {name: first for name, first in _names_of(model).items() if not name.startswith(PREFIX)}
     return {
         name: tensors[name].detach()
-        for name, first in _names_of(model).items()
+        for name, first in own.items()
         if name == first and (tensors[name].requires_grad or not isinstance(tensors[name], nn.Parameter))
     }
 

@@ -132,7 +132,9 @@ class DetectionModule(pl.LightningModule):
             is_last = index == len(step.batch) - 1
             exchange = nullcontext() if is_last else self._without_gradient_exchange()
             with exchange, explained_out_of_memory(micro_batch[0], micro_batch[2]):
-                losses = step_losses(self.run_model, self.criterion, micro_batch, step.num_boxes, self.region)
+                losses = step_losses(
+                    self.model, self.criterion, micro_batch, step.num_boxes, self.region, self.compiled
+                )
                 total = self.criterion.total(losses)
                 with self.region("backward"):
                     self.manual_backward(total)
@@ -140,10 +142,6 @@ class DetectionModule(pl.LightningModule):
                 share = 1.0 if name == "loss" or name in self.criterion.weight_dict else 1 / len(step.batch)
                 logged[name] = logged.get(name, 0.0) + value.detach() * share
         return logged
-
-    def run_model(self, images: Tensor, mask: Tensor | None) -> dict[str, Any]:
-        """Normalised images (N, 3, H, W) and their mask -> the model's outputs, in training."""
-        return (self.compiled or self.model)(images, mask)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient of the whole model, after any scaler has restored its size."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddetr.datasets import normalize_images
 from ddetr.engine.config import OptimConfig
+from ddetr.models.auxiliary import keeping_encoded
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.runtime.transfer import sent
@@ -63,7 +64,12 @@ def ids_of(target: dict[str, Tensor]) -> list[int]:
 
 
 def step_losses(
-    model: Model, criterion: SetCriterion, batch: MicroBatch, num_boxes: float, region: Region = no_region
+    model: DeformableDETR,
+    criterion: SetCriterion,
+    batch: MicroBatch,
+    num_boxes: float,
+    region: Region = no_region,
+    forward: Model | None = None,
 ) -> dict[str, Tensor]:
     """The unweighted losses of one micro-batch of a step.
 
@@ -72,10 +78,19 @@ def step_losses(
     Args:
         batch: as `on_device` gives it.
         num_boxes: what the sums are divided by: the objects of the whole step, of which this is a part.
+        forward: what `training_forward(model)` does, in another way: compiled.
     """
-    outputs = model_outputs(model, batch, region)
+    outputs = model_outputs(forward or training_forward(model), batch, region)
+    if model.auxiliary is not None:
+        with region("forward"):
+            outputs |= model.auxiliary(model, outputs.pop("encoded"), batch[2])
     with region("losses"):
         return criterion(outputs, batch[2], num_boxes)
+
+
+def training_forward(model: DeformableDETR) -> Model:
+    """The pass of a training step that needs the images alone: what trains beside the network goes on from there."""
+    return model if model.auxiliary is None else keeping_encoded(model)
 
 
 def model_outputs(model: Model, batch: MicroBatch, region: Region = no_region) -> dict[str, Any]:

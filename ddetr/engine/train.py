@@ -44,9 +44,11 @@ from ddetr.engine.run.folder import PREFLIGHT_FILE, RunFolder
 from ddetr.engine.run.states import RESUME_FILE
 from ddetr.engine.run_report import Report, finish, last_word
 from ddetr.engine.saving import SaveState, StateFiles
+from ddetr.engine.step import training_forward
 from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.files import existing, make_folder
+from ddetr.models.auxiliary import attach_auxiliary
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.allocator import use_expandable_segments
 from ddetr.runtime.device import choose_device
@@ -276,7 +278,7 @@ def build(prepared: Prepared) -> Built:
         steps_per_epoch=data.steps_per_epoch,
         total_steps=num_steps,
         seed=config.seed,
-        compiled=CompiledForward(detector, data.shapes) if config.compile else None,
+        compiled=CompiledForward(training_forward(detector), data.shapes) if config.compile else None,
         guard=guard,
     )
     return Built(data, data_wait, module, guard, num_steps)
@@ -295,6 +297,7 @@ def build_detector(config: TrainConfig, train_set: Annotations, *, is_resumed: b
         loaded = load_weights(detector, config.weights, categories=train_set.categories)
         if is_first_process():
             console.show(loaded.render(config.verbose))
+    attach_auxiliary(detector, config.auxiliary)
     return detector
 
 

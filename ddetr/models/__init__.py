@@ -9,6 +9,7 @@ deformable_transformer.py   feature maps -> query states and boxes of every laye
 heads.py                    query states -> class logits, box corrections
 deformable_detr.py          the detector; `build_model` from the official flags
 matcher.py                  predictions <-> objects [scipy]
+auxiliary.py                queries that exist in training alone, and the second route of the decoder
 criterion.py                the losses
 postprocess.py              outputs -> detections in pixels
 """

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddetr.boxes import box_cxcywh_to_xyxy, generalized_iou
-from ddetr.models.matcher import HungarianMatcher, Matches, PaddedTargets
+from ddetr.models.matcher import HungarianMatcher, Matches, PaddedTargets, match_one_to_many
 from ddetr.runtime.transfer import sent
+
+DENOISING, ONE_TO_MANY = "_dn", "_o2m"  # end the names of the losses of these passes
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,16 @@ class LossWeights:
     set_cost_giou: float = 2.0
     """Weight of the generalised IoU in the matching cost."""
 
-    def weight_dict(self, num_aux: int, two_stage: bool) -> dict[str, float]:
-        """Weight of every key that `SetCriterion` returns and that is a loss: last layer, aux layers, proposals."""
+    def weight_dict(self, num_aux: int, two_stage: bool, auxiliary: Sequence[str] = ()) -> dict[str, float]:
+        """Weight of every key that `SetCriterion` returns and that is a loss: last layer, aux layers, proposals, and
+        the layers of the auxiliary passes, whose names have these ends."""
         weights = {
             "loss_ce": self.cls_loss_coef,
             "loss_bbox": self.bbox_loss_coef,
             "loss_giou": self.giou_loss_coef,
         }
-        suffixes = [""] + [f"_{layer}" for layer in range(num_aux)] + ["_enc"] * two_stage
+        layers = [""] + [f"_{layer}" for layer in range(num_aux)]
+        suffixes = layers + ["_enc"] * two_stage + [end + layer for end in auxiliary for layer in layers]
         return {name + suffix: weight for suffix in suffixes for name, weight in weights.items()}
 
 
@@ -58,15 +62,20 @@ class SetCriterion(nn.Module):
         *,
         num_aux: int = 0,
         two_stage: bool = False,
+        denoising: bool = False,
+        one_to_many: int = 0,
         region: Callable[[str], AbstractContextManager] = nullcontext,
     ):
-        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one. Both set `weight_dict`.
+        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one; denoising, one_to_many:
+        so do these passes, the second with up to so many queries per object. All set `weight_dict`.
         region: is entered with "matching" around that part, for whoever measures times."""
         super().__init__()
         self.num_classes = num_classes
         self.loss_weights = loss_weights
         self.region = region
-        self.weight_dict = loss_weights.weight_dict(num_aux, two_stage)
+        self.num_aux, self.one_to_many = num_aux, one_to_many
+        ends = [DENOISING] * denoising + [ONE_TO_MANY] * bool(one_to_many)
+        self.weight_dict = loss_weights.weight_dict(num_aux, two_stage, ends)
         self.matcher = HungarianMatcher(
             loss_weights.set_cost_class,
             loss_weights.set_cost_bbox,
@@ -80,14 +89,15 @@ class SetCriterion(nn.Module):
         """Unweighted losses under the official keys, in float32; `weight_dict` weighs them, `total` adds them up.
 
         Args:
-            outputs: what `DeformableDETR` returns.
+            outputs: what `DeformableDETR` returns, and beside it in training what `Auxiliary` does.
             targets: for each image `labels` (t,) int64 in 0..K-1 and `boxes` (t, 4) cxcywh in [0, 1]; t may be 0.
             num_boxes: what the sums are divided by, where the batch is a part of a larger one; by default the number
                 of objects of the batch, averaged over all processes, at least 1.
 
         Returns:
-            `loss_ce`, `loss_bbox`, `loss_giou` of the last layer, the same with `_0`, `_1`, ... for the other layers
-            and with `_enc` for two-stage proposals; `class_error` (percent) and `cardinality_error`, to look at.
+            `loss_ce`, `loss_bbox`, `loss_giou` of the last layer, the same with `_0`, `_1`, ... for the other layers,
+            with `_enc` for two-stage proposals, and with `_dn`, `_dn_0`, ... and `_o2m`, `_o2m_0`, ... for the layers
+            of the auxiliary passes; `class_error` (percent) and `cardinality_error`, to look at.
         """
         with torch.autocast(outputs["pred_logits"].device.type, enabled=False):
             device = outputs["pred_logits"].device
@@ -112,16 +122,50 @@ class SetCriterion(nn.Module):
             if proposals is not None:
                 for name, values in self._losses([proposals], any_object, matches[-1:], num_boxes).items():
                     losses[f"{name}_enc"] = values[0]
+            losses.update(self._auxiliary_losses(outputs, padded, num_boxes))
             return losses
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum, a scalar."""
         return sum(losses[name] * weight for name, weight in self.weight_dict.items() if name in losses)
 
+    def _auxiliary_losses(self, outputs: dict[str, Any], targets: PaddedTargets, num_boxes: float) -> dict[str, Tensor]:
+        """Of the passes that exist in training alone, of as many layers as have a loss in the network itself."""
+        losses: dict[str, Tensor] = {}
+        numbers = [*(f"_{layer}" for layer in range(self.num_aux)), ""]  # the last layer has none, as everywhere
+        if (denoising := outputs.get("denoising")) is not None:
+            layers = denoising.layers[-len(numbers) :]
+            # An object counts once, in however many groups it is.
+            found = self._losses(layers, targets, [denoising.matches] * len(layers), num_boxes * denoising.num_groups)
+            for name, values in found.items():
+                losses |= {f"{name}{DENOISING}{number}": value for number, value in zip(numbers, values)}
+        for number, layer in zip(numbers, outputs.get("one_to_many", [])[-len(numbers) :]):
+            with self.region("matching"):
+                matches = match_one_to_many(layer, targets, self.one_to_many)
+            found = self._losses([layer], targets, [matches], num_boxes, self._shares(matches, targets))
+            losses |= {f"{name}{ONE_TO_MANY}{number}": values[0] for name, values in found.items()}
+        return losses
+
+    @staticmethod
+    def _shares(matches: Matches, targets: PaddedTargets) -> Tensor:
+        """(N,) what an image counts, whose objects have several queries: as if they had one each on average. A rule of
+        each image by itself, so that how a step is cut into micro-batches changes nothing."""
+        num_objects = sent(torch.tensor(targets.sizes, dtype=torch.float32), matches.images.device)
+        num_pairs = torch.zeros_like(num_objects).index_add_(0, matches.images, torch.ones_like(matches.images).float())
+        return torch.where(num_pairs > 0, num_objects / num_pairs.clamp(min=1), 1.0)
+
     def _losses(
-        self, sets: Sequence[dict[str, Any]], targets: PaddedTargets, matches: Sequence[Matches], num_boxes: float
+        self,
+        sets: Sequence[dict[str, Any]],
+        targets: PaddedTargets,
+        matches: Sequence[Matches],
+        num_boxes: float,
+        shares: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """(G,) losses by name. Every set has as many pairs as every other, so that they lie in one tensor."""
+        """(G,) losses by name. Every set has as many pairs as every other, so that they lie in one tensor.
+
+        shares: (N,) what each image counts; by default all the same.
+        """
         logits = torch.stack([outputs["pred_logits"].float() for outputs in sets])  # (G, N, Q, K)
         boxes = torch.stack([outputs["pred_boxes"].float() for outputs in sets])  # (G, N, Q, 4)
         images = torch.stack([match.images for match in matches])  # (G, n)
@@ -132,11 +176,14 @@ class SetCriterion(nn.Module):
         one_hot = torch.zeros_like(logits)
         # Not `one_hot[...] = 1.0`: on a GPU that is a number of the host's, for which it would wait.
         one_hot.index_put_((group, images, queries, targets.labels[images, objects]), one_hot.new_ones(()))
-        loss_ce = sigmoid_focal_loss(logits, one_hot, self.loss_weights.focal_alpha).sum((1, 2, 3))
-
+        loss_ce = sigmoid_focal_loss(logits, one_hot, self.loss_weights.focal_alpha)  # (G, N, Q, K)
         predicted, wanted = boxes[group, images, queries], targets.boxes[images, objects]  # (G, n, 4)
-        loss_bbox = F.l1_loss(predicted, wanted, reduction="none").sum((1, 2))
-        loss_giou = (1 - generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))).sum(1)
+        loss_bbox = F.l1_loss(predicted, wanted, reduction="none")  # (G, n, 4)
+        loss_giou = 1 - generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))  # (G, n)
+        if shares is not None:
+            loss_ce = loss_ce * shares[:, None, None]
+            loss_bbox, loss_giou = loss_bbox * shares[images][..., None], loss_giou * shares[images]
+        loss_ce, loss_bbox, loss_giou = loss_ce.sum((1, 2, 3)), loss_bbox.sum((1, 2)), loss_giou.sum(1)
         return {
             "loss_ce": loss_ce / num_boxes,
             "loss_bbox": loss_bbox / num_boxes,

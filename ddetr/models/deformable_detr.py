@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddetr.errors import InputError
+from ddetr.models.auxiliary import Auxiliary
 from ddetr.models.backbone import Backbone, FreezeBackbone
 from ddetr.models.criterion import LossWeights, SetCriterion
-from ddetr.models.deformable_transformer import DeformableTransformer
+from ddetr.models.deformable_transformer import DeformableTransformer, Encoded, Queries
 from ddetr.models.heads import BoxHead, class_head
 from ddetr.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from ddetr.models.postprocess import PostProcess
@@ -114,6 +115,7 @@ class DeformableDETR(nn.Module):
         if freeze_backbone is None:
             freeze_backbone = "stem" if pretrained_backbone else "none"
         self.num_queries, self.two_stage, self.aux_loss = num_queries, two_stage, aux_loss
+        self.auxiliary: Auxiliary | None = None  # what trains beside the network, where `attach_auxiliary` gave it any
 
         encoding = {"sine": PositionEmbeddingSine, "learned": PositionEmbeddingLearned}[position_embedding]
         num_features = min(num_feature_levels, 3)
@@ -174,26 +176,41 @@ class DeformableDETR(nn.Module):
             with aux_loss `aux_outputs` (such a dict for each decoder layer but the last), and for two-stage
             `enc_outputs` (such a dict for the proposals, S = number of cells in place of Q).
         """
+        return self.detect(self.encode(images, mask))
+
+    def encode(self, images: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> Encoded:
+        """Images -> what backbone and encoder make of them, and the queries: the first half of `forward`."""
         images, mask = _as_batch(images, mask)
         srcs, masks, pos_embeds = self._features(images, mask)
-        out = self.transformer(
-            srcs,
-            masks,
-            pos_embeds,
-            None if self.query_embed is None else self.query_embed.weight,
-            self.class_embed,
-            self.bbox_embed,
-        )
-        layers = [
-            {"pred_logits": head(state), "pred_boxes": boxes}
-            for head, state, boxes in zip(self.class_embed, out.states, out.boxes)
-        ]
+        queries = None if self.query_embed is None else self.query_embed.weight
+        return self.transformer(srcs, masks, pos_embeds, queries, self.class_embed[-1], self.bbox_embed[-1])
+
+    def detect(self, encoded: Encoded) -> dict[str, Any]:
+        """What the queries find in the images: the second half of `forward`, and what it returns."""
+        layers = self.decode(encoded, encoded.queries)
         outputs: dict[str, Any] = layers[-1]
         if self.aux_loss:
             outputs["aux_outputs"] = layers[:-1]
-        if out.proposals is not None:
-            outputs["enc_outputs"] = {"pred_logits": out.proposals.logits, "pred_boxes": out.proposals.boxes}
+        if encoded.proposals is not None:
+            outputs["enc_outputs"] = {"pred_logits": encoded.proposals.logits, "pred_boxes": encoded.proposals.boxes}
         return outputs
+
+    def decode(
+        self,
+        encoded: Encoded,
+        queries: Queries,
+        attn_mask: Tensor | None = None,
+        feed_forwards: Sequence[nn.Module] | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """What any queries find: for each decoder layer `pred_logits` (N, Q, K) and `pred_boxes` (N, Q, 4).
+
+        attn_mask, feed_forwards: as of the decoder, for queries that exist in training alone.
+        """
+        decoded = self.transformer.decoder(queries, encoded, self.bbox_embed, attn_mask, feed_forwards)
+        return [
+            {"pred_logits": head(state), "pred_boxes": boxes}
+            for head, state, boxes in zip(self.class_embed, decoded.states, decoded.boxes)
+        ]
 
     def _features(self, images: Tensor, mask: Tensor | None) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor]]:
         """Images (N, 3, H, W) -> L maps (N, C, H_l, W_l), their masks (N, H_l, W_l) and position encodings."""
@@ -328,6 +345,9 @@ def _accept_official_keys(model: DeformableDETR, state_dict: dict[str, Any], pre
 def build_criterion(model: DeformableDETR, loss_weights: LossWeights = LossWeights(), **options: Any) -> SetCriterion:
     """The criterion that fits the outputs of `model`; options: those of `SetCriterion` that do not follow from it."""
     num_aux = model.config["dec_layers"] - 1 if model.aux_loss else 0
+    if model.auxiliary is not None:
+        config = model.auxiliary.config
+        options = {"denoising": config.denoising > 0, "one_to_many": config.one_to_many} | options
     return SetCriterion(
         model.config["num_classes"], loss_weights, num_aux=num_aux, two_stage=model.two_stage, **options
     )

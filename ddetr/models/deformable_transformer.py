@@ -29,12 +29,30 @@ class Proposals(NamedTuple):
     boxes: Tensor
 
 
-class TransformerOutput(NamedTuple):
-    """Query states of every decoder layer, [(N, Q, C)], their boxes, [(N, Q, 4)] cxcywh, and two-stage proposals."""
+class Queries(NamedTuple):
+    """What the decoder starts from: content and position (N, Q, C), reference points (N, Q, 2) or boxes (N, Q, 4)."""
+
+    content: Tensor
+    position: Tensor
+    references: Tensor
+
+
+class Encoded(NamedTuple):
+    """What the encoder makes of feature maps, and all that the decoder needs."""
+
+    memory: Tensor  # (N, S, C)
+    spatial_shapes: SpatialShapes
+    valid_ratios: Tensor  # (N, L, 2)
+    mask: Tensor | None  # (N, S)
+    queries: Queries
+    proposals: Proposals | None  # two-stage
+
+
+class Decoded(NamedTuple):
+    """Query states of every decoder layer, [(N, Q, C)], and their boxes, [(N, Q, 4)] cxcywh."""
 
     states: list[Tensor]
     boxes: list[Tensor]
-    proposals: Proposals | None
 
 
 class DeformableTransformerEncoderLayer(nn.Module):
@@ -112,12 +130,21 @@ class DeformableTransformerDecoderLayer(nn.Module):
         memory: Tensor,
         spatial_shapes: SpatialShapes,
         mask: Tensor | None,
+        attn_mask: Tensor | None = None,
+        feed_forward: nn.Module | None = None,
     ) -> Tensor:
-        """tgt, query_pos (N, Q, C), reference_points (N, Q, L, 2 or 4), memory (N, S, C) -> (N, Q, C)."""
+        """tgt, query_pos (N, Q, C), reference_points (N, Q, L, 2 or 4), memory (N, S, C) -> (N, Q, C).
+
+        attn_mask: (N * heads, Q, Q) bool, True where a query (row) does not see another; None where each sees all.
+        feed_forward: what takes the place of the layer's own, (N, Q, C) -> (N, Q, C).
+        """
         query = tgt + query_pos
-        tgt = self.norm2(tgt + self.dropout2(self.self_attn(query, query, tgt, need_weights=False)[0]))
+        attended = self.self_attn(query, query, tgt, attn_mask=attn_mask, need_weights=False)[0]
+        tgt = self.norm2(tgt + self.dropout2(attended))
         attended = self.cross_attn(tgt + query_pos, reference_points, memory, spatial_shapes, mask)
         tgt = self.norm1(tgt + self.dropout1(attended))
+        if feed_forward is not None:
+            return feed_forward(tgt)
         hidden = self.dropout3(self.activation(self.linear1(tgt)))
         return self.norm3(tgt + self.dropout4(self.linear2(hidden)))
 
@@ -129,27 +156,37 @@ class DeformableTransformerDecoder(LayerStack):
 
     def forward(
         self,
-        tgt: Tensor,
-        query_pos: Tensor,
-        reference_points: Tensor,
-        memory: Tensor,
-        spatial_shapes: SpatialShapes,
-        valid_ratios: Tensor,
-        mask: Tensor | None,
+        queries: Queries,
+        encoded: Encoded,
         bbox_embed: Sequence[nn.Module],
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """tgt, query_pos (N, Q, C), reference_points (N, Q, 2 or 4) -> states [(N, Q, C)] and boxes [(N, Q, 4)]."""
+        attn_mask: Tensor | None = None,
+        feed_forwards: Sequence[nn.Module] | None = None,
+    ) -> Decoded:
+        """Queries -> their states and boxes, layer after layer.
+
+        Args:
+            queries: Q queries.
+            encoded: what they look at.
+            bbox_embed: a box head for each layer.
+            attn_mask: (N * heads, Q, Q) bool, True where a query (row) does not see another; None where each sees all.
+            feed_forwards: for each layer what takes the place of its own feed-forward part, in training alone.
+        """
+        tgt, query_pos, reference_points = queries
+        memory, spatial_shapes, valid_ratios, mask = encoded[:4]
         states, boxes_per_layer = [], []
-        for layer, box_head in zip(self.layers, bbox_embed):
+        for layer, box_head, feed_forward in zip(self.layers, bbox_embed, feed_forwards or [None] * len(self.layers)):
             ratios = valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)  # (N, L, 2 or 4)
             reference_points_in_levels = reference_points[:, :, None] * ratios[:, None]
-            tgt = self.run(layer, tgt, query_pos, reference_points_in_levels, memory, spatial_shapes, mask)  # (N, Q, C)
+            tgt = self.run(
+                *(layer, tgt, query_pos, reference_points_in_levels, memory, spatial_shapes, mask),
+                *(attn_mask, feed_forward),
+            )  # (N, Q, C)
             boxes = refine_boxes(box_head(tgt), reference_points)  # (N, Q, 4)
             states.append(tgt)
             boxes_per_layer.append(boxes)
             if self.with_box_refine:
                 reference_points = boxes.detach()  # each layer learns its own correction: sec. A.4
-        return states, boxes_per_layer
+        return Decoded(states, boxes_per_layer)
 
 
 class DeformableTransformer(nn.Module):
@@ -213,17 +250,17 @@ class DeformableTransformer(nn.Module):
         masks: Sequence[Tensor] | None,
         pos_embeds: Sequence[Tensor],
         query_embed: Tensor | None,
-        class_embed: Sequence[nn.Module],
-        bbox_embed: Sequence[nn.Module],
-    ) -> TransformerOutput:
-        """Feature maps -> query states and boxes of every decoder layer.
+        class_head: nn.Module,
+        box_head: nn.Module,
+    ) -> Encoded:
+        """Feature maps -> what the encoder makes of them, and the queries that `decoder` starts from.
 
         Args:
             srcs: L maps (N, C, H_l, W_l).
             masks: L masks (N, H_l, W_l), True = padding, or None where nothing is padded.
             pos_embeds: L encodings (N or 1, C, H_l, W_l), float32.
             query_embed: (Q, 2C), the position half first; None for two-stage.
-            class_embed, bbox_embed: heads, one per decoder layer, for two-stage one more for the proposals.
+            class_head, box_head: of the proposals, for two-stage.
         """
         n = srcs[0].shape[0]
         spatial_shapes = [(src.shape[2], src.shape[3]) for src in srcs]
@@ -243,7 +280,7 @@ class DeformableTransformer(nn.Module):
         proposals = None
         if self.two_stage:
             proposals, boxes_unact, invalid = self._propose(
-                memory, spatial_shapes, mask, class_embed[-1], bbox_embed[-1], valid_ratios
+                memory, spatial_shapes, mask, class_head, box_head, valid_ratios
             )
             # The official code ranks by the first column, which its encoder loss trains as "any object".
             scores = ranked_scores(
@@ -257,18 +294,20 @@ class DeformableTransformer(nn.Module):
             best = scores.topk(_smaller(self.num_queries, src.shape[1]), dim=1).indices
             boxes_unact = boxes_unact.gather(1, best[..., None].expand(-1, -1, 4)).detach()  # (N, Q, 4)
             reference_points = boxes_unact.sigmoid()
-            embedding = sine_embedding(reference_points * (2 * math.pi), self.d_model // 2).flatten(2)  # (N, Q, 2C)
-            query = self.pos_trans_norm(self.pos_trans(embedding.to(self.pos_trans.weight.dtype)))
-            query_pos, tgt = query.chunk(2, dim=-1)
+            query_pos, tgt = self.queries_of(reference_points)
         else:
             query_pos, tgt = (half[None].expand(n, -1, -1) for half in query_embed.chunk(2, dim=-1))
             with torch.autocast(src.device.type, enabled=False):
                 reference_points = self.reference_points(query_pos).float().sigmoid()  # (N, Q, 2)
 
-        states, boxes = self.decoder(
-            tgt, query_pos, reference_points, memory, spatial_shapes, valid_ratios, mask, bbox_embed
-        )
-        return TransformerOutput(states, boxes, proposals)
+        queries = Queries(tgt, query_pos, reference_points)
+        return Encoded(memory, spatial_shapes, valid_ratios, mask, queries, proposals)
+
+    def queries_of(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Two-stage: boxes (N, Q, 4) cxcywh -> position and content of the queries that start from them, (N, Q, C)."""
+        embedding = sine_embedding(boxes * (2 * math.pi), self.d_model // 2).flatten(2)  # (N, Q, 2C)
+        query = self.pos_trans_norm(self.pos_trans(embedding.to(self.pos_trans.weight.dtype)))
+        return query.chunk(2, dim=-1)
 
     def _propose(
         self,

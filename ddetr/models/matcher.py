@@ -153,6 +153,36 @@ class HungarianMatcher:
         return np.concatenate(found, axis=1).astype(np.int64)
 
 
+@torch.no_grad()
+def match_one_to_many(
+    outputs: dict[str, Any], targets: PaddedTargets, most: int, *, threshold: float = 0.4, iou_share: float = 0.7
+) -> Matches:
+    """Several predictions for an object (arXiv:2401.03989, sec. 3.2, with the numbers of its code).
+
+    A prediction's value for an object is 0.7 * IoU + 0.3 * probability of its class. An object has the `most` of the
+    highest value, as far as they are above the threshold, and the best one in any case; a prediction that several
+    objects would have goes to the one of the highest value.
+    """
+    images, places = targets.indices()
+    labels, wanted = targets.labels[images, places], targets.boxes[images, places]  # (M,), (M, 4)
+    p = outputs["pred_logits"].float().transpose(1, 2)[images, labels].sigmoid()  # (M, Q)
+    a = box_cxcywh_to_xyxy(outputs["pred_boxes"].float())[images]  # (M, Q, 4)
+    b = box_cxcywh_to_xyxy(wanted)[:, None]
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
+    value = iou_share * overlap / union.clamp(min=torch.finfo(union.dtype).tiny) + (1 - iou_share) * p
+    n, t, q = len(targets.sizes), targets.labels.shape[1], value.shape[1]
+    if not t:
+        return Matches(images, images, places)
+    best, queries = value.topk(min(most, q), dim=1)
+    best[:, 1:] = best[:, 1:].masked_fill(best[:, 1:] <= threshold, -1.0)
+    chosen = value.new_full((n, t, q), -1.0)
+    chosen[images, places] = torch.full_like(value, -1.0).scatter_(1, queries, best)
+    value_of_query, place_of_query = chosen.max(dim=1)  # (N, Q)
+    images, queries = (value_of_query >= 0).nonzero(as_tuple=True)
+    return Matches(images, queries, place_of_query[images, queries])
+
+
 def _generalized_iou(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """`ddetr.boxes.generalized_iou` of left, top, right, bottom that broadcast: as planes, which are read in one go."""
     tiny = torch.finfo(a[0].dtype).tiny

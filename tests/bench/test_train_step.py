@@ -22,8 +22,8 @@ from ddetr.bench.stopwatch import StopWatch
 from ddetr.cli import main as cli
 from ddetr.datasets.config import DataConfig
 from ddetr.engine import compile as engine_compile
+from ddetr.engine.compile import CompiledForward
 from ddetr.engine.config import OptimConfig, TrainConfig
-from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import parameter_groups
 from ddetr.engine.step import REGIONS
 from ddetr.models.criterion import LossWeights
@@ -115,16 +115,16 @@ def test_options_reach_the_step(run: Callable[..., Any], monkeypatch: pytest.Mon
         graphs.append(graph)
         return graph
 
-    run_model = DetectionModule.run_model
+    forward = CompiledForward.__call__
 
-    def spy(module: DetectionModule, images: Tensor, mask: Tensor | None) -> Any:
-        outputs = run_model(module, images, mask)
-        seen.append((module.model.transformer.encoder.activation_checkpointing, outputs["pred_logits"].dtype))
+    def spy(compiled: CompiledForward, images: Tensor, mask: Tensor | None) -> Any:
+        outputs = forward(compiled, images, mask)
+        seen.append((compiled.model.transformer.encoder.activation_checkpointing, outputs["pred_logits"].dtype))
         return outputs
 
     monkeypatch.setattr(engine_compile, "BACKEND", keep)
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
-    monkeypatch.setattr(DetectionModule, "run_model", spy)
+    monkeypatch.setattr(CompiledForward, "__call__", spy)
     torch._dynamo.reset()
     flags = ("--compile", "--activation_checkpointing", "--precision", "bf16")
     outcome = run("--synthetic", "64x96", "--sides", "ours", *flags, data=False)

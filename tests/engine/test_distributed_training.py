@@ -19,6 +19,7 @@ from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.loading.sampler import EpochOrder
 from ddetr.engine.train import train
+from ddetr.models.auxiliary import AuxiliaryConfig
 
 SEED, BATCH = 5, 4
 
@@ -49,6 +50,7 @@ def test_two_processes_under_torchrun(
             tiny_model | {"dropout": 0.0},
             # not Adam, whose first steps have the size of the rate however small the gradient: noise alike
             optim=OptimConfig(lr=0.1, sgd=True, ema_decay=0.5),
+            auxiliary=AuxiliaryConfig(denoising=4, one_to_many=3, label_noise=0.0, box_noise=0.0),
             epochs=2,
             batch_size=BATCH,
             device_batch_size=1,  # so that gradients are summed up before they are exchanged

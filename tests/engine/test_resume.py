@@ -77,8 +77,8 @@ def assert_same_run(run: Path, undisturbed: Path) -> None:
 
 @pytest.fixture(scope="module")
 def configuration(shapes: Path, tiny_run: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with everything that draws random numbers or has a memory: augmentation, dropout, batch norms, momenta,
-    a schedule that changes each step."""
+    """A run with everything that draws random numbers or has a memory: augmentation, dropout, denoising queries, batch
+    norms, momenta, a schedule that changes each step."""
     settings = {
         "data": {
             "path": str(shapes),
@@ -92,6 +92,7 @@ def configuration(shapes: Path, tiny_run: Any, tmp_path_factory: pytest.TempPath
             "augmentation_off_epochs": 1,
         },
         "model": yaml.safe_load((tiny_run.path / "config.yaml").read_text())["model"] | {"dropout": 0.1},
+        "auxiliary": {"denoising": 4, "one_to_many": 3},
         "optim": {"lr": 1e-3, "schedule": "cosine", "warmup_steps": 3},
         "epochs": EPOCHS,
         "batch_size": 2,

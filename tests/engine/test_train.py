@@ -25,6 +25,7 @@ from ddetr.engine.run_report import Report
 from ddetr.engine.saving import SaveState
 from ddetr.engine.train import CALLBACK_ORDER, Built, Prepared, RunResult, build, callbacks, prepare, train
 from ddetr.errors import InputError
+from ddetr.models.auxiliary import AuxiliaryConfig
 from ddetr.models.criterion import SetCriterion
 
 EPOCHS, STEPS = 3, 2  # of the short runs: epochs, and steps per epoch
@@ -129,6 +130,28 @@ def test_the_callbacks_stand_in_the_order_that_is_declared(settings: dict[str, A
     assert found.index(Publish) < found.index(Report), "the report reads what is published"
     assert found.index(Publish) < found.index(WeightAverage), "what is published are the averaged weights"
     assert found[-1] is SaveState, "a state holds what the others have become"
+
+
+def test_what_trains_beside_the_network_is_kept_and_not_published(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Preflight, memory and the steps know it; what is published and what starts from the run's state do not."""
+    settings |= {"preflight": True, "epochs": 1, "auxiliary": AuxiliaryConfig(denoising=4, one_to_many=3)}
+    settings["optim"] = OptimConfig(lr=1e-3, ema_decay=0.9)
+    result = train(TrainConfig(**settings, output=str(tmp_path / "beside")))
+    columns = rows(result.path / "train.csv")[0]
+    assert {"loss_ce_dn", "loss_giou_dn_0", "loss_bbox_o2m", "loss_ce_o2m_0"} <= columns.keys()
+    state = torch.load(result.path / "last.ckpt", weights_only=True)
+    beside = {name for name in state["state_dict"] if name.startswith("model.auxiliary.")}
+    assert "model.auxiliary.label_embed.weight" in beside
+    assert not [name for name in state["weight_average"]["tensors"] if "auxiliary" in name]
+    published = load_checkpoint(result.path / "best.pth")
+    assert not [name for name in published.model if "auxiliary" in name]
+    build_from_checkpoint(published)
+
+    settings |= {"preflight": False, "auxiliary": AuxiliaryConfig(), "weights": str(result.path / "last.ckpt")}
+    start = build(prepare(TrainConfig(**settings, output=str(tmp_path / "again")))).module.model
+    for name, tensor in start.state_dict().items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor, published.model[name])
 
 
 def test_a_second_run_overwrites_nothing(tiny_run: RunResult, settings: dict[str, Any]) -> None:

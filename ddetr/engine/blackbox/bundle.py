@@ -118,6 +118,7 @@ def _header(step: Step, config: Mapping[str, Any]) -> dict[str, Any]:
         "images": [],
         "categories": [],
         "model": portable_config(model.config),
+        "auxiliary": None if model.auxiliary is None else asdict(model.auxiliary.config),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "loss": None,
         "loss_weights": asdict(step.criterion.loss_weights),

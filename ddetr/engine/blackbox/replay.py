@@ -24,6 +24,7 @@ from ddetr.engine.step import MicroBatch, model_outputs, on_device, step_losses
 from ddetr.errors import InputError
 from ddetr.files import write_folder_atomically
 from ddetr.inference.drawing import draw_boxes
+from ddetr.models.auxiliary import AuxiliaryConfig, attach_auxiliary
 from ddetr.models.criterion import LossWeights, SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion, check_fits
 from ddetr.runtime.device import choose_device
@@ -236,6 +237,8 @@ def _rebuilt(
     try:
         check_fits(config, state["weights"])
         model = DeformableDETR(**config)
+        if header.get("auxiliary"):
+            attach_auxiliary(model, AuxiliaryConfig(**header["auxiliary"]))
         model.load_state_dict(state["weights"], strict=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(

@@ -22,7 +22,7 @@ from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import build_optimizer, parameter_groups
 from ddetr.engine.preflight.data import Check, images_with_objects
 from ddetr.engine.step import MicroBatch, count_objects, on_device, step_losses
-from ddetr.models.criterion import SetCriterion
+from ddetr.models.criterion import DENOISING, ONE_TO_MANY, SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.models.heads import PRIOR_BIAS
 from ddetr.wording import first_few
@@ -181,8 +181,8 @@ def _check_first_loss(learning: _Learning, module: DetectionModule, batch: Micro
         found = f"all terms are finite, loss_ce is {learning.first['loss_ce']:.3f}"
         return Check(name, "ok", "finite terms (heads with trained weights have no known loss)", found, facts=facts)
     for key, value in learning.first.items():
-        if not key.startswith("loss_ce"):
-            continue
+        if not key.startswith("loss_ce") or DENOISING in key or ONE_TO_MANY in key:
+            continue  # of the auxiliary passes it is not known how many queries an object has
         is_proposal = key.endswith("_enc")
         num_queries = learning.num_proposals if is_proposal else config["num_queries"]
         num_matched = sum(min(num_queries, len(target["labels"])) for target in batch[2])

@@ -16,6 +16,7 @@ from ddetr.engine.blackbox.replay import replay
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.train import train
+from ddetr.models.auxiliary import AuxiliaryConfig
 from ddetr.models.criterion import SetCriterion
 
 
@@ -66,7 +67,8 @@ def test_replay_repeats_an_exploding_loss_bit_for_bit_and_names_the_module(
 
 
 def test_a_healthy_step_replays_to_the_same_bits(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dropout, batch norms, two micro-batches, the memory format: all of it is in the loss."""
+    """Dropout, denoising queries, batch norms, two micro-batches, the memory format: all of it is in the loss."""
+    settings["auxiliary"] = AuxiliaryConfig(denoising=4, one_to_many=3)
     original = SetCriterion.total
     seen = []
 
