@@ -18,7 +18,7 @@ from ddetr.datasets.readers.coco.reader import read_coco
 from ddetr.datasets.readers.createml import createml_splits, read_createml
 from ddetr.datasets.readers.csv_boxes import csv_splits, read_csv_boxes
 from ddetr.datasets.readers.cvat import cvat_splits, read_cvat
-from ddetr.datasets.readers.file_names import stems_in_other_splits
+from ddetr.datasets.readers.file_names import last_parts, stems_in_other_splits
 from ddetr.datasets.readers.foreign import what_it_is
 from ddetr.datasets.readers.huggingface import huggingface_splits, read_huggingface
 from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
@@ -98,10 +98,10 @@ def load_annotations(
 def _are_of_other_splits(annotations: Annotations, split: str, path: Path) -> bool:
     """Whether the images that a split lacks lie in the folders of other splits: the same annotations stand in the file
     of each, and nothing is lost."""
-    missing = [f.where for f in annotations.findings if f.kind == "missing-image" and f.count == 1]
+    missing = [finding.image for finding in annotations.findings if finding.kind == "missing-image"]
     elsewhere = stems_in_other_splits(_home(path), split) if split_kind(split) else set()
     return (
-        all(folded(PurePath(where.rpartition(", ")[2]).stem) in elsewhere for where in missing)
+        all(any(folded(PurePath(last).stem) in elsewhere for last in last_parts(name or "")) for name in missing)
         # where images of several splits have one name, it doesn't tell whose they are
         and not any(folded(image.path.stem) in elsewhere for image in annotations.images[:_SAMPLED])
     )

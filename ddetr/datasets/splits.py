@@ -299,7 +299,7 @@ def hold_back(
     in_val = ImageTable.from_records(train.images[i] for i in np.flatnonzero(is_val).tolist())
     in_train = ImageTable.from_records(train.images[i] for i in np.flatnonzero(~is_val).tolist())
     held = f"{train.name} ({data.val_fraction:g} of it)"
-    return replace(train, images=in_train), replace(train, name=held, images=in_val, findings=())
+    return replace(train, images=in_train), replace(train, name=held, images=in_val, findings=(), is_held_back=True)
 
 
 def _groups(train: Annotations, names: Sequence[str], data: DataSource) -> list[_Group]:

@@ -294,6 +294,32 @@ def test_images_of_other_splits_are_not_lost(write_image, tmp_path, format):
     assert "most-images-left-out" in {finding.kind for finding in val.findings}
 
 
+@pytest.mark.parametrize("prefix", ["", "gone, "])
+def test_lost_images_are_known_by_their_names(write_image, tmp_path, prefix):
+    """Whatever stands in a name: "gone, i0.jpg" is not the i0.jpg of training, and a list's lines have names too."""
+    names = [f"i{i}" for i in range(10)]
+    for name in names:
+        write_image(tmp_path / "train" / f"{name}.jpg")
+    write_image(tmp_path / "val" / "v0.jpg")
+    images = [
+        {"id": i, "file_name": f"{name}.jpg", "width": 64, "height": 48}
+        for i, name in enumerate(["v0", *(prefix + name for name in names)])
+    ]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "val" / "_annotations.coco.json").write_text(json.dumps(content))
+    val = load_annotations(tmp_path, "val")
+    assert ("most-images-left-out" in {finding.kind for finding in val.findings}) == bool(prefix)
+
+
+def test_lines_of_a_list_are_known_by_their_names(make_yolo, tmp_path):
+    train = {f"images/train/i{i}.jpg": "0 .5 .5 .2 .2" for i in range(10)}
+    yaml = "train: images/train\nval: val.txt\nnames: [a]\n"
+    make_yolo({**train, "images/val/v0.jpg": "0 .5 .5 .2 .2"}, tmp_path, yaml)
+    lines = ["images/val/v0.jpg", *(f"images/val/i{i}.jpg" for i in range(10))]
+    (tmp_path / "val.txt").write_text("\n".join(lines))
+    assert {finding.kind for finding in load_annotations(tmp_path, "val").findings} == {"missing-image"}
+
+
 def test_a_few_missing_images_are_dropped(make_coco):
     root = make_coco(num_images=5)
     _lose(root, left=1)

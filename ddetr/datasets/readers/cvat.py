@@ -134,7 +134,8 @@ def _images(
             log.add("ambiguous-image", "refused", where, message)
             continue
         if path is None:
-            log.add("missing-image", "dropped", where, "Its image was not found in images/; it was left out.")
+            message = "Its image was not found in images/; it was left out."
+            log.add("missing-image", "dropped", where, message, image=str(name))
             continue
         classes, boxes, numbers = _objects(image, where, log)
         declared_hw = size_hw(image.get("height"), image.get("width"))

@@ -168,7 +168,7 @@ def find_files(
         path = paths[i]
         if path is None:
             message = f"There is no {one_line(base / name)}, or more than one that it could be; the image was left out."
-            log.add("missing-image", "dropped", f"{shown}, {one_line(name)}", message)
+            log.add("missing-image", "dropped", f"{shown}, {one_line(name)}", message, image=name)
         elif i in clashing:
             paths[i] = None
             _report_clash(name, path, clashing[i], log, shown)
@@ -262,7 +262,7 @@ def _report_clash(name: str, path: Path, owner: str | None, log: FindingLog, sho
     if owner is not None:
         owner = one_line(owner)
         message = f"There is no such file; {path}, which is nearest, belongs to {owner}. The image was left out."
-        log.add("missing-image", "dropped", where, message)
+        log.add("missing-image", "dropped", where, message, image=name)
         return
     message = (
         f"It and other entries could all mean {path}: whose boxes are whose can't be known. Put the images into "

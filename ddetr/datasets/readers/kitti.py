@@ -129,7 +129,8 @@ def _images(root: Path, files: Sequence[Path], beside: ImagesBeside, log: Findin
         where = str(file.relative_to(root))
         path = beside.find_own(file)
         if path is None:
-            log.add("missing-image", "dropped", where, "Its image was not found in image_2 or images; it was left out.")
+            message = "Its image was not found in image_2 or images; it was left out."
+            log.add("missing-image", "dropped", where, message, image=file.name)
             continue
         try:
             lines = read_text(file, MAX_LABEL_BYTES).splitlines()

@@ -154,7 +154,7 @@ def _images(
             if content["has_image"]:
                 message += " It is inside the file (imageData): `labelme_export_json`, in older versions "
                 message += "`labelme_json_to_dataset`, writes it."
-            log.add("missing-image", "dropped", where, message)
+            log.add("missing-image", "dropped", where, message, image=file.name)
             continue
         if by_name not in (None, path):
             message = (

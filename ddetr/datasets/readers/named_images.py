@@ -103,7 +103,7 @@ class ImageCollector:
         place, folders, names = self._place, ImageFolders(), [name for name in self._of_name if len(name) <= MAX_PATH]
         for name in (name for name in self._of_name if len(name) > MAX_PATH):
             message = "The name is longer than any file's; the image was left out."
-            self._log.add("missing-image", "dropped", f"{place.shown}, {one_line(name)}", message)
+            self._log.add("missing-image", "dropped", f"{place.shown}, {one_line(name)}", message, image=name)
         paths = find_files(
             place.image_dirs(self._wanted.image_dir),
             names,

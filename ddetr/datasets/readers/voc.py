@@ -314,7 +314,7 @@ def _images(
         path = _find_image(file, tree, beside, where, log)
         if path is None:
             message = "Its image was not found in JPEGImages, images or beside it; it was left out."
-            log.add("missing-image", "dropped", where, message)
+            log.add("missing-image", "dropped", where, message, image=file.name)
             continue
         names, difficult, boxes, numbers = _objects(tree, where, log)
         size = tree.find("size")
