@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -378,3 +379,107 @@ def test_what_belongs_together_is_no_second_data_set(make_any, make_yolo, tmp_pa
     make_any("csv", tmp_path / "devkit" / "test")  # called as a split
     train, _ = load_splits(TrainingSource(str(tmp_path / "devkit")))
     assert len(train.images) == 3
+
+
+BOXES = ((4, 6, 24, 18), (10, 12, 40, 42), (8, 8, 16, 16))
+
+
+def labels_of(format: str, box: tuple[int, ...]) -> dict[str, str]:
+    """The files, by their names, that give an image a.png of 64 x 48 pixels beside them the box."""
+    x1, y1, x2, y2 = box
+    wide, high = x2 - x1, y2 - y1
+    centre = {"x": (x1 + x2) / 2, "y": (y1 + y2) / 2, "width": wide, "height": high}
+    entry = {"image": "a.png", "annotations": [{"label": "cat", "coordinates": centre}]}
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [x1, y1, wide, high], "area": wide * high}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    shape = {"label": "cat", "points": [[x1, y1], [x2, y2]], "shape_type": "rectangle"}
+    cvat = f'<box label="cat" xtl="{x1}" ytl="{y1}" xbr="{x2}" ybr="{y2}" occluded="0"/>'
+    row = f"0 {centre['x'] / 64} {centre['y'] / 48} {wide / 64} {high / 48}"
+    kitti = f"cat 0 0 0 {x1} {y1} {x2} {y2} 1 1 1 0 0 0 0"
+    task = {
+        "data": {"image": "a.png"},
+        "annotations": [
+            {
+                "result": [
+                    {
+                        "type": "rectanglelabels",
+                        "original_width": 64,
+                        "original_height": 48,
+                        "value": {
+                            "x": x1 / 0.64, "y": y1 / 0.48, "width": wide / 0.64, "height": high / 0.48,
+                            "rectanglelabels": ["cat"],
+                        },
+                    }
+                ]
+            }
+        ],
+    }  # fmt: skip
+    return {
+        "voc": {"a.xml": voc_xml([voc_object("cat", box)])},
+        "annotations of voc": {"Annotations/a.xml": voc_xml([voc_object("cat", box)])},
+        "yolo": {"a.txt": row},
+        "images of yolo": {"labels/a.txt": row},
+        "kitti": {"label_2/a.txt": kitti},
+        "createml": {"_annotations.createml.json": json.dumps([entry])},
+        "coco": {"annotations.json": json.dumps(coco)},
+        "roboflow of coco": {"_annotations.coco.json": json.dumps(coco)},
+        "labelme": {"a.json": json.dumps({"imagePath": "a.png", "shapes": [shape]})},
+        "csv": {"_annotations.csv": f"filename,class,xmin,ymin,xmax,ymax\na.png,cat,{x1},{y1},{x2},{y2}\n"},
+        "label_studio": {"tasks.json": json.dumps([task])},
+        "cvat": {
+            "annotations.xml": f'<annotations><image name="a.png" width="64" height="48">{cvat}</image></annotations>'
+        },
+    }[format]
+
+
+FOLDERED = [
+    *("voc", "annotations of voc", "yolo", "images of yolo", "kitti", "createml", "coco", "roboflow of coco"),
+    *("labelme", "csv", "label_studio", "cvat"),
+]
+
+
+@pytest.fixture
+def write_labelled(tmp_path, write_image):
+    def write(place, format, box):
+        write_image(tmp_path / place / ("images/a.png" if format == "images of yolo" else "a.png"), seed=box[0])
+        for name, text in labels_of(format, box).items():
+            file = tmp_path / place / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
+
+    return write
+
+
+@pytest.mark.parametrize("places", [("train/0", "train/1", "val"), ("data/train/0", "data/train/1/x", "data/valid/2")])
+@pytest.mark.parametrize("format", FOLDERED)
+def test_folders_within_the_folder_of_a_split(tmp_path, write_labelled, format, places):
+    for place, box in zip(places, BOXES, strict=True):
+        write_labelled(place, format, box)
+    train, val = load_splits(TrainingSource(path=str(tmp_path)))
+    assert train.format == val.format == format.rpartition(" ")[2]
+    for place, box in zip(places[:2], BOXES):
+        (record,) = (record for record in train.images if record.path.is_relative_to(tmp_path / place))
+        np.testing.assert_allclose(record.boxes_xyxy, [box], atol=1e-3)
+    assert (len(train.images), len(val.images)) == (2, 1)
+    assert {finding.action for finding in (*train.findings, *val.findings)} <= {"note", "repaired"}
+
+
+@pytest.mark.parametrize("format", FOLDERED)
+def test_other_splits_within_the_folder_of_a_split(tmp_path, write_labelled, format):
+    """A data set of its own is in it: its validation images are never trained on."""
+    for place in ("train/train", "train/val", "test"):
+        write_labelled(place, format, BOXES[0])
+    with suppress(InputError):
+        assert default_splits(tmp_path)[0] == "train"
+        assert len(load_annotations(tmp_path, "train").images) == 1
+
+
+def test_data_sets_with_lists_of_their_own_in_the_folders_of_splits(tmp_path, make_voc):
+    xml = voc_xml([voc_object()])
+    make_voc({"a": xml, "b": xml}, {"train": "a", "val": "b"}, tmp_path / "train" / "VOC2007")
+    make_voc({"c": xml}, {"test": "c"}, tmp_path / "test" / "VOC2007")
+    with pytest.raises(InputError, match="holds several Pascal VOC data sets"):
+        load_splits(TrainingSource(path=str(tmp_path)))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -22,6 +22,8 @@ from ddetr.wording import first_few
 IMAGE_FOLDERS = ("JPEGImages", "images", "image", "imgs", "img", "image_2")
 _IMAGE_NAMES = frozenset(name.lower() for name in IMAGE_FOLDERS)
 _ABOVE = 4  # folders above a label file's own in which a folder of images is looked for
+_BELOW = 3  # folders one in another, in the folder of a split, that are looked through
+_PROBED = 200  # of a level: where none of them holds data, the others don't
 
 T = TypeVar("T")
 
@@ -73,6 +75,27 @@ def named_splits(sources: Sequence[tuple[str, T]]) -> dict[str, list[T]]:
         return named
     whole = {WHOLE: [source for _, source in sources]} if sources else {}
     return whole if len(named) == 1 else {**named, **whole}
+
+
+def folders_holding(folder: Path, holds: Callable[[Path], bool]) -> list[Path]:
+    """The folder itself where it `holds` data, else those in it and further down that do, as `train/0` and `train/1`
+    do for train. [] where one of these is called as another split is: that is a data set of its own."""
+    level, found = [folder], []
+    for _ in range(1 + _BELOW):
+        held = [place for place in level[:_PROBED] if holds(place)]
+        held += [place for place in level[_PROBED:] if held and holds(place)]
+        found += held
+        level = [sub for place in level if place not in held for sub in folders_in(place)]
+    own = split_kind(folder.name)
+    words = {part for place in found for part in place.relative_to(folder).parts}
+    return [] if own and any(split_kind(word) not in (None, own) for word in words) else sorted(found)
+
+
+def split_folders(folders: Iterable[Path], holds: Callable[[Path], bool]) -> dict[str, list[Path]]:
+    """Name -> where its data lie: each folder that `holds` some, and each that is called as a split is and has folders
+    that do."""
+    deep = ((sub, folders_holding(sub, holds) if split_kind(sub.name) else [sub] * holds(sub)) for sub in folders)
+    return {sub.name: places for sub, places in deep if places}
 
 
 class ImagesBeside:

@@ -17,16 +17,16 @@ from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.file_names import last_parts, spellings
 from ddetr.datasets.readers.json_files import list_splits, load_list
-from ddetr.datasets.readers.named_images import ImageCollector, Objects, Place
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.named_images import ImageCollector, Objects, Place, read_files
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, size_hw
 from ddetr.untrusted import MAX_PATH, one_line
 
 _LABELS = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
 _UPLOAD = re.compile(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)")
 
 
-def label_studio_splits(path: Path) -> dict[str, Path]:
-    """Split name -> its file; {} where there is none. Label Studio knows no splits: files called train and val do."""
+def label_studio_splits(path: Path) -> dict[str, list[Path]]:
+    """Split name -> its files; {} where there is none. Label Studio knows no splits: files called train and val do."""
 
     def is_ours(start: bytes) -> bool:
         return b"labels" in start and any(word in start for word in (b'"result"', b'"rectanglelabels"', b'"annotator"'))
@@ -36,13 +36,10 @@ def label_studio_splits(path: Path) -> dict[str, Path]:
 
 def read_label_studio(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
-    splits = label_studio_splits(wanted.path)
 
-    def read(file: Path, log: FindingLog) -> list[LabelledImage]:
-        split = next(name for name in splits if splits[name] == file)
-        place = Place(wanted.root, file, split)
+    def read(place: Place, log: FindingLog) -> list[LabelledImage]:
         images = ImageCollector(place, wanted, log, in_fractions=True, spell=_spellings, are_addresses=True)
-        for position, task in enumerate(load_list(file, log, place.shown)):
+        for position, task in enumerate(load_list(place.file, log, place.shown)):
             where = f"{place.shown}, task {one_line(task.get('id', position))}"
             name, regions = _image_name(task), _regions(task, where, log)
             if name is None:
@@ -55,7 +52,7 @@ def read_label_studio(wanted: Wanted) -> Annotations:
                     _add(image, region, where, log)
         return images.images()
 
-    return read_labelled(wanted, "label_studio", splits, read)
+    return read_files(wanted, "label_studio", label_studio_splits(wanted.path), read)
 
 
 def _image_name(task: dict[str, Any]) -> str | None:
