@@ -26,6 +26,7 @@ from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept, split_kind
 from ddetr.datasets.readers.side_by_side import Neighbours, neighbours
+from ddetr.datasets.readers.via import read_via, via_splits
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.reader import has_label_rows, read_yolo, said_of_unnamed
@@ -144,11 +145,12 @@ FORMATS: dict[str, Reader] = {
     "labelme": Reader("LabelMe", "a JSON file for each image", labelme_splits, read_labelme),
     "csv": Reader("CSV", "a table with a row for each box", csv_splits, read_csv_boxes),
     "label_studio": Reader("Label Studio", "its JSON", label_studio_splits, read_label_studio),
+    "via": Reader("VIA", "its JSON or CSV", via_splits, read_via),
     "createml": Reader("Create ML", "its JSON", createml_splits, read_createml),
     "huggingface": Reader("Hugging Face", "metadata.jsonl with objects", huggingface_splits, read_huggingface),
 }
 
-_OF_ONE_FILE = ("csv", "label_studio", "createml", "huggingface")  # whose splits are single files, as COCO's are
+_OF_ONE_FILE = ("csv", "label_studio", "via", "createml", "huggingface")  # whose splits are single files, as COCO's are
 
 
 def detect_format(path: str | PathLike) -> str:

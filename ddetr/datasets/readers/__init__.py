@@ -15,6 +15,7 @@ named_images.py   images that one file of annotations names: how they are found,
 json_files.py     JSON files: their text, and those that hold a list of images
 csv_boxes.py      reader: CSV tables of boxes (Roboflow, TensorFlow, RetinaNet, OpenImages, makesense.ai)
 label_studio.py   reader: Label Studio's JSON and JSON-MIN
+via.py            reader: VGG Image Annotator's (VIA) JSON and CSV
 createml.py       reader: Create ML's JSON
 huggingface.py    reader: Hugging Face image folders with metadata.jsonl or .csv
 """

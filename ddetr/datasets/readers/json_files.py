@@ -48,7 +48,7 @@ def file_splits(path: Path, patterns: Sequence[str], is_ours: Callable[[Path], b
     """Split name -> its files: the file at `path`, or those of the first pattern in the folder that are `is_ours`. A
     file that is alone in its folder is called as the folder is; those below a split's folder are one split."""
     if path.is_file():
-        return {WHOLE: [path]} if path.suffix.lower() == ".json" and is_ours(path) else {}
+        return {WHOLE: [path]} if is_ours(path) else {}
     for pattern in patterns:
         files = [file for file in found_below(path, pattern) if is_ours(file)]
         deeper = files_in_split_folders(path, pattern, is_ours, files)
@@ -87,16 +87,21 @@ def _named(root: Path, files: Sequence[Path], others: bool) -> dict[str, Path]:
 
 def list_splits(path: Path, patterns: Sequence[str], is_ours: Callable[[bytes], bool]) -> dict[str, list[Path]]:
     """`file_splits` of the files that hold a list, of which the first kilobytes are `is_ours`."""
-    return file_splits(path, patterns, lambda file: _starts_as(file, is_ours))
+
+    def holds(file: Path) -> bool:
+        start = start_of(file) if file.suffix.lower() == ".json" else b""
+        return start[:1] == b"[" and is_ours(start)
+
+    return file_splits(path, patterns, holds)
 
 
-def _starts_as(file: Path, is_ours: Callable[[bytes], bool]) -> bool:
+def start_of(file: Path) -> bytes:
+    """The first kilobytes of a text file, whichever encoding it has; b"" where it can't be read."""
     try:
         with open_file(file) as stream:
-            start = stream.read(1 << 16).lstrip(JSON_MARKS).replace(b"\0", b"")
+            return stream.read(1 << 16).lstrip(JSON_MARKS).replace(b"\0", b"")
     except OSError:
-        return False
-    return start[:1] == b"[" and is_ours(start)
+        return b""
 
 
 def load_list(file: Path, log: FindingLog, where: str) -> list[dict[str, Any]]:

@@ -220,3 +220,12 @@ def box_around_turned(cx: float, cy: float, width: float, height: float, radians
     cos, sin = abs(math.cos(radians)), abs(math.sin(radians))
     half_w, half_h = (width * cos + height * sin) / 2, (width * sin + height * cos) / 2
     return [cx - half_w, cy - half_h, cx + half_w, cy + half_h]
+
+
+def box_around_ellipse(cx: float, cy: float, rx: float, ry: float, radians: float) -> list[float]:
+    """x1, y1, x2, y2 around an ellipse that is turned about its centre."""
+    if not math.isfinite(radians):
+        return [math.nan] * 4
+    cos, sin = math.cos(radians), math.sin(radians)
+    half_w, half_h = math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)
+    return [cx - half_w, cy - half_h, cx + half_w, cy + half_h]
