@@ -25,7 +25,7 @@ from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
 from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept, split_kind
-from ddetr.datasets.readers.side_by_side import Neighbours, neighbours
+from ddetr.datasets.readers.side_by_side import NOTHING_SAYS, Neighbours, neighbours, unlike
 from ddetr.datasets.readers.via import read_via, via_splits
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
@@ -179,22 +179,42 @@ def _neighbours(format: str, place: Path) -> Neighbours:
 
     def format_in(folder: Path) -> str | None:
         found = _place(folder, list(FORMATS), [])
-        return None if found is None else FORMATS[found[0]].title
+        return None if found is None else found[0]
 
     return neighbours(place, FORMATS[format].splits(place).values(), format_in)
 
 
 def _check_alone(format: str, place: Path) -> None:
-    """Of several data sets in one folder the first is not taken for all of it."""
+    """Of several data sets in one folder the first is not taken for all of it, unless all say the same."""
     found = _neighbours(format, place)
-    if found.others:
-        known = [*((folder, FORMATS[format].title) for folder in found.read), *found.others]
-        listed = first_few([f"{one_line(folder)} ({title})" for folder, title in sorted(known)], 6)
-        read = first_few([one_line(folder.name) for folder in found.read], 4)
-        raise InputError(
-            f"{place} holds several data sets, and nothing says that they belong together: {listed}. Give the path of "
-            f"one; --data.format {format} (format) reads {read} alone"
-        )
+    if not found.others:
+        return
+    known = [*((folder, format) for folder in found.read), *found.others]
+    unlike = None
+    if len(found.read) == 1:
+        unlike = next(filter(None, (_unlike(known[0], other) for other in found.others)), None)
+        if unlike is None:
+            return
+    listed = first_few([f"{one_line(folder)} ({FORMATS[one].title})" for folder, one in sorted(known)], 6)
+    read = first_few([one_line(folder.name) for folder in found.read], 4)
+    raise InputError(
+        f"{place} holds several data sets, and {unlike or NOTHING_SAYS}: {listed}. Give the path of one; --data.format "
+        f"{format} (format) reads {read} alone"
+    )
+
+
+def _unlike(one: tuple[Path, str], other: tuple[Path, str]) -> str | None:
+    """In what two data sets differ, given by folder and format; None where their usual splits have the same images
+    with the same objects, as where one was converted from the other."""
+    splits = []
+    for folder, format in (one, other):
+        try:
+            names = default_splits(folder, format)
+            read = [load_annotations(folder, n, format=format, check_images=False) for n in names if n is not None]
+        except InputError:
+            return NOTHING_SAYS
+        splits.append(read)
+    return unlike(*splits)
 
 
 def read_together(path: str | PathLike, format: str = "auto") -> tuple[Path, ...]:
@@ -255,7 +275,18 @@ def _located(path: str | PathLike, format: str) -> tuple[str, Path]:
     """The format, recognised where it is "auto", and the folder or file that holds it."""
     path = existing(path)
     format = detect_format(path) if format == "auto" else _known(format)
-    return _place(path, [format]) or (format, path)
+    format, place = _place(path, [format]) or (format, path)
+    beside = _neighbours(format, place)
+    if beside.others and len(beside.read) == 1 and FORMATS[format].splits(beside.read[0]):
+        place = beside.read[0]  # with the splits that it has itself
+    return format, place
+
+
+def same_beside(path: str | PathLike, format: str) -> list[tuple[Path, str]]:
+    """The data sets, with their formats, that lie beside the one of this format, where `detect_format` has found that
+    they say the same."""
+    place = _place(existing(path), [format])
+    return list(_neighbours(*place).others) if place is not None else []
 
 
 def also_there(path: str | PathLike, format: str = "auto") -> list[tuple[str, list[str]]]:

@@ -22,6 +22,7 @@ from ddetr.datasets.load import (
     detect_format,
     read_together,
     said_of_not_named,
+    same_beside,
 )
 from ddetr.datasets.readers.reader import WHOLE, layouts_kept
 from ddetr.datasets.related import copied_from, families
@@ -95,6 +96,12 @@ def _other_annotations(data: TrainingSource, train: Annotations) -> list[Finding
         message = (
             f"{FORMATS[other].title} annotations lie there too (splits: {first_few(splits, 5)}); {train.format} was "
             f"read. --data.format {other} reads the others."
+        )
+        found.append(Finding("other-annotations", "note", str(data.path), message))
+    for folder, other in same_beside(data.path, data.format):
+        message = (
+            f"{one_line(folder)} has the same images, splits and objects ({FORMATS[other].title}); {train.name} "
+            f"({train.format}) was read."
         )
         found.append(Finding("other-annotations", "note", str(data.path), message))
     return found

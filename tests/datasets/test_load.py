@@ -483,3 +483,53 @@ def test_data_sets_with_lists_of_their_own_in_the_folders_of_splits(tmp_path, ma
     make_voc({"c": xml}, {"test": "c"}, tmp_path / "test" / "VOC2007")
     with pytest.raises(InputError, match="holds several Pascal VOC data sets"):
         load_splits(TrainingSource(path=str(tmp_path)))
+
+
+def write_in_two_formats(tmp_path, make_voc, write_image, val="b", box=(5, 6, 25, 16), name="cat", seed=0):
+    """voc/ with a in train and b in val, coco/ with the image `val` in val, whose objects are the others."""
+    xml = voc_xml([voc_object()])
+    make_voc({"a": xml, "b": xml}, {"train": "a", "val": "b"}, tmp_path / "voc")
+    for split, image in (("train", "a" if val == "b" else "b"), ("val", val)):
+        x1, y1, x2, y2 = box
+        content = {
+            "images": [{"id": 1, "file_name": f"{image}.jpg", "width": 64, "height": 48}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": 9}],
+            "categories": [{"id": 1, "name": name}],
+        }
+        write_image(tmp_path / "coco" / split / f"{image}.jpg", seed=seed + "ab".index(image))
+        file = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("format", ["auto", "voc"])
+def test_one_data_set_in_two_formats(tmp_path, make_voc, write_image, format):
+    write_in_two_formats(tmp_path, make_voc, write_image, box=(4, 5.2, 25, 16), name="Cat")
+    train, val = load_splits(TrainingSource(path=str(tmp_path), format=format))
+    assert [record.path.name for record in (*train.images, *val.images)] == ["a.jpg", "b.jpg"]
+    said = [finding.message for finding in train.findings if finding.kind == "other-annotations"]
+    assert len(said) == (format == "auto")
+    assert all("coco has the same images, splits and objects (COCO); voc/train (voc) was read" in one for one in said)
+
+
+@pytest.mark.parametrize(
+    ("differing", "said"),
+    [
+        ({"val": "a"}, "split images of the same names in different ways"),
+        ({"box": (15, 6, 25, 16)}, "different objects in images of the same names, such as a.jpg"),
+        ({"name": "dog"}, "different names of classes in images of the same names, such as a.jpg"),
+        ({"seed": 5}, "different images of the same names, such as a.jpg"),
+    ],
+)
+def test_two_formats_that_do_not_say_the_same(tmp_path, make_voc, write_image, differing, said):
+    write_in_two_formats(tmp_path, make_voc, write_image, **differing)
+    with pytest.raises(InputError, match=rf"{said}: .*coco \(COCO\), .*voc \(Pascal VOC\). Give the path of one"):
+        load_splits(TrainingSource(path=str(tmp_path)))
+
+
+def test_the_format_that_is_named_is_read_with_its_own_splits(make_yolo, make_coco, tmp_path):
+    """And not all that lies in its folder as one split, validation images among them."""
+    make_coco(root=tmp_path / "coco")
+    make_yolo({f"images/{split}/{split}.jpg": "0 .5 .5 .2 .2" for split in ("train", "val")}, root=tmp_path / "yolo")
+    train, val = load_splits(TrainingSource(path=str(tmp_path), format="yolo"))
+    assert [record.path.name for record in (*train.images, *val.images)] == ["train.jpg", "val.jpg"]
