@@ -285,7 +285,7 @@ def _located(path: str | PathLike, format: str) -> tuple[str, Path]:
 def same_beside(path: str | PathLike, format: str = "auto") -> list[tuple[Path, str]]:
     """The data sets, with their formats, that lie beside the one of this format, where `detect_format` has found that
     they say the same."""
-    place = _place(existing(path), list(FORMATS) if format == "auto" else [format])
+    place = _place(existing(path), list(FORMATS) if format == "auto" else [format], [])
     return list(_neighbours(*place).others) if place is not None else []
 
 

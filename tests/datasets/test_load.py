@@ -533,3 +533,33 @@ def test_the_format_that_is_named_is_read_with_its_own_splits(make_yolo, make_co
     make_yolo({f"images/{split}/{split}.jpg": "0 .5 .5 .2 .2" for split in ("train", "val")}, root=tmp_path / "yolo")
     train, val = load_splits(TrainingSource(path=str(tmp_path), format="yolo"))
     assert [record.path.name for record in (*train.images, *val.images)] == ["train.jpg", "val.jpg"]
+
+
+# ---- images in no list -----------------------------------------------------------------------------------------------
+
+
+def in_no_list(annotations):
+    return [(f.count, f.message.partition(" such as ")[2]) for f in annotations.findings if f.kind == "in-no-list"]
+
+
+def test_labelled_images_in_no_list_of_voc(make_voc, write_image):
+    root = make_voc({stem: voc_xml([voc_object()]) for stem in "abcdef"}, {"train": "a\nb", "val": "c"})
+    (root / "Annotations" / "gone.xml").write_text(voc_xml([voc_object()]))  # without an image
+    write_image(root / "JPEGImages" / "unlabelled.jpg")
+    train, val = load_splits(TrainingSource(path=str(root)))
+    assert (in_no_list(train), in_no_list(val)) == ([(3, "d, e, f.")], [])
+    (root / "ImageSets" / "Main" / "test.txt").write_text("d\ne\nf\n")
+    assert in_no_list(load_splits(TrainingSource(path=str(root)))[0]) == []
+
+
+@pytest.mark.parametrize("yaml", [None, "train: train.txt\nval: val.txt\nnames: [cat]\n"])
+def test_labelled_images_in_no_list_of_yolo(make_yolo, yaml):
+    row = "0 .5 .5 .2 .2"
+    labels = {f"images/{stem}.jpg": row for stem in "abcdef"} | {"images/g.jpg": None, "images/h.jpg": ""}
+    root = make_yolo(labels, data_yaml=yaml)
+    (root / "train.txt").write_text("images/a.jpg\n./images/b.jpg\n")
+    (root / "val.txt").write_text(f"{root}/images/c.jpg\n")
+    train, val = load_splits(TrainingSource(path=str(root)))
+    assert (in_no_list(train), in_no_list(val)) == ([(3, "d.jpg, e.jpg, f.jpg.")], [])
+    (root / "val.txt").write_text("".join(f"images/{stem}.jpg\n" for stem in "cdef"))
+    assert in_no_list(load_splits(TrainingSource(path=str(root)))[0]) == []

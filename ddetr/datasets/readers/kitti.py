@@ -23,6 +23,7 @@ from ddetr.datasets.readers.label_folders import (
     label_files,
     named_splits,
     report_images,
+    report_in_no_list,
     split_folders,
     without_shared,
 )
@@ -116,6 +117,12 @@ def read_kitti(wanted: Wanted) -> Annotations:
         files = [file for source in sources for file in _label_files(source, log)]
         images = without_shared(_images(wanted.path, files, beside, log), log)
         report_images(log, wanted, beside, files, images, known)
+        lists = [source.listing for some in splits.values() for source in some if source.listing is not None]
+        if lists and wanted.split == (wanted.train_split or wanted.split):
+            listed = {name for listing in lists for name in _names(listing)}
+            others = [file for file in label_files(sources[0].folder, ".txt") if file.stem not in listed]
+            names = [file.stem for file in others if beside.find_own(file) is not None]
+            report_in_no_list(log, sources[0].folder, names, lists)
         return images
 
     return read_labelled(wanted, "kitti", splits, read)

@@ -188,6 +188,17 @@ def report_images(
             log.add("image-without-labels", "note", str(folder), message, count=len(names))
 
 
+def report_in_no_list(log: FindingLog, folder: Path, names: Sequence[str], lists: Iterable[Path | None]) -> None:
+    """Adds the images of these names, which have labels and are in none of the lists."""
+    if names:
+        known = first_few([one_line(listing.name) for listing in dict.fromkeys(lists) if listing is not None], 4)
+        message = (
+            f"{len(names):,} images with labels are in no list ({known}) and not used, such as "
+            f"{first_few([one_line(name) for name in names], 3)}."
+        )
+        log.add("in-no-list", "note", str(folder), message, count=len(names))
+
+
 def without_shared(images: Iterable[LabelledImage], log: FindingLog) -> list[LabelledImage]:
     """The images, without those whose file belongs to an earlier one: two label files for one image."""
     first: dict[Path, str] = {}

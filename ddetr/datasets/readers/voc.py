@@ -35,6 +35,7 @@ from ddetr.datasets.readers.label_folders import (
     label_files,
     named_splits,
     report_images,
+    report_in_no_list,
     without_shared,
 )
 from ddetr.datasets.readers.reader import (
@@ -269,9 +270,20 @@ def read_voc(wanted: Wanted) -> Annotations:
         trees = {file: tree for file in counted(files) if (tree := _parse(file, root, log)) is not None}
         images = without_shared(_images(root, trees, beside, log), log)
         report_images(log, wanted, beside, list(trees), images, known)
+        if wanted.split == (wanted.train_split or wanted.split) and all(source.listing for source in sources):
+            _report_unlisted(splits, beside, log)
         return images
 
     return read_labelled(wanted, "voc", splits, read)
+
+
+def _report_unlisted(splits: dict[str, list[Source]], beside: ImagesBeside, log: FindingLog) -> None:
+    """Counts the images with an XML file that are in none of the lists."""
+    sources = [source for some in splits.values() for source in some]
+    listed = {file for source in sources if source.listing for file in _listed_files(source, FindingLog())}
+    for folder in sorted({source.folder for source in sources}):
+        left = [file for file in _xml_files(folder) if file not in listed and beside.find_own(file) is not None]
+        report_in_no_list(log, folder, [file.stem for file in left], [source.listing for source in sources])
 
 
 def _parse(file: Path, root: Path, log: FindingLog) -> ElementTree.Element | None:
