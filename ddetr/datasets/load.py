@@ -26,6 +26,7 @@ from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept, split_kind
 from ddetr.datasets.readers.side_by_side import NOTHING_SAYS, Neighbours, neighbours, unlike
+from ddetr.datasets.readers.split_lists import with_lists
 from ddetr.datasets.readers.via import read_via, via_splits
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
@@ -136,7 +137,7 @@ def _read_coco(wanted: Wanted) -> Annotations:
 
 # In the order in which they are tried: a COCO file says most; KITTI's folders are called as YOLO's; LabelMe's files
 # stay where they were when others have been made of them.
-FORMATS: dict[str, Reader] = {
+_READERS = {
     "coco": Reader("COCO", "annotations/*.json or */_annotations.coco.json", coco_splits, _read_coco),
     "voc": Reader("Pascal VOC", "XML files in Annotations/, or beside the images", voc_splits, read_voc),
     "kitti": Reader("KITTI", "training/image_2 and label_2", kitti_splits, read_kitti),
@@ -148,6 +149,11 @@ FORMATS: dict[str, Reader] = {
     "via": Reader("VIA", "its JSON or CSV", via_splits, read_via),
     "createml": Reader("Create ML", "its JSON", createml_splits, read_createml),
     "huggingface": Reader("Hugging Face", "metadata.jsonl with objects", huggingface_splits, read_huggingface),
+}
+
+_READ_LISTS = ("voc", "kitti", "yolo")  # themselves
+FORMATS: dict[str, Reader] = {
+    name: reader if name in _READ_LISTS else with_lists(reader) for name, reader in _READERS.items()
 }
 
 _OF_ONE_FILE = ("csv", "label_studio", "via", "createml", "huggingface")  # whose splits are single files, as COCO's are
