@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
@@ -38,6 +38,7 @@ from ddetr.wording import did_you_mean, first_few
 
 ANNOTATIONS_OPTION = "--data.train_annotations or --data.val_annotations (annotation_file)"
 _TRAIN_NAMES = ("train", "train2017", "training", "trainval", "all")
+_MOST_FOLDERS = 20  # of a data set without a training split that are looked into
 _SAMPLED = 100  # images of a split whose names are held beside those of other splits
 _WRAPPERS = 3  # folders one in another, of which each holds only the next, as archives are unpacked
 _VAL_NAMES = ("val", "val2017", "valid", "validate", "validation", "dev", "eval", "evaluation", "holdout")
@@ -337,6 +338,7 @@ def default_splits(
         raise InputError(
             f"{path} has the splits {first_few(splits, 8)}: none is called train; --data.train_split (and "
             f"--data.val_split, or --data.val_fraction 0.1) names the one to train on{own}{unnamed and f'. {unnamed}'}"
+            f"{''.join(f'. {sentence}' for sentence in _said_of_others(path, format))}"
         )
     others = [split for split in splits if split not in (train, "trainval")]
     val = val_split or _first(others, _VAL_NAMES, "val")
@@ -347,6 +349,22 @@ def default_splits(
                 "--data.val_split name the ones that are meant"
             )
     return train, val
+
+
+def _said_of_others(path: str | PathLike, format: str) -> Iterator[str]:
+    """Sentences on what else lies in the folder of a data set without a training split: that may have been meant."""
+    format, place = _located(path, format)
+    for other, splits in also_there(path, format):
+        if _train_split(splits) is not None:
+            listed = first_few(splits, 5)
+            yield f"{FORMATS[other].title} annotations lie there too ({listed}): --data.format {other} reads them"
+    own = FORMATS[format].splits(place)
+    for folder in folders_in(place)[:_MOST_FOLDERS] if place.is_dir() else ():
+        found = None if folder.name in own else _place(folder, list(FORMATS), [])
+        if found is not None and _train_split(list(FORMATS[found[0]].splits(found[1]))) is not None:
+            yield f"{one_line(folder)} is a data set of its own ({FORMATS[found[0]].title}): its path reads it"
+        elif found is None and split_kind(folder.name) == "train":
+            yield from filter(None, [what_it_is(folder, lambda _: False)])
 
 
 def check_parts(path: str | PathLike, split: str, splits: Sequence[str], option: str) -> None:

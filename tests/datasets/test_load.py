@@ -563,3 +563,41 @@ def test_labelled_images_in_no_list_of_yolo(make_yolo, yaml):
     assert (in_no_list(train), in_no_list(val)) == ([(3, "d.jpg, e.jpg, f.jpg.")], [])
     (root / "val.txt").write_text("".join(f"images/{stem}.jpg\n" for stem in "cdef"))
     assert in_no_list(load_splits(TrainingSource(path=str(root)))[0]) == []
+
+
+# ---- what lies beside a test split alone -----------------------------------------------------------------------------
+
+
+def said_of_train(root):
+    with pytest.raises(InputError, match="none is called train") as caught:
+        load_splits(TrainingSource(path=str(root)))
+    return str(caught.value).partition("names the one to train on")[2]
+
+
+def test_lists_of_keras_beside_a_test_split(make_yolo, write_image):
+    root = make_yolo({"test/images/t.jpg": "0 .5 .5 .2 .2"})
+    for split in ("train", "valid"):
+        write_image(root / split / "a.jpg")
+        (root / split / "_annotations.txt").write_text("a.jpg 5,6,25,16,0 30,20,40,44,1\n")
+    said = said_of_train(root)
+    assert f"{root}/train is no data set that is read; it holds a list with images and boxes in each line" in said
+    assert "(_annotations.txt)" in said
+
+
+def test_darknets_stale_lists_beside_a_test_split(make_coco, tmp_path, write_image):
+    root = make_coco(split="test")
+    for i in range(2):
+        write_image(root / f"obj/{i}.jpg")
+        (root / f"obj/{i}.txt").write_text("0 .5 .5 .2 .2\n")
+    for home in (root, root / "darknet"):
+        home.mkdir(exist_ok=True)
+        (home / "obj.data").write_text("classes=1\ntrain=train.txt\nvalid=valid.txt\nnames=obj.names\n")
+        (home / "obj.names").write_text("cat\n")
+        for name in ("train.txt", "valid.txt"):
+            (home / name).write_text("/content/darknet/data/gone/1.jpg\n")
+    said = said_of_train(root)
+    assert "YOLO annotations lie there too (train, val): --data.format yolo reads them" in said
+    assert f"{root}/darknet is a data set of its own (YOLO): its path reads it" in said
+    assert "test is" not in said
+    train, _ = load_splits(TrainingSource(path=str(root), format="yolo"))
+    assert "every-image-missing" in {finding.kind for finding in train.findings}
