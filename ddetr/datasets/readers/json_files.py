@@ -4,15 +4,18 @@ and the splits that they are."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import folders_in, found_below
+from ddetr.datasets.image_formats import is_clutter
 from ddetr.datasets.readers.coco.layout import JSON_MARKS, named_by_split
 from ddetr.datasets.readers.label_folders import split_folders
-from ddetr.datasets.readers.reader import WHOLE, split_kind
+from ddetr.datasets.readers.reader import WHOLE, looked_at_once, split_kind
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_ANNOTATION_BYTES, open_file, parse_json, read_text
 
@@ -67,12 +70,22 @@ def files_in_split_folders(
         return {}
 
     def of(folder: Path) -> list[Path]:
-        return [file for file in found_below(folder, name) if is_ours(file)]
+        return [file for file in _annotation_files(folder) if fnmatch(file.name.lower(), name) and is_ours(file)]
 
     known = {file.relative_to(root).parts[0] for file in found}
     splits = [folder for folder in folders_in(root) if split_kind(folder.name) and folder.name not in known]
     places = split_folders(splits, lambda folder: folder not in splits and len(of(folder)) == 1)
     return {name: [file for place in inner for file in of(place)] for name, inner in places.items()}
+
+
+@looked_at_once
+def _annotation_files(folder: Path) -> list[Path]:
+    """The files that may hold annotations of several images: among 100,000 images or labels there are few."""
+    try:
+        names = [name for name in os.listdir(folder) if name.lower().endswith((".json", ".csv", ".tsv"))]
+    except OSError:
+        return []
+    return [folder / name for name in sorted(names) if not is_clutter(name)]
 
 
 def _named(root: Path, files: Sequence[Path], others: bool) -> dict[str, Path]:

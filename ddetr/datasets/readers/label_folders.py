@@ -15,7 +15,7 @@ from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, folders_in, report_all_missing
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.file_names import last_parts
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, split_kind
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, looked_at_once, split_kind
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few
 
@@ -77,6 +77,9 @@ def named_splits(sources: Sequence[tuple[str, T]]) -> dict[str, list[T]]:
     return whole if len(named) == 1 else {**named, **whole}
 
 
+_folders_of = looked_at_once(folders_in)
+
+
 def folders_holding(folder: Path, holds: Callable[[Path], bool]) -> list[Path]:
     """The folder itself where it `holds` data, else those in it and further down that do, as `train/0` and `train/1`
     do for train. [] where one of these is called as another split is: that is a data set of its own."""
@@ -85,7 +88,7 @@ def folders_holding(folder: Path, holds: Callable[[Path], bool]) -> list[Path]:
         held = [place for place in level[:_PROBED] if holds(place)]
         held += [place for place in level[_PROBED:] if held and holds(place)]
         found += held
-        level = [sub for place in level if place not in held for sub in folders_in(place)]
+        level = [sub for place in level if place not in held for sub in _folders_of(place)]
     own = split_kind(folder.name)
     words = {part for place in found for part in place.relative_to(folder).parts}
     return [] if own and any(split_kind(word) not in (None, own) for word in words) else sorted(found)
