@@ -17,7 +17,7 @@ from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.file_names import last_parts
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, looked_at_once, split_kind
 from ddetr.untrusted import one_line
-from ddetr.wording import first_few
+from ddetr.wording import first_few, plural
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "image", "imgs", "img", "image_2")
 _IMAGE_NAMES = frozenset(name.lower() for name in IMAGE_FOLDERS)
@@ -196,7 +196,7 @@ def report_in_no_list(log: FindingLog, folder: Path, names: Sequence[str], lists
     if names:
         known = first_few([one_line(listing.name) for listing in dict.fromkeys(lists) if listing is not None], 4)
         message = (
-            f"{len(names):,} images with labels are in no list ({known}) and not used, such as "
+            f"No list ({known}) has {plural(len(names), 'image')} with labels, and they are not used, such as "
             f"{first_few([one_line(name) for name in names], 3)}."
         )
         log.add("in-no-list", "note", str(folder), message, count=len(names))
