@@ -31,9 +31,11 @@ from ddetr.datasets.readers.label_folders import (
     box_around,
     box_around_turned,
     folder_named,
+    folders_holding,
     label_files,
     named_splits,
     report_images,
+    report_in_no_list,
     without_shared,
 )
 from ddetr.datasets.readers.reader import (
@@ -102,9 +104,9 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
         return {}
     sources = []
     for sub in folders_in(root):
-        inner = _xml_folder(sub) if split_kind(sub.name) else None
-        if inner is not None or _holds_voc(sub):
-            sources.append((sub.name, Source(inner or sub)))
+        is_split = split_kind(sub.name) is not None
+        places = _xml_folders(sub) if is_split else [sub] * _holds_voc(sub)
+        sources += [(sub.name, Source(place)) for place in places]
     if sources:
         return named_splits(sources)
     return (_listed(root, root) or {WHOLE: [Source(root)]}) if _holds_voc(root) else {}
@@ -113,9 +115,18 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
 def _xml_folder(root: Path) -> Path | None:
     """The folder below `root` whose XML files, or whose folders of them, describe images."""
     for folder in folder_named(root, _XML_FOLDERS):
-        if _holds_voc(folder) or any(_holds_voc(sub) for sub in folders_in(folder)):
+        if folders_holding(folder, _holds_voc):
             return folder
     return None
+
+
+def _xml_folders(split: Path) -> list[Path]:
+    """The folders of XML files in the folder of a split; not those of a data set in it that has lists of its own."""
+
+    def holds(folder: Path) -> bool:
+        return _holds_voc(folder) and (folder.parent == split or not folder_named(folder.parent, ("ImageSets",)))
+
+    return folders_holding(_xml_folder(split) or split, holds)
 
 
 def _holds_voc(folder: Path) -> bool:
@@ -172,19 +183,20 @@ def _lists_images(file: Path, index: dict[str, Path | None]) -> bool:
 
 
 def _unlisted(folder: Path) -> dict[str, list[Source]]:
-    inner = [] if _holds_voc(folder) else [sub for sub in folders_in(folder) if _holds_voc(sub)]
-    if not inner:  # all XML files in one folder, the images in one for each split
+    inner = {} if _holds_voc(folder) else {sub: folders_holding(sub, _holds_voc) for sub in folders_in(folder)}
+    if not any(inner.values()):  # all XML files in one folder, the images in one for each split
         places = [sub for place in folder_named(folder.parent, IMAGE_FOLDERS) for sub in folders_in(place)]
         splits = {sub.name: [Source(folder, sub)] for sub in places if split_kind(sub.name)}
         return splits or {WHOLE: [Source(folder)]}
-    return named_splits([(sub.name, Source(sub)) for sub in inner])
+    return named_splits([(sub.name, Source(place)) for sub, places in inner.items() for place in places])
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
 def _xml_files(folder: Path) -> list[Path]:
-    return label_files(folder, ".xml") or [file for sub in folders_in(folder) for file in label_files(sub, ".xml")]
+    places = folders_holding(folder, lambda place: bool(label_files(place, ".xml", 1)))
+    return [file for place in places for file in label_files(place, ".xml")]
 
 
 def _by_name(folder: Path) -> dict[str, Path | None]:
@@ -258,9 +270,20 @@ def read_voc(wanted: Wanted) -> Annotations:
         trees = {file: tree for file in counted(files) if (tree := _parse(file, root, log)) is not None}
         images = without_shared(_images(root, trees, beside, log), log)
         report_images(log, wanted, beside, list(trees), images, known)
+        if wanted.split == (wanted.train_split or wanted.split) and all(source.listing for source in sources):
+            _report_unlisted(splits, beside, log)
         return images
 
     return read_labelled(wanted, "voc", splits, read)
+
+
+def _report_unlisted(splits: dict[str, list[Source]], beside: ImagesBeside, log: FindingLog) -> None:
+    """Counts the images with an XML file that are in none of the lists."""
+    sources = [source for some in splits.values() for source in some]
+    listed = {file for source in sources if source.listing for file in _listed_files(source, FindingLog())}
+    for folder in sorted({source.folder for source in sources}):
+        left = [file for file in _xml_files(folder) if file not in listed and beside.find_own(file) is not None]
+        report_in_no_list(log, folder, [file.stem for file in left], [source.listing for source in sources])
 
 
 def _parse(file: Path, root: Path, log: FindingLog) -> ElementTree.Element | None:

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.image_files import ImageFolders
 from ddetr.datasets.readers.coco.content import NotCoco, categories_of, entries_of, load_json, whole_number
 from ddetr.datasets.readers.coco.ids import is_id
+from ddetr.datasets.readers.coco.layout import image_dirs
+from ddetr.datasets.readers.file_names import choose_home
 from ddetr.errors import InputError
-from ddetr.untrusted import one_line
+from ddetr.untrusted import MAX_PATH, one_line
 from ddetr.wording import first_few
 
 
@@ -30,26 +33,32 @@ class _Part:
     names: Mapping[int, str]  # category id -> name
 
 
-def merged(files: Sequence[Path], log: FindingLog, shown: str) -> dict[str, Any]:
+def merged(files: Sequence[Path], root: Path, log: FindingLog, shown: str) -> dict[str, Any]:
     """One content with the images, objects and categories of all files; what contradicts goes to the log.
+
+    root: the data set's folder, from which on images are named where the files lie in different folders.
 
     Raises:
         InputError: none of them can be read.
     """
-    parts, broken = [], []
+    parts, broken, folders = [], [], ImageFolders()
+    apart = len({file.parent for file in files}) > 1
     for file in files:
+        name = str(file.relative_to(root)) if apart else file.name
         try:
-            parts.append(_read(file, log))
+            parts.append(_read(file, name, log))
+            if apart:
+                _name_from(root, file, parts[-1].images, folders)
         except NotCoco:
-            log.add("other-json", "note", file.name, 'It has no "images": it is no annotation of any.')
+            log.add("other-json", "note", name, 'It has no "images": it is no annotation of any.')
         except InputError as error:
-            broken.append((file, error))
+            broken.append((name, error))
     if not parts:
         raise broken[0][1] if broken else NotCoco(f"{shown}: none of them is a COCO annotation file")
     is_one_image_each = all(len(part.images) < 2 for part in parts)
-    for file, error in broken:
+    for name, error in broken:
         message = f"It can't be read ({error}); {'its image was' if is_one_image_each else 'its images were'} left out."
-        log.add("malformed-json", "dropped" if is_one_image_each else "refused", file.name, message)
+        log.add("malformed-json", "dropped" if is_one_image_each else "refused", name, message)
     if not is_one_image_each:
         _report_overlap(parts, log, shown)
     ids_of_images, ids_of_classes, categories = _image_ids(parts, log, shown), *_class_ids(parts, log, shown)
@@ -73,12 +82,26 @@ def merged(files: Sequence[Path], log: FindingLog, shown: str) -> dict[str, Any]
     return content
 
 
-def _read(file: Path, log: FindingLog) -> _Part:
+def _read(file: Path, name: str, log: FindingLog) -> _Part:
     content = load_json(file, log)
     objects = entries_of(content, "annotations", file) if "annotations" in content else []
-    own = categories_of(content, [], log, file.name)[0] if content.get("categories") else ()
+    own = categories_of(content, [], log, name)[0] if content.get("categories") else ()
     names = {category.category_id: category.name for category in own}
-    return _Part(file.name, entries_of(content, "images", file), objects, names)
+    return _Part(name, entries_of(content, "images", file), objects, names)
+
+
+def _name_from(root: Path, file: Path, images: Sequence[dict[str, Any]], folders: ImageFolders) -> None:
+    """Gives the images that lie by their file a name from `root` on: 0/a.jpg and 1/a.jpg of two files' a.jpg."""
+    named = [
+        image for image in images if isinstance(image.get("file_name"), str) and 0 < len(image["file_name"]) <= MAX_PATH
+    ]
+    home = choose_home(
+        image_dirs(file.parent, file, file.parent.name), [image["file_name"] for image in named], folders
+    )
+    for image in named if home else ():
+        found = home.find(image["file_name"])
+        if found is not None and found.is_relative_to(file.parent):
+            image["file_name"] = found.relative_to(root).as_posix()
 
 
 def _mapped(new_ids: Mapping[Any, int], written: Any, part: _Part) -> Any:
