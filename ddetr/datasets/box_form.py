@@ -156,8 +156,8 @@ def settled_form(numbers: np.ndarray, sizes_hw: np.ndarray, log: FindingLog, whe
 
 def check_meaning(
     boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, own: BoxForm, wanted: BoxForm, log: FindingLog, where: str
-) -> None:
-    """Reports where the boxes of a whole split look as if they meant something else.
+) -> bool:
+    """Reports where the boxes of a whole split look as if they meant something else; whether they do.
 
     Args:
         boxes_xyxy: (n, 4) corners as they are read: pixels, or fractions where `wanted` is relative.
@@ -172,17 +172,18 @@ def check_meaning(
     if not judged.all():
         boxes_xyxy, sizes_hw = boxes_xyxy[judged], sizes_hw[judged]
     if not len(boxes_xyxy):
-        return
+        return False
     if wanted == "auto":
         bad = _misfits(boxes_xyxy, sizes_hw)
-        for report in (_report_fractions, _report_scale, _report_other_form, _report_misfits):
-            if report(boxes_xyxy, sizes_hw, bad, own, log, where):
-                return
-    elif is_relative(wanted):
+        reports = (_report_fractions, _report_scale, _report_other_form, _report_misfits)
+        return any(report(boxes_xyxy, sizes_hw, bad, own, log, where) for report in reports)
+    if is_relative(wanted):
         beyond = (np.abs(boxes_xyxy) > 2).any(axis=1)
         if beyond.mean() > _MOSTLY:
             message = f"{_of(beyond)} are no fractions of an image, but were read as {wanted}: correct --data.boxes."
             log.add("boxes-not-relative", "refused", where, message, count=int(beyond.sum()))
+            return True
+    return False
 
 
 def check_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, where: str) -> None:
