@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.annotations import FindingLog, ImageTable
 from ddetr.datasets.config import BoxForm
 
 _MEANING = {
@@ -35,6 +35,12 @@ _FEW_OF_ANY, _SHARE_OF_ANY = 5, 0.2
 _SCALES = {100: "hundredths (percent)", 1000: "thousandths"}  # of the image's sides, which no form has
 _REACH = 0.7  # of a scale, which the boxes that are in it come to
 _CHANCE_BITS = 20  # boxes of large images all lie within the scale's first pixels by a chance of one to 2 ** this
+_WHOLE, _FEW_WHOLE = 0.9, 10  # of the boxes: so many that are the whole image are no objects that fill it
+_EDGE = 0.01  # of the image's side, from its edges, or one pixel: such a box is the whole image
+# Of the images' sides: the boxes of smaller images leave so much empty at the right and below, and many of them lie
+# nearer to the left, and to the top, than a quarter of that.
+_EMPTY, _NEAR = 0.25, 0.25
+_MANY_NEAR = 20  # images that have such a box
 
 
 def is_relative(form: BoxForm) -> bool:
@@ -193,6 +199,35 @@ def check_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, where
     bad = _misfits(boxes_xyxy, _ONE)
     if not _report_other_form(boxes_xyxy, _ONE, bad, own, log, where):
         _report_misfits(boxes_xyxy, _ONE, bad, own, log, where)
+
+
+def check_placement(table: ImageTable, where: str, log: FindingLog) -> None:
+    """Adds a note where nearly all boxes of a whole split are the whole image, or where all leave the right and the
+    lower part of every image empty."""
+    counts, total = np.diff(table.offsets), len(table.labels)
+    if not total:
+        return
+    sides = np.repeat(table.sizes_hw[:, ::-1].astype(np.float32), counts, axis=0)  # (n, 2) width, height
+    start, end, edge = table.boxes_xyxy[:, :2], table.boxes_xyxy[:, 2:], np.maximum(1, _EDGE * sides)
+    whole = ((start <= edge) & (end >= sides - edge)).all(axis=1)
+    if whole.sum() >= max(_FEW_WHOLE, _WHOLE * total):
+        message = (
+            f"{_of(whole)} are the whole image, as where labels of classification were written as boxes: a model can't "
+            "learn from them where an object is."
+        )
+        log.add("whole-image-boxes", "note", where, message, count=int(whole.sum()))
+        return
+    reach = (end / sides).max(axis=0)  # (2,) of the images' sides
+    if (reach > 1 - _EMPTY).any():
+        return
+    is_near, of_image = start < _NEAR * (1 - reach) * sides, np.repeat(np.arange(len(table)), counts)
+    if all(len(np.unique(of_image[near])) >= _MANY_NEAR for near in is_near.T):
+        message = (
+            f"All {total:,} boxes lie in the left {reach[0]:.0%} and the upper {reach[1]:.0%} of their images: were "
+            "they drawn on smaller ones? If so, multiply them by how much larger these are; `ddetr data show` shows "
+            "some."
+        )
+        log.add("boxes-in-one-corner", "note", where, message, count=total)
 
 
 def num_misfits(numbers: np.ndarray, form: BoxForm) -> int:
