@@ -196,6 +196,22 @@ def test_open_images(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     assert annotations.num_images_left_out == 1
 
 
+def test_a_part_of_open_images(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Its tables name all of its images, of which people have some; other tables name those that should be there."""
+    write_image(tmp_path / "train" / "a.jpg")
+    file = tmp_path / "train-annotations-bbox.csv"
+    rows = [f"{name},xclick,cat,1,0.0625,0.375,0.125,0.375,0,0,0,0,0\n" for name in "abcdefgh"]
+    file.write_text(OPEN_IMAGES + "".join(rows))
+    annotations = load_annotations(tmp_path, "train")
+    assert objects(annotations) == {"a.jpg": [("cat", BOX)]}
+    assert [(f.kind, f.action, f.count) for f in annotations.findings] == [("part-of-images", "note", 7)]
+    assert "7 of the 8 images that it names are not here: 1 were taken" in annotations.findings[0].message
+    file.write_text(TENSORFLOW + "".join(f"{name}.jpg,64,48,cat,4,6,24,18\n" for name in "abcdefgh"))
+    assert kinds(load_annotations(tmp_path, "train"))["most-images-left-out"] == "refused"
+    file.write_text(OPEN_IMAGES + "".join(rows[1:]))
+    assert kinds(load_annotations(tmp_path, "train"))["every-image-missing"] == "refused"
+
+
 def test_what_is_wrong_with_a_table(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     write_image(tmp_path / "a.jpg")
     (tmp_path / "train.csv").write_text(
