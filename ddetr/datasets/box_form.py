@@ -20,6 +20,14 @@ _MEANING = {
     "cxcywh": "a centre and a size (x, y, width, height)",
 }
 _RELATIVE = "-relative"
+# Orders in which the numbers of a form may stand in a file -> the places of its own numbers there. A size before a
+# corner fits as well as behind it.
+_ORDERS = {
+    "xyxy": {"x1, x2, y1, y2": [0, 2, 1, 3], "y1, y2, x1, x2": [2, 0, 3, 1]},
+    "xywh": {},
+    "cxcywh": {"width, height, x, y": [2, 3, 0, 1]},
+}
+_TELLING = 20  # boxes, all of which fit by one of these orders by no chance: corners don't as sizes and centres
 _ONE = np.ones((1, 2))  # the size of an image whose boxes are fractions
 _SMALLEST_SIDE = 16  # of an image in which a box within the first pixel is told from fractions
 _MOSTLY = 0.5  # of the boxes: fewer than that in 0..1 are mistakes of their own
@@ -181,7 +189,7 @@ def check_meaning(
         return False
     if wanted == "auto":
         bad = _misfits(boxes_xyxy, sizes_hw)
-        reports = (_report_fractions, _report_scale, _report_other_form, _report_misfits)
+        reports = (_report_fractions, _report_order, _report_scale, _report_other_form, _report_misfits)
         return any(report(boxes_xyxy, sizes_hw, bad, own, log, where) for report in reports)
     if is_relative(wanted):
         beyond = (np.abs(boxes_xyxy) > 2).any(axis=1)
@@ -197,8 +205,8 @@ def check_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, where
     judged = np.isfinite(boxes_xyxy).all(axis=1) & (boxes_xyxy[:, 2:] != boxes_xyxy[:, :2]).any(axis=1)
     boxes_xyxy = boxes_xyxy[judged]
     bad = _misfits(boxes_xyxy, _ONE)
-    if not _report_other_form(boxes_xyxy, _ONE, bad, own, log, where):
-        _report_misfits(boxes_xyxy, _ONE, bad, own, log, where)
+    reports = (_report_order, _report_other_form, _report_misfits)
+    any(report(boxes_xyxy, _ONE, bad, own, log, where) for report in reports)
 
 
 def check_placement(table: ImageTable, where: str, log: FindingLog) -> None:
@@ -283,6 +291,33 @@ def _report_other_form(
         return False
     message = f"{_of(bad)} don't fit into their images as {_said([own])}, but do as {_said(fitting)}. "
     log.add(f"boxes-look-like-{_base(fitting[0])}", "refused", where, message + _cure(fitting, own), count=count)
+    return True
+
+
+def _report_order(
+    boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, bad: np.ndarray, own: BoxForm, log: FindingLog, where: str
+) -> bool:
+    """Whether boxes, most of which don't fit into their images by any form, do if their numbers stand in another
+    order."""
+    count = int(_have_sides(boxes_xyxy[bad]).sum())
+    if not _are_many(count, len(bad)):
+        return False
+    numbers = numbers_of(boxes_xyxy, own)
+    misfits = {
+        (form, order): int(_misfits(corners_of(numbers[:, places], form), sizes_hw).sum())
+        for form in _from(own)
+        for order, places in _ORDERS[_base(form)].items()
+    }
+    (form, order), fewest = min(misfits.items(), key=lambda item: item[1])
+    by_a_form = _best_forms(numbers, sizes_hw, _from(own))[1]
+    if fewest * _CLEARER > count or by_a_form < fewest or (by_a_form == fewest and len(bad) < _TELLING):
+        return False
+    message = (
+        f"{count:,} of {len(bad):,} boxes don't fit into their images as {_said([own])}, but do if the numbers of each stand in the order "
+        f"{order}. If so, write them in the other order; if they are right as they are, read them by --data.boxes "
+        f"{own}."
+    )
+    log.add("boxes-in-another-order", "refused", where, message, count=count)
     return True
 
 

@@ -114,6 +114,20 @@ def test_exchanged_x_and_y_stop(own):
     assert "if x and y are exchanged" in message
 
 
+@pytest.mark.parametrize("own", ["xywh", "xyxy", "cxcywh"])
+@pytest.mark.parametrize(("form", "places"), [("xyxy", [0, 2, 1, 3]), ("xyxy", [1, 3, 0, 2]), ("cxcywh", [2, 3, 0, 1])])
+@pytest.mark.parametrize("objects", ["tiny", "small", "medium"])
+def test_numbers_in_another_order_stop(objects, form, places, own):
+    if form == "cxcywh" != own:
+        return  # small sizes before centres fit as corners, and as a corner and a size
+    numbers = numbers_of(boxes_of(objects, 60), form)[:, places]
+    order = {0: "x1, x2, y1, y2", 1: "y1, y2, x1, x2", 2: "width, height, x, y"}[places[0]]
+    ((kind, action, message),) = [(f.kind, f.action, f.message) for f in found(corners_of(numbers, own), own)]
+    assert (kind, action) == ("boxes-in-another-order", "refused")
+    assert f"if the numbers of each stand in the order {order}. " in message
+    assert found(corners_of(numbers, own), own, own) == ()
+
+
 def test_boxes_that_are_none_decide_nothing():
     for boxes in (np.zeros((9, 4)), np.full((9, 4), np.nan), np.zeros((0, 4)), np.full((9, 4), 1e300)):
         assert found(boxes, "xywh") == ()

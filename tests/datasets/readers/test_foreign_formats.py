@@ -178,6 +178,18 @@ def test_tables_of_several_folders_are_never_parts_of_one_set(tmp_path, tables, 
         assert default_splits(tmp_path) == chosen
 
 
+def test_columns_in_another_order_stop(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Without a header, x1, x2, y1, y2 are read as x1, y1, x2, y2."""
+    rows = []
+    for i in range(8):
+        write_image(tmp_path / f"{i}.jpg")
+        rows.append(f"{i}.jpg,{5 * i},{5 * i + 20},{4 * i},{4 * i + 16},cat\n")
+    (tmp_path / "train.csv").write_text("".join(rows))
+    found = [f for f in load_annotations(tmp_path, "train").findings if f.action == "refused"]
+    assert [f.kind for f in found] == ["boxes-in-another-order"]
+    assert "the order x1, x2, y1, y2. If so" in found[0].message
+
+
 def test_open_images(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     """Names by their ids, groups ignored, the images that are not there counted in one finding a name."""
     write_image(tmp_path / "train" / "000002b66c9c498e.jpg")

@@ -350,6 +350,15 @@ def test_a_corner_and_a_size_in_place_of_a_centre(make_yolo, tmp_path):
         assert record.boxes_xyxy.tolist() == [box]
 
 
+def test_the_size_before_the_centre(make_yolo):
+    rows = [f"0 0.1{i} 0.2{j} 0.{i} 0.{9 - i}" for i in range(2, 9) for j in range(3)]
+    _, annotations = boxes_of(make_yolo, rows)
+    ((action, _, message),) = said(annotations, "boxes-in-another-order")
+    assert action == "refused"
+    assert "the order width, height, x, y. If so, write them in the other order" in message
+    assert "by --data.boxes cxcywh-relative." in message
+
+
 def test_a_confidence_before_the_box(make_yolo):
     rows = [f"0 0.9{i} 0.2 0.{i + 3} 0.2 0.{i + 1}" for i in range(5)]
     _, annotations = boxes_of(make_yolo, rows)
