@@ -309,14 +309,16 @@ def _report_order(
         for order, places in _ORDERS[_base(form)].items()
     }
     (form, order), fewest = min(misfits.items(), key=lambda item: item[1])
-    by_a_form = _best_forms(numbers, sizes_hw, _from(own))[1]
+    forms, by_a_form = _best_forms(numbers, sizes_hw, _from(own))
     if fewest * _CLEARER > count or by_a_form < fewest or (by_a_form == fewest and len(bad) < _TELLING):
         return False
     message = (
-        f"{count:,} of {len(bad):,} boxes don't fit into their images as {_said([own])}, but do if the numbers of each stand in the order "
-        f"{order}. If so, write them in the other order; if they are right as they are, read them by --data.boxes "
-        f"{own}."
+        f"{count:,} of {len(bad):,} boxes don't fit into their images as {_said([own])}, but do if the numbers of each "
+        f"stand in the order {order}. If so, write them in the other order; if they are right as they are, read them "
+        f"by --data.boxes {own}."
     )
+    if by_a_form == fewest:
+        message += f" They fit as {_said(forms)} too (--data.boxes {' or '.join(forms)}): look at some of them."
     log.add("boxes-in-another-order", "refused", where, message, count=count)
     return True
 

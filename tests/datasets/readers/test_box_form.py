@@ -128,6 +128,15 @@ def test_numbers_in_another_order_stop(objects, form, places, own):
     assert found(corners_of(numbers, own), own, own) == ()
 
 
+def test_an_order_that_fits_as_well_as_a_form_is_named_beside_it():
+    """Corners in the first quarter of their images fit as sizes before centres."""
+    boxes = misread(boxes_of("medium", 40) / 2, "xyxy", "cxcywh")
+    ((kind, action, message),) = [(f.kind, f.action, f.message) for f in found(boxes, "cxcywh")]
+    assert (kind, action) == ("boxes-in-another-order", "refused")
+    assert "They fit as two corners (x1, y1, x2, y2) or" in message
+    assert "too (--data.boxes xyxy or xywh): look at some" in message
+
+
 def test_boxes_that_are_none_decide_nothing():
     for boxes in (np.zeros((9, 4)), np.full((9, 4), np.nan), np.zeros((0, 4)), np.full((9, 4), 1e300)):
         assert found(boxes, "xywh") == ()
@@ -309,6 +318,7 @@ def test_swapped_corners_in_fractions_are_ordered(tmp_path, write_image, kinds):
     annotations = load_annotations(tmp_path, "train")
     assert annotations.images[0].boxes_xyxy.tolist() == [[16, 12, 32, 24]] * 2
     assert kinds(annotations) == {"swapped-corners": "repaired"}
+
 
 # ---- where they lie --------------------------------------------------------------------------------------------------
 
