@@ -353,6 +353,17 @@ def test_tables_with_a_row_for_each_image(tmp_path: Path, write_image: Callable[
     assert kinds(load_annotations(tmp_path, "train"))["boxes-without-classes"] == "refused"
 
 
+def test_boxes_in_cells_of_a_small_validation_split(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """One box may fit as corners and as a corner and a size; training tells which it is."""
+    for split, boxes in (("train", cells("xyxy")), ("val", [[4, 6, 24, 18]])):
+        write_image(tmp_path / split / f"{split}.jpg", seed=len(split))
+        rows = "".join(f'{split}.jpg,"{box}",cat\n' for box in boxes)
+        (tmp_path / f"{split}.csv").write_text(f"file_name,bbox,label\n{rows}")
+    annotations = load_annotations(tmp_path, "val", categories=load_annotations(tmp_path, "train").categories)
+    assert objects(annotations) == {"val.jpg": [("cat", BOX)]}
+    assert kinds(annotations) == {"box-form": "note"}
+
+
 @pytest.mark.parametrize(
     ("rows", "found"),
     [

@@ -406,6 +406,17 @@ def test_numbers_of_tracks_are_no_angles(make_yolo, behind, stops):
     assert [action for action, _, _ in said(annotations, "angles-behind-boxes")] == ["refused"] * stops
 
 
+@pytest.mark.parametrize(("in_training", "stops"), [((1, 2, 3), False), ((90, 30, 90), True), ((), True)])
+def test_a_validation_split_too_small_to_tell_what_is_behind_its_boxes(make_yolo, in_training, stops):
+    def rows(numbers):
+        return "".join(f"0 0.5 0.{j + 3} 0.2 0.1 {number}\n" for j, number in enumerate(numbers))
+
+    images = {f"images/train/{i}.jpg": rows(in_training) or "0 0.5 0.5 0.2 0.1\n" for i in range(6)}
+    root = make_yolo(images | {"images/val/a.jpg": rows((17, 90))}, data_yaml=f"{YAML}\nval: images/val\n")
+    found = said(load_annotations(root, "val"), "angles-behind-boxes")
+    assert [action for action, _, _ in found] == ["refused"] * stops
+
+
 # ---- classes ---------------------------------------------------------------------------------------------------------
 
 
