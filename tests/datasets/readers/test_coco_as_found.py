@@ -701,6 +701,23 @@ def test_files_that_share_images_are_no_parts(write_part, kinds):
     assert kinds(load_annotations(root, "train"))["malformed-json"] == "refused"
 
 
+@pytest.mark.parametrize("prefix", ["", "instances_"])
+def test_equal_names_in_the_folders_of_parts_are_several_images(write_part, write_image, kinds, prefix):
+    for i in range(2):
+        root = write_part(f"annotations/{prefix}train_{i}.json", ["a.jpg", "b.jpg"], folder=f"images/train_{i}")
+        for name in "ab":
+            write_image(root / f"images/train_{i}/{name}.jpg", seed=2 * i + ord(name))
+    annotations = load_annotations(root, "train")
+    found = [record.path.relative_to(root / "images").as_posix() for record in annotations.images]
+    assert found == ["train_0/a.jpg", "train_0/b.jpg", "train_1/a.jpg", "train_1/b.jpg"]
+    assert [len(record.labels) for record in annotations.images] == [2] * 4
+    assert kinds(annotations) == {"image-ids-repeat": "note"}
+    write_image(root / "images/train_1/b.jpg", seed=ord("b"))  # the same picture again
+    assert kinds(load_annotations(root, "train"))["parts-overlap"] == "refused"
+    (root / "images/train_1/b.jpg").unlink()
+    assert kinds(load_annotations(root, "train"))["parts-overlap"] == "refused"
+
+
 @pytest.mark.parametrize(
     "names", [("train2014", "train2017"), ("train_v1", "train_v2"), ("train_fold1", "train_fold2"), ("seq1", "seq2")]
 )

@@ -56,7 +56,7 @@ def read_coco(wanted: Wanted, files: Sequence[Path]) -> Annotations:
         if len(files) == 1:
             return _read(load_json(files[0], log), wanted, files[0], log, shown)
         shown = f"{shown} and {len(files) - 1:,} more"
-        return _read(merged(files, log, shown), wanted, files[0], log, shown)
+        return _read(merged(files, log, shown, wanted.path), wanted, files[0], log, shown)
 
 
 def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: FindingLog, shown: str) -> Annotations:
