@@ -353,6 +353,7 @@ def test_what_settles_boxes_that_contradict_their_masks(make_coco):
         lambda x, y, w, h: (y, x, h, w),
         lambda x, y, w, h: (0, 0, w, h),  # counted from the box
         lambda x, y, w, h: (30, 40, 5, 5),  # the same for all
+        lambda x, y, w, h: (min(x, w), min(y, h), abs(x - w), abs(y - h)),  # the numbers of the box as two points
     ],
 )
 def test_masks_that_say_nothing_of_boxes(make_coco, mask_of):

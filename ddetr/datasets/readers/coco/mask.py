@@ -121,9 +121,11 @@ def check_masks(
         message = f"{count:,} of {len(places):,} boxes lie elsewhere than their masks, such as {said}: look at them."
         log.add("box-contradicts-mask", "note", where(first), message, count=count)
         return
-    starts = np.tile(boxes[:, :2], 2)
-    if any(_are_clearer(differ, _differ(boxes, other)[0]) for other in (masks[:, [1, 0, 3, 2]], masks + starts)):
-        return  # their y before their x, or counted from the box: no masks of COCO's, and the boxes are right
+    points = numbers.reshape(-1, 2, 2)
+    of_numbers = np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1)
+    pairs = [(boxes, masks[:, [1, 0, 3, 2]]), (boxes, masks + np.tile(boxes[:, :2], 2)), (of_numbers, masks)]
+    if not forms and any(_are_clearer(differ, _differ(*pair)[0]) for pair in pairs):
+        return  # y before x, counted from the box, or the box's numbers as points: no masks, and the boxes are right
     cure = (
         f"They agree when the boxes are read by --data.boxes {forms[0]}"
         if forms
