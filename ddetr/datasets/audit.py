@@ -23,6 +23,7 @@ from ddetr.datasets.annotations import (
     FindingLog,
     ImageTable,
 )
+from ddetr.datasets.box_form import check_placement
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
 from ddetr.datasets.leaks import ImageFiles, report_leaks
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, shortened
@@ -39,6 +40,7 @@ _THINNEST = 40  # long side by short side: at the paper's size 33 pixels are lef
 # Kinds of findings that stop nothing, and that somebody should read all the same: they stand in the verdict too.
 _DOUBTFUL = ("validation-is-training", "split-not-named", "read-together")
 _FEWEST_DARK = 0.05  # of the images: fewer are black frames of videos, or taken at night
+_MOSTLY_EMPTY, _FEW_EMPTY = 0.9, 10  # of the images, and images that show what a data set is like
 _SMALLEST = 10  # pixels of the short side
 
 Decode = bool | Literal["auto", "val"]
@@ -241,6 +243,7 @@ def audit(
         _report_emptiness(split, summary, split is train, log)
         _report_crowded(scan, num_queries, max_detections, log)
         _report_thin(split, log)
+        check_placement(ImageTable.from_records(split.images), split.name, log)
         _report_repeated(split, log)
     _report_classes(train, summaries, log)
     if val is not None:
@@ -331,6 +334,21 @@ def _report_emptiness(split: Annotations, summary: SplitSummary, is_train: bool,
             "difficult: they are neither trained on nor counted. If they are ordinary objects, take the marks out."
         )
         log.add("mostly-ignored", "note", split.name, message, count=summary.num_ignored)
+    elif _are_mostly_empty(split, summary):
+        message = (
+            f"{summary.num_without_objects:,} of {summary.num_images:,} images have no object and count as background. "
+            "If nobody has labelled them, a model learns that nothing is there: take them out "
+            "(--data.keep_empty false, in training)."
+        )
+        log.add("mostly-empty", "note", split.name, message, count=summary.num_without_objects)
+
+
+def _are_mostly_empty(split: Annotations, summary: SplitSummary) -> bool:
+    """Whether nearly all images have no object, and no other finding says why."""
+    reasons = ("image-without-labels", "category-unknown", "missing-annotations")
+    explained = sum(finding.count for finding in split.findings if finding.kind in reasons)
+    is_most = summary.num_without_objects >= _MOSTLY_EMPTY * max(_FEW_EMPTY, summary.num_images)
+    return is_most and 2 * explained < summary.num_without_objects
 
 
 def _ignored(summary: SplitSummary) -> str:

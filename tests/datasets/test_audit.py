@@ -172,6 +172,19 @@ def test_a_validation_split_without_objects_is_a_note(make_coco):
     assert [(f.kind, f.action) for f in report.findings] == [("no-objects", "note")]
 
 
+def test_nearly_all_images_without_objects_are_a_note(make_yolo, kinds):
+    def found(num_objects, text="0 0.5 0.5 1 1\n"):
+        labels = {f"images/train/{i}.jpg": text if i < num_objects else "" for i in range(10)}
+        return kinds(audited(make_yolo(labels, data_yaml="names: [cat]\n")))
+
+    assert found(1) == {"mostly-empty": "note"}
+    assert found(2) == {}
+    assert found(10) == {"whole-image-boxes": "note"}
+    missing = {f"images/train/{i}.jpg": None for i in range(20)} | {"images/train/0.jpg": "0 .5 .5 .2 .2\n"}
+    root = make_yolo(missing, make_yolo({}).parent / "missing", "names: [cat]\n")
+    assert kinds(audited(root)) == {"image-without-labels": "note"}
+
+
 def test_classes_without_objects(make_coco):
     root = make_coco([coco_object()])
     make_coco([coco_object(category_id=7)], split="val")

@@ -168,7 +168,10 @@ def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: Fin
     if layout is None:  # it was one when its folder was looked at
         raise InputError(f"{file} is no table of boxes any more")
     form = {_CORNERS: "xyxy", _SIZES: "xywh", (): "auto"}[layout.numbers]
-    images = ImageCollector(place, wanted, log, form=form, in_fractions=layout.in_fractions, unit="row")
+    is_of_openimages = layout.in_fractions  # all of whose images hardly anybody has
+    images = ImageCollector(
+        *(place, wanted, log), form=form, in_fractions=is_of_openimages, unit="row", may_be_part=is_of_openimages
+    )
     box_columns = [layout.columns[key] for key in layout.numbers]
     get = partial(_cell, layout.columns)
     words_of: dict[int, set[str]] = {i: set() for i in layout.others if "class" not in layout.columns}

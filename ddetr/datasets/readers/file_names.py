@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
-from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.annotations import FindingLog, are_most
 from ddetr.datasets.image_files import AlikeNames, ImageFolders, folded, report_all_missing
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.reader import split_kind
@@ -142,6 +142,7 @@ def find_files(
     split: str,
     spell: Spell = spellings,
     are_addresses: bool = False,
+    may_be_part: bool = False,
 ) -> list[Path | None]:
     """The file of each name, None where there is none or where it can't be known, which the log says.
 
@@ -151,6 +152,7 @@ def find_files(
         root: the data set's folder: images that are in none of the places are looked for below it.
         split: its name; folders of other splits hold none of its images.
         are_addresses: the folders in names are those of a server, and nothing is repaired by leaving them out.
+        may_be_part: it is usual to have a small part of the images: a note says how many are not there.
     """
     if not names:
         return []
@@ -163,9 +165,19 @@ def find_files(
     base = home.home if home else root
     guessed = [i for i, path in enumerate(paths) if path is not None and not _says(names[i], path, base)]
     clashing = _clashing(paths, names, guessed)
+    num_missing = paths.count(None)
+    is_part = may_be_part and are_most(num_missing, len(paths) - num_missing)
+    if is_part:
+        message = (
+            f"{num_missing:,} of the {len(names):,} images that it names are not here: {len(names) - num_missing:,} "
+            "were taken, as a part of the data set."
+        )
+        log.add("part-of-images", "note", shown, message, count=num_missing)
     in_other_words = []
     for i, name in enumerate(names):
         path = paths[i]
+        if path is None and is_part:
+            continue
         if path is None:
             message = f"There is no {one_line(base / name)}, or more than one that it could be; the image was left out."
             log.add("missing-image", "dropped", f"{shown}, {one_line(name)}", message, image=name)

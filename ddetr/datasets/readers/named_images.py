@@ -97,10 +97,11 @@ class ImageCollector:
         unit: str = "object",
         spell: Spell = spellings,
         are_addresses: bool = False,  # the folders in names are those of a server
+        may_be_part: bool = False,  # of a published data set, whose annotations are those of all its images
     ) -> None:
         self._place, self._wanted, self._log = place, wanted, log
         self._form, self._in_fractions, self._unit = form, in_fractions, unit
-        self._spell, self._are_addresses = spell, are_addresses
+        self._spell, self._are_addresses, self._may_be_part = spell, are_addresses, may_be_part
         self._of_name: dict[str, Objects] = {}
         self._left_out: set[str] = set()  # file names
 
@@ -130,6 +131,7 @@ class ImageCollector:
             split=place.split,
             spell=self._spell,
             are_addresses=self._are_addresses,
+            may_be_part=self._may_be_part,
         )
         report_unlisted(paths, folders, self._log, place.shown, known=self._left_out)
         found = zip(paths, names, strict=True)

@@ -95,7 +95,16 @@ def read_yolo(wanted: Wanted) -> Annotations:
     for image, label in counted(list(zip(images, files, strict=True))):
         lines = _read_lines(label, log) if label is not None else []
         rows.append(reader.read(lines, _shown(label or image, root)))
-    keypoints = reader.settle(root, rows)
+
+    def training() -> RowReader:
+        known = RowReader(FindingLog(), reader.keypoint_numbers, polygons, reader.names, wanted.boxes)
+        for image in image_paths(splits[wanted.train_split], FindingLog()):
+            if (label := labels.find(image)) is not None:
+                known.read(_read_lines(label, known.log), "")
+        return known
+
+    has_training = wanted.train_split in splits and wanted.train_split != split
+    keypoints = reader.settle(root, rows, training if has_training else None)
     own = named or classes_of_rows(reader.ids, root, log)
     check_names(own, reader.ids, str(file or root), log)
     report_other_lists(own, reader.ids, file, lists, root, log)
