@@ -296,12 +296,12 @@ def _scan(split: Annotations, log: FindingLog) -> _Scan:
 
 def _used_by_neither(findings: Iterable[Finding], splits: Sequence[ImageFiles]) -> Iterator[Finding]:
     """The findings; what one split does not list and the other uses is not among the images that are not used."""
-    used: set[Path] = set()
+    used: set[str] = set()
     told: set[str] = set()
     for finding in findings:
         if finding.kind == "unlisted-images" and os.path.isdir(folder := finding.where):
-            used = used or {path for split in splits for path in split.paths}
-            left = [name for name in ImageFolders().images(Path(folder)) if Path(folder, name) not in used]
+            used = used or {str(path) for split in splits for path in split.paths}
+            left = [name for name in ImageFolders().images(Path(folder)) if f"{folder}{os.sep}{name}" not in used]
             if len(left) < finding.count:
                 if left and folder not in told:
                     message = f"{len(left):,} images in {folder} are not used, such as {one_line(left[0])}."
