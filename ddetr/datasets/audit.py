@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ from ddetr.datasets.annotations import (
 )
 from ddetr.datasets.box_form import check_placement
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
+from ddetr.datasets.image_files import ImageFolders
 from ddetr.datasets.leaks import ImageFiles, report_leaks
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, shortened
 from ddetr.wording import plural
@@ -252,6 +254,8 @@ def audit(
         _report_decoded(splits, decode, on_bad_image, log, progress)
     of_train = set(train.findings)
     own = [*train.findings, *(found for split in splits[1:] for found in split.findings if found not in of_train)]
+    if len(splits) > 1:
+        own = list(_used_by_neither(own, [scan.files for scan in scans]))
     return AuditReport(
         train=summaries[0],
         val=summaries[1] if val is not None else None,
@@ -291,6 +295,23 @@ def _scan(split: Annotations, log: FindingLog) -> _Scan:
     counts = np.bincount(everything, minlength=len(split.categories))
     assert len(counts) == len(split.categories), f"{split.name}: a label is out of range"
     return _Scan(counts, np.array(per_image, dtype=np.int64), num_ignored, ImageFiles(paths, sizes))
+
+
+def _used_by_neither(findings: Iterable[Finding], splits: Sequence[ImageFiles]) -> Iterator[Finding]:
+    """The findings; what one split does not list and the other uses is not among the images that are not used."""
+    used: set[str] = set()
+    told: set[str] = set()
+    for finding in findings:
+        if finding.kind == "unlisted-images" and os.path.isdir(folder := finding.where):
+            used = used or {str(path) for split in splits for path in split.paths}
+            left = [name for name in ImageFolders().images(Path(folder)) if f"{folder}{os.sep}{name}" not in used]
+            if len(left) < finding.count:
+                if left and folder not in told:
+                    message = f"{len(left):,} images in {folder} are not used, such as {one_line(left[0])}."
+                    yield replace(finding, message=message, count=len(left))
+                told.add(folder)
+                continue
+        yield finding
 
 
 def _summarise(split: Annotations, scan: _Scan) -> SplitSummary:

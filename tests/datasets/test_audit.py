@@ -165,6 +165,26 @@ def test_what_is_found_in_the_file_of_both_splits_is_told_once(make_yolo):
     assert [finding.kind for finding in audit(*both(root)).findings] == ["nc-differs"]
 
 
+@pytest.mark.parametrize("others", [[], ["x.jpg", "y.jpg"]], ids=len)
+def test_images_of_the_other_split_are_not_called_unused(make_coco, write_image, others):
+    """Both splits' images in one folder: each of their files lists a part of them."""
+    root = make_coco(num_images=3)
+    for split, numbers in (("train", "12"), ("val", "3")):
+        content = json.loads((root / "annotations" / "instances_train.json").read_text())
+        content["images"] = [image for image in content["images"] if image["file_name"][0] in numbers]
+        content["annotations"] = []
+        (root / "annotations" / f"instances_{split}.json.new").write_text(json.dumps(content))
+    for split in ("train", "val"):
+        place = root / "annotations" / f"instances_{split}.json"
+        place.with_name(f"{place.name}.new").rename(place)
+    (root / "train").rename(root / "images")
+    for seed, name in enumerate(others, 7):
+        write_image(root / "images" / name, seed=seed)
+    found = [finding for finding in audit(*both(root)).findings if finding.kind == "unlisted-images"]
+    assert [finding.count for finding in found] == [2] * bool(others)
+    assert all("such as x.jpg" in finding.message for finding in found)
+
+
 def test_a_validation_split_without_objects_is_a_note(make_coco):
     root = make_coco([coco_object(), coco_object(category_id=7)])
     make_coco([], split="val")

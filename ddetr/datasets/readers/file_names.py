@@ -215,22 +215,25 @@ def _look_elsewhere(
     left = [i for i, path in enumerate(paths) if path is None and (not home or home.by_ends or "/" not in names[i])]
     if not left:
         return
-    elsewhere = images_below(root, split, {folded(path.stem) for path in paths if path is not None})
+    found = [path for path in paths if path is not None]
+    homes = {str(path.parent) for path in found}
+    elsewhere = images_below(root, split, {folded(path.stem) for path in found}, homes)
     for i in left:
         parts = filter(None, map(path_parts, spell(names[i])))
         paths[i] = next(filter(None, (elsewhere.find(one[-1], any_suffix=False) for one in parts)), None)
 
 
-def images_below(root: Path, split: str, found: Collection[str]) -> AlikeNames:
+def images_below(root: Path, split: str, found: Collection[str], homes: Collection[str] = ()) -> AlikeNames:
     """The images below a folder, without the folders of other splits, and without those that hold an image of the same
-    name as one of `found`: they run beside the images, as masks, depths and other resolutions do."""
+    name as one of `found` and are none of its `homes`: they run beside the images, as masks, depths and other
+    resolutions do."""
     kind, alike = split_kind(split), AlikeNames()
     others = {"train", "val", "test"} - {kind} if kind and "trainval" not in split.lower() else set()
     for folder, inner, files in islice(os.walk(root), _MOST_FOLDERS):
         deep = len(Path(folder).relative_to(root).parts) >= _DEPTH
         inner[:] = [] if deep else [name for name in inner if not is_clutter(name) and split_kind(name) not in others]
         images = list(filter(is_image_name, files))
-        if not any(folded(os.path.splitext(name)[0]) in found for name in images):
+        if folder in homes or not any(folded(os.path.splitext(name)[0]) in found for name in images):
             for name in images:
                 alike.add(name, Path(folder, name))
     return alike

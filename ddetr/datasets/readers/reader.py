@@ -306,9 +306,12 @@ def check_unnamed(unnamed: Mapping[Any, int], total: int, where: str, log: Findi
     lost = sum(unnamed.values())
     if any(lost >= least and lost > part * total for least, part in _UNNAMED):
         ids = first_few([one_line(class_id, 40) for class_id in sorted(unnamed, key=str)], 5)
+        said, cure = f"have class ids that have no name ({ids})", "Name them"
+        if list(map(str, unnamed)) == ["None"]:
+            said, cure = "have no class id", "Give them one"
         message = (
-            f"{lost:,} of {total:,} objects have class ids that have no name ({ids}); left out, they would be "
-            "background. Name them, or take them out of the annotations."
+            f"{lost:,} of {total:,} objects {said}; left out, they would be background. {cure}, or take them out of "
+            "the annotations."
         )
         log.add("unnamed-ids", "refused", where, message, count=lost)
 
