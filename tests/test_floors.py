@@ -38,7 +38,7 @@ ENGINE_FLOORS = {
     2: "loading optimizer memory saving loggers",
     3: "blackbox",
     4: "module",
-    5: "callbacks early_stopping ema batch_size fit preflight",
+    5: "callbacks early_stopping ema batch_size fit preflight prepare",
     6: "run_report",
     7: "train",
 }

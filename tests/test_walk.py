@@ -9,8 +9,9 @@ from typing import Any
 import ddetr
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import TrainConfig
+from ddetr.engine.prepare import prepare
 from ddetr.engine.step import step_losses
-from ddetr.engine.train import build, prepare
+from ddetr.engine.train import build
 
 PACKAGE = Path(ddetr.__file__).parent
 # What several of them call for a detail, and what one need not read to follow the image.

@@ -29,7 +29,7 @@ from ddetr.engine.loading.datamodule import DetectionData, collate_micro
 from ddetr.engine.loading.sampler import EpochOrder
 from ddetr.engine.loading.workers import MOST_WORKERS, start_worker
 from ddetr.errors import InputError
-from ddetr.files import make_folder, write_text
+from ddetr.files import make_folder
 from ddetr.padding import padded_hw
 from ddetr.runtime.limits import available_cores
 
@@ -60,7 +60,7 @@ def bench_data(
     rounds: int = 5,
     seed: int = 42,
     output: str | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Time the training loader, and the plain Pillow recipe beside it.
 
     Args:
@@ -72,9 +72,6 @@ def bench_data(
         rounds: turns of each side, of which the median counts.
         seed: decides the augmentation.
         output: folder for data.json and data.md.
-
-    Returns:
-        What data.json holds.
 
     Raises:
         InputError: no such data, too few readable images, or a number out of range.
@@ -127,10 +124,7 @@ def bench_data(
     show(tables.of_loaders(report))
     console.show("\n".join(tables.footer(report)))
     if folder:
-        record.save_json(folder / "data.json", report)
-        write_text(folder / "data.md", tables.markdown(report))
-        console.show(f"saved in {folder}: data.json, data.md")
-    return report
+        record.save(folder, "data", report, tables.markdown(report))
 
 
 def show(parts: Iterable[Any]) -> None:

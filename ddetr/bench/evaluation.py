@@ -28,7 +28,7 @@ from ddetr.errors import InputError
 from ddetr.evaluation.backends import BACKENDS
 from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.evaluation.metrics import Metrics
-from ddetr.files import make_folder, write_text
+from ddetr.files import make_folder
 
 BASE = "pycocotools"
 PHASES = ("gather", "convert", "library", "rest")
@@ -182,7 +182,7 @@ def bench_evaluation(
     rounds: int = 3,
     seed: int = 0,
     output: str | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Time COCO's evaluation of a synthetic set by each library that is installed.
 
     Args:
@@ -193,9 +193,6 @@ def bench_evaluation(
         rounds: turns of each library, of which the median counts.
         seed: of the set.
         output: folder for evaluation.json and evaluation.md.
-
-    Returns:
-        What evaluation.json holds.
 
     Raises:
         InputError: a number below 1.
@@ -237,7 +234,4 @@ def bench_evaluation(
     }
     console.show("\n".join([*table(result), *(f"left out: {line}" for line in left_out)]))
     if folder:
-        record.save_json(folder / "evaluation.json", result)
-        write_text(folder / "evaluation.md", markdown(result))
-        console.show(f"saved in {folder}: evaluation.json, evaluation.md")
-    return result
+        record.save(folder, "evaluation", result, markdown(result))

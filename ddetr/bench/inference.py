@@ -21,7 +21,7 @@ from ddetr.bench import record
 from ddetr.bench.timing import cpu_clock, fixed_threads, in_inference_mode, interleaved
 from ddetr.checkpoint import load_weights
 from ddetr.errors import InputError
-from ddetr.files import make_folder, write_text
+from ddetr.files import make_folder
 from ddetr.inference.optimize import TOLERANCES, optimize_model
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.runtime import allocator
@@ -42,7 +42,7 @@ def bench_inference(
     compile: bool = False,
     keep_freed_memory: bool = False,
     output: str | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Time the R50 detector on one image of 800x1066, and a training step at 480x640, beside transformers'.
 
     Args:
@@ -52,9 +52,6 @@ def bench_inference(
         keep_freed_memory: let the process keep the memory that it frees, as `ddetr predict --optimize` does, for all
             sides.
         output: folder for inference.json and inference.md.
-
-    Returns:
-        What inference.json holds.
 
     Raises:
         InputError: transformers is not installed, or a number below 1.
@@ -80,10 +77,7 @@ def bench_inference(
     for title, rows in _tables(report):
         console.show("\n".join(["", title, "", *rows]))
     if folder:
-        record.save_json(folder / "inference.json", report)
-        write_text(folder / "inference.md", markdown(report))
-        console.show(f"saved in {folder}: inference.json, inference.md")
-    return report
+        record.save(folder, "inference", report, markdown(report))
 
 
 def make_models() -> tuple[nn.Module, DeformableDETR]:

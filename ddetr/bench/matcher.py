@@ -20,7 +20,7 @@ from ddetr.bench import record
 from ddetr.bench.official import cross_image_match
 from ddetr.bench.timing import Call, Clock, cpu_clock, fixed_threads, interleaved
 from ddetr.errors import InputError
-from ddetr.files import make_folder, write_text
+from ddetr.files import make_folder
 from ddetr.models.matcher import HungarianMatcher, PaddedTargets
 
 LAYERS, CLASSES = 7, 91  # six decoder layers and the proposals' or a last one; COCO's ids
@@ -115,7 +115,7 @@ def bench_matcher(
     sizes: int = len(SIZES),
     rounds: int = 7,
     output: str | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Time the matching of a training step beside the formulation of the official code.
 
     Args:
@@ -123,9 +123,6 @@ def bench_matcher(
         sizes: how many of the sizes of batches, in their order.
         rounds: turns of each side, of which the median counts.
         output: folder for matcher.json and matcher.md.
-
-    Returns:
-        What matcher.json holds.
 
     Raises:
         InputError: no such device, or a number that can not be.
@@ -159,10 +156,7 @@ def bench_matcher(
             report["rows"].append({"size": str(size), **medians, "ratio": ratio, "rounds_ms": times})
     console.show("\n".join(["", *table(report), "", "its share of a whole training step: ddetr bench train"]))
     if folder:
-        record.save_json(folder / "matcher.json", report)
-        write_text(folder / "matcher.md", markdown(report))
-        console.show(f"saved in {folder}: matcher.json, matcher.md")
-    return report
+        record.save(folder, "matcher", report, markdown(report))
 
 
 def header(report: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from ddetr.bench.timing import (
     interleaved,
 )
 from ddetr.errors import InputError
-from ddetr.files import make_folder, write_text
+from ddetr.files import make_folder
 from ddetr.ops.reference import attention_step_reference
 from ddetr.runtime.device import choose_device
 
@@ -59,7 +59,7 @@ def bench_op(
     rounds: int | None = None,
     growth: bool = False,
     output: str | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Time the operator, forward and with its backward, against grid_sample and every other one that is here.
 
     Args:
@@ -71,9 +71,6 @@ def bench_op(
         rounds: turns of each side, of which the median counts; by default 5 on the CPU, 30 on CUDA.
         growth: measure as well how the cost grows with queries, points, levels and image size.
         output: folder for op.json and op.md, growth.json and growth.png.
-
-    Returns:
-        What op.json holds.
 
     Raises:
         InputError: no such size or device, or a number below 1.
@@ -114,9 +111,7 @@ def bench_op(
                 console.show(tables.of_size(name, name_of(kind), rows))
         console.show("\n".join(["", *tables.footer(report)]) if chosen else "")
         if chosen and folder:
-            record.save_json(folder / "op.json", report)
-            write_text(folder / "op.md", tables.markdown(report))
-            console.show(f"saved in {folder}: op.json, op.md")
+            record.save(folder, "op", report, tables.markdown(report))
         if growth:
             with console.progress("growth") as update:
                 curves = growth_curves.measure(where, dtypes[0], clock, rounds, update)
@@ -125,7 +120,6 @@ def bench_op(
                 report_of_growth = {key: report[key] for key in ("machine", "command", "device", "clock", "rounds")}
                 growth_curves.save(folder, curves, report_of_growth, name_of(dtypes[0]))
                 console.show(f"saved in {folder}: growth.json, growth.png")
-    return report
 
 
 def measure(

@@ -8,10 +8,11 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from ddetr import console
 from ddetr.files import write_text
 from ddetr.runtime.environment import commit, describe, machine
 
-__all__ = ["command_line", "commit", "describe", "machine", "save_json"]
+__all__ = ["command_line", "commit", "describe", "machine", "save", "save_json"]
 
 
 def command_line(name: str, function: Callable[..., Any], settings: Mapping[str, Any]) -> str:
@@ -24,6 +25,13 @@ def command_line(name: str, function: Callable[..., Any], settings: Mapping[str,
         chosen = {"data": changed.pop("data.path"), **changed, **chosen}
     words = [word for key, value in chosen.items() for word in (f"--{key}", spelled(value))]
     return shlex.join(["ddetr", *name.split(), *words])
+
+
+def save(folder: Path, name: str, content: Mapping[str, Any], markdown: str) -> None:
+    """What was measured, for programs and for people, and where it lies."""
+    save_json(folder / f"{name}.json", content)
+    write_text(folder / f"{name}.md", markdown)
+    console.show(f"saved in {folder}: {name}.json, {name}.md")
 
 
 def save_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from ddetr.engine.optimizer import parameter_groups
 from ddetr.engine.step import REGIONS, MicroBatch, training_forward
 from ddetr.errors import InputError
 from ddetr.evaluation.evaluator import CocoEvaluator
-from ddetr.files import make_folder, write_text
+from ddetr.files import make_folder
 from ddetr.models.auxiliary import attach_auxiliary
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.allocator import use_expandable_segments
@@ -97,7 +97,7 @@ def bench_train(
     synthetic: str | None = None,
     output: str | None = None,
     command: str = "",
-) -> dict[str, Any]:
+) -> None:
     """Time training steps.
 
     Args:
@@ -110,9 +110,6 @@ def bench_train(
         synthetic: HEIGHTxWIDTH of random images in place of data, which then costs no time.
         output: folder for train.json and train.md.
         command: how this was called.
-
-    Returns:
-        What train.json holds.
 
     Raises:
         InputError: no data, or settings that can't be measured.
@@ -163,10 +160,7 @@ def bench_train(
     for line in step_tables.left_out(report):
         console.show(line)
     if folder:
-        record.save_json(folder / "train.json", report)
-        write_text(folder / "train.md", step_tables.markdown(report))
-        console.show(f"saved in {folder}: train.json, train.md")
-    return report
+        record.save(folder, "train", report, step_tables.markdown(report))
 
 
 def _checked(config: TrainConfig, sides: str, **counts: int) -> list[str]:

@@ -14,74 +14,43 @@ def bench_op_command(parser: Parser) -> Callable[[Any], None]:
     """Time the operator against other implementations, on this machine."""
     from ddetr.bench.op import bench_op
 
-    parser.usage = "ddetr bench op [options]"
-    parser.add_function_arguments(bench_op)
-
-    def run(settings: Any) -> None:
-        bench_op(**vars(settings))
-
-    return run
+    return _measured(parser, bench_op, "[options]")
 
 
 def bench_gpu_command(parser: Parser) -> Callable[[Any], int]:
     """Prove and measure everything on a GPU, in minutes and without a network."""
     from ddetr.bench.gpu.command import bench_gpu
 
-    parser.usage = "ddetr bench gpu --output FOLDER [options]"
-    parser.add_function_arguments(bench_gpu)
-    return lambda settings: bench_gpu(**vars(settings))
+    return _measured(parser, bench_gpu, "--output FOLDER [options]")
 
 
 def bench_inference_command(parser: Parser) -> Callable[[Any], None]:
     """Time the whole detector on a CPU, beside transformers' with the same weights."""
     from ddetr.bench.inference import bench_inference
 
-    parser.usage = "ddetr bench inference [options]"
-    parser.add_function_arguments(bench_inference)
-
-    def run(settings: Any) -> None:
-        bench_inference(**vars(settings))
-
-    return run
+    return _measured(parser, bench_inference, "[options]")
 
 
 def bench_evaluation_command(parser: Parser) -> Callable[[Any], None]:
     """Time COCO's evaluation by each library that is installed."""
     from ddetr.bench.evaluation import bench_evaluation
 
-    parser.usage = "ddetr bench evaluation [options]"
-    parser.add_function_arguments(bench_evaluation)
-
-    def run(settings: Any) -> None:
-        bench_evaluation(**vars(settings))
-
-    return run
+    return _measured(parser, bench_evaluation, "[options]")
 
 
 def bench_matcher_command(parser: Parser) -> Callable[[Any], None]:
     """Time the matching of a training step, beside the official formulation."""
     from ddetr.bench.matcher import bench_matcher
 
-    parser.usage = "ddetr bench matcher [options]"
-    parser.add_function_arguments(bench_matcher)
-
-    def run(settings: Any) -> None:
-        bench_matcher(**vars(settings))
-
-    return run
+    return _measured(parser, bench_matcher, "[options]")
 
 
 def bench_data_command(parser: Parser) -> Callable[[Any], None]:
     """Time the training loader beside the plain Pillow recipe."""
     from ddetr.bench.data import bench_data
 
-    parser.usage = "ddetr bench data --data PATH [options]"
-    parser.add_function_arguments(bench_data, sub_configs=False)
+    run = _measured(parser, bench_data, "--data PATH [options]", sub_configs=False)
     parser.add_group_of_options("data")
-
-    def run(settings: Any) -> None:
-        bench_data(**vars(settings))
-
     return run
 
 
@@ -100,3 +69,10 @@ def bench_train_command(parser: Parser) -> Callable[[Any], None]:
         bench_train(training_config(settings), **options, command=shlex.join(["ddetr", *sys.argv[1:]]))
 
     return run
+
+
+def _measured(parser: Parser, function: Callable[..., Any], options: str, **how: Any) -> Callable[[Any], Any]:
+    """A command whose options are those of a function, which shows and saves what it finds; its exit code."""
+    parser.usage = f"{parser.prog} {options}"
+    parser.add_function_arguments(function, **how)
+    return lambda settings: function(**vars(settings))

@@ -111,7 +111,8 @@ def convert_command(parser: Parser) -> Callable[[Any], None]:
     def run(settings: Any) -> None:
         from ddetr.datasets import audit
         from ddetr.datasets.audit import render_findings, things
-        from ddetr.datasets.convert import convert, read_source
+        from ddetr.datasets.convert.conversion import convert
+        from ddetr.datasets.convert.source import read_source
         from ddetr.datasets.image_files import reading_on_screen
 
         options = dict(vars(settings))

@@ -57,7 +57,7 @@ def add_training_options(parser: Parser, *, skip: Sequence[str] = ()) -> None:
     parser.add_argument("--config", action="config", help="YAML file with any of the options below; later ones win")
     parser.add_class_arguments(TrainConfig, skip={"model", *skip}, sub_configs=False)
     parser.add_class_arguments(DeformableDETR, "model", skip={"num_classes"}, instantiate=False)
-    parser.add_group_of_options("data", "loss", "optim", "model")
+    parser.add_group_of_options("data", "loss", "auxiliary", "optim", "model")
     parser.set_defaults({f"model.{name}": value for name, value in DEFAULT_MODEL.items()})
 
 

@@ -16,7 +16,7 @@ splits.py         settings -> annotations of a split
 shapes.py         the embedded data set, drawn
 decoding.py       which images can't be decoded
 audit.py          what is wrong with a data set, and whether training may start
-convert.py        any data set that is read, written anew as COCO, YOLO or Pascal VOC
+convert/          any data set that is read, written anew as COCO, YOLO or Pascal VOC
 transforms.py     augmentation recipes, normalisation
 augment.py        mosaic, mixup, large-scale jitter, colours, blur: what the options add to a recipe
 dataset.py        DetectionDataset: annotations to samples

@@ -59,6 +59,7 @@ class Finding:
     where: str  # file + line/index/id: "Annotations/BloodImage_00338.xml, object 12"
     message: str  # one sentence: what is wrong and what was done
     count: int = 1
+    image: str | None = None  # the name of the image that it is about, as the data set writes it, where somebody asks
 
     def __post_init__(self) -> None:
         assert self.action in ACTIONS, self.action
@@ -85,6 +86,7 @@ class Annotations:
     categories: tuple[Category, ...]
     images: Sequence[ImageRecord]
     findings: tuple[Finding, ...] = ()
+    is_held_back: bool = False  # a part of the training split, kept out of training (`splits.hold_back`)
 
     @property
     def num_images_left_out(self) -> int:
@@ -206,16 +208,19 @@ class FindingLog:
         self._first_unlisted: dict[tuple[str, str], Finding] = {}
         self._unlisted: Counter[tuple[str, str]] = Counter()  # places
 
-    def add(self, kind: str, action: str, where: str, message: str, count: int = 1) -> None:
+    def add(
+        self, kind: str, action: str, where: str, message: str, count: int = 1, *, image: str | None = None
+    ) -> None:
         key = (kind, action)
         where, message = shortened(where, MAX_PLACE), shortened(message, MAX_PLACE)
+        image = None if image is None else shortened(image, MAX_PLACE)
         self._seen[key] += 1
         if self._seen[key] <= MAX_PLACES:
-            self._findings.append(Finding(kind, action, where, message, count))
+            self._findings.append(Finding(kind, action, where, message, count, image))
         else:
             self._unlisted[key] += count
             if key not in self._first_unlisted:
-                self._first_unlisted[key] = Finding(kind, action, f"{where} and on", message)
+                self._first_unlisted[key] = Finding(kind, action, f"{where} and on", message, image=image)
 
     def freeze(self) -> tuple[Finding, ...]:
         rest = (replace(first, count=self._unlisted[key]) for key, first in self._first_unlisted.items())

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,7 +24,9 @@ from ddetr.datasets.annotations import (
     FindingLog,
     ImageTable,
 )
+from ddetr.datasets.box_form import check_placement
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
+from ddetr.datasets.image_files import ImageFolders
 from ddetr.datasets.leaks import ImageFiles, report_leaks
 from ddetr.untrusted import MAX_MESSAGE, SHOWN_NAME, one_line, shortened
 from ddetr.wording import plural
@@ -39,6 +42,7 @@ _THINNEST = 40  # long side by short side: at the paper's size 33 pixels are lef
 # Kinds of findings that stop nothing, and that somebody should read all the same: they stand in the verdict too.
 _DOUBTFUL = ("validation-is-training", "split-not-named", "read-together")
 _FEWEST_DARK = 0.05  # of the images: fewer are black frames of videos, or taken at night
+_MOSTLY_EMPTY, _FEW_EMPTY = 0.9, 10  # of the images, and images that show what a data set is like
 _SMALLEST = 10  # pixels of the short side
 
 Decode = bool | Literal["auto", "val"]
@@ -241,6 +245,7 @@ def audit(
         _report_emptiness(split, summary, split is train, log)
         _report_crowded(scan, num_queries, max_detections, log)
         _report_thin(split, log)
+        check_placement(ImageTable.from_records(split.images), split.name, log)
         _report_repeated(split, log)
     _report_classes(train, summaries, log)
     if val is not None:
@@ -249,6 +254,8 @@ def audit(
         _report_decoded(splits, decode, on_bad_image, log, progress)
     of_train = set(train.findings)
     own = [*train.findings, *(found for split in splits[1:] for found in split.findings if found not in of_train)]
+    if len(splits) > 1:
+        own = list(_used_by_neither(own, [scan.files for scan in scans]))
     return AuditReport(
         train=summaries[0],
         val=summaries[1] if val is not None else None,
@@ -288,6 +295,23 @@ def _scan(split: Annotations, log: FindingLog) -> _Scan:
     counts = np.bincount(everything, minlength=len(split.categories))
     assert len(counts) == len(split.categories), f"{split.name}: a label is out of range"
     return _Scan(counts, np.array(per_image, dtype=np.int64), num_ignored, ImageFiles(paths, sizes))
+
+
+def _used_by_neither(findings: Iterable[Finding], splits: Sequence[ImageFiles]) -> Iterator[Finding]:
+    """The findings; what one split does not list and the other uses is not among the images that are not used."""
+    used: set[str] = set()
+    told: set[str] = set()
+    for finding in findings:
+        if finding.kind == "unlisted-images" and os.path.isdir(folder := finding.where):
+            used = used or {str(path) for split in splits for path in split.paths}
+            left = [name for name in ImageFolders().images(Path(folder)) if f"{folder}{os.sep}{name}" not in used]
+            if len(left) < finding.count:
+                if left and folder not in told:
+                    message = f"{len(left):,} images in {folder} are not used, such as {one_line(left[0])}."
+                    yield replace(finding, message=message, count=len(left))
+                told.add(folder)
+                continue
+        yield finding
 
 
 def _summarise(split: Annotations, scan: _Scan) -> SplitSummary:
@@ -331,6 +355,21 @@ def _report_emptiness(split: Annotations, summary: SplitSummary, is_train: bool,
             "difficult: they are neither trained on nor counted. If they are ordinary objects, take the marks out."
         )
         log.add("mostly-ignored", "note", split.name, message, count=summary.num_ignored)
+    elif _are_mostly_empty(split, summary):
+        message = (
+            f"{summary.num_without_objects:,} of {summary.num_images:,} images have no object and count as background. "
+            "If nobody has labelled them, a model learns that nothing is there: take them out "
+            "(--data.keep_empty false, in training)."
+        )
+        log.add("mostly-empty", "note", split.name, message, count=summary.num_without_objects)
+
+
+def _are_mostly_empty(split: Annotations, summary: SplitSummary) -> bool:
+    """Whether nearly all images have no object, and no other finding says why."""
+    reasons = ("image-without-labels", "category-unknown", "missing-annotations")
+    explained = sum(finding.count for finding in split.findings if finding.kind in reasons)
+    is_most = summary.num_without_objects >= _MOSTLY_EMPTY * max(_FEW_EMPTY, summary.num_images)
+    return is_most and 2 * explained < summary.num_without_objects
 
 
 def _ignored(summary: SplitSummary) -> str:

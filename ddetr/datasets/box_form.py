@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.annotations import FindingLog, ImageTable
 from ddetr.datasets.config import BoxForm
 
 _MEANING = {
@@ -20,6 +20,14 @@ _MEANING = {
     "cxcywh": "a centre and a size (x, y, width, height)",
 }
 _RELATIVE = "-relative"
+# Orders in which the numbers of a form may stand in a file -> the places of its own numbers there. A size before a
+# corner fits as well as behind it.
+_ORDERS = {
+    "xyxy": {"x1, x2, y1, y2": [0, 2, 1, 3], "y1, y2, x1, x2": [2, 0, 3, 1]},
+    "xywh": {},
+    "cxcywh": {"width, height, x, y": [2, 3, 0, 1]},
+}
+_TELLING = 20  # boxes, all of which fit by one of these orders by no chance: corners don't as sizes and centres
 _ONE = np.ones((1, 2))  # the size of an image whose boxes are fractions
 _SMALLEST_SIDE = 16  # of an image in which a box within the first pixel is told from fractions
 _MOSTLY = 0.5  # of the boxes: fewer than that in 0..1 are mistakes of their own
@@ -35,6 +43,12 @@ _FEW_OF_ANY, _SHARE_OF_ANY = 5, 0.2
 _SCALES = {100: "hundredths (percent)", 1000: "thousandths"}  # of the image's sides, which no form has
 _REACH = 0.7  # of a scale, which the boxes that are in it come to
 _CHANCE_BITS = 20  # boxes of large images all lie within the scale's first pixels by a chance of one to 2 ** this
+_WHOLE, _FEW_WHOLE = 0.9, 10  # of the boxes: so many that are the whole image are no objects that fill it
+_EDGE = 0.01  # of the image's side, from its edges, or one pixel: such a box is the whole image
+# Of the images' sides: the boxes of smaller images leave so much empty at the right and below, and many of them lie
+# nearer to the left, and to the top, than a quarter of that.
+_EMPTY, _NEAR = 0.25, 0.25
+_MANY_NEAR = 20  # images that have such a box
 
 
 def is_relative(form: BoxForm) -> bool:
@@ -156,8 +170,8 @@ def settled_form(numbers: np.ndarray, sizes_hw: np.ndarray, log: FindingLog, whe
 
 def check_meaning(
     boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, own: BoxForm, wanted: BoxForm, log: FindingLog, where: str
-) -> None:
-    """Reports where the boxes of a whole split look as if they meant something else.
+) -> bool:
+    """Reports where the boxes of a whole split look as if they meant something else; whether they do.
 
     Args:
         boxes_xyxy: (n, 4) corners as they are read: pixels, or fractions where `wanted` is relative.
@@ -172,17 +186,18 @@ def check_meaning(
     if not judged.all():
         boxes_xyxy, sizes_hw = boxes_xyxy[judged], sizes_hw[judged]
     if not len(boxes_xyxy):
-        return
+        return False
     if wanted == "auto":
         bad = _misfits(boxes_xyxy, sizes_hw)
-        for report in (_report_fractions, _report_scale, _report_other_form, _report_misfits):
-            if report(boxes_xyxy, sizes_hw, bad, own, log, where):
-                return
-    elif is_relative(wanted):
+        reports = (_report_fractions, _report_order, _report_scale, _report_other_form, _report_misfits)
+        return any(report(boxes_xyxy, sizes_hw, bad, own, log, where) for report in reports)
+    if is_relative(wanted):
         beyond = (np.abs(boxes_xyxy) > 2).any(axis=1)
         if beyond.mean() > _MOSTLY:
             message = f"{_of(beyond)} are no fractions of an image, but were read as {wanted}: correct --data.boxes."
             log.add("boxes-not-relative", "refused", where, message, count=int(beyond.sum()))
+            return True
+    return False
 
 
 def check_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, where: str) -> None:
@@ -190,8 +205,37 @@ def check_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, where
     judged = np.isfinite(boxes_xyxy).all(axis=1) & (boxes_xyxy[:, 2:] != boxes_xyxy[:, :2]).any(axis=1)
     boxes_xyxy = boxes_xyxy[judged]
     bad = _misfits(boxes_xyxy, _ONE)
-    if not _report_other_form(boxes_xyxy, _ONE, bad, own, log, where):
-        _report_misfits(boxes_xyxy, _ONE, bad, own, log, where)
+    reports = (_report_order, _report_other_form, _report_misfits)
+    any(report(boxes_xyxy, _ONE, bad, own, log, where) for report in reports)
+
+
+def check_placement(table: ImageTable, where: str, log: FindingLog) -> None:
+    """Adds a note where nearly all boxes of a whole split are the whole image, or where all leave the right and the
+    lower part of every image empty."""
+    counts, total = np.diff(table.offsets), len(table.labels)
+    if not total:
+        return
+    sides = np.repeat(table.sizes_hw[:, ::-1].astype(np.float32), counts, axis=0)  # (n, 2) width, height
+    start, end, edge = table.boxes_xyxy[:, :2], table.boxes_xyxy[:, 2:], np.maximum(1, _EDGE * sides)
+    whole = ((start <= edge) & (end >= sides - edge)).all(axis=1)
+    if whole.sum() >= max(_FEW_WHOLE, _WHOLE * total):
+        message = (
+            f"{_of(whole)} are the whole image, as where labels of classification were written as boxes: a model can't "
+            "learn from them where an object is."
+        )
+        log.add("whole-image-boxes", "note", where, message, count=int(whole.sum()))
+        return
+    reach = (end / sides).max(axis=0)  # (2,) of the images' sides
+    if (reach > 1 - _EMPTY).any():
+        return
+    is_near, of_image = start < _NEAR * (1 - reach) * sides, np.repeat(np.arange(len(table)), counts)
+    if all(len(np.unique(of_image[near])) >= _MANY_NEAR for near in is_near.T):
+        message = (
+            f"All {total:,} boxes lie in the left {reach[0]:.0%} and the upper {reach[1]:.0%} of their images: were "
+            "they drawn on smaller ones? If so, multiply them by how much larger these are; `ddetr data show` shows "
+            "some."
+        )
+        log.add("boxes-in-one-corner", "note", where, message, count=total)
 
 
 def num_misfits(numbers: np.ndarray, form: BoxForm) -> int:
@@ -247,6 +291,35 @@ def _report_other_form(
         return False
     message = f"{_of(bad)} don't fit into their images as {_said([own])}, but do as {_said(fitting)}. "
     log.add(f"boxes-look-like-{_base(fitting[0])}", "refused", where, message + _cure(fitting, own), count=count)
+    return True
+
+
+def _report_order(
+    boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, bad: np.ndarray, own: BoxForm, log: FindingLog, where: str
+) -> bool:
+    """Whether boxes, most of which don't fit into their images by any form, do if their numbers stand in another
+    order."""
+    count = int(_have_sides(boxes_xyxy[bad]).sum())
+    if not _are_many(count, len(bad)):
+        return False
+    numbers = numbers_of(boxes_xyxy, own)
+    misfits = {
+        (form, order): int(_misfits(corners_of(numbers[:, places], form), sizes_hw).sum())
+        for form in _from(own)
+        for order, places in _ORDERS[_base(form)].items()
+    }
+    (form, order), fewest = min(misfits.items(), key=lambda item: item[1])
+    forms, by_a_form = _best_forms(numbers, sizes_hw, _from(own))
+    if fewest * _CLEARER > count or by_a_form < fewest or (by_a_form == fewest and len(bad) < _TELLING):
+        return False
+    message = (
+        f"{count:,} of {len(bad):,} boxes don't fit into their images as {_said([own])}, but do if the numbers of each "
+        f"stand in the order {order}. If so, write them in the other order; if they are right as they are, read them "
+        f"by --data.boxes {own}."
+    )
+    if by_a_form == fewest:
+        message += f" They fit as {_said(forms)} too (--data.boxes {' or '.join(forms)}): look at some of them."
+    log.add("boxes-in-another-order", "refused", where, message, count=count)
     return True
 
 

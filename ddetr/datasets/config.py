@@ -26,6 +26,7 @@ class DataSource:
         "labelme",
         "csv",
         "label_studio",
+        "via",
         "createml",
         "huggingface",
     ] = "auto"

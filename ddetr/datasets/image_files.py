@@ -312,6 +312,11 @@ class Stated(NamedTuple):
         return self.header.upright_hw != self.declared_hw == self.header.stored_hw
 
     @property
+    def may_be_as_stored(self) -> bool:
+        """Whether its boxes alone can tell if they were drawn on the pixels before the EXIF orientation turns them."""
+        return self.declared_hw is None and not self.in_fractions and self.header.upright_hw != self.header.stored_hw
+
+    @property
     def is_resized(self) -> bool:
         """Whether the image looks resized after its boxes were drawn: the same shape in another size."""
         actual_hw = self.header.upright_hw
@@ -328,8 +333,10 @@ def settle_sizes(images: Sequence[Stated], num_images: int, log: FindingLog) -> 
     """
     resized = [image for image in images if image.is_resized and image.fits(image.declared_hw)]
     are_resized = any(not image.fits(image.header.upright_hw) for image in resized)
-    upright = _drawn_upright(images)
-    sizes_hw = [_settle_size(image, upright, are_resized, log) for image in images]
+    # Tools that show an image turned, and take its size from the file, write the size of the stored one.
+    upright = _lean_upright(image for image in images if image.is_declared_as_stored) > 0
+    stored = _lean_upright(image for image in images if image.may_be_as_stored) < 0
+    sizes_hw = [_settle_size(image, upright, stored, are_resized, log) for image in images]
     if len(resized) > _FEW_RESIZED and len(resized) * 2 > num_images:
         (height, width), (actual_height, actual_width) = resized[0].declared_hw, resized[0].header.upright_hw
         message = (
@@ -341,23 +348,26 @@ def settle_sizes(images: Sequence[Stated], num_images: int, log: FindingLog) -> 
     return sizes_hw
 
 
-def _drawn_upright(images: Sequence[Stated]) -> bool:
-    """Whether a split states the sizes of turned images as they are stored, and its boxes were drawn on the upright
-    ones all the same: tools that show an image turned, and take its size from the file, write that."""
-    fits = {True: 0, False: 0}  # images whose boxes fit the upright frame alone, and the stored one alone
-    for image in images:
-        if image.is_declared_as_stored:
-            upright, stored = image.fits(image.header.upright_hw), image.fits(image.header.stored_hw)
-            if upright != stored:
-                fits[upright] += 1
-    return fits[True] > fits[False]
+def _lean_upright(turned: Iterable[Stated]) -> int:
+    """Of how many more of these images the boxes fit the upright frame alone than the stored one alone."""
+    fits = ((image.fits(image.header.upright_hw), image.fits(image.header.stored_hw)) for image in turned)
+    return sum(upright - stored for upright, stored in fits)
 
 
-def _settle_size(image: Stated, upright: bool, are_resized: bool, log: FindingLog) -> tuple[int, int] | None:
-    """Of one image; upright: `_drawn_upright`; are_resized: whether boxes of the split fit the stated sizes alone, so
-    that others fit both by chance."""
+def _settle_size(
+    image: Stated, upright: bool, stored: bool, are_resized: bool, log: FindingLog
+) -> tuple[int, int] | None:
+    """Of one image; upright, stored: whether the boxes of the split were drawn so, where the sizes say otherwise or
+    nothing; are_resized: whether boxes of the split fit the stated sizes alone, so that others fit both by chance."""
     path, header, declared_hw, where = image.path, image.header, image.declared_hw, image.where
     actual_hw = header.upright_hw
+    if stored and image.may_be_as_stored and (image.fits(header.stored_hw) or not image.fits(actual_hw)):
+        message = (
+            f"{path.name} is turned by its EXIF orientation, but boxes of these annotations fit the images as stored "
+            "alone; it is used as stored."
+        )
+        log.add("orientation", "repaired", where, message)
+        return header.stored_hw
     if declared_hw is None or declared_hw == actual_hw:
         if header.orientation > 1 and len(image.boxes_xyxy) and (declared_hw is None or header.stored_hw == actual_hw):
             message = (

@@ -37,7 +37,7 @@ def report_leaks(
     """Adds what training and validation share."""
     files = train_files, val_files
     was_said = _report_duplicates(*files, log) or _report_copies(*files, log) or _report_same_boxes(train, val, log)
-    if not was_said and not val.name.startswith(f"{train.name} ("):  # what was held back has been told of already
+    if not was_said and not val.is_held_back:  # what `hold_back` parts it has told of already
         _report_related(*files, train.categories, log)
 
 

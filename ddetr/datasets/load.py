@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from os import PathLike
@@ -18,14 +18,16 @@ from ddetr.datasets.readers.coco.reader import read_coco
 from ddetr.datasets.readers.createml import createml_splits, read_createml
 from ddetr.datasets.readers.csv_boxes import csv_splits, read_csv_boxes
 from ddetr.datasets.readers.cvat import cvat_splits, read_cvat
-from ddetr.datasets.readers.file_names import stems_in_other_splits
+from ddetr.datasets.readers.file_names import last_parts, stems_in_other_splits
 from ddetr.datasets.readers.foreign import what_it_is
 from ddetr.datasets.readers.huggingface import huggingface_splits, read_huggingface
 from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
 from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept, split_kind
-from ddetr.datasets.readers.side_by_side import Neighbours, neighbours
+from ddetr.datasets.readers.side_by_side import NOTHING_SAYS, Neighbours, neighbours, unlike
+from ddetr.datasets.readers.split_lists import with_lists
+from ddetr.datasets.readers.via import read_via, via_splits
 from ddetr.datasets.readers.voc import read_voc, voc_splits
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.reader import has_label_rows, read_yolo, said_of_unnamed
@@ -36,6 +38,7 @@ from ddetr.wording import did_you_mean, first_few
 
 ANNOTATIONS_OPTION = "--data.train_annotations or --data.val_annotations (annotation_file)"
 _TRAIN_NAMES = ("train", "train2017", "training", "trainval", "all")
+_MOST_FOLDERS = 20  # of a data set without a training split that are looked into
 _SAMPLED = 100  # images of a split whose names are held beside those of other splits
 _WRAPPERS = 3  # folders one in another, of which each holds only the next, as archives are unpacked
 _VAL_NAMES = ("val", "val2017", "valid", "validate", "validation", "dev", "eval", "evaluation", "holdout")
@@ -98,10 +101,10 @@ def load_annotations(
 def _are_of_other_splits(annotations: Annotations, split: str, path: Path) -> bool:
     """Whether the images that a split lacks lie in the folders of other splits: the same annotations stand in the file
     of each, and nothing is lost."""
-    missing = [f.where for f in annotations.findings if f.kind == "missing-image" and f.count == 1]
+    missing = [finding.image for finding in annotations.findings if finding.kind == "missing-image"]
     elsewhere = stems_in_other_splits(_home(path), split) if split_kind(split) else set()
     return (
-        all(folded(PurePath(where.rpartition(", ")[2]).stem) in elsewhere for where in missing)
+        all(any(folded(PurePath(last).stem) in elsewhere for last in last_parts(name or "")) for name in missing)
         # where images of several splits have one name, it doesn't tell whose they are
         and not any(folded(image.path.stem) in elsewhere for image in annotations.images[:_SAMPLED])
     )
@@ -135,7 +138,7 @@ def _read_coco(wanted: Wanted) -> Annotations:
 
 # In the order in which they are tried: a COCO file says most; KITTI's folders are called as YOLO's; LabelMe's files
 # stay where they were when others have been made of them.
-FORMATS: dict[str, Reader] = {
+_READERS = {
     "coco": Reader("COCO", "annotations/*.json or */_annotations.coco.json", coco_splits, _read_coco),
     "voc": Reader("Pascal VOC", "XML files in Annotations/, or beside the images", voc_splits, read_voc),
     "kitti": Reader("KITTI", "training/image_2 and label_2", kitti_splits, read_kitti),
@@ -144,11 +147,17 @@ FORMATS: dict[str, Reader] = {
     "labelme": Reader("LabelMe", "a JSON file for each image", labelme_splits, read_labelme),
     "csv": Reader("CSV", "a table with a row for each box", csv_splits, read_csv_boxes),
     "label_studio": Reader("Label Studio", "its JSON", label_studio_splits, read_label_studio),
+    "via": Reader("VIA", "its JSON or CSV", via_splits, read_via),
     "createml": Reader("Create ML", "its JSON", createml_splits, read_createml),
     "huggingface": Reader("Hugging Face", "metadata.jsonl with objects", huggingface_splits, read_huggingface),
 }
 
-_OF_ONE_FILE = ("csv", "label_studio", "createml", "huggingface")  # whose splits are single files, as COCO's are
+_READ_LISTS = ("voc", "kitti", "yolo")  # themselves
+FORMATS: dict[str, Reader] = {
+    name: reader if name in _READ_LISTS else with_lists(reader) for name, reader in _READERS.items()
+}
+
+_OF_ONE_FILE = ("csv", "label_studio", "via", "createml", "huggingface")  # whose splits are single files, as COCO's are
 
 
 def detect_format(path: str | PathLike) -> str:
@@ -177,22 +186,42 @@ def _neighbours(format: str, place: Path) -> Neighbours:
 
     def format_in(folder: Path) -> str | None:
         found = _place(folder, list(FORMATS), [])
-        return None if found is None else FORMATS[found[0]].title
+        return None if found is None else found[0]
 
     return neighbours(place, FORMATS[format].splits(place).values(), format_in)
 
 
 def _check_alone(format: str, place: Path) -> None:
-    """Of several data sets in one folder the first is not taken for all of it."""
+    """Of several data sets in one folder the first is not taken for all of it, unless all say the same."""
     found = _neighbours(format, place)
-    if found.others:
-        known = [*((folder, FORMATS[format].title) for folder in found.read), *found.others]
-        listed = first_few([f"{one_line(folder)} ({title})" for folder, title in sorted(known)], 6)
-        read = first_few([one_line(folder.name) for folder in found.read], 4)
-        raise InputError(
-            f"{place} holds several data sets, and nothing says that they belong together: {listed}. Give the path of "
-            f"one; --data.format {format} (format) reads {read} alone"
-        )
+    if not found.others:
+        return
+    known = [*((folder, format) for folder in found.read), *found.others]
+    unlike = None
+    if len(found.read) == 1:
+        unlike = next(filter(None, (_unlike(known[0], other) for other in found.others)), None)
+        if unlike is None:
+            return
+    listed = first_few([f"{one_line(folder)} ({FORMATS[one].title})" for folder, one in sorted(known)], 6)
+    read = first_few([one_line(folder.name) for folder in found.read], 4)
+    raise InputError(
+        f"{place} holds several data sets, and {unlike or NOTHING_SAYS}: {listed}. Give the path of one; --data.format "
+        f"{format} (format) reads {read} alone"
+    )
+
+
+def _unlike(one: tuple[Path, str], other: tuple[Path, str]) -> str | None:
+    """In what two data sets differ, given by folder and format; None where their usual splits have the same images
+    with the same objects, as where one was converted from the other."""
+    splits = []
+    for folder, format in (one, other):
+        try:
+            names = default_splits(folder, format)
+            read = [load_annotations(folder, n, format=format, check_images=False) for n in names if n is not None]
+        except InputError:
+            return NOTHING_SAYS
+        splits.append(read)
+    return unlike(*splits)
 
 
 def read_together(path: str | PathLike, format: str = "auto") -> tuple[Path, ...]:
@@ -253,7 +282,18 @@ def _located(path: str | PathLike, format: str) -> tuple[str, Path]:
     """The format, recognised where it is "auto", and the folder or file that holds it."""
     path = existing(path)
     format = detect_format(path) if format == "auto" else _known(format)
-    return _place(path, [format]) or (format, path)
+    format, place = _place(path, [format]) or (format, path)
+    beside = _neighbours(format, place)
+    if beside.others and len(beside.read) == 1 and FORMATS[format].splits(beside.read[0]):
+        place = beside.read[0]  # with the splits that it has itself
+    return format, place
+
+
+def same_beside(path: str | PathLike, format: str = "auto") -> list[tuple[Path, str]]:
+    """The data sets, with their formats, that lie beside the one of this format, where `detect_format` has found that
+    they say the same."""
+    place = _place(existing(path), list(FORMATS) if format == "auto" else [format], [])
+    return list(_neighbours(*place).others) if place is not None else []
 
 
 def also_there(path: str | PathLike, format: str = "auto") -> list[tuple[str, list[str]]]:
@@ -298,6 +338,7 @@ def default_splits(
         raise InputError(
             f"{path} has the splits {first_few(splits, 8)}: none is called train; --data.train_split (and "
             f"--data.val_split, or --data.val_fraction 0.1) names the one to train on{own}{unnamed and f'. {unnamed}'}"
+            f"{''.join(f'. {sentence}' for sentence in _said_of_others(path, format))}"
         )
     others = [split for split in splits if split not in (train, "trainval")]
     val = val_split or _first(others, _VAL_NAMES, "val")
@@ -308,6 +349,22 @@ def default_splits(
                 "--data.val_split name the ones that are meant"
             )
     return train, val
+
+
+def _said_of_others(path: str | PathLike, format: str) -> Iterator[str]:
+    """Sentences on what else lies in the folder of a data set without a training split: that may have been meant."""
+    format, place = _located(path, format)
+    for other, splits in also_there(path, format):
+        if _train_split(splits) is not None:
+            listed = first_few(splits, 5)
+            yield f"{FORMATS[other].title} annotations lie there too ({listed}): --data.format {other} reads them"
+    own = FORMATS[format].splits(place)
+    for folder in folders_in(place)[:_MOST_FOLDERS] if place.is_dir() else ():
+        found = None if folder.name in own else _place(folder, list(FORMATS), [])
+        if found is not None and _train_split(list(FORMATS[found[0]].splits(found[1]))) is not None:
+            yield f"{one_line(folder)} is a data set of its own ({FORMATS[found[0]].title}): its path reads it"
+        elif found is None and split_kind(folder.name) == "train":
+            yield from filter(None, [what_it_is(folder, lambda _: False)])
 
 
 def check_parts(path: str | PathLike, split: str, splits: Sequence[str], option: str) -> None:

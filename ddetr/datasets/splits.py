@@ -12,7 +12,7 @@ import numpy as np
 
 from ddetr.datasets import Annotations, Category, Finding, ImageTable, available_splits, load_annotations
 from ddetr.datasets.config import DataSource, TrainingSource
-from ddetr.datasets.image_files import folders_in, listed_lines
+from ddetr.datasets.image_files import listed_lines
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.load import (
     FORMATS,
@@ -22,8 +22,10 @@ from ddetr.datasets.load import (
     detect_format,
     read_together,
     said_of_not_named,
+    same_beside,
 )
 from ddetr.datasets.readers.reader import WHOLE, layouts_kept
+from ddetr.datasets.readers.split_lists import lists_beside
 from ddetr.datasets.related import copied_from, families
 from ddetr.errors import InputError
 from ddetr.files import existing
@@ -33,8 +35,6 @@ from ddetr.wording import first_few
 logger = logging.getLogger(__name__)
 
 HELD_BACK_FILE = "held_back.json"  # of a run folder: the names of the images that `hold_back` chose
-_LISTED = ("train", "trainval", "val", "valid", "test")  # text files that may list the images of splits
-_FOLDERS = 10  # of a folder, in which they are looked for
 
 
 @layouts_kept()
@@ -97,6 +97,12 @@ def _other_annotations(data: TrainingSource, train: Annotations) -> list[Finding
             f"read. --data.format {other} reads the others."
         )
         found.append(Finding("other-annotations", "note", str(data.path), message))
+    for folder, other in same_beside(data.path, data.format):
+        message = (
+            f"{one_line(folder)} has the same images, splits and objects ({FORMATS[other].title}); {train.name} "
+            f"({train.format}) was read."
+        )
+        found.append(Finding("other-annotations", "note", str(data.path), message))
     return found
 
 
@@ -118,9 +124,7 @@ def _lists(data: TrainingSource, train: Annotations) -> list[Finding]:
     root = Path(data.path)
     if not root.is_dir() or len(available_splits(root, data.format)) > 1:
         return []
-    inner = folders_in(root)[:_FOLDERS]
-    places = (root, *inner, *(sub for folder in inner for sub in folders_in(folder)[:_FOLDERS]))
-    lists = [file for place in places for name in _LISTED if (file := place / f"{name}.txt").is_file()]
+    lists = lists_beside(root)
     names = {PurePosixPath(name).stem for name in image_names(train, root)} if lists else set()
     used_not = [file for file in lists if _first_stem(file) in names]
     by_lists = train.format in ("voc", "yolo")  # and one of them is read
@@ -128,7 +132,8 @@ def _lists(data: TrainingSource, train: Annotations) -> list[Finding]:
         return []
     message = (
         f"{first_few([one_line(file) for file in used_not], 3)} list images by splits and are not used: all images are "
-        "read as one split. To use them, give each split a folder or an annotation file of its own."
+        "read as one split. They would be, if each image were in one of them and they named no others; or give each "
+        "split a folder or an annotation file of its own."
     )
     return [Finding("lists-not-used", "note", str(root), message, len(used_not))]
 
@@ -299,7 +304,7 @@ def hold_back(
     in_val = ImageTable.from_records(train.images[i] for i in np.flatnonzero(is_val).tolist())
     in_train = ImageTable.from_records(train.images[i] for i in np.flatnonzero(~is_val).tolist())
     held = f"{train.name} ({data.val_fraction:g} of it)"
-    return replace(train, images=in_train), replace(train, name=held, images=in_val, findings=())
+    return replace(train, images=in_train), replace(train, name=held, images=in_val, findings=(), is_held_back=True)
 
 
 def _groups(train: Annotations, names: Sequence[str], data: DataSource) -> list[_Group]:

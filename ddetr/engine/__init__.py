@@ -2,6 +2,7 @@
 
 config.py          the settings of a run
 train.py           `train()`: everything put together
+prepare.py         what a run settles first: device, folder, data set
 fit.py             Lightning's loop and its ways of ending; steps alone, for measurements
 step.py            what a step is made of, and the one place where its losses are computed
 module.py          one optimisation step, one validation: what Lightning calls

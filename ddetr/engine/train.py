@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -11,23 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
 from ddetr import console
 from ddetr.checkpoint import Checkpoint, load_weights
-from ddetr.checkpoint.foreign import check_is_weights
-from ddetr.datasets import Annotations, AuditReport, audit
+from ddetr.datasets import Annotations
 from ddetr.datasets.augment import Augmentation, describe
 from ddetr.datasets.config import DataSource
-from ddetr.datasets.image_files import reading_on_screen
-from ddetr.datasets.splits import HELD_BACK_FILE, image_names, load_splits, no_validation, read_held_back
+from ddetr.datasets.splits import HELD_BACK_FILE, image_names, read_held_back
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.batch_size import MemoryPlan
 from ddetr.engine.blackbox.guard import StepGuard
 from ddetr.engine.callbacks import Publish, Watch
-from ddetr.engine.compile import CompiledForward, check_compiler
+from ddetr.engine.compile import CompiledForward
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.early_stopping import EarlyStopping
 from ddetr.engine.ema import WeightAverage
@@ -35,12 +31,13 @@ from ddetr.engine.fit import Trainer, fit, quiet_lightning
 from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.loading.data_wait import DataWait
 from ddetr.engine.loading.datamodule import DetectionData
-from ddetr.engine.loggers import Loggers, chosen_loggers
+from ddetr.engine.loggers import Loggers
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.optimizer import describe_groups, parameter_groups
 from ddetr.engine.preflight.run import run_preflight
-from ddetr.engine.run.data import DATA_FILE, DataTraits, check_same_data
-from ddetr.engine.run.folder import PREFLIGHT_FILE, RunFolder
+from ddetr.engine.prepare import Prepared, prepare
+from ddetr.engine.run.data import DATA_FILE
+from ddetr.engine.run.folder import PREFLIGHT_FILE
 from ddetr.engine.run.states import RESUME_FILE
 from ddetr.engine.run_report import Report, finish, last_word
 from ddetr.engine.saving import SaveState, StateFiles
@@ -50,8 +47,6 @@ from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.files import existing, make_folder
 from ddetr.models.auxiliary import attach_auxiliary
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
-from ddetr.runtime.allocator import use_expandable_segments
-from ddetr.runtime.device import choose_device
 from ddetr.runtime.distributed import is_first_process
 from ddetr.runtime.precision import PRECISIONS, numerics, onednn_matmuls
 from ddetr.settings import kept
@@ -83,22 +78,6 @@ class RunResult:
     image_example: Path
     metrics: Metrics
     data_options: Sequence[str] = ()  # of `ddetr eval`, to measure on the same images
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What is settled before anything is built."""
-
-    config: TrainConfig  # with the sizes of batches
-    run: RunFolder
-    resume_file: Path | None
-    where: dict[str, Any]  # Lightning's arguments for the device
-    loggers: Sequence[str]
-    train_set: Annotations
-    val_set: Annotations
-    audit: AuditReport
-    traits: DataTraits | None  # of the data, on the first process
-    other_val: bool  # whether the run that goes on had other validation images: what was best does not count any more
 
 
 @dataclass(frozen=True)
@@ -169,73 +148,6 @@ def preflight(config: TrainConfig) -> None:
     prepared = prepare(config)
     if is_first_process():
         _try(prepared, build(prepared), keep=config.output is not None)
-
-
-def prepare(config: TrainConfig) -> Prepared:
-    """Device, run folder and data set, read and audited; nothing is written. What can be checked without the
-    data is checked before they are read."""
-    root = existing(config.data.path)
-    loggers = chosen_loggers(config.loggers)
-    where = _where(config)
-    if config.compile:
-        check_compiler(where["accelerator"])
-    if where["accelerator"] == "cuda":
-        use_expandable_segments()
-    run, resume_file = RunFolder.choose(config.output, config.resume, root.resolve().name)
-    config = config.with_batch_sizes(run.settings() if resume_file is not None else {})
-    if resume_file is not None:
-        run.check_unchanged(config, resume_file)
-        if is_first_process():
-            with run.claimed(is_new=False):
-                pass  # whoever cannot have it is told so before the data are read
-    _check_options(config, where["devices"] * where["num_nodes"], is_resumed=resume_file is not None)
-    with reading_on_screen(config.data.path):
-        held_back = read_held_back(run.path) if resume_file is not None else None
-        train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty, held_back=held_back)
-    if val_set is None:
-        raise no_validation(config.data)
-    with console.reading("decoding validation images", "images") as update:
-        report = audit(
-            train_set,
-            val_set,
-            num_queries=config.model["num_queries"],
-            max_detections=config.max_detections,
-            # What validation meets is known before the first step. A run that goes on was told, and survives it.
-            decode="val" if resume_file is None and is_first_process() else False,
-            on_bad_image=config.data.on_bad_image,
-            strict=config.data.strict,
-            progress=update,
-        )
-    if is_first_process():
-        console.show(report.render())
-        for finding in report.findings:
-            if finding.kind == "validation-is-training":  # above the progress too, not only in a long table
-                logger.warning("%s", finding.message)
-    if report.refused:
-        first, others = report.refused[0], len(report.refused) - 1
-        more = f", and {others} more findings in the table above" if others else ""
-        raise InputError(f"the audit refused the data set: {first.where}: {first.message}{more}")
-    traits, other_val = None, False
-    if is_first_process():
-        traits = DataTraits.of(train_set, val_set, root)
-        if resume_file is not None:
-            other_val = check_same_data(run.path, traits, accept_changes=config.accept_changed_data)
-    return Prepared(config, run, resume_file, where, loggers, train_set, val_set, report, traits, other_val)
-
-
-def _check_options(config: TrainConfig, num_processes: int, *, is_resumed: bool) -> None:
-    """What the options alone decide, on a network without memory: names, sizes and files that cannot be. The files that
-    a run has started from may be gone when it is resumed."""
-    backbone = config.model["pretrained_backbone"]
-    if not isinstance(backbone, str) or config.weights is not None or is_resumed:
-        backbone = False  # no file, or one that is not read; ImageNet's weights may be yet to fetch
-    with torch.device("meta"):
-        detector = DeformableDETR(**dict(config.model, pretrained_backbone=backbone), num_classes=1)
-    freeze_parameters(detector, config.optim.freeze)
-    if isinstance(config.batch_size, int) and config.batch_size % num_processes:
-        raise InputError(f"batch_size {config.batch_size} must be divisible by the {num_processes} processes")
-    if config.weights is not None and not is_resumed and is_first_process():
-        check_is_weights(Path(config.weights))
 
 
 def build(prepared: Prepared) -> Built:
@@ -454,20 +366,3 @@ def _checkpoint(prepared: Prepared, module: DetectionModule, metrics: Metrics) -
         metrics=metrics.numbers(),
         training={"data": prepared.train_set.name, "step": module.global_step, "epoch": module.current_epoch},
     )
-
-
-def _where(config: TrainConfig) -> dict[str, Any]:
-    """Lightning's arguments for the device; under torchrun the numbers that torchrun set."""
-    devices = config.devices
-    use_cuda = choose_device(config.device).type == "cuda"
-    num_nodes = 1
-    if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
-    devices = devices or (torch.cuda.device_count() if use_cuda else 1)
-    return {
-        "accelerator": "cuda" if use_cuda else "cpu",
-        "devices": devices,
-        "num_nodes": num_nodes,
-        "strategy": "ddp" if devices * num_nodes > 1 else "auto",
-    }

@@ -31,7 +31,7 @@ def forward(value: Tensor, shapes: Sequence[int], points: Tensor, weights: Tenso
         bags = F.embedding_bag(
             chunk.rows.flatten(0, 1).flatten(1),
             table,
-            per_sample_weights=chunk.coefficients().flatten(0, 1).flatten(1),
+            per_sample_weights=chunk.coefficients().flatten(0, 1).flatten(1).to(table.dtype),
             mode="sum",
         )
         output[chunk.queries] = bags.view(-1, m * d)
@@ -135,8 +135,8 @@ class _Levels:
         self.cells_in = sum(h * w for h, w in self.sizes)
         self.batch = n
         device, m = value.device, self.heads
-        # Locations keep the wider of float32 and their own type, so that float64 stays float64.
-        self.dtype = torch.promote_types(points.dtype, torch.float32)
+        # Locations are as wide as they and the values are, float32 at least: with float64 values all is float64.
+        self.dtype = torch.promote_types(torch.promote_types(points.dtype, value.dtype), torch.float32)
         self.cells = torch.tensor([[w, h] for h, w in self.sizes], dtype=self.dtype, device=device).view(-1, 1, 2)
         most = max(n, 1) * self.cells_padded * m
         self.index_dtype = torch.int32 if most < 2**31 else torch.int64

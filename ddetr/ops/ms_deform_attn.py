@@ -5,6 +5,7 @@ Shapes: N batch, S = sum_l H_l*W_l, M heads, D head size, Q queries, L levels, P
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ddetr.ops import operators as _operators  # noqa: F401  (defines torch.ops.ddetr.ms_deform_attn)
 from ddetr.ops.arguments import SpatialShapes, check_arguments, flat_shapes
@@ -68,13 +69,15 @@ def _attention(
 ) -> Tensor:
     shapes = flat_shapes(spatial_shapes)
     tracing = torch.jit.is_tracing()
+    # The operator has no forward-mode derivative, and PyTorch drops the tangents of what runs below autograd.
+    forward_mode = forward_ad._current_level >= 0
     # An exported graph holds nothing custom: it must run where ddetr is not.
-    is_plain = tracing or _is_exporting() or uses_reference(value.device.type)
+    is_plain = tracing or forward_mode or _is_exporting() or uses_reference(value.device.type)
     # The operator checks by itself where it runs, but not what torch.compile traces; jit's trace would warn of each.
     if (is_plain and not tracing) or torch.compiler.is_compiling():
         check_arguments(value, shapes, points, weights, reference_points)
     if is_plain:
-        return attention_step_reference(value, spatial_shapes, points, weights, reference_points)
+        return attention_step_reference(value, spatial_shapes, points, weights, reference_points, forward_mode)
     return torch.ops.ddetr.ms_deform_attn(value, shapes, points, weights, reference_points)
 
 

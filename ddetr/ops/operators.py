@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ddetr.ops import embedding_bag
 from ddetr.ops.arguments import check_arguments, check_cells
@@ -34,6 +35,7 @@ torch.library.define(
 def _forward(
     value: Tensor, spatial_shapes: list[int], points: Tensor, weights: Tensor, reference_points: Tensor | None
 ) -> Tensor:
+    _refuse_tangents()
     check_arguments(value, spatial_shapes, points, weights, reference_points)
     check_cells(value.shape[1], spatial_shapes)
     return _run(_module(value).forward, value, spatial_shapes, points, weights, reference_points)
@@ -49,6 +51,7 @@ def _backward(
     reference_points: Tensor | None,
     with_reference: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _refuse_tangents()
     check_arguments(value, spatial_shapes, points, weights, reference_points)
     check_cells(value.shape[1], spatial_shapes)
     n, _, m, d = value.shape
@@ -58,6 +61,15 @@ def _backward(
         _module(value).backward, grad_output, value, spatial_shapes, points, weights, reference_points, with_reference
     )
     return (*grads, value.new_empty(0) if grad_reference is None else grad_reference)
+
+
+def _refuse_tangents() -> None:
+    """Below autograd the tangents of forward mode are gone, and the result would count as constant."""
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "the operator ddetr::ms_deform_attn has no forward-mode derivative (torch.func.jvp, dual numbers): call "
+            "ddetr.ops.ms_deform_attn within it, which has one, or leave the dual level before backward()"
+        )
 
 
 def _module(value: Tensor) -> Any:
@@ -124,11 +136,12 @@ def _save_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
 
 def _differentiate_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """Second derivatives, rare and therefore plain: the reference differentiated twice."""
+    _refuse_tangents()
     with torch.enable_grad():
         inputs = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
         grad_output, value, points, weights, reference_points = inputs
         shapes = list(zip(ctx.spatial_shapes[::2], ctx.spatial_shapes[1::2]))
-        output = attention_step_reference(value, shapes, points, weights, reference_points, twice_differentiable=True)
+        output = attention_step_reference(value, shapes, points, weights, reference_points, by_gathers=True)
         wanted = [value, points, weights]
         if ctx.with_reference and reference_points is not None:
             wanted.append(reference_points)

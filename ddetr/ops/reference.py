@@ -43,7 +43,9 @@ def ms_deform_attn_reference(
 def ms_deform_attn_gather(
     value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
-    """The same by gathers: it differentiates twice, and holds all gathered rows (N, Q, M, 4*L*P, D) in memory."""
+    """The same by gathers: it differentiates twice and in forward mode, and holds all gathered rows (N, Q, M, 4*L*P, D)
+    in memory.
+    """
     n, s, m, d = value.shape
     q = sampling_locations.shape[1]
     dtype = torch.promote_types(value.dtype, torch.float32)
@@ -62,12 +64,14 @@ def attention_step_reference(
     points: Tensor,
     weights: Tensor,
     reference_points: Tensor | None,
-    twice_differentiable: bool = False,
+    by_gathers: bool = False,
 ) -> Tensor:
     """Both public functions by plain PyTorch: without `reference_points`, `points` are locations and `weights` weights;
     with them, offsets and logits. Softmax and locations in float32 or wider, outside autocast.
+
+    by_gathers: the form that differentiates twice and in forward mode; `grid_sample` does neither.
     """
-    sample = ms_deform_attn_gather if twice_differentiable else ms_deform_attn_reference
+    sample = ms_deform_attn_gather if by_gathers else ms_deform_attn_reference
     with _without_autocast(value.device.type):
         if reference_points is not None:
             dtype = torch.promote_types(weights.dtype, torch.float32)

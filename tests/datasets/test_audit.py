@@ -165,11 +165,44 @@ def test_what_is_found_in_the_file_of_both_splits_is_told_once(make_yolo):
     assert [finding.kind for finding in audit(*both(root)).findings] == ["nc-differs"]
 
 
+@pytest.mark.parametrize("others", [[], ["x.jpg", "y.jpg"]], ids=len)
+def test_images_of_the_other_split_are_not_called_unused(make_coco, write_image, others):
+    """Both splits' images in one folder: each of their files lists a part of them."""
+    root = make_coco(num_images=3)
+    for split, numbers in (("train", "12"), ("val", "3")):
+        content = json.loads((root / "annotations" / "instances_train.json").read_text())
+        content["images"] = [image for image in content["images"] if image["file_name"][0] in numbers]
+        content["annotations"] = []
+        (root / "annotations" / f"instances_{split}.json.new").write_text(json.dumps(content))
+    for split in ("train", "val"):
+        place = root / "annotations" / f"instances_{split}.json"
+        place.with_name(f"{place.name}.new").rename(place)
+    (root / "train").rename(root / "images")
+    for seed, name in enumerate(others, 7):
+        write_image(root / "images" / name, seed=seed)
+    found = [finding for finding in audit(*both(root)).findings if finding.kind == "unlisted-images"]
+    assert [finding.count for finding in found] == [2] * bool(others)
+    assert all("such as x.jpg" in finding.message for finding in found)
+
+
 def test_a_validation_split_without_objects_is_a_note(make_coco):
     root = make_coco([coco_object(), coco_object(category_id=7)])
     make_coco([], split="val")
     report = audited(root)
     assert [(f.kind, f.action) for f in report.findings] == [("no-objects", "note")]
+
+
+def test_nearly_all_images_without_objects_are_a_note(make_yolo, kinds):
+    def found(num_objects, text="0 0.5 0.5 1 1\n"):
+        labels = {f"images/train/{i}.jpg": text if i < num_objects else "" for i in range(10)}
+        return kinds(audited(make_yolo(labels, data_yaml="names: [cat]\n")))
+
+    assert found(1) == {"mostly-empty": "note"}
+    assert found(2) == {}
+    assert found(10) == {"whole-image-boxes": "note"}
+    missing = {f"images/train/{i}.jpg": None for i in range(20)} | {"images/train/0.jpg": "0 .5 .5 .2 .2\n"}
+    root = make_yolo(missing, make_yolo({}).parent / "missing", "names: [cat]\n")
+    assert kinds(audited(root)) == {"image-without-labels": "note"}
 
 
 def test_classes_without_objects(make_coco):

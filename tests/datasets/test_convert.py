@@ -14,7 +14,8 @@ from ddetr.cli import main as cli
 from ddetr.datasets import available_splits, detect_format, load_annotations, read_image
 from ddetr.datasets.annotations import Annotations
 from ddetr.datasets.config import TrainingSource
-from ddetr.datasets.convert import Conversion, convert, read_source
+from ddetr.datasets.convert.conversion import Conversion, convert
+from ddetr.datasets.convert.source import read_source
 from ddetr.datasets.images import image_header
 from ddetr.errors import InputError
 

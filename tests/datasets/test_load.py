@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -294,6 +295,32 @@ def test_images_of_other_splits_are_not_lost(write_image, tmp_path, format):
     assert "most-images-left-out" in {finding.kind for finding in val.findings}
 
 
+@pytest.mark.parametrize("prefix", ["", "gone, "])
+def test_lost_images_are_known_by_their_names(write_image, tmp_path, prefix):
+    """Whatever stands in a name: "gone, i0.jpg" is not the i0.jpg of training, and a list's lines have names too."""
+    names = [f"i{i}" for i in range(10)]
+    for name in names:
+        write_image(tmp_path / "train" / f"{name}.jpg")
+    write_image(tmp_path / "val" / "v0.jpg")
+    images = [
+        {"id": i, "file_name": f"{name}.jpg", "width": 64, "height": 48}
+        for i, name in enumerate(["v0", *(prefix + name for name in names)])
+    ]
+    content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "val" / "_annotations.coco.json").write_text(json.dumps(content))
+    val = load_annotations(tmp_path, "val")
+    assert ("most-images-left-out" in {finding.kind for finding in val.findings}) == bool(prefix)
+
+
+def test_lines_of_a_list_are_known_by_their_names(make_yolo, tmp_path):
+    train = {f"images/train/i{i}.jpg": "0 .5 .5 .2 .2" for i in range(10)}
+    yaml = "train: images/train\nval: val.txt\nnames: [a]\n"
+    make_yolo({**train, "images/val/v0.jpg": "0 .5 .5 .2 .2"}, tmp_path, yaml)
+    lines = ["images/val/v0.jpg", *(f"images/val/i{i}.jpg" for i in range(10))]
+    (tmp_path / "val.txt").write_text("\n".join(lines))
+    assert {finding.kind for finding in load_annotations(tmp_path, "val").findings} == {"missing-image"}
+
+
 def test_a_few_missing_images_are_dropped(make_coco):
     root = make_coco(num_images=5)
     _lose(root, left=1)
@@ -378,3 +405,225 @@ def test_what_belongs_together_is_no_second_data_set(make_any, make_yolo, tmp_pa
     make_any("csv", tmp_path / "devkit" / "test")  # called as a split
     train, _ = load_splits(TrainingSource(str(tmp_path / "devkit")))
     assert len(train.images) == 3
+
+
+BOXES = ((4, 6, 24, 18), (10, 12, 40, 42), (8, 8, 16, 16))
+
+
+def labels_of(format: str, box: tuple[int, ...]) -> dict[str, str]:
+    """The files, by their names, that give an image a.png of 64 x 48 pixels beside them the box."""
+    x1, y1, x2, y2 = box
+    wide, high = x2 - x1, y2 - y1
+    centre = {"x": (x1 + x2) / 2, "y": (y1 + y2) / 2, "width": wide, "height": high}
+    entry = {"image": "a.png", "annotations": [{"label": "cat", "coordinates": centre}]}
+    coco = {
+        "images": [{"id": 1, "file_name": "a.png", "width": 64, "height": 48}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [x1, y1, wide, high], "area": wide * high}],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    shape = {"label": "cat", "points": [[x1, y1], [x2, y2]], "shape_type": "rectangle"}
+    cvat = f'<box label="cat" xtl="{x1}" ytl="{y1}" xbr="{x2}" ybr="{y2}" occluded="0"/>'
+    row = f"0 {centre['x'] / 64} {centre['y'] / 48} {wide / 64} {high / 48}"
+    kitti = f"cat 0 0 0 {x1} {y1} {x2} {y2} 1 1 1 0 0 0 0"
+    task = {
+        "data": {"image": "a.png"},
+        "annotations": [
+            {
+                "result": [
+                    {
+                        "type": "rectanglelabels",
+                        "original_width": 64,
+                        "original_height": 48,
+                        "value": {
+                            "x": x1 / 0.64, "y": y1 / 0.48, "width": wide / 0.64, "height": high / 0.48,
+                            "rectanglelabels": ["cat"],
+                        },
+                    }
+                ]
+            }
+        ],
+    }  # fmt: skip
+    return {
+        "voc": {"a.xml": voc_xml([voc_object("cat", box)])},
+        "annotations of voc": {"Annotations/a.xml": voc_xml([voc_object("cat", box)])},
+        "yolo": {"a.txt": row},
+        "images of yolo": {"labels/a.txt": row},
+        "kitti": {"label_2/a.txt": kitti},
+        "createml": {"_annotations.createml.json": json.dumps([entry])},
+        "coco": {"annotations.json": json.dumps(coco)},
+        "roboflow of coco": {"_annotations.coco.json": json.dumps(coco)},
+        "labelme": {"a.json": json.dumps({"imagePath": "a.png", "shapes": [shape]})},
+        "csv": {"_annotations.csv": f"filename,class,xmin,ymin,xmax,ymax\na.png,cat,{x1},{y1},{x2},{y2}\n"},
+        "label_studio": {"tasks.json": json.dumps([task])},
+        "cvat": {
+            "annotations.xml": f'<annotations><image name="a.png" width="64" height="48">{cvat}</image></annotations>'
+        },
+    }[format]
+
+
+FOLDERED = [
+    *("voc", "annotations of voc", "yolo", "images of yolo", "kitti", "createml", "coco", "roboflow of coco"),
+    *("labelme", "csv", "label_studio", "cvat"),
+]
+
+
+@pytest.fixture
+def write_labelled(tmp_path, write_image):
+    def write(place, format, box):
+        write_image(tmp_path / place / ("images/a.png" if format == "images of yolo" else "a.png"), seed=box[0])
+        for name, text in labels_of(format, box).items():
+            file = tmp_path / place / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
+
+    return write
+
+
+@pytest.mark.parametrize("places", [("train/0", "train/1", "val"), ("data/train/0", "data/train/1/x", "data/valid/2")])
+@pytest.mark.parametrize("format", FOLDERED)
+def test_folders_within_the_folder_of_a_split(tmp_path, write_labelled, format, places):
+    for place, box in zip(places, BOXES, strict=True):
+        write_labelled(place, format, box)
+    train, val = load_splits(TrainingSource(path=str(tmp_path)))
+    assert train.format == val.format == format.rpartition(" ")[2]
+    for place, box in zip(places[:2], BOXES):
+        (record,) = (record for record in train.images if record.path.is_relative_to(tmp_path / place))
+        np.testing.assert_allclose(record.boxes_xyxy, [box], atol=1e-3)
+    assert (len(train.images), len(val.images)) == (2, 1)
+    assert {finding.action for finding in (*train.findings, *val.findings)} <= {"note", "repaired"}
+
+
+@pytest.mark.parametrize("format", FOLDERED)
+def test_other_splits_within_the_folder_of_a_split(tmp_path, write_labelled, format):
+    """A data set of its own is in it: its validation images are never trained on."""
+    for place in ("train/train", "train/val", "test"):
+        write_labelled(place, format, BOXES[0])
+    with suppress(InputError):
+        assert default_splits(tmp_path)[0] == "train"
+        assert len(load_annotations(tmp_path, "train").images) == 1
+
+
+def test_data_sets_with_lists_of_their_own_in_the_folders_of_splits(tmp_path, make_voc):
+    xml = voc_xml([voc_object()])
+    make_voc({"a": xml, "b": xml}, {"train": "a", "val": "b"}, tmp_path / "train" / "VOC2007")
+    make_voc({"c": xml}, {"test": "c"}, tmp_path / "test" / "VOC2007")
+    with pytest.raises(InputError, match="holds several Pascal VOC data sets"):
+        load_splits(TrainingSource(path=str(tmp_path)))
+
+
+def write_in_two_formats(tmp_path, make_voc, write_image, val="b", box=(5, 6, 25, 16), name="cat", seed=0):
+    """voc/ with a in train and b in val, coco/ with the image `val` in val, whose objects are the others."""
+    xml = voc_xml([voc_object()])
+    make_voc({"a": xml, "b": xml}, {"train": "a", "val": "b"}, tmp_path / "voc")
+    for split, image in (("train", "a" if val == "b" else "b"), ("val", val)):
+        x1, y1, x2, y2 = box
+        content = {
+            "images": [{"id": 1, "file_name": f"{image}.jpg", "width": 64, "height": 48}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "area": 9}],
+            "categories": [{"id": 1, "name": name}],
+        }
+        write_image(tmp_path / "coco" / split / f"{image}.jpg", seed=seed + "ab".index(image))
+        file = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("format", ["auto", "voc"])
+def test_one_data_set_in_two_formats(tmp_path, make_voc, write_image, format):
+    write_in_two_formats(tmp_path, make_voc, write_image, box=(4, 5.2, 25, 16), name="Cat")
+    train, val = load_splits(TrainingSource(path=str(tmp_path), format=format))
+    assert [record.path.name for record in (*train.images, *val.images)] == ["a.jpg", "b.jpg"]
+    said = [finding.message for finding in train.findings if finding.kind == "other-annotations"]
+    assert len(said) == (format == "auto")
+    assert all("coco has the same images, splits and objects (COCO); voc/train (voc) was read" in one for one in said)
+
+
+@pytest.mark.parametrize(
+    ("differing", "said"),
+    [
+        ({"val": "a"}, "split images of the same names in different ways"),
+        ({"box": (15, 6, 25, 16)}, "different objects in images of the same names, such as a.jpg"),
+        ({"name": "dog"}, "different names of classes in images of the same names, such as a.jpg"),
+        ({"seed": 5}, "different images of the same names, such as a.jpg"),
+    ],
+)
+def test_two_formats_that_do_not_say_the_same(tmp_path, make_voc, write_image, differing, said):
+    write_in_two_formats(tmp_path, make_voc, write_image, **differing)
+    with pytest.raises(InputError, match=rf"{said}: .*coco \(COCO\), .*voc \(Pascal VOC\). Give the path of one"):
+        load_splits(TrainingSource(path=str(tmp_path)))
+
+
+def test_the_format_that_is_named_is_read_with_its_own_splits(make_yolo, make_coco, tmp_path):
+    """And not all that lies in its folder as one split, validation images among them."""
+    make_coco(root=tmp_path / "coco")
+    make_yolo({f"images/{split}/{split}.jpg": "0 .5 .5 .2 .2" for split in ("train", "val")}, root=tmp_path / "yolo")
+    train, val = load_splits(TrainingSource(path=str(tmp_path), format="yolo"))
+    assert [record.path.name for record in (*train.images, *val.images)] == ["train.jpg", "val.jpg"]
+
+
+# ---- images in no list -----------------------------------------------------------------------------------------------
+
+
+def in_no_list(annotations):
+    return [(f.count, f.message.partition(" such as ")[2]) for f in annotations.findings if f.kind == "in-no-list"]
+
+
+def test_labelled_images_in_no_list_of_voc(make_voc, write_image):
+    root = make_voc({stem: voc_xml([voc_object()]) for stem in "abcdef"}, {"train": "a\nb", "val": "c"})
+    (root / "Annotations" / "gone.xml").write_text(voc_xml([voc_object()]))  # without an image
+    write_image(root / "JPEGImages" / "unlabelled.jpg")
+    train, val = load_splits(TrainingSource(path=str(root)))
+    assert (in_no_list(train), in_no_list(val)) == ([(3, "d, e, f.")], [])
+    (root / "ImageSets" / "Main" / "test.txt").write_text("d\ne\nf\n")
+    assert in_no_list(load_splits(TrainingSource(path=str(root)))[0]) == []
+
+
+@pytest.mark.parametrize("yaml", [None, "train: train.txt\nval: val.txt\nnames: [cat]\n"])
+def test_labelled_images_in_no_list_of_yolo(make_yolo, yaml):
+    row = "0 .5 .5 .2 .2"
+    labels = {f"images/{stem}.jpg": row for stem in "abcdef"} | {"images/g.jpg": None, "images/h.jpg": ""}
+    root = make_yolo(labels, data_yaml=yaml)
+    (root / "train.txt").write_text("images/a.jpg\n./images/b.jpg\n")
+    (root / "val.txt").write_text(f"{root}/images/c.jpg\n")
+    train, val = load_splits(TrainingSource(path=str(root)))
+    assert (in_no_list(train), in_no_list(val)) == ([(3, "d.jpg, e.jpg, f.jpg.")], [])
+    (root / "val.txt").write_text("".join(f"images/{stem}.jpg\n" for stem in "cdef"))
+    assert in_no_list(load_splits(TrainingSource(path=str(root)))[0]) == []
+
+
+# ---- what lies beside a test split alone -----------------------------------------------------------------------------
+
+
+def said_of_train(root):
+    with pytest.raises(InputError, match="none is called train") as caught:
+        load_splits(TrainingSource(path=str(root)))
+    return str(caught.value).partition("names the one to train on")[2]
+
+
+def test_lists_of_keras_beside_a_test_split(make_yolo, write_image):
+    root = make_yolo({"test/images/t.jpg": "0 .5 .5 .2 .2"})
+    for split in ("train", "valid"):
+        write_image(root / split / "a.jpg")
+        (root / split / "_annotations.txt").write_text("a.jpg 5,6,25,16,0 30,20,40,44,1\n")
+    said = said_of_train(root)
+    assert f"{root}/train is no data set that is read; it holds a list with images and boxes in each line" in said
+    assert "(_annotations.txt)" in said
+
+
+def test_darknets_stale_lists_beside_a_test_split(make_coco, tmp_path, write_image):
+    root = make_coco(split="test")
+    for i in range(2):
+        write_image(root / f"obj/{i}.jpg")
+        (root / f"obj/{i}.txt").write_text("0 .5 .5 .2 .2\n")
+    for home in (root, root / "darknet"):
+        home.mkdir(exist_ok=True)
+        (home / "obj.data").write_text("classes=1\ntrain=train.txt\nvalid=valid.txt\nnames=obj.names\n")
+        (home / "obj.names").write_text("cat\n")
+        for name in ("train.txt", "valid.txt"):
+            (home / name).write_text("/content/darknet/data/gone/1.jpg\n")
+    said = said_of_train(root)
+    assert "YOLO annotations lie there too (train, val): --data.format yolo reads them" in said
+    assert f"{root}/darknet is a data set of its own (YOLO): its path reads it" in said
+    assert "test is" not in said
+    train, _ = load_splits(TrainingSource(path=str(root), format="yolo"))
+    assert "every-image-missing" in {finding.kind for finding in train.findings}

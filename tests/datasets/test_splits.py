@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from dataset_parts import coco_object, voc_object, voc_xml
 
-from ddetr.datasets import audit
+from ddetr.datasets import audit, available_splits
 from ddetr.datasets.config import DataSource, TrainingSource
 from ddetr.datasets.splits import image_names, load_split, load_splits, no_validation
 from ddetr.errors import InputError
@@ -321,16 +321,52 @@ def test_annotations_of_another_format_are_mentioned(make_coco, make_yolo):
     assert not any(finding.kind == "other-annotations" for finding in train.findings)
 
 
+@pytest.fixture
+def write_lists(make_coco):
+    """One COCO file of three images, and lists of them."""
+
+    def write(place, **lists):
+        root = make_coco([coco_object(image_id=i) for i in range(1, 4)], num_images=3)
+        (root / place).mkdir(parents=True, exist_ok=True)
+        for name, text in lists.items():
+            (root / place / f"{name}.txt").write_text(text)
+        return root
+
+    return write
+
+
 @pytest.mark.parametrize("place", ["", "ImageSets/Main", "splits"])
-def test_lists_of_splits_that_are_not_used_are_said(make_coco, place):
-    root = make_coco(num_images=3)
-    (root / place).mkdir(parents=True, exist_ok=True)
-    (root / place / "test.txt").write_text("What was measured\n")  # no list
-    (root / place / "train.txt").write_text("\n1\n2\n")
-    (root / place / "val.txt").write_text("images/3.jpg\n")
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {"train": "\n1\n2\n", "val": "images/3.jpg\n"},
+        {"train": "train/1.jpg\r\n.\\train\\2.jpg", "val": "/home/me/3.jpg", "trainval": "1\n2\n3\n"},
+        {"train": "1.jpg\n2.png\n", "test": "3.jpg"},
+        {"train": "1\n2\n", "val": "3", "test": "What was measured\n"},  # which is no list
+    ],
+)
+def test_lists_beside_one_file_are_used(write_lists, place, lists):
+    root = write_lists(place, **lists)
+    train, val = load_splits(TrainingSource(str(root)))
+    assert [record.path.name for record in train.images] == ["1.jpg", "2.jpg"]
+    assert [record.path.name for record in val.images] == ["3.jpg"]
+    assert load_split(DataSource(str(root)), "val").images[0].path.name == "3.jpg"
+    assert [(f.kind, f.count) for f in train.findings] == [("lists-used", 2)]
+    assert val.findings == ()
+    assert available_splits(root) == ["train", "val" if "val" in lists else "test"]
+    (root / "train" / "1.jpg").write_bytes(b"broken")
+    train, val = load_splits(TrainingSource(str(root)))
+    assert (len(train.images), len(val.images)) == (1, 1)
+
+
+@pytest.mark.parametrize("place", ["", "ImageSets/Main", "splits"])
+@pytest.mark.parametrize(("train", "val"), [("1\n", "3.jpg"), ("1\n2\n", "2\n3"), ("1\n2\n4", "3"), ("1\n2\n3", "5\n")])
+def test_lists_of_splits_that_are_not_used_are_said(write_lists, make_coco, place, train, val):
+    root = write_lists(place, train=train, val=val, test="What was measured\n")
     train, _ = load_splits(TrainingSource(str(root)))
     (found,) = [finding for finding in train.findings if finding.kind == "lists-not-used"]
-    assert (found.action, found.count) == ("note", 2)
+    assert (found.action, found.count) == ("note", 2 if val != "5\n" else 1)
+    assert len(train.images) == 3
     make_coco(split="val")
     train, _ = load_splits(TrainingSource(str(root)))
     assert "lists-not-used" not in {finding.kind for finding in train.findings}

@@ -20,7 +20,8 @@ from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.fit import fit
 from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.module import DetectionModule
-from ddetr.engine.train import _begin, _trainer, build, prepare
+from ddetr.engine.prepare import prepare
+from ddetr.engine.train import _begin, _trainer, build
 from ddetr.inference.predictor import Predictor
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.runtime.transfer import sent

@@ -20,12 +20,14 @@ from ddetr.checkpoint import load_checkpoint
 from ddetr.datasets.config import DataConfig, DataSource
 from ddetr.datasets.splits import image_names, load_splits
 from ddetr.engine import callbacks
+from ddetr.engine import prepare as preparing
 from ddetr.engine import train as training
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.loggers import Loggers
+from ddetr.engine.prepare import prepare
 from ddetr.engine.run.folder import RunFolder
 from ddetr.engine.saving import SaveState
-from ddetr.engine.train import prepare, train
+from ddetr.engine.train import train
 from ddetr.errors import InputError
 from ddetr.inference.evaluate_checkpoint import evaluate_checkpoint
 
@@ -327,7 +329,7 @@ def test_options_are_checked_before_the_data_are_read(
     def read(*_: Any, **__: Any) -> None:
         raise AssertionError("the data were read")
 
-    monkeypatch.setattr(training, "load_splits", read)
+    monkeypatch.setattr(preparing, "load_splits", read)
     model = short_run["model"] | wrong.pop("model", {})
     with pytest.raises(InputError, match=message):
         train(TrainConfig(**short_run | {"model": model, "output": "run"} | wrong))
@@ -359,7 +361,7 @@ def test_a_folder_in_use_is_said_before_the_data_are_read(
     run, settings = run_of()
     code = "import sys; from pathlib import Path; from ddetr.engine.run.lock import RunLock\n"
     code += "RunLock(Path(sys.argv[1])).take(); print('taken', flush=True); sys.stdin.read()"
-    monkeypatch.setattr(training, "load_splits", no_room)
+    monkeypatch.setattr(preparing, "load_splits", no_room)
     with subprocess.Popen(
         [sys.executable, "-c", code, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as holder:

@@ -20,10 +20,11 @@ from ddetr.datasets.config import DataConfig
 from ddetr.engine.callbacks import Publish
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.ema import WeightAverage
+from ddetr.engine.prepare import Prepared, prepare
 from ddetr.engine.run.folder import RunFolder
 from ddetr.engine.run_report import Report
 from ddetr.engine.saving import SaveState
-from ddetr.engine.train import CALLBACK_ORDER, Built, Prepared, RunResult, build, callbacks, prepare, train
+from ddetr.engine.train import CALLBACK_ORDER, Built, RunResult, build, callbacks, train
 from ddetr.errors import InputError
 from ddetr.models.auxiliary import AuxiliaryConfig
 from ddetr.models.criterion import SetCriterion

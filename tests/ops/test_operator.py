@@ -5,12 +5,15 @@ import warnings
 import pytest
 import torch
 from attention_inputs import make_inputs, relative_error, truth
+from torch.autograd import forward_ad
 
 from ddetr.models import attention
 from ddetr.models.attention import MSDeformAttn
 from ddetr.ops import ms_deform_attn, ms_deform_attn_step
 from ddetr.ops.reference import attention_step_reference, ms_deform_attn_gather, ms_deform_attn_reference
 
+# PyTorch loads its rules for tangents by the `torch.jit.script` that it warns of.
+TANGENTS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 REFERENCES = pytest.mark.parametrize("reference", [0, 2, 4])
 
 
@@ -41,7 +44,7 @@ def test_output_and_gradients(reference):
 @pytest.mark.parametrize("twice", [False, True])
 def test_gradcheck_reference(reference, twice):
     inputs = make_inputs(d=3, p=2, q=3, reference=reference)
-    function = lambda v, p, w, r=None: attention_step_reference(v, inputs.shapes, p, w, r, twice_differentiable=twice)  # noqa: E731
+    function = lambda v, p, w, r=None: attention_step_reference(v, inputs.shapes, p, w, r, by_gathers=twice)  # noqa: E731
     assert torch.autograd.gradcheck(function, inputs.tensors, fast_mode=True)
     if twice:
         assert torch.autograd.gradgradcheck(function, inputs.tensors, fast_mode=True)
@@ -52,6 +55,72 @@ def test_gradcheck_operator(reference):
     inputs = make_inputs(d=3, p=2, q=3, reference=reference)
     assert torch.autograd.gradcheck(lambda *t: call(inputs, *t), inputs.tensors, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda *t: call(inputs, *t), inputs.tensors, fast_mode=True)
+
+
+@TANGENTS
+@REFERENCES
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float64, torch.float32)])
+def test_forward_mode(reference, dtypes):
+    """The tangent of the output along the inputs' tangents is what the gradients say; of float64 values and float32
+    locations too."""
+    inputs = make_inputs(n=2, m=4, d=16, q=20, reference=reference)
+    _, grad_output, grads = truth(inputs)
+    tensors = inputs.cast(*dtypes).tensors
+    tangents = [torch.randn_like(t) for t in tensors]
+    output, tangent = torch.func.jvp(lambda *t: call(inputs, *t), tuple(tensors), tuple(tangents))
+    torch.testing.assert_close(output, call(inputs, *tensors), rtol=1e-5, atol=1e-5)
+    expected = sum((grad * t.double()).sum() for grad, t in zip(grads, tangents))
+    torch.testing.assert_close((tangent.double() * grad_output).sum(), expected, rtol=1e-4, atol=1e-3)
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, along) for t, along in zip(tensors, tangents)]
+        torch.testing.assert_close(forward_ad.unpack_dual(call(inputs, *duals)).tangent, tangent)
+
+
+@TANGENTS
+@REFERENCES
+def test_forward_mode_by_differences(reference):
+    inputs = make_inputs(d=3, p=2, q=3, reference=reference)
+    run = lambda *t: call(inputs, *t)  # noqa: E731
+    assert torch.autograd.gradcheck(run, inputs.tensors, fast_mode=True, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(run, inputs.tensors, fast_mode=True, check_fwd_over_rev=True)
+
+
+@TANGENTS
+def test_forward_mode_through_a_model():
+    model, shapes = TwoLayers().double(), [(6, 5), (3, 2)]
+    memory, references, images = layers_inputs(shapes)
+    memory, along = memory.double(), torch.randn(memory.shape, dtype=torch.float64)
+    run = lambda x: model(x, references.double(), images)  # noqa: E731
+    _, tangent = torch.func.jvp(run, (memory,), (along,))
+    by_difference = (run(memory + 1e-7 * along) - run(memory - 1e-7 * along)) / 2e-7
+    torch.testing.assert_close(tangent, by_difference, rtol=1e-4, atol=1e-4)
+
+
+@TANGENTS
+def test_forward_mode_compiled():
+    torch._dynamo.reset()
+    inputs = make_inputs()
+    tensors = tuple(t.detach() for t in inputs.tensors)
+    run = lambda *t: torch.func.jvp(lambda *t: call(inputs, *t), t, t)[1]  # noqa: E731
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors), run(*tensors))
+
+
+@TANGENTS
+def test_the_operator_itself_refuses_tangents():
+    """Its results would count as constants, as would its gradients, the gradients' and those of a graph from before."""
+    inputs = make_inputs(reference=2).cast(torch.float32)
+    tensors = (inputs.points, inputs.weights, inputs.reference)
+    refused = pytest.raises(NotImplementedError, match="has no forward-mode derivative")
+    with refused:
+        torch.func.jvp(lambda v: torch.ops.ddetr.ms_deform_attn(v, inputs.flat, *tensors), *[(inputs.value,)] * 2)
+    value, points = inputs.value.requires_grad_(), inputs.points.requires_grad_()
+    output = call(inputs)
+    (grad,) = torch.autograd.grad(output.sum(), value, create_graph=True)
+    with forward_ad.dual_level():
+        for result in (output, grad):
+            ones = torch.ones_like(result)
+            with refused:
+                torch.autograd.grad(result, points if result is grad else value, forward_ad.make_dual(ones, ones))
 
 
 @pytest.mark.parametrize("function", [ms_deform_attn_reference, ms_deform_attn_gather])
@@ -70,7 +139,7 @@ def test_both_references_agree(reference):
     inputs = make_inputs(n=2, m=3, q=15, reference=reference)
     arguments = (inputs.value, inputs.shapes, inputs.points, inputs.weights, inputs.reference)
     by_sampling = attention_step_reference(*arguments)
-    by_gathers = attention_step_reference(*arguments, twice_differentiable=True)
+    by_gathers = attention_step_reference(*arguments, by_gathers=True)
     torch.testing.assert_close(by_sampling, by_gathers)
 
 

@@ -79,6 +79,20 @@ def test_float64_is_stock_pytorch():
     assert all(relative_error(a, b) < 1e-12 for a, b in zip(got_grads, grads))
 
 
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("reference", [0, 2, 4])
+def test_float64_beside_float32(reference, dtypes):
+    inputs = make_inputs(reference=reference)
+    output, grad_output, grads = truth(inputs)
+    arguments = inputs.cast(*dtypes)
+    arguments = (arguments.value, arguments.flat, *arguments[2:])
+    got = embedding_bag.forward(*arguments)
+    got_grads = embedding_bag.backward(grad_output.to(dtypes[0]), *arguments)
+    assert got.dtype == dtypes[0]
+    assert relative_error(got, output) < (1e-12 if dtypes[0] == torch.float64 else 1e-5)
+    assert all(relative_error(a, b) < 2e-5 for a, b in zip(got_grads, grads))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38, -1e20, 2.0**31])
 @pytest.mark.parametrize("q", [2, 60])
 @pytest.mark.parametrize("backend", BACKENDS)

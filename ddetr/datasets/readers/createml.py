@@ -10,27 +10,24 @@ from typing import Any
 
 from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.readers.json_files import list_splits, load_list
-from ddetr.datasets.readers.named_images import ImageCollector, Place
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled
+from ddetr.datasets.readers.named_images import ImageCollector, Place, read_files
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number
 from ddetr.untrusted import one_line
 
 _PLACES = ("*/_annotations.createml.json", "*.json", "annotations/*.json", "*/*.json")
 
 
-def createml_splits(path: Path) -> dict[str, Path]:
-    """Split name -> its file; {} where there is none."""
+def createml_splits(path: Path) -> dict[str, list[Path]]:
+    """Split name -> its files; {} where there is none."""
     return list_splits(path, _PLACES, lambda start: b'"coordinates"' in start and b'"label"' in start)
 
 
 def read_createml(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
-    splits = createml_splits(wanted.path)
 
-    def read(file: Path, log: FindingLog) -> list[LabelledImage]:
-        split = next(name for name in splits if splits[name] == file)
-        place = Place(wanted.root, file, split)
+    def read(place: Place, log: FindingLog) -> list[LabelledImage]:
         images = ImageCollector(place, wanted, log, form="cxcywh")
-        for position, entry in enumerate(load_list(file, log, place.shown)):
+        for position, entry in enumerate(load_list(place.file, log, place.shown)):
             name, objects = _first(entry, *_IMAGE), _first(entry, "annotations", "annotation")
             if isinstance(objects, dict):  # an image's only one, as Turi Create takes it too
                 objects = [objects]
@@ -48,7 +45,7 @@ def read_createml(wanted: Wanted) -> Annotations:
                 image.add(str(label or "").strip(), numbers)
         return images.images()
 
-    return read_labelled(wanted, "createml", splits, read)
+    return read_files(wanted, "createml", createml_splits(wanted.path), read)
 
 
 _KEYS = ("x", "y", "width", "height")

@@ -24,8 +24,9 @@ from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_files import found_below
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.coco.layout import split_word
-from ddetr.datasets.readers.named_images import ImageCollector, Place
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, is_true, number, read_labelled, size_hw
+from ddetr.datasets.readers.json_files import files_in_split_folders
+from ddetr.datasets.readers.named_images import ImageCollector, Place, read_files
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, is_true, number, size_hw
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, one_line, read_csv
 
@@ -77,15 +78,16 @@ class _Layout:
         return next((keys for keys in (_CORNERS, _SIZES) if self.columns.keys() >= set(keys)), ())
 
 
-def csv_splits(path: Path) -> dict[str, Path]:
-    """Split name -> its table, those of the first place that has any; {} where there is none of boxes."""
+def csv_splits(path: Path) -> dict[str, list[Path]]:
+    """Split name -> its tables, those of the first place that has any; {} where there is none of boxes."""
     if path.is_file():
         is_table = path.suffix.lower() in (".csv", ".tsv") and _layout(path) is not None
-        return {_split_name(path, path.parent): path} if is_table else {}
+        return {_split_name(path, path.parent): [path]} if is_table else {}
     for pattern in _PLACES:
         files = [file for file in found_below(path, pattern) if _layout(file) is not None]
-        if files:
-            return _named(path, files)
+        deeper = files_in_split_folders(path, pattern, lambda file: _layout(file) is not None, files)
+        if files or deeper:
+            return {name: [file] for name, file in _named(path, files).items()} | deeper
     return {}
 
 
@@ -154,13 +156,11 @@ def _are_numbers(cells: Sequence[str]) -> bool:
 
 def read_csv_boxes(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
-    splits = csv_splits(wanted.path)
 
-    def read(file: Path, log: FindingLog) -> list[LabelledImage]:
-        split = next(name for name in splits if splits[name] == file)
-        return _read(Place(wanted.root, file, split), wanted, _class_names(wanted.root, file), log)
+    def read(place: Place, log: FindingLog) -> list[LabelledImage]:
+        return _read(place, wanted, _class_names(wanted.root, place.file), log)
 
-    return read_labelled(wanted, "csv", splits, read)
+    return read_files(wanted, "csv", csv_splits(wanted.path), read)
 
 
 def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: FindingLog) -> list[LabelledImage]:
@@ -168,7 +168,10 @@ def _read(place: Place, wanted: Wanted, class_names: Mapping[str, str], log: Fin
     if layout is None:  # it was one when its folder was looked at
         raise InputError(f"{file} is no table of boxes any more")
     form = {_CORNERS: "xyxy", _SIZES: "xywh", (): "auto"}[layout.numbers]
-    images = ImageCollector(place, wanted, log, form=form, in_fractions=layout.in_fractions, unit="row")
+    is_of_openimages = layout.in_fractions  # all of whose images hardly anybody has
+    images = ImageCollector(
+        *(place, wanted, log), form=form, in_fractions=is_of_openimages, unit="row", may_be_part=is_of_openimages
+    )
     box_columns = [layout.columns[key] for key in layout.numbers]
     get = partial(_cell, layout.columns)
     words_of: dict[int, set[str]] = {i: set() for i in layout.others if "class" not in layout.columns}

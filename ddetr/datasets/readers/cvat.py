@@ -33,6 +33,7 @@ from ddetr.datasets.readers.label_folders import (
     box_around_turned,
     label_files,
     named_splits,
+    split_folders,
     without_shared,
 )
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
@@ -55,8 +56,9 @@ def cvat_splits(path: Path) -> dict[str, list[_Source]]:
         return named_splits([(file.stem, (file, None)) for file in files if _load(file)])
     file = files[0] if files else None
     if file is None:
-        exports = [(sub.name, sub / "annotations.xml") for sub in folders_in(path)]
-        found = [(name, inner) for name, inner in exports if xml_root_name(inner) == "annotations" and _load(inner)]
+        exports = split_folders(folders_in(path), lambda sub: xml_root_name(sub / "annotations.xml") == "annotations")
+        files = [(name, sub / "annotations.xml") for name, folders in exports.items() for sub in folders]
+        found = [(name, inner) for name, inner in files if _load(inner)]
         if len(found) != 1 or split_kind(found[0][0]):
             return named_splits([(name, (inner, None)) for name, inner in found])
         file = found[0][1]
@@ -134,7 +136,8 @@ def _images(
             log.add("ambiguous-image", "refused", where, message)
             continue
         if path is None:
-            log.add("missing-image", "dropped", where, "Its image was not found in images/; it was left out.")
+            message = "Its image was not found in images/; it was left out."
+            log.add("missing-image", "dropped", where, message, image=str(name))
             continue
         classes, boxes, numbers = _objects(image, where, log)
         declared_hw = size_hw(image.get("height"), image.get("width"))

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
-from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.annotations import FindingLog, are_most
 from ddetr.datasets.image_files import AlikeNames, ImageFolders, folded, report_all_missing
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.reader import split_kind
@@ -142,6 +142,7 @@ def find_files(
     split: str,
     spell: Spell = spellings,
     are_addresses: bool = False,
+    may_be_part: bool = False,
 ) -> list[Path | None]:
     """The file of each name, None where there is none or where it can't be known, which the log says.
 
@@ -151,6 +152,7 @@ def find_files(
         root: the data set's folder: images that are in none of the places are looked for below it.
         split: its name; folders of other splits hold none of its images.
         are_addresses: the folders in names are those of a server, and nothing is repaired by leaving them out.
+        may_be_part: it is usual to have a small part of the images: a note says how many are not there.
     """
     if not names:
         return []
@@ -163,12 +165,22 @@ def find_files(
     base = home.home if home else root
     guessed = [i for i, path in enumerate(paths) if path is not None and not _says(names[i], path, base)]
     clashing = _clashing(paths, names, guessed)
+    num_missing = paths.count(None)
+    is_part = may_be_part and are_most(num_missing, len(paths) - num_missing)
+    if is_part:
+        message = (
+            f"{num_missing:,} of the {len(names):,} images that it names are not here: {len(names) - num_missing:,} "
+            "were taken, as a part of the data set."
+        )
+        log.add("part-of-images", "note", shown, message, count=num_missing)
     in_other_words = []
     for i, name in enumerate(names):
         path = paths[i]
+        if path is None and is_part:
+            continue
         if path is None:
             message = f"There is no {one_line(base / name)}, or more than one that it could be; the image was left out."
-            log.add("missing-image", "dropped", f"{shown}, {one_line(name)}", message)
+            log.add("missing-image", "dropped", f"{shown}, {one_line(name)}", message, image=name)
         elif i in clashing:
             paths[i] = None
             _report_clash(name, path, clashing[i], log, shown)
@@ -203,22 +215,25 @@ def _look_elsewhere(
     left = [i for i, path in enumerate(paths) if path is None and (not home or home.by_ends or "/" not in names[i])]
     if not left:
         return
-    elsewhere = images_below(root, split, {folded(path.stem) for path in paths if path is not None})
+    found = [path for path in paths if path is not None]
+    homes = {str(path.parent) for path in found}
+    elsewhere = images_below(root, split, {folded(path.stem) for path in found}, homes)
     for i in left:
         parts = filter(None, map(path_parts, spell(names[i])))
         paths[i] = next(filter(None, (elsewhere.find(one[-1], any_suffix=False) for one in parts)), None)
 
 
-def images_below(root: Path, split: str, found: Collection[str]) -> AlikeNames:
+def images_below(root: Path, split: str, found: Collection[str], homes: Collection[str] = ()) -> AlikeNames:
     """The images below a folder, without the folders of other splits, and without those that hold an image of the same
-    name as one of `found`: they run beside the images, as masks, depths and other resolutions do."""
+    name as one of `found` and are none of its `homes`: they run beside the images, as masks, depths and other
+    resolutions do."""
     kind, alike = split_kind(split), AlikeNames()
     others = {"train", "val", "test"} - {kind} if kind and "trainval" not in split.lower() else set()
     for folder, inner, files in islice(os.walk(root), _MOST_FOLDERS):
         deep = len(Path(folder).relative_to(root).parts) >= _DEPTH
         inner[:] = [] if deep else [name for name in inner if not is_clutter(name) and split_kind(name) not in others]
         images = list(filter(is_image_name, files))
-        if not any(folded(os.path.splitext(name)[0]) in found for name in images):
+        if folder in homes or not any(folded(os.path.splitext(name)[0]) in found for name in images):
             for name in images:
                 alike.add(name, Path(folder, name))
     return alike
@@ -262,7 +277,7 @@ def _report_clash(name: str, path: Path, owner: str | None, log: FindingLog, sho
     if owner is not None:
         owner = one_line(owner)
         message = f"There is no such file; {path}, which is nearest, belongs to {owner}. The image was left out."
-        log.add("missing-image", "dropped", where, message)
+        log.add("missing-image", "dropped", where, message, image=name)
         return
     message = (
         f"It and other entries could all mean {path}: whose boxes are whose can't be known. Put the images into "

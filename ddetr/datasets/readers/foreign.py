@@ -112,11 +112,6 @@ def _records(look: _Look) -> Path | None:
     return look.any_file(".record") or next((file for file in look.files if ".tfrecord" in file.name.lower()), None)
 
 
-def _via(look: _Look) -> Path | None:
-    tables = look.any_start(".csv", b"region_shape_attributes")
-    return tables or look.any_start(".json", b"shape_attributes") or look.any_start(".json", b'"_via_')
-
-
 def _supervisely(look: _Look) -> Path | None:
     meta = look.any_name("meta.json") if look.any_name("ann") else None
     return look.any_start(".json", b'"geometryType"') or meta
@@ -229,7 +224,11 @@ _KINDS = (
         "load them by `datasets.load_dataset`, and save the images beside a metadata.jsonl (file_name, objects), which "
         "is read",
     ),
-    _Kind("a project of VGG's Image Annotator (VIA)", _via, "open it in VIA, and export its annotations as COCO"),
+    _Kind(
+        "a project of VGG's Image Annotator 3 (VIA)",
+        lambda look: look.any_start(".json", b'"vid_list"', b'"aname"'),
+        f"draw still images in VIA 2, whose projects are read, or {_BY_HAND}",
+    ),
     _Kind(
         "a CSV export of Label Studio",
         lambda look: look.any_start(".csv", b"annotation_id", b"lead_time"),

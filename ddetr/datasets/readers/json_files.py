@@ -4,14 +4,18 @@ and the splits that they are."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.image_files import found_below
+from ddetr.datasets.image_files import folders_in, found_below
+from ddetr.datasets.image_formats import is_clutter
 from ddetr.datasets.readers.coco.layout import JSON_MARKS, named_by_split
-from ddetr.datasets.readers.reader import WHOLE, split_kind
+from ddetr.datasets.readers.label_folders import split_folders
+from ddetr.datasets.readers.reader import WHOLE, looked_at_once, split_kind
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_ANNOTATION_BYTES, open_file, parse_json, read_text
 
@@ -43,28 +47,74 @@ def json_text(file: Path, most_bytes: int, log: FindingLog, where: str) -> str:
         raise InputError(f"{file} can't be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def list_splits(path: Path, patterns: Sequence[str], is_ours: Callable[[bytes], bool]) -> dict[str, Path]:
-    """Split name -> its file, of the file at `path`, or of those of the first pattern in the folder, whose first
-    kilobytes are `is_ours`. A file that is alone in its folder is called as the folder is."""
+def file_splits(path: Path, patterns: Sequence[str], is_ours: Callable[[Path], bool]) -> dict[str, list[Path]]:
+    """Split name -> its files: the file at `path`, or those of the first pattern in the folder that are `is_ours`. A
+    file that is alone in its folder is called as the folder is; those below a split's folder are one split."""
     if path.is_file():
-        return {WHOLE: path} if path.suffix.lower() == ".json" and _starts_as(path, is_ours) else {}
-    found = ([file for file in found_below(path, pattern) if _starts_as(file, is_ours)] for pattern in patterns)
-    files = next(filter(None, found), [])
-    if len(files) == 1 and (files[0].parent == path or not split_kind(files[0].parent.name)):
+        return {WHOLE: [path]} if is_ours(path) else {}
+    for pattern in patterns:
+        files = [file for file in found_below(path, pattern) if is_ours(file)]
+        deeper = files_in_split_folders(path, pattern, is_ours, files)
+        if files or deeper:
+            return {name: [file] for name, file in _named(path, files, bool(deeper)).items()} | deeper
+    return {}
+
+
+def files_in_split_folders(
+    root: Path, pattern: str, is_ours: Callable[[Path], bool], found: Sequence[Path]
+) -> dict[str, list[Path]]:
+    """Split name -> its files in folders of the split's folder (`train/0`, `train/1`), where `found`, those that fit
+    the `pattern`, has none of the split."""
+    head, _, name = pattern.partition("/")
+    if head != "*" or "/" in name:
+        return {}
+
+    def of(folder: Path) -> list[Path]:
+        return [file for file in _annotation_files(folder) if fnmatch(file.name.lower(), name) and is_ours(file)]
+
+    known = {file.relative_to(root).parts[0] for file in found}
+    splits = [folder for folder in folders_in(root) if split_kind(folder.name) and folder.name not in known]
+    places = split_folders(splits, lambda folder: folder not in splits and len(of(folder)) == 1)
+    return {name: [file for place in inner for file in of(place)] for name, inner in places.items()}
+
+
+@looked_at_once
+def _annotation_files(folder: Path) -> list[Path]:
+    """The files that may hold annotations of several images: among 100,000 images or labels there are few."""
+    try:
+        names = [name for name in os.listdir(folder) if name.lower().endswith((".json", ".csv", ".tsv"))]
+    except OSError:
+        return []
+    return [folder / name for name in sorted(names) if not is_clutter(name)]
+
+
+def _named(root: Path, files: Sequence[Path], others: bool) -> dict[str, Path]:
+    """others: whether there are files of other splits."""
+    if len(files) == 1 and not others and (files[0].parent == root or not split_kind(files[0].parent.name)):
         return {WHOLE: files[0]}
     folders = [file.parent for file in files]
-    alone = [file for file in files if file.parent != path and folders.count(file.parent) == 1]
-    others = {str(file.relative_to(path).with_suffix("")): file for file in files if file not in alone}
-    return {file.parent.name: file for file in alone} | named_by_split(others)
+    alone = [file for file in files if file.parent != root and folders.count(file.parent) == 1]
+    rest = {str(file.relative_to(root).with_suffix("")): file for file in files if file not in alone}
+    return {file.parent.name: file for file in alone} | named_by_split(rest)
 
 
-def _starts_as(file: Path, is_ours: Callable[[bytes], bool]) -> bool:
+def list_splits(path: Path, patterns: Sequence[str], is_ours: Callable[[bytes], bool]) -> dict[str, list[Path]]:
+    """`file_splits` of the files that hold a list, of which the first kilobytes are `is_ours`."""
+
+    def holds(file: Path) -> bool:
+        start = start_of(file) if file.suffix.lower() == ".json" else b""
+        return start[:1] == b"[" and is_ours(start)
+
+    return file_splits(path, patterns, holds)
+
+
+def start_of(file: Path) -> bytes:
+    """The first kilobytes of a text file, whichever encoding it has; b"" where it can't be read."""
     try:
         with open_file(file) as stream:
-            start = stream.read(1 << 16).lstrip(JSON_MARKS).replace(b"\0", b"")
+            return stream.read(1 << 16).lstrip(JSON_MARKS).replace(b"\0", b"")
     except OSError:
-        return False
-    return start[:1] == b"[" and is_ours(start)
+        return b""
 
 
 def load_list(file: Path, log: FindingLog, where: str) -> list[dict[str, Any]]:

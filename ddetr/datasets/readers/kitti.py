@@ -19,9 +19,12 @@ from ddetr.datasets.readers.label_folders import (
     ImagesBeside,
     Source,
     folder_named,
+    folders_holding,
     label_files,
     named_splits,
     report_images,
+    report_in_no_list,
+    split_folders,
     without_shared,
 )
 from ddetr.datasets.readers.reader import (
@@ -46,11 +49,7 @@ def kitti_splits(path: Path) -> dict[str, list[Source]]:
     """Split name -> where its images come from; {} where there is no KITTI data set."""
     found = []
     for base in (path, *folders_in(path)):
-        for labels in folder_named(base, _LABELS):
-            for folder in (labels, *folders_in(labels)):
-                if _holds_kitti(folder):
-                    name = folder.name if folder != labels else WHOLE if base == path else base.name
-                    found.append((name, Source(folder)))
+        found += _label_folders(base, WHOLE if base == path else base.name)
     if len(found) != 1:
         return named_splits(found)
     (name, whole), known = found[0], {file.stem for file in label_files(found[0][1].folder, ".txt")}
@@ -63,6 +62,18 @@ def kitti_splits(path: Path) -> dict[str, list[Source]]:
     ]
     listed = {split: [Source(whole.folder, file)] for split, file in lists if known & {*_names(file)}}
     return listed or {name if split_kind(name) else WHOLE: [whole]}
+
+
+def _label_folders(base: Path, own: str) -> list[tuple[str, Source]]:
+    """(name, folder of label files) of those in `base`, which is called `own`."""
+    found = []
+    for labels in folder_named(base, _LABELS):
+        found += [(own, labels)] if _holds_kitti(labels) else []
+        for name, folders in split_folders(folders_in(labels), _holds_kitti).items():
+            found += [(own if split_kind(own) and not split_kind(name) else name, folder) for folder in folders]
+    if not found and split_kind(own):  # train/0/label_2, train/1/label_2
+        found = [(own, f) for f in folders_holding(base, lambda f: f.name.lower() in _LABELS and _holds_kitti(f))]
+    return [(name, Source(folder)) for name, folder in found]
 
 
 def _names(listing: Path) -> list[str]:
@@ -106,6 +117,12 @@ def read_kitti(wanted: Wanted) -> Annotations:
         files = [file for source in sources for file in _label_files(source, log)]
         images = without_shared(_images(wanted.path, files, beside, log), log)
         report_images(log, wanted, beside, files, images, known)
+        lists = [source.listing for some in splits.values() for source in some if source.listing is not None]
+        if lists and wanted.split == (wanted.train_split or wanted.split):
+            listed = {name for listing in lists for name in _names(listing)}
+            others = [file for file in label_files(sources[0].folder, ".txt") if file.stem not in listed]
+            names = [file.stem for file in others if beside.find_own(file) is not None]
+            report_in_no_list(log, sources[0].folder, names, lists)
         return images
 
     return read_labelled(wanted, "kitti", splits, read)
@@ -129,7 +146,8 @@ def _images(root: Path, files: Sequence[Path], beside: ImagesBeside, log: Findin
         where = str(file.relative_to(root))
         path = beside.find_own(file)
         if path is None:
-            log.add("missing-image", "dropped", where, "Its image was not found in image_2 or images; it was left out.")
+            message = "Its image was not found in image_2 or images; it was left out."
+            log.add("missing-image", "dropped", where, message, image=file.name)
             continue
         try:
             lines = read_text(file, MAX_LABEL_BYTES).splitlines()

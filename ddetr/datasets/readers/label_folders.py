@@ -6,7 +6,7 @@ from __future__ import annotations
 import heapq
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,13 +15,15 @@ from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, folders_in, report_all_missing
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.file_names import last_parts
-from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, split_kind
+from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, looked_at_once, split_kind
 from ddetr.untrusted import one_line
-from ddetr.wording import first_few
+from ddetr.wording import first_few, plural
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "image", "imgs", "img", "image_2")
 _IMAGE_NAMES = frozenset(name.lower() for name in IMAGE_FOLDERS)
 _ABOVE = 4  # folders above a label file's own in which a folder of images is looked for
+_BELOW = 3  # folders one in another, in the folder of a split, that are looked through
+_PROBED = 200  # of a level: where none of them holds data, the others don't
 
 T = TypeVar("T")
 
@@ -73,6 +75,30 @@ def named_splits(sources: Sequence[tuple[str, T]]) -> dict[str, list[T]]:
         return named
     whole = {WHOLE: [source for _, source in sources]} if sources else {}
     return whole if len(named) == 1 else {**named, **whole}
+
+
+_folders_of = looked_at_once(folders_in)
+
+
+def folders_holding(folder: Path, holds: Callable[[Path], bool]) -> list[Path]:
+    """The folder itself where it `holds` data, else those in it and further down that do, as `train/0` and `train/1`
+    do for train. [] where one of these is called as another split is: that is a data set of its own."""
+    level, found = [folder], []
+    for _ in range(1 + _BELOW):
+        held = [place for place in level[:_PROBED] if holds(place)]
+        held += [place for place in level[_PROBED:] if held and holds(place)]
+        found += held
+        level = [sub for place in level if place not in held for sub in _folders_of(place)]
+    own = split_kind(folder.name)
+    words = {part for place in found for part in place.relative_to(folder).parts}
+    return [] if own and any(split_kind(word) not in (None, own) for word in words) else sorted(found)
+
+
+def split_folders(folders: Iterable[Path], holds: Callable[[Path], bool]) -> dict[str, list[Path]]:
+    """Name -> where its data lie: each folder that `holds` some, and each that is called as a split is and has folders
+    that do."""
+    deep = ((sub, folders_holding(sub, holds) if split_kind(sub.name) else [sub] * holds(sub)) for sub in folders)
+    return {sub.name: places for sub, places in deep if places}
 
 
 class ImagesBeside:
@@ -165,6 +191,17 @@ def report_images(
             log.add("image-without-labels", "note", str(folder), message, count=len(names))
 
 
+def report_in_no_list(log: FindingLog, folder: Path, names: Sequence[str], lists: Iterable[Path | None]) -> None:
+    """Adds the images of these names, which have labels and are in none of the lists."""
+    if names:
+        known = first_few([one_line(listing.name) for listing in dict.fromkeys(lists) if listing is not None], 4)
+        message = (
+            f"No list ({known}) has {plural(len(names), 'image')} with labels, and they are not used, such as "
+            f"{first_few([one_line(name) for name in names], 3)}."
+        )
+        log.add("in-no-list", "note", str(folder), message, count=len(names))
+
+
 def without_shared(images: Iterable[LabelledImage], log: FindingLog) -> list[LabelledImage]:
     """The images, without those whose file belongs to an earlier one: two label files for one image."""
     first: dict[Path, str] = {}
@@ -196,4 +233,13 @@ def box_around_turned(cx: float, cy: float, width: float, height: float, radians
         return [math.nan] * 4
     cos, sin = abs(math.cos(radians)), abs(math.sin(radians))
     half_w, half_h = (width * cos + height * sin) / 2, (width * sin + height * cos) / 2
+    return [cx - half_w, cy - half_h, cx + half_w, cy + half_h]
+
+
+def box_around_ellipse(cx: float, cy: float, rx: float, ry: float, radians: float) -> list[float]:
+    """x1, y1, x2, y2 around an ellipse that is turned about its centre."""
+    if not math.isfinite(radians):
+        return [math.nan] * 4
+    cos, sin = math.cos(radians), math.sin(radians)
+    half_w, half_h = math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)
     return [cx - half_w, cy - half_h, cx + half_w, cy + half_h]

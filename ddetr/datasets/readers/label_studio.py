@@ -17,16 +17,17 @@ from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.file_names import last_parts, spellings
 from ddetr.datasets.readers.json_files import list_splits, load_list
-from ddetr.datasets.readers.named_images import ImageCollector, Objects, Place
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, read_labelled, size_hw
+from ddetr.datasets.readers.label_folders import box_around_ellipse
+from ddetr.datasets.readers.named_images import ImageCollector, Objects, Place, read_files
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, size_hw
 from ddetr.untrusted import MAX_PATH, one_line
 
 _LABELS = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
 _UPLOAD = re.compile(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)")
 
 
-def label_studio_splits(path: Path) -> dict[str, Path]:
-    """Split name -> its file; {} where there is none. Label Studio knows no splits: files called train and val do."""
+def label_studio_splits(path: Path) -> dict[str, list[Path]]:
+    """Split name -> its files; {} where there is none. Label Studio knows no splits: files called train and val do."""
 
     def is_ours(start: bytes) -> bool:
         return b"labels" in start and any(word in start for word in (b'"result"', b'"rectanglelabels"', b'"annotator"'))
@@ -36,13 +37,10 @@ def label_studio_splits(path: Path) -> dict[str, Path]:
 
 def read_label_studio(wanted: Wanted) -> Annotations:
     """One split; `load_annotations` says what is wanted."""
-    splits = label_studio_splits(wanted.path)
 
-    def read(file: Path, log: FindingLog) -> list[LabelledImage]:
-        split = next(name for name in splits if splits[name] == file)
-        place = Place(wanted.root, file, split)
+    def read(place: Place, log: FindingLog) -> list[LabelledImage]:
         images = ImageCollector(place, wanted, log, in_fractions=True, spell=_spellings, are_addresses=True)
-        for position, task in enumerate(load_list(file, log, place.shown)):
+        for position, task in enumerate(load_list(place.file, log, place.shown)):
             where = f"{place.shown}, task {one_line(task.get('id', position))}"
             name, regions = _image_name(task), _regions(task, where, log)
             if name is None:
@@ -55,7 +53,7 @@ def read_label_studio(wanted: Wanted) -> Annotations:
                     _add(image, region, where, log)
         return images.images()
 
-    return read_labelled(wanted, "label_studio", splits, read)
+    return read_files(wanted, "label_studio", label_studio_splits(wanted.path), read)
 
 
 def _image_name(task: dict[str, Any]) -> str | None:
@@ -139,17 +137,11 @@ def _box(region: dict[str, Any], size: tuple[int, int]) -> list[float]:
         degrees = number(region.get("rotation") or 0)
         angle = math.radians(degrees) if math.isfinite(degrees) else math.nan
         if "radiusX" in region:
-            return _around_ellipse(x, y, number(region["radiusX"]), number(region.get("radiusY")), angle, size)
+            (across, down), radii = scale, (number(region["radiusX"]), number(region.get("radiusY")))
+            box = box_around_ellipse(x * across, y * down, radii[0] * across, radii[1] * down, angle)
+            return (np.array(box) / np.tile(scale * 100, 2)).tolist()
         cos, sin = (1.0, 0.0) if angle == 0 else (math.cos(angle), math.sin(angle))
         sides = np.array([[0, 0], [w, 0], [w, h], [0, h]]) * scale
         points = np.array([x, y]) * scale + sides @ np.array([[cos, sin], [-sin, cos]])
     points = points / (scale * 100)
     return [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]
-
-
-def _around_ellipse(x: float, y: float, rx: float, ry: float, radians: float, size: tuple[int, int]) -> list[float]:
-    """Of its centre and radii in percent of the image, of (h, w) pixels, in which it is turned."""
-    height, width = size
-    rx, ry, cos, sin = rx * width, ry * height, math.cos(radians), math.sin(radians)
-    half_w, half_h = math.hypot(rx * cos, ry * sin) / width, math.hypot(rx * sin, ry * cos) / height
-    return [(x - half_w) / 100, (y - half_h) / 100, (x + half_w) / 100, (y + half_h) / 100]

@@ -24,6 +24,7 @@ from ddetr.datasets.readers.label_folders import (
     label_files,
     named_splits,
     report_images,
+    split_folders,
     without_shared,
 )
 from ddetr.datasets.readers.reader import (
@@ -34,7 +35,6 @@ from ddetr.datasets.readers.reader import (
     number,
     read_labelled,
     size_hw,
-    split_kind,
 )
 from ddetr.errors import InputError
 from ddetr.untrusted import (
@@ -63,8 +63,8 @@ def labelme_splits(path: Path) -> dict[str, list[Path]]:
         return {WHOLE: [path]}
     found = []
     for sub in folders_in(path):
-        inner = [sub] if _holds_labelme(sub) else [folder for folder in folders_in(sub) if _holds_labelme(folder)]
-        found += [(sub.name if split_kind(sub.name) else folder.name, folder) for folder in inner]  # train/annotations
+        inner = split_folders([sub], _holds_labelme) or split_folders(folders_in(sub), _holds_labelme)
+        found += [(name, folder) for name, folders in inner.items() for folder in folders]
     return named_splits(found)
 
 
@@ -154,7 +154,7 @@ def _images(
             if content["has_image"]:
                 message += " It is inside the file (imageData): `labelme_export_json`, in older versions "
                 message += "`labelme_json_to_dataset`, writes it."
-            log.add("missing-image", "dropped", where, message)
+            log.add("missing-image", "dropped", where, message, image=file.name)
             continue
         if by_name not in (None, path):
             message = (

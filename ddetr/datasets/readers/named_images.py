@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from ddetr.datasets.annotations import FindingLog, report_crowd
+from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
 from ddetr.datasets.box_form import corners_of
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import ImageFolders, report_unlisted
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.file_names import Spell, find_files, path_parts, spellings
-from ddetr.datasets.readers.reader import LabelledImage, Wanted
+from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
 from ddetr.untrusted import MAX_OBJECTS, MAX_PATH, one_line
 
 _ONLY_CLASS = "object"  # the name of the class of boxes none of which states any
@@ -46,6 +46,22 @@ class Place:
         above = self.file.parent.parent
         also = [place for place in (above / "images" / self.split, above / self.split) if place.is_dir()]
         return list(dict.fromkeys([*image_dirs(self.root, self.file, self.split), *also]))
+
+
+def read_files(
+    wanted: Wanted,
+    format: str,
+    splits: Mapping[str, Sequence[Path]],
+    read: Callable[[Place, FindingLog], list[LabelledImage]],
+) -> Annotations:
+    """A split of a format whose files name their images; of several files each names those by it."""
+
+    def read_all(files: Sequence[Path], log: FindingLog) -> list[LabelledImage]:
+        split = next(name for name in splits if splits[name] == files)
+        places = [Place(wanted.root, file, split, beside_file=len(files) > 1) for file in files]
+        return [image for place in places for image in read(place, log)]
+
+    return read_labelled(wanted, format, splits, read_all)
 
 
 @dataclass
@@ -81,10 +97,11 @@ class ImageCollector:
         unit: str = "object",
         spell: Spell = spellings,
         are_addresses: bool = False,  # the folders in names are those of a server
+        may_be_part: bool = False,  # of a published data set, whose annotations are those of all its images
     ) -> None:
         self._place, self._wanted, self._log = place, wanted, log
         self._form, self._in_fractions, self._unit = form, in_fractions, unit
-        self._spell, self._are_addresses = spell, are_addresses
+        self._spell, self._are_addresses, self._may_be_part = spell, are_addresses, may_be_part
         self._of_name: dict[str, Objects] = {}
         self._left_out: set[str] = set()  # file names
 
@@ -103,7 +120,7 @@ class ImageCollector:
         place, folders, names = self._place, ImageFolders(), [name for name in self._of_name if len(name) <= MAX_PATH]
         for name in (name for name in self._of_name if len(name) > MAX_PATH):
             message = "The name is longer than any file's; the image was left out."
-            self._log.add("missing-image", "dropped", f"{place.shown}, {one_line(name)}", message)
+            self._log.add("missing-image", "dropped", f"{place.shown}, {one_line(name)}", message, image=name)
         paths = find_files(
             place.image_dirs(self._wanted.image_dir),
             names,
@@ -114,6 +131,7 @@ class ImageCollector:
             split=place.split,
             spell=self._spell,
             are_addresses=self._are_addresses,
+            may_be_part=self._may_be_part,
         )
         report_unlisted(paths, folders, self._log, place.shown, known=self._left_out)
         found = zip(paths, names, strict=True)

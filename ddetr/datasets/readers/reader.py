@@ -160,15 +160,22 @@ def read_labelled(
         raise split_error(wanted.path, wanted.split, list(splits))
     log = FindingLog()
     images = read(splits[wanted.split], log)
+    has_training = wanted.split != wanted.train_split and wanted.train_split in splits
+
+    @cache
+    def training() -> list[LabelledImage]:
+        return read(splits[wanted.train_split], FindingLog())
+
     categories = wanted.categories
     if categories is None:
-        others = images
-        if wanted.split != wanted.train_split and wanted.train_split in splits:
-            others = read(splits[wanted.train_split], FindingLog())
+        others = training() if has_training else images
         names = sorted({name for image in others for name in image.classes})
         categories = [Category(label + 1, name) for label, name in enumerate(names)]
     label_of = {category.name: label for label, category in enumerate(categories)}
-    table = table_of(images, label_of, log, lambda name: unlike_training(str(name), categories), wanted.boxes)
+    table = table_of(
+        *(images, label_of, log, lambda name: unlike_training(str(name), categories), wanted.boxes),
+        training=training if has_training else None,
+    )
     return whole(f"{wanted.path.name}/{wanted.split}", format, categories, table, log)
 
 
@@ -178,10 +185,12 @@ def table_of(
     log: FindingLog,
     said_of: Callable[[Any], str],
     form: BoxForm = "auto",
+    training: Callable[[], Sequence[LabelledImage]] | None = None,
 ) -> ImageTable:
     """The images that can be read, with the objects that can be used; what is left out, and why, goes to the log.
 
     label_of: label of each class, -1 or nothing for one that is left out; said_of: why. form: `Wanted.boxes`.
+    training: the images of the training split, for another one that is too small to tell what its boxes are.
 
     Raises:
         InputError: a form is given, and the format holds fractions of the image.
@@ -195,7 +204,7 @@ def table_of(
     readable, stated = [], []
     headers = read_headers([image.path for image in images])
     if form == "auto" and any(image.form == "auto" for image in images):
-        images = _with_forms(images, headers, log)
+        images = _with_forms(images, headers, log, training)
     for image, header in zip(images, headers, strict=True):
         if isinstance(header, InputError):
             log.add("unreadable-image", "dropped", image.where, f"{str(header).rstrip('.')}; it was left out.")
@@ -241,9 +250,32 @@ def table_of(
 
 
 def _with_forms(
-    images: Sequence[LabelledImage], headers: Sequence[ImageHeader | InputError], log: FindingLog
+    images: Sequence[LabelledImage],
+    headers: Sequence[ImageHeader | InputError],
+    log: FindingLog,
+    training: Callable[[], Sequence[LabelledImage]] | None,
 ) -> list[LabelledImage]:
-    """The images; of those whose boxes don't say what their numbers are, the boxes by the form that fits them all."""
+    """The images; of those whose boxes don't say what their numbers are, the boxes by the form that fits them all, or
+    those of training too where they alone don't tell."""
+    where = next(image.where for image in images if image.form == "auto")
+    numbers, sizes_hw = _unsettled(images, headers)
+    own = FindingLog()
+    settled_form(numbers, sizes_hw, own, where)
+    if training is not None and any(finding.action == "refused" for finding in own.freeze()):
+        others = training()
+        more, their_sizes_hw = _unsettled(others, read_headers([image.path for image in others]))
+        numbers, sizes_hw = np.concatenate([numbers, more]), np.concatenate([sizes_hw, their_sizes_hw])
+    form = settled_form(numbers, sizes_hw, log, f"{where} and on")
+    return [
+        replace(image, form=form, boxes_xyxy=corners_of(image.boxes_xyxy, form)) if image.form == "auto" else image
+        for image in images
+    ]
+
+
+def _unsettled(
+    images: Sequence[LabelledImage], headers: Sequence[ImageHeader | InputError]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 4) numbers that don't say what they are, and (n, 2) sizes of their images."""
     known = [
         (image, image.declared_hw or header.upright_hw)
         for image, header in zip(images, headers, strict=True)
@@ -251,12 +283,7 @@ def _with_forms(
     ]
     numbers = np.concatenate([np.zeros((0, 4)), *(image.boxes_xyxy for image, _ in known)])
     sizes_hw = np.repeat([size_hw for _, size_hw in known], [len(image.boxes_xyxy) for image, _ in known], axis=0)
-    where = next(image.where for image in images if image.form == "auto")
-    form = settled_form(numbers, sizes_hw.reshape(-1, 2), log, f"{where} and on")
-    return [
-        replace(image, form=form, boxes_xyxy=corners_of(image.boxes_xyxy, form)) if image.form == "auto" else image
-        for image in images
-    ]
+    return numbers, sizes_hw.reshape(-1, 2)
 
 
 def _check_meaning(
@@ -279,9 +306,12 @@ def check_unnamed(unnamed: Mapping[Any, int], total: int, where: str, log: Findi
     lost = sum(unnamed.values())
     if any(lost >= least and lost > part * total for least, part in _UNNAMED):
         ids = first_few([one_line(class_id, 40) for class_id in sorted(unnamed, key=str)], 5)
+        said, cure = f"have class ids that have no name ({ids})", "Name them"
+        if list(map(str, unnamed)) == ["None"]:
+            said, cure = "have no class id", "Give them one"
         message = (
-            f"{lost:,} of {total:,} objects have class ids that have no name ({ids}); left out, they would be "
-            "background. Name them, or take them out of the annotations."
+            f"{lost:,} of {total:,} objects {said}; left out, they would be background. {cure}, or take them out of "
+            "the annotations."
         )
         log.add("unnamed-ids", "refused", where, message, count=lost)
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ddetr.datasets.annotations import Annotations
 from ddetr.datasets.image_files import folders_in
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.reader import split_kind
+from ddetr.untrusted import one_line
 
 PARTS = ("images", "labels", "annotations", "jpegimages", "imagesets", "train", "valid", "val", "test", "data")
+NOTHING_SAYS = "nothing says that they belong together"
+_ROUNDING_PX = 1.5  # by which the boxes of one object differ in two formats
+_COMPARED = 20  # images of a split whose files are compared byte by byte
 _LEVELS = 3  # folders one in another that are looked through for neighbours
 _MOST = 20  # neighbours that are looked into
 _WALKED = 100  # folders below one in which an image is looked for
@@ -48,6 +56,42 @@ def neighbours(place: Path, splits: Iterable[Any], format_in: Callable[[Path], s
             return Neighbours(tuple(read), others)
         place = read[0]
     return Neighbours()
+
+
+def unlike(one: Sequence[Annotations], other: Sequence[Annotations]) -> str | None:
+    """In what two data sets differ, whose splits stand in the same order; None where these have the same images with
+    the same objects."""
+    stems = [[{record.path.stem for record in split.images} for split in splits] for splits in (one, other)]
+    if set().union(*stems[0]) != set().union(*stems[1]):
+        return NOTHING_SAYS
+    if stems[0] != stems[1]:
+        return "they split images of the same names in different ways"
+    for mine, theirs in zip(one, other, strict=True):
+        records = {record.path.stem: record for record in theirs.images}
+        names = [np.array([category.name.lower() for category in split.categories] or [""]) for split in (mine, theirs)]
+        for i, record in enumerate(mine.images):
+            same = records[record.path.stem]
+            if i < _COMPARED and not _are_equal(record.path, same.path):
+                return f"they have different images of the same names, such as {one_line(record.path.name)}"
+            apart = np.abs(record.boxes_xyxy[:, None] - same.boxes_xyxy[None]).max(axis=2, initial=0)  # (n, m)
+            is_near = apart <= _ROUNDING_PX
+            is_same = is_near & (names[0][record.labels][:, None] == names[1][same.labels][None])
+            if not _is_matched(is_same):
+                what = "names of classes" if _is_matched(is_near) else "objects"
+                return f"they have different {what} in images of the same names, such as {one_line(record.path.name)}"
+    return None
+
+
+def _are_equal(one: Path, other: Path) -> bool:
+    try:
+        return filecmp.cmp(one, other, shallow=False)
+    except OSError:
+        return False
+
+
+def _is_matched(pairs: np.ndarray) -> bool:
+    """Of objects (n, m) of two sides: whether there are as many on both, and each has one of the other side."""
+    return pairs.shape[0] == pairs.shape[1] and bool(pairs.any(axis=0).all() and pairs.any(axis=1).all())
 
 
 def _paths_in(found: Any) -> Iterator[Path]:

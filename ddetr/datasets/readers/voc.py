@@ -16,12 +16,13 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog, report_crowd
-from ddetr.datasets.image_files import ImageFolders, counted, folders_in, listed_lines
+from ddetr.datasets.image_files import ImageFolders, counted, folders_in, listed_lines, read_headers
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.file_names import last_parts
 from ddetr.datasets.readers.label_folders import (
@@ -31,9 +32,11 @@ from ddetr.datasets.readers.label_folders import (
     box_around,
     box_around_turned,
     folder_named,
+    folders_holding,
     label_files,
     named_splits,
     report_images,
+    report_in_no_list,
     without_shared,
 )
 from ddetr.datasets.readers.reader import (
@@ -66,6 +69,7 @@ _SAMPLED = 8  # files of a folder whose beginning says what it holds
 _FLAG = re.compile(r"\s+(-1|0|1)$")  # whether an image holds objects of a list's class
 _MOST_WORDS = 32  # of a line of a list that are tried as the name of an image
 _BARE_AMPERSAND = re.compile(r"&(?!(?:[A-Za-z]\w{0,30}|#[0-9]{1,7}|#x[0-9A-Fa-f]{1,6});)")
+_FEW_OTHERS, _SHARE_OF_OTHERS = 5, 0.2  # XML files that state another image: fewer are slips of renaming
 _CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"))
 
 
@@ -102,9 +106,9 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
         return {}
     sources = []
     for sub in folders_in(root):
-        inner = _xml_folder(sub) if split_kind(sub.name) else None
-        if inner is not None or _holds_voc(sub):
-            sources.append((sub.name, Source(inner or sub)))
+        is_split = split_kind(sub.name) is not None
+        places = _xml_folders(sub) if is_split else [sub] * _holds_voc(sub)
+        sources += [(sub.name, Source(place)) for place in places]
     if sources:
         return named_splits(sources)
     return (_listed(root, root) or {WHOLE: [Source(root)]}) if _holds_voc(root) else {}
@@ -113,9 +117,18 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
 def _xml_folder(root: Path) -> Path | None:
     """The folder below `root` whose XML files, or whose folders of them, describe images."""
     for folder in folder_named(root, _XML_FOLDERS):
-        if _holds_voc(folder) or any(_holds_voc(sub) for sub in folders_in(folder)):
+        if folders_holding(folder, _holds_voc):
             return folder
     return None
+
+
+def _xml_folders(split: Path) -> list[Path]:
+    """The folders of XML files in the folder of a split; not those of a data set in it that has lists of its own."""
+
+    def holds(folder: Path) -> bool:
+        return _holds_voc(folder) and (folder.parent == split or not folder_named(folder.parent, ("ImageSets",)))
+
+    return folders_holding(_xml_folder(split) or split, holds)
 
 
 def _holds_voc(folder: Path) -> bool:
@@ -172,19 +185,20 @@ def _lists_images(file: Path, index: dict[str, Path | None]) -> bool:
 
 
 def _unlisted(folder: Path) -> dict[str, list[Source]]:
-    inner = [] if _holds_voc(folder) else [sub for sub in folders_in(folder) if _holds_voc(sub)]
-    if not inner:  # all XML files in one folder, the images in one for each split
+    inner = {} if _holds_voc(folder) else {sub: folders_holding(sub, _holds_voc) for sub in folders_in(folder)}
+    if not any(inner.values()):  # all XML files in one folder, the images in one for each split
         places = [sub for place in folder_named(folder.parent, IMAGE_FOLDERS) for sub in folders_in(place)]
         splits = {sub.name: [Source(folder, sub)] for sub in places if split_kind(sub.name)}
         return splits or {WHOLE: [Source(folder)]}
-    return named_splits([(sub.name, Source(sub)) for sub in inner])
+    return named_splits([(sub.name, Source(place)) for sub, places in inner.items() for place in places])
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
 def _xml_files(folder: Path) -> list[Path]:
-    return label_files(folder, ".xml") or [file for sub in folders_in(folder) for file in label_files(sub, ".xml")]
+    places = folders_holding(folder, lambda place: bool(label_files(place, ".xml", 1)))
+    return [file for place in places for file in label_files(place, ".xml")]
 
 
 def _by_name(folder: Path) -> dict[str, Path | None]:
@@ -258,9 +272,20 @@ def read_voc(wanted: Wanted) -> Annotations:
         trees = {file: tree for file in counted(files) if (tree := _parse(file, root, log)) is not None}
         images = without_shared(_images(root, trees, beside, log), log)
         report_images(log, wanted, beside, list(trees), images, known)
+        if wanted.split == (wanted.train_split or wanted.split) and all(source.listing for source in sources):
+            _report_unlisted(splits, beside, log)
         return images
 
     return read_labelled(wanted, "voc", splits, read)
+
+
+def _report_unlisted(splits: dict[str, list[Source]], beside: ImagesBeside, log: FindingLog) -> None:
+    """Counts the images with an XML file that are in none of the lists."""
+    sources = [source for some in splits.values() for source in some]
+    listed = {file for source in sources if source.listing for file in _listed_files(source, FindingLog())}
+    for folder in sorted({source.folder for source in sources}):
+        left = [file for file in _xml_files(folder) if file not in listed and beside.find_own(file) is not None]
+        report_in_no_list(log, folder, [file.stem for file in left], [source.listing for source in sources])
 
 
 def _parse(file: Path, root: Path, log: FindingLog) -> ElementTree.Element | None:
@@ -305,29 +330,73 @@ def _tree(text: str, where: str, log: FindingLog) -> ElementTree.Element:
 def _images(
     root: Path, trees: dict[Path, ElementTree.Element], beside: ImagesBeside, log: FindingLog
 ) -> Iterator[LabelledImage]:
+    others: list[_OtherName] = []
+    taken: set[Path] = set()  # images of all files
     for file, tree in trees.items():
         where = str(file.relative_to(root))
         if tree.tag != "annotation":
             message = f"Expected <annotation>, found <{one_line(tree.tag)}>: it is no annotation of an image."
             log.add("other-xml", "note", where, message)
             continue
-        path = _find_image(file, tree, beside, where, log)
+        path = _find_image(file, tree, beside, where, others)
         if path is None:
             message = "Its image was not found in JPEGImages, images or beside it; it was left out."
-            log.add("missing-image", "dropped", where, message)
+            log.add("missing-image", "dropped", where, message, image=file.name)
             continue
+        taken.add(path)
         names, difficult, boxes, numbers = _objects(tree, where, log)
-        size = tree.find("size")
-        declared_hw = None if size is None else size_hw(_text(size, "height"), _text(size, "width"))
+        declared_hw = _declared_hw(tree)
         if declared_hw is None:
             log.add("missing-size", "repaired", where, "It states no image size; it was read from the image.")
         yield LabelledImage(path, where, names, boxes, numbers, declared_hw=declared_hw, ignore=difficult)
+    _report_other_names(others, taken - {one.own for one in others}, len(trees), log)
+
+
+class _OtherName(NamedTuple):
+    """An XML file that states another image than the one that is called as it is; both are there."""
+
+    where: str
+    stated: str
+    its: Path
+    own: Path
+    declared_hw: tuple[int, int] | None
+
+
+def _report_other_names(others: Sequence[_OtherName], settled: set[Path], total: int, log: FindingLog) -> None:
+    """Stops where many files state each another image, and the stated sizes don't show that the images of their own
+    names are meant. settled: images of files that state no other: of those, others are copies."""
+    crossed = [one for one in others if one.its not in settled]
+    if len(crossed) >= max(_FEW_OTHERS, _SHARE_OF_OTHERS * total) and len({one.its for one in crossed}) == len(crossed):
+        headers = read_headers([path for one in crossed for path in (one.own, one.its)])
+        known = [None if isinstance(header, InputError) else header.upright_hw for header in headers]
+        telling = [
+            (one.declared_hw == own, one.declared_hw == its)
+            for one, own, its in zip(crossed, known[::2], known[1::2], strict=True)
+            if own != its
+        ]
+        of_own, of_its = (sum(fits) for fits in zip(*telling, strict=True)) if telling else (0, 0)
+        if of_own < _FEW_OTHERS or of_its:
+            first = crossed[0]
+            message = (
+                f"{len(crossed):,} of {total:,} XML files state the file name of another image that is there, such as "
+                f"{one_line(first.stated)} for {one_line(first.own.name)}: whose boxes these are can't be known. If "
+                "those of the image that is called as the XML file, take <filename> out; if not, rename the XML files."
+            )
+            log.add("file-names-differ", "refused", first.where, message, count=len(crossed))
+            return
+    for one in others:
+        message = (
+            f"It states the file name {one_line(one.stated)}, and {one_line(one.its.name)} is there; "
+            f"{one_line(one.own.name)} has its own name and was taken."
+        )
+        log.add("file-name-differs", "note", one.where, message)
 
 
 def _find_image(
-    file: Path, tree: ElementTree.Element, beside: ImagesBeside, where: str, log: FindingLog
+    file: Path, tree: ElementTree.Element, beside: ImagesBeside, where: str, others: list[_OtherName]
 ) -> Path | None:
-    """By the XML's own name first: <filename> is often wrong after a data set has been renamed."""
+    """By the XML's own name first: <filename> is often wrong after a data set has been renamed. Where it is that of
+    another image, that goes to `others`."""
     stated = _text(tree, "filename")
     by_statement = beside.find(file, stated)
     if by_statement is not None and by_statement.stem == file.stem:  # of a.jpg and a.png the one that it names
@@ -335,9 +404,7 @@ def _find_image(
     by_name = beside.find_own(file)
     if by_name is None or by_statement in (None, by_name):
         return by_name or by_statement
-    other = one_line(by_statement.name)
-    message = f"It states the file name {one_line(stated)}, and {other} is there; {by_name.name} has its own name."
-    log.add("file-name-differs", "note", where, message)
+    others.append(_OtherName(where, stated, by_statement, by_name, _declared_hw(tree)))
     return by_name
 
 
@@ -406,6 +473,11 @@ def _corners(box: ElementTree.Element) -> list[float] | None:
     found = {child.tag for child in box}
     keys = next((keys for keys in _CORNERS if found.issuperset(keys)), _CORNERS[0])
     return [number(_text(box, key)) for key in keys] if found.intersection(keys) or not found else None
+
+
+def _declared_hw(tree: ElementTree.Element) -> tuple[int, int] | None:
+    size = tree.find("size")
+    return None if size is None else size_hw(_text(size, "height"), _text(size, "width"))
 
 
 def _text(element: ElementTree.Element, key: str) -> str:

@@ -7,8 +7,8 @@ import pytest
 from dataset_parts import coco_object, voc_object, voc_xml
 
 from ddetr.datasets import load_annotations
-from ddetr.datasets.annotations import FindingLog
-from ddetr.datasets.box_form import check_meaning, corners_of, numbers_of
+from ddetr.datasets.annotations import FindingLog, ImageTable
+from ddetr.datasets.box_form import check_meaning, check_placement, corners_of, numbers_of
 from ddetr.datasets.config import TrainingSource
 from ddetr.datasets.splits import load_splits
 from ddetr.errors import InputError
@@ -112,6 +112,29 @@ def test_exchanged_x_and_y_stop(own):
     ((kind, action, message),) = [(f.kind, f.action, f.message) for f in found(boxes, own)]
     assert (kind, action) == ("boxes-look-exchanged", "refused")
     assert "if x and y are exchanged" in message
+
+
+@pytest.mark.parametrize("own", ["xywh", "xyxy", "cxcywh"])
+@pytest.mark.parametrize(("form", "places"), [("xyxy", [0, 2, 1, 3]), ("xyxy", [1, 3, 0, 2]), ("cxcywh", [2, 3, 0, 1])])
+@pytest.mark.parametrize("objects", ["tiny", "small", "medium"])
+def test_numbers_in_another_order_stop(objects, form, places, own):
+    if form == "cxcywh" != own:
+        return  # small sizes before centres fit as corners, and as a corner and a size
+    numbers = numbers_of(boxes_of(objects, 60), form)[:, places]
+    order = {0: "x1, x2, y1, y2", 1: "y1, y2, x1, x2", 2: "width, height, x, y"}[places[0]]
+    ((kind, action, message),) = [(f.kind, f.action, f.message) for f in found(corners_of(numbers, own), own)]
+    assert (kind, action) == ("boxes-in-another-order", "refused")
+    assert f"if the numbers of each stand in the order {order}. " in message
+    assert found(corners_of(numbers, own), own, own) == ()
+
+
+def test_an_order_that_fits_as_well_as_a_form_is_named_beside_it():
+    """Corners in the first quarter of their images fit as sizes before centres."""
+    boxes = misread(boxes_of("medium", 40) / 2, "xyxy", "cxcywh")
+    ((kind, action, message),) = [(f.kind, f.action, f.message) for f in found(boxes, "cxcywh")]
+    assert (kind, action) == ("boxes-in-another-order", "refused")
+    assert "They fit as two corners (x1, y1, x2, y2) or" in message
+    assert "too (--data.boxes xyxy or xywh): look at some" in message
 
 
 def test_boxes_that_are_none_decide_nothing():
@@ -295,3 +318,62 @@ def test_swapped_corners_in_fractions_are_ordered(tmp_path, write_image, kinds):
     annotations = load_annotations(tmp_path, "train")
     assert annotations.images[0].boxes_xyxy.tolist() == [[16, 12, 32, 24]] * 2
     assert kinds(annotations) == {"swapped-corners": "repaired"}
+
+
+# ---- where they lie --------------------------------------------------------------------------------------------------
+
+
+def placed(boxes, image_index=None):
+    """What is said of boxes in images of SIZE_WH, each in one of its own where it is not said."""
+    n = len(boxes)
+    index = np.arange(n) if image_index is None else image_index
+    count = int(index.max()) + 1
+    sizes_hw, paths = np.tile(SIZE_WH[::-1], (count, 1)), [f"{i}.jpg" for i in range(count)]
+    flags = np.zeros(n, dtype=bool)
+    table = ImageTable(np.arange(count), paths, sizes_hw, index, boxes, np.zeros(n), np.ones(n), flags)
+    log = FindingLog()
+    check_placement(table, "x", log)
+    return [(finding.kind, finding.action, finding.message) for finding in log.freeze()]
+
+
+def in_the_middle(n=400):
+    centres = np.random.default_rng(1).normal(0.5, 0.1, (n, 2)).clip(0.3, 0.7) * SIZE_WH
+    return np.concatenate([centres - 40, centres + 40], axis=1)
+
+
+ALL_OF_IT = np.tile([0, 0, *SIZE_WH], (80, 1))
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        *(boxes_of(objects, 400) for objects in OBJECTS),
+        boxes_of("medium", 19) / 2,  # too few to tell
+        in_the_middle(),
+        in_the_middle() - (60, 60, 60, 60),
+        boxes_of("medium", 400) * (0.5, 1, 0.5, 1),  # a fixed camera: the street is at the left
+        np.concatenate([boxes_of("medium", 400) / 2, [[500, 400, 560, 450]]]),
+        np.tile([8, 8, 630, 470], (50, 1)),
+        ALL_OF_IT[:9],
+        np.concatenate([ALL_OF_IT, boxes_of("medium", 20)]),
+    ],
+)
+def test_nothing_is_said_of_boxes_in_places_that_may_be_right(boxes):
+    assert placed(boxes) == []
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.5, 2 / 3])
+def test_boxes_of_smaller_images_are_a_note(factor):
+    boxes = boxes_of("medium", 400) * factor
+    ((kind, action, message),) = placed(boxes)
+    assert (kind, action) == ("boxes-in-one-corner", "note")
+    assert f"the left {factor:.0%} and the upper {factor:.0%} of" in message
+    assert placed(boxes, np.arange(400) // 40) == []  # ten images may be of one scene
+
+
+def test_boxes_that_are_the_whole_image_are_a_note():
+    boxes = ALL_OF_IT[:20] + [[1, 0, -1, 0]]
+    for some in (boxes, np.concatenate([boxes, boxes_of("small", 2)])):
+        ((kind, action, message),) = placed(some)
+        assert (kind, action) == ("whole-image-boxes", "note")
+        assert f"20 of {len(some)} boxes are the whole image" in message

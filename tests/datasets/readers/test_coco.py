@@ -136,6 +136,13 @@ def test_many_objects_of_unlisted_categories_stop(make_coco, kinds):
     assert kinds(load_annotations(make_coco(objects), "train"))["unnamed-ids"] == "refused"
 
 
+def test_many_objects_without_a_category_stop(make_coco):
+    objects = [{key: value for key, value in coco_object().items() if key != "category_id"} for _ in range(20)]
+    annotations = load_annotations(make_coco(objects), "train")
+    [refused] = [finding for finding in annotations.findings if finding.action == "refused"]
+    assert "20 of 20 objects have no class id" in refused.message
+
+
 def test_missing_images_are_left_out(make_coco):
     root = make_coco([coco_object(), coco_object(image_id=2), coco_object(image_id=3)], num_images=3)
     (root / "train" / "2.jpg").unlink()
@@ -331,6 +338,34 @@ def test_upright_boxes_with_the_sizes_of_stored_pixels(make_coco, make_voc, writ
     assert [record.size_hw for record in annotations.images] == [(64, 48)] * 2
     assert [record.boxes_xyxy.tolist() for record in annotations.images] == [[[5, 40, 25, 60]], [[1, 2, 11, 14]]]
     assert {(f.kind, f.action) for f in annotations.findings} == {("orientation", "repaired")}
+
+
+@pytest.mark.parametrize("as_stored", [True, False])
+@pytest.mark.parametrize("format", ["coco", "csv"])
+def test_boxes_tell_the_frame_where_no_size_is_stated(make_coco, tmp_path, write_image, format, as_stored):
+    """One box that only the stored image holds, and none that only the upright one holds, tells it of all (VoTT)."""
+    boxes = [(40, 5, 20, 20) if as_stored else (5, 40, 20, 20), (1, 2, 10, 12)]
+    root = tmp_path / "set"
+    if format == "coco":
+
+        def unsized(content):
+            for image in content["images"]:
+                del image["width"], image["height"]
+
+        make_coco([coco_object(image_id=i, bbox=box) for i, box in enumerate(boxes, 1)], edit=unsized)
+    else:
+        root.mkdir()
+        rows = "".join(f"{i}.jpg,{x},{y},{x + w},{y + h},cat\n" for i, (x, y, w, h) in enumerate(boxes, 1))
+        (root / "train.csv").write_text(f"image,xmin,ymin,xmax,ymax,label\n{rows}")
+    for i in (1, 2):
+        write_image(root / "train" / f"{i}.jpg", orientation=6)  # 64 wide, 48 high; upright 48 wide, 64 high
+    annotations = load_annotations(root, "train")
+    assert [record.size_hw for record in annotations.images] == [(48, 64) if as_stored else (64, 48)] * 2
+    assert [tuple(record.boxes_xyxy[0].tolist()) for record in annotations.images] == [
+        (x, y, x + w, y + h) for x, y, w, h in boxes
+    ]
+    actions = {finding.action for finding in annotations.findings if finding.kind == "orientation"}
+    assert actions == {"repaired" if as_stored else "note"}
 
 
 def test_image_of_another_size(make_coco, write_image):

@@ -296,6 +296,80 @@ def test_an_empty_box_without_a_mask_that_has_one_is_left_out(make_coco, kinds, 
     assert kinds(annotations) == {"degenerate-box": "dropped"}
 
 
+def mask_around(bbox, form="polygon"):
+    x, y, w, h = bbox
+    if form == "polygon":
+        return [[x, y, x + w, y, x + w, y + h / 2], [x, y + h / 2, x + w, y + h]]
+    mask = np.zeros((48, 64), dtype=int)
+    mask[y : y + h, x : x + w] = 1
+    return {"size": [48, 64], "counts": runs_of(mask)}
+
+
+PLACES = [(4 + 5 * i, 2 + 3 * i, 14, 8 + i) for i in range(9)]
+
+
+@pytest.mark.parametrize("form", ["polygon", "runs"])
+@pytest.mark.parametrize("wrong", ["mirrored", "half"])
+def test_boxes_that_contradict_their_masks(make_coco, form, wrong):
+    def written(num_wrong):
+        boxes = [
+            box if i >= num_wrong else (64 - box[0] - box[2], *box[1:]) if wrong == "mirrored" else [v / 2 for v in box]
+            for i, box in enumerate(PLACES)
+        ]
+        objects = [coco_object(bbox=b, segmentation=mask_around(p, form)) for b, p in zip(boxes, PLACES, strict=True)]
+        return [(f.kind, f.action, f.count) for f in load_annotations(make_coco(objects), "train").findings]
+
+    assert written(0) == []
+    assert written(2) == [("box-contradicts-mask", "note", 2)]
+    ((kind, action, _),) = written(9)
+    assert (kind, action) == ("boxes-contradict-masks", "refused")
+
+
+def test_what_settles_boxes_that_contradict_their_masks(make_coco):
+    objects = [coco_object(bbox=(64 - x - w, y, w, h), segmentation=mask_around((x, y, w, h))) for x, y, w, h in PLACES]
+    root = make_coco(objects)
+    (finding,) = load_annotations(root, "train").findings
+    assert "(46, 2, 60, 10) beside (4, 2, 18, 10) around the mask" in finding.message
+    assert 'take "bbox" out of the annotations' in finding.message
+    assert load_annotations(root, "train", boxes="xywh").findings == ()
+    for obj in objects:
+        del obj["bbox"]
+    assert load_annotations(make_coco(objects), "train").images[0].boxes_xyxy[0].tolist() == [4, 2, 18, 10]
+    corners = [coco_object(bbox=(x / 8, y / 2, x / 8 + 9, y / 2 + 4)) for x, y, _, _ in PLACES]  # as sizes they fit too
+    for obj in corners:
+        x1, y1, x2, y2 = obj["bbox"]
+        obj["segmentation"] = [[x1, y1, x2, y1, x2, y2]]
+    (finding,) = load_annotations(make_coco(corners), "train").findings
+    assert "They agree when the boxes are read by --data.boxes xyxy; if" in finding.message
+
+
+@pytest.mark.parametrize(
+    "mask_of",
+    [
+        lambda x, y, w, h: (x + w / 3, y + h / 3, w / 3, h / 3),  # what is seen of it
+        lambda x, y, w, h: (x + 2, y - 2, w, h),  # rounding
+        lambda x, y, w, h: (x / 64, y / 48, w / 64, h / 48),  # fractions
+        lambda x, y, w, h: (x * 3, y * 3, w * 3, h * 3),  # of the image before it was resized
+        lambda x, y, w, h: (y, x, h, w),
+        lambda x, y, w, h: (0, 0, w, h),  # counted from the box
+        lambda x, y, w, h: (30, 40, 5, 5),  # the same for all
+        lambda x, y, w, h: (min(x, w), min(y, h), abs(x - w), abs(y - h)),  # the numbers of the box as two points
+    ],
+)
+def test_masks_that_say_nothing_of_boxes(make_coco, mask_of):
+    objects = [coco_object(bbox=box, segmentation=mask_around(mask_of(*box))) for box in PLACES]
+    assert load_annotations(make_coco(objects), "train").findings == ()
+
+
+def test_of_many_boxes_some_are_compared_with_their_masks(make_coco, monkeypatch):
+    monkeypatch.setattr("ddetr.datasets.readers.coco.content._COMPARED", 2)
+    monkeypatch.setattr("ddetr.datasets.readers.coco.content._COMPARED_STEP", 3)
+    objects = [coco_object(bbox=(x / 2, y, w, h), segmentation=mask_around((x, y, w, h))) for x, y, w, h in PLACES]
+    objects[1]["segmentation"] = [[None]]
+    (finding,) = load_annotations(make_coco(objects), "train").findings
+    assert "2 of 3 boxes lie" in finding.message
+
+
 # ---- encodings -------------------------------------------------------------------------------------------------------
 
 
@@ -626,6 +700,23 @@ def test_files_that_share_images_are_no_parts(write_part, kinds):
     assert kinds(load_annotations(root, "train"))["parts-overlap"] == "refused"
     (root / "train_1.json").write_text((root / "train_1.json").read_text()[:-9])
     assert kinds(load_annotations(root, "train"))["malformed-json"] == "refused"
+
+
+@pytest.mark.parametrize("prefix", ["", "instances_"])
+def test_equal_names_in_the_folders_of_parts_are_several_images(write_part, write_image, kinds, prefix):
+    for i in range(2):
+        root = write_part(f"annotations/{prefix}train_{i}.json", ["a.jpg", "b.jpg"], folder=f"images/train_{i}")
+        for name in "ab":
+            write_image(root / f"images/train_{i}/{name}.jpg", seed=2 * i + ord(name))
+    annotations = load_annotations(root, "train")
+    found = [record.path.relative_to(root / "images").as_posix() for record in annotations.images]
+    assert found == ["train_0/a.jpg", "train_0/b.jpg", "train_1/a.jpg", "train_1/b.jpg"]
+    assert [len(record.labels) for record in annotations.images] == [2] * 4
+    assert kinds(annotations) == {"image-ids-repeat": "note"}
+    write_image(root / "images/train_1/b.jpg", seed=ord("b"))  # the same picture again
+    assert kinds(load_annotations(root, "train"))["parts-overlap"] == "refused"
+    (root / "images/train_1/b.jpg").unlink()
+    assert kinds(load_annotations(root, "train"))["parts-overlap"] == "refused"
 
 
 @pytest.mark.parametrize(

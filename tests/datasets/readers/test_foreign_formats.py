@@ -178,6 +178,18 @@ def test_tables_of_several_folders_are_never_parts_of_one_set(tmp_path, tables, 
         assert default_splits(tmp_path) == chosen
 
 
+def test_columns_in_another_order_stop(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Without a header, x1, x2, y1, y2 are read as x1, y1, x2, y2."""
+    rows = []
+    for i in range(8):
+        write_image(tmp_path / f"{i}.jpg")
+        rows.append(f"{i}.jpg,{5 * i},{5 * i + 20},{4 * i},{4 * i + 16},cat\n")
+    (tmp_path / "train.csv").write_text("".join(rows))
+    found = [f for f in load_annotations(tmp_path, "train").findings if f.action == "refused"]
+    assert [f.kind for f in found] == ["boxes-in-another-order"]
+    assert "the order x1, x2, y1, y2. If so" in found[0].message
+
+
 def test_open_images(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     """Names by their ids, groups ignored, the images that are not there counted in one finding a name."""
     write_image(tmp_path / "train" / "000002b66c9c498e.jpg")
@@ -194,6 +206,22 @@ def test_open_images(tmp_path: Path, write_image: Callable[..., Path]) -> None:
     assert objects(annotations) == {"000002b66c9c498e.jpg": [("Person", BOX), ("Airplane", [32.0, 24.0, 64.0, 48.0])]}
     assert annotations.images[0].ignore.tolist() == [False, True]
     assert annotations.num_images_left_out == 1
+
+
+def test_a_part_of_open_images(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """Its tables name all of its images, of which people have some; other tables name those that should be there."""
+    write_image(tmp_path / "train" / "a.jpg")
+    file = tmp_path / "train-annotations-bbox.csv"
+    rows = [f"{name},xclick,cat,1,0.0625,0.375,0.125,0.375,0,0,0,0,0\n" for name in "abcdefgh"]
+    file.write_text(OPEN_IMAGES + "".join(rows))
+    annotations = load_annotations(tmp_path, "train")
+    assert objects(annotations) == {"a.jpg": [("cat", BOX)]}
+    assert [(f.kind, f.action, f.count) for f in annotations.findings] == [("part-of-images", "note", 7)]
+    assert "7 of the 8 images that it names are not here: 1 were taken" in annotations.findings[0].message
+    file.write_text(TENSORFLOW + "".join(f"{name}.jpg,64,48,cat,4,6,24,18\n" for name in "abcdefgh"))
+    assert kinds(load_annotations(tmp_path, "train"))["most-images-left-out"] == "refused"
+    file.write_text(OPEN_IMAGES + "".join(rows[1:]))
+    assert kinds(load_annotations(tmp_path, "train"))["every-image-missing"] == "refused"
 
 
 def test_what_is_wrong_with_a_table(tmp_path: Path, write_image: Callable[..., Path]) -> None:
@@ -323,6 +351,17 @@ def test_tables_with_a_row_for_each_image(tmp_path: Path, write_image: Callable[
     assert objects(annotations)["c.jpg"] == [("dog", BOX)]
     (tmp_path / "train.csv").write_text(f'file_name,bboxes,labels\na.jpg,"{some}","[\'cat\']"\n')
     assert kinds(load_annotations(tmp_path, "train"))["boxes-without-classes"] == "refused"
+
+
+def test_boxes_in_cells_of_a_small_validation_split(tmp_path: Path, write_image: Callable[..., Path]) -> None:
+    """One box may fit as corners and as a corner and a size; training tells which it is."""
+    for split, boxes in (("train", cells("xyxy")), ("val", [[4, 6, 24, 18]])):
+        write_image(tmp_path / split / f"{split}.jpg", seed=len(split))
+        rows = "".join(f'{split}.jpg,"{box}",cat\n' for box in boxes)
+        (tmp_path / f"{split}.csv").write_text(f"file_name,bbox,label\n{rows}")
+    annotations = load_annotations(tmp_path, "val", categories=load_annotations(tmp_path, "train").categories)
+    assert objects(annotations) == {"val.jpg": [("cat", BOX)]}
+    assert kinds(annotations) == {"box-form": "note"}
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,13 @@ def test_lists_of_the_usual_development_kits(make_kitti):
     assert default_splits(root) == ("train", "val")
     train = load_annotations(root, "train")
     assert [record.path.stem for record in train.images] == ["000000", "000001"]
+    assert "in-no-list" not in {finding.kind for finding in train.findings}
     assert train.num_images_left_out == 1
     assert [record.path.stem for record in load_annotations(root, "val").images] == ["000002"]
+    (root / "ImageSets/val.txt").write_text("\n")
+    (said,) = (finding for finding in load_annotations(root, "train").findings if finding.kind == "in-no-list")
+    assert (said.action, said.count) == ("note", 1)
+    assert "such as 000002." in said.message
 
 
 def test_several_folders_of_lists(make_kitti):

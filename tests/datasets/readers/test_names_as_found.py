@@ -77,6 +77,18 @@ def test_images_in_several_folders(
     assert "two.jpg" not in [record.path.name for record in found.images]
 
 
+@pytest.mark.parametrize("format", WRITERS)
+def test_some_names_with_their_folder_and_some_without(
+    tmp_path: Path, write_image: Callable[..., Path], format: str
+) -> None:
+    """As X-AnyLabeling writes them. The folder of those that are found holds the others; a mask is none of them."""
+    for place in ("pics/a", "pics/b", "pics/c", "masks/b", "masks/c", "masks/d"):
+        write_image(tmp_path / f"{place}.jpg", seed=ord(place[-1]))
+    WRITERS[format](tmp_path, ["a.jpg", "..\\pics\\b.jpg", "..\\pics\\c.jpg", "d.jpg"])
+    found = load_annotations(tmp_path, "all", format=format)
+    assert [record.path for record in found.images] == [tmp_path / "pics" / f"{name}.jpg" for name in "abc"]
+
+
 @pytest.mark.parametrize("format", ["csv", "coco"])
 def test_images_of_another_split_are_not_taken(tmp_path: Path, write_image: Callable[..., Path], format: str) -> None:
     for place in ("train/1", "train/2", "valid/3"):

@@ -454,6 +454,37 @@ def test_which_image_is_whose(tmp_path, write_image, make_voc):
     assert (finding.kind, finding.action) == ("ambiguous-image", "refused")
 
 
+@pytest.mark.parametrize(
+    ("stated", "sizes", "finding"),
+    [
+        ("{0}", [(64, 48)] * 6, ("file-names-differ", "refused", 6)),
+        ("{0}", [(64, 48 + i) for i in range(6)], ("file-name-differs", "note", 1)),  # the stated sizes tell
+        ("0", [(64, 48)] * 6, ("file-name-differs", "note", 1)),  # of the file that all are copies of
+        ("img{0}", [(64, 48)] * 6, None),  # as they were called before
+    ],
+)
+def test_file_names_of_other_images(make_voc, write_image, stated, sizes, finding):
+    files = {}
+    for i, (width, height) in enumerate(sizes):
+        size = f"<size><width>{width}</width><height>{height}</height></size>"
+        files[str(i)] = voc_xml([voc_object()], size).replace("x.jpg", f"{stated.format((i + 1) % 6)}.jpg")
+    root = make_voc(files)
+    for i, size_wh in enumerate(sizes):
+        write_image(root / f"JPEGImages/{i}.jpg", size_wh, seed=i)
+    annotations = load_annotations(root, "train")
+    assert [record.path.name for record in annotations.images] == [f"{i}.jpg" for i in range(6)]
+    found = annotations.findings
+    assert (found and (found[0].kind, found[0].action, found[0].count)) == (finding or ())
+
+
+def test_copies_that_state_the_file_names_of_their_originals(make_voc, kinds):
+    files = {str(i): voc_xml([voc_object()]).replace("x.jpg", f"{i}.jpg") for i in range(6)}
+    files |= {f"flipped_{name}": xml for name, xml in files.items()}
+    annotations = load_annotations(make_voc(files), "train")
+    assert len(annotations.images) == 12
+    assert kinds(annotations) == {"file-name-differs": "note"}
+
+
 def test_numbers_and_shapes(make_voc):
     turned = "<cx>32</cx><cy>24</cy><w>20</w><h>10</h><angle>1.5707963267948966</angle>"
     objects = [

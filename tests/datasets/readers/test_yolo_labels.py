@@ -150,7 +150,7 @@ def test_labels_without_an_image(make_yolo):
 def test_labels_of_images_that_are_in_another_list_are_not_alone(make_yolo):
     root = make_yolo({"images/a.jpg": ROW, "images/b.jpg": ROW}, data_yaml=f"train: train.txt\n{NAMES}")
     (root / "train.txt").write_text("images/a.jpg\n")
-    assert load_annotations(root, "train").findings == ()
+    assert {finding.kind for finding in load_annotations(root, "train").findings} == {"in-no-list"}
 
 
 def test_images_without_label_files_are_counted_by_folder(make_yolo):
@@ -350,6 +350,15 @@ def test_a_corner_and_a_size_in_place_of_a_centre(make_yolo, tmp_path):
         assert record.boxes_xyxy.tolist() == [box]
 
 
+def test_the_size_before_the_centre(make_yolo):
+    rows = [f"0 0.1{i} 0.2{j} 0.{i} 0.{9 - i}" for i in range(2, 9) for j in range(3)]
+    _, annotations = boxes_of(make_yolo, rows)
+    ((action, _, message),) = said(annotations, "boxes-in-another-order")
+    assert action == "refused"
+    assert "the order width, height, x, y. If so, write them in the other order" in message
+    assert "by --data.boxes cxcywh-relative." in message
+
+
 def test_a_confidence_before_the_box(make_yolo):
     rows = [f"0 0.9{i} 0.2 0.{i + 3} 0.2 0.{i + 1}" for i in range(5)]
     _, annotations = boxes_of(make_yolo, rows)
@@ -395,6 +404,17 @@ def test_numbers_of_tracks_are_no_angles(make_yolo, behind, stops):
     }
     annotations = load_annotations(make_yolo(images, data_yaml=YAML), "train")
     assert [action for action, _, _ in said(annotations, "angles-behind-boxes")] == ["refused"] * stops
+
+
+@pytest.mark.parametrize(("in_training", "stops"), [((1, 2, 3), False), ((90, 30, 90), True), ((), True)])
+def test_a_validation_split_too_small_to_tell_what_is_behind_its_boxes(make_yolo, in_training, stops):
+    def rows(numbers):
+        return "".join(f"0 0.5 0.{j + 3} 0.2 0.1 {number}\n" for j, number in enumerate(numbers))
+
+    images = {f"images/train/{i}.jpg": rows(in_training) or "0 0.5 0.5 0.2 0.1\n" for i in range(6)}
+    root = make_yolo(images | {"images/val/a.jpg": rows((17, 90))}, data_yaml=f"{YAML}\nval: images/val\n")
+    found = said(load_annotations(root, "val"), "angles-behind-boxes")
+    assert [action for action, _, _ in found] == ["refused"] * stops
 
 
 # ---- classes ---------------------------------------------------------------------------------------------------------

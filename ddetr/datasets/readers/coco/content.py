@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ddetr.untrusted import MAX_ANNOTATION_BYTES, one_line, open_file, parse_jso
 from ddetr.wording import first_few
 
 _WHOLE = re.compile(r"([+-]?[0-9]{1,20})(?:\.0*)?")
+_COMPARED, _COMPARED_STEP = 4_000, 64  # boxes beside which the mask is kept: the first of a file, and every 64th after
+_MOST_RUNS = 10_000  # characters or numbers of such a mask
 _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
 
 
@@ -39,7 +42,9 @@ class NotCoco(InputError):
 
 
 def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
-    """The content without the masks, which are most of COCO's half gigabyte and no part of detection."""
+    """The content without the masks, which are most of COCO's half gigabyte and no part of detection, but for those of
+    some boxes, which `mask.py` compares with them."""
+    number = count().__next__
 
     def without_mask(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         entry = dict(pairs)
@@ -49,7 +54,12 @@ def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
             try:
                 _, _, width, height = entry["bbox"]
                 if width > 0 and height > 0:
-                    del entry["segmentation"]
+                    i = number()
+                    kept = _small(entry["segmentation"]) if i < _COMPARED or not i % _COMPARED_STEP else None
+                    if kept is None:
+                        del entry["segmentation"]
+                    else:
+                        entry["segmentation"] = kept
             except (KeyError, TypeError, ValueError):
                 pass
         return entry
@@ -64,6 +74,18 @@ def load_json(file: Path, log: FindingLog) -> dict[str, Any]:
             f"found {found}"
         )
     return content
+
+
+def _small(segmentation: Any) -> Any:
+    """A mask with the same box around it, in little memory; None for one that is none, or is large."""
+    try:
+        if isinstance(segmentation, dict):
+            return segmentation if len(segmentation["counts"]) <= _MOST_RUNS else None
+        polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
+        xs, ys = ([value for polygon in polygons for value in polygon[axis::2]] for axis in (0, 1))
+        return [[min(xs), min(ys), max(xs), max(ys)]]
+    except (TypeError, ValueError, KeyError, IndexError):
+        return None
 
 
 def _settle_keys(content: dict[str, Any], log: FindingLog, shown: str) -> None:

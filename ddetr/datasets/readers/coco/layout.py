@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from ddetr.datasets.image_files import folders_in
-from ddetr.datasets.readers.label_folders import label_files
+from ddetr.datasets.readers.label_folders import label_files, split_folders
 from ddetr.datasets.readers.reader import WHOLE
 from ddetr.errors import InputError
 from ddetr.untrusted import open_file, parse_json, read_text
@@ -48,10 +48,9 @@ def coco_splits(path: Path) -> dict[str, list[Path]]:
     if 0 < len(own) <= _MOST_FILES:
         return _joined({file.stem.removeprefix("instances_"): file for file in own})
     folders = folders_in(path)
-    roboflow = {folder.name: folder / "_annotations.coco.json" for folder in folders}
-    roboflow = {name: [file] for name, file in roboflow.items() if file.is_file()}
+    roboflow = split_folders(folders, lambda folder: (folder / "_annotations.coco.json").is_file())
     if roboflow:
-        return roboflow
+        return {name: [place / "_annotations.coco.json" for place in places] for name, places in roboflow.items()}
     if (path / "_annotations.coco.json").is_file():
         return {path.name: [path / "_annotations.coco.json"]}
     for_annotations = sorted((f for f in folders if f.name.lower() in _FOLDERS), key=_order)
@@ -87,16 +86,13 @@ def _of_folder(folder: Path) -> dict[str, list[Path]]:
 
 
 def _of_folders(folders: Sequence[Path]) -> dict[str, list[Path]]:
-    """Splits that are folders with the annotations of one each, or with a folder that has them
-    (`train/annotations/`)."""
+    """Splits that are folders with the annotations of one each, or with folders that have them (`train/annotations/`,
+    `train/0/`)."""
     found = {}
-    for folder in folders:
-        inside = [_of_folder(folder)]
-        if not inside[0] and _SPLIT_WORD.fullmatch(folder.name):
-            inside = [_of_folder(one) for one in folders_in(folder) if one.name.lower() in _FOLDERS]
-        files = [files for splits in inside for files in splits.values()]
-        if len(files) == 1:
-            found[folder.name] = files[0]
+    for name, places in split_folders(folders, lambda folder: bool(_of_folder(folder))).items():
+        inside = [list(_of_folder(place).values()) for place in places]
+        if all(len(splits) == 1 for splits in inside):
+            found[name] = [file for splits in inside for file in splits[0]]
     return found
 
 

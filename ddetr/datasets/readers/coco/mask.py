@@ -1,13 +1,24 @@
 """COCO masks to the boxes around them: polygons, and run lengths (RLE) plain or compressed. No mask is drawn: a few
-bytes can stand for gigabytes of pixels."""
+bytes can stand for gigabytes of pixels. And boxes that lie elsewhere than their masks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from ddetr.datasets.annotations import FindingLog
+from ddetr.datasets.box_form import corners_of, numbers_of
+
 _MAX_DIGITS = 6  # of a compressed run length, 5 bits each: longer than any image has pixels
+
+# A box contradicts its mask that reaches out of it by so many pixels where they overlap less than that (intersection
+# over union). One that is larger alone does not: it may have been drawn around what is hidden too.
+_REACH_PX, _OVERLAP = 3.0, 0.7
+_FEW, _SHARE = 5, 0.2  # boxes that do, and that part of all, are no mistakes of their own
+_CLEARER = 20  # times fewer of them do if the masks are read otherwise, or the boxes
+_MOST_EQUAL = 2  # masks; more of one place stand for no object's
 
 
 def box_of_mask(segmentation: Any, size_hw: tuple[int, int] | None = None) -> np.ndarray | None:
@@ -70,3 +81,76 @@ def _decompressed(text: str) -> np.ndarray:
     for start in (1, 2):
         lengths[start::2] = np.cumsum(lengths[start::2])
     return lengths
+
+
+def check_masks(
+    boxes_xyxy: np.ndarray, masks_xyxy: np.ndarray, sizes_hw: np.ndarray, where: Callable[[int], str], log: FindingLog
+) -> None:
+    """Reports boxes that lie elsewhere than their masks.
+
+    Masks that are not in pixels of their images (stale ones of images that were resized, fractions) say nothing.
+
+    Args:
+        boxes_xyxy: (n, 4) in pixels, read as COCO's.
+        masks_xyxy: (n, 4) corners around their masks, NaN where they can't be told.
+        sizes_hw: (n, 2) of their images.
+        where: the place of box i.
+    """
+    limits = sizes_hw[:, ::-1]
+    with np.errstate(invalid="ignore"):
+        judged = ((masks_xyxy[:, :2] >= -_REACH_PX) & (masks_xyxy[:, 2:] <= limits + _REACH_PX)).all(axis=1)
+        judged &= (masks_xyxy[:, 2:] > np.maximum(masks_xyxy[:, :2], 2)).all(axis=1)
+    places = np.flatnonzero(judged & np.isfinite(boxes_xyxy).all(axis=1))
+    if len(places) <= (1 - _SHARE) * len(judged):
+        return
+    _, of_mask, counts = np.unique(masks_xyxy[places], axis=0, return_inverse=True, return_counts=True)
+    places = places[counts[of_mask.reshape(-1)] <= _MOST_EQUAL]
+    boxes, masks = boxes_xyxy[places], masks_xyxy[places]
+    fewest = max(_FEW, _SHARE * len(places))
+    differ, reach = _differ(boxes, masks)
+    numbers = numbers_of(boxes, "xywh")
+    forms = [f for f in ("xyxy", "cxcywh") if _are_clearer(differ, _differ(corners_of(numbers, f), masks)[0])]
+    if differ.sum() < fewest or not forms:
+        differ &= reach
+    count = int(differ.sum())
+    if not count:
+        return
+    first = int(places[np.flatnonzero(differ)[0]])
+    said = f"{_shown(boxes_xyxy[first])} beside {_shown(masks_xyxy[first])} around the mask"
+    if count < fewest:
+        message = f"{count:,} of {len(places):,} boxes lie elsewhere than their masks, such as {said}: look at them."
+        log.add("box-contradicts-mask", "note", where(first), message, count=count)
+        return
+    points = numbers.reshape(-1, 2, 2)
+    of_numbers = np.concatenate([points.min(axis=1), points.max(axis=1)], axis=1)
+    pairs = [(boxes, masks[:, [1, 0, 3, 2]]), (boxes, masks + np.tile(boxes[:, :2], 2)), (of_numbers, masks)]
+    if not forms and any(_are_clearer(differ, _differ(*pair)[0]) for pair in pairs):
+        return  # y before x, counted from the box, or the box's numbers as points: no masks, and the boxes are right
+    cure = (
+        f"They agree when the boxes are read by --data.boxes {forms[0]}"
+        if forms
+        else 'If the masks are right, take "bbox" out of the annotations: the box around the mask is used then'
+    )
+    message = (
+        f"{count:,} of {len(places):,} boxes that were compared lie elsewhere than their own masks, such as {said}. "
+        f"{cure}; if the boxes are right as they are, read them by --data.boxes xywh."
+    )
+    log.add("boxes-contradict-masks", "refused", where(first), message, count=count)
+
+
+def _differ(boxes_xyxy: np.ndarray, masks_xyxy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of (n, 4) corners each: which lie in other places (n,) bool, and where the mask reaches out of the box (n,)."""
+    low, high = np.maximum(boxes_xyxy[:, :2], masks_xyxy[:, :2]), np.minimum(boxes_xyxy[:, 2:], masks_xyxy[:, 2:])
+    both = (high - low).clip(0).prod(axis=1)
+    either = sum((c[:, 2:] - c[:, :2]).clip(0).prod(axis=1) for c in (boxes_xyxy, masks_xyxy)) - both
+    outside = np.maximum(low - masks_xyxy[:, :2], masks_xyxy[:, 2:] - high).max(axis=1)
+    apart = np.abs(boxes_xyxy - masks_xyxy).max(axis=1)
+    return (apart > _REACH_PX) & (both < _OVERLAP * either), outside > _REACH_PX
+
+
+def _are_clearer(differ: np.ndarray, otherwise: np.ndarray) -> bool:
+    return bool(otherwise.sum() * _CLEARER <= differ.sum())
+
+
+def _shown(corners: np.ndarray) -> str:
+    return f"({', '.join(f'{value:g}' for value in corners.round(1))})"

@@ -36,7 +36,7 @@ from ddetr.datasets.readers.coco.ids import (
     report_off_by_one,
 )
 from ddetr.datasets.readers.coco.layout import image_dirs
-from ddetr.datasets.readers.coco.mask import box_of_mask
+from ddetr.datasets.readers.coco.mask import box_of_mask, check_masks
 from ddetr.datasets.readers.coco.merge import merged
 from ddetr.datasets.readers.file_names import find_files
 from ddetr.datasets.readers.reader import Wanted, box_numbers, check_unnamed, is_true
@@ -56,7 +56,7 @@ def read_coco(wanted: Wanted, files: Sequence[Path]) -> Annotations:
         if len(files) == 1:
             return _read(load_json(files[0], log), wanted, files[0], log, shown)
         shown = f"{shown} and {len(files) - 1:,} more"
-        return _read(merged(files, log, shown), wanted, files[0], log, shown)
+        return _read(merged(files, wanted.path, log, shown), wanted, files[0], log, shown)
 
 
 def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: FindingLog, shown: str) -> Annotations:
@@ -96,10 +96,12 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
     selected = selected[kept[image_index[selected]]]
     selected = selected[np.argsort(image_index[selected], kind="stable")]
     boxes, sizes_of_boxes = boxes_xyxy[selected], sizes_hw[image_index[selected]]
-    check_meaning(boxes, sizes_of_boxes, "xywh", form, log, shown)
+    is_doubtful = check_meaning(boxes, sizes_of_boxes, "xywh", form, log, shown)
     if is_relative(form):
         boxes = in_pixels(boxes, sizes_of_boxes)
     boxes = put_in_order(boxes, sizes_of_boxes, own_form, log, lambda i: where(selected[i]))
+    if form == "auto" and not is_doubtful:
+        _compare_with_masks(objects, selected, boxes, sizes_of_boxes, log, where)
     check = check_boxes(boxes, sizes_of_boxes)
     report_boxes(log, check, boxes, lambda i: where(selected[i]))
     boxes, selected = check.boxes_xyxy[check.usable], selected[check.usable]
@@ -247,7 +249,8 @@ def _objects(
         else:
             boxes_xyxy[i] = from_mask
             log.add("missing-box", "repaired", where, 'There is no "bbox"; the one around the mask was used.')
-    for i in np.flatnonzero((boxes_xyxy[:, 2:] <= boxes_xyxy[:, :2]).any(axis=1)):
+    without_sides = ~(boxes_xywh[:, 2:] > 0).all(axis=1)  # as written: masks of others are kept to be compared alone
+    for i in np.flatnonzero((boxes_xyxy[:, 2:] <= boxes_xyxy[:, :2]).any(axis=1) & without_sides):
         from_mask = around_mask(i) if "segmentation" in objects[i] else None
         if from_mask is not None and (from_mask[2:] > from_mask[:2]).all():
             boxes_xyxy[i] = from_mask
@@ -317,6 +320,27 @@ def _sizes(
         kept[i] = size_hw is not None
         sizes_hw[i] = size_hw or (0, 0)
     return sizes_hw, kept
+
+
+def _compare_with_masks(
+    objects: Sequence[dict[str, Any]],
+    selected: np.ndarray,
+    boxes_xyxy: np.ndarray,
+    sizes_hw: np.ndarray,
+    log: FindingLog,
+    where: Callable[[int], str],
+) -> None:
+    """Beside the masks that `load_json` has kept."""
+    boxes_of = {}
+    for i, place in enumerate(selected.tolist()):
+        if "segmentation" in objects[place]:
+            box = box_of_mask(objects[place]["segmentation"], tuple(sizes_hw[i].tolist()))
+            if box is not None:
+                boxes_of[i] = box
+    if boxes_of:
+        kept = np.array(list(boxes_of))
+        masks = corners_of(np.stack(list(boxes_of.values())), "xywh")
+        check_masks(boxes_xyxy[kept], masks, sizes_hw[kept], lambda i: where(selected[kept[i]]), log)
 
 
 def _areas(

@@ -20,7 +20,7 @@ from typing import Any
 from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, folded, folders_in, report_unread, visible, walk_files
 from ddetr.datasets.image_formats import is_clutter, is_image_name, is_unread_name
-from ddetr.datasets.readers.label_folders import holds_json_labels
+from ddetr.datasets.readers.label_folders import holds_json_labels, split_folders
 from ddetr.datasets.readers.reader import WHOLE, looked_at_once, split_kind
 from ddetr.datasets.readers.yolo.paths import (
     FEW,
@@ -169,10 +169,8 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
     if any(_names_splits(file) for folder in strange for file in _files(folder, (*_YAML, *_DARKNET))):
         return {}  # a data set of its own, or several, and no splits of one
     splits = {}
-    for folder in inside.values():
-        below = {place.name.lower(): place for place in folders_in(folder)}
-        if "images" in below and "labels" in below and not holds_json_labels(below["labels"]):
-            splits[folder.name] = YoloSplit((below["images"],))
+    for name, folders in split_folders(inside.values(), lambda folder: _images_with_labels(folder) is not None).items():
+        splits[name] = YoloSplit(tuple(filter(None, map(_images_with_labels, folders))))
     for folder in inside.values():  # train_images and train_labels
         if any(name.lower() in inside and name != folder.name for name in names_of_labels(folder.name)):
             splits[_IMAGES_WORD.sub("", folder.name)] = YoloSplit((folder,))
@@ -181,7 +179,15 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
         return splits
     if _has_labels_beside(path):
         return {WHOLE: YoloSplit((path,))}
-    return {folder.name: YoloSplit((folder,)) for folder in inside.values() if _has_labels_beside(folder)}
+    found = split_folders(inside.values(), _has_labels_beside)
+    return {name: YoloSplit(tuple(folders)) for name, folders in found.items()}
+
+
+def _images_with_labels(folder: Path) -> Path | None:
+    """The images of a folder that has them and their label files in a folder each."""
+    below = {place.name.lower(): place for place in folders_in(folder)}
+    both = "images" in below and "labels" in below and not holds_json_labels(below["labels"])
+    return below["images"] if both else None
 
 
 def _has_labels_beside(folder: Path) -> bool:

@@ -132,7 +132,7 @@ def listed_images(listing: Path, bases: Sequence[Path], log: FindingLog) -> Iter
         return
     for number, name in absent:
         message = f"There is no {one_line(listing.parent / name)}; the image was left out."
-        log.add("missing-image", "dropped", f"{listing.name}, line {number}", message)
+        log.add("missing-image", "dropped", f"{listing.name}, line {number}", message, image=name)
 
 
 def _meant(line: str) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,14 @@ from ddetr.datasets.annotations import (
     whole,
 )
 from ddetr.datasets.box_form import is_relative
-from ddetr.datasets.image_files import IMAGES_OPTION, counted
+from ddetr.datasets.image_files import IMAGES_OPTION, ImageFolders, counted
+from ddetr.datasets.image_formats import is_image_name
+from ddetr.datasets.readers.label_folders import report_in_no_list
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, check_unnamed, table_of
 from ddetr.datasets.readers.yolo.labels import LabelFiles, label_folders
 from ddetr.datasets.readers.yolo.layout import (
     SAMPLED_LABELS,
+    YoloSplit,
     description,
     has_rows,
     image_paths,
@@ -79,6 +84,8 @@ def read_yolo(wanted: Wanted) -> Annotations:
     sources = [source for source in splits[split].sources if source.is_dir()]
     others = [source for other in splits.values() for source in other.sources if source.is_dir()]
     labels.report(sources, [source for source in others if source not in sources], log)
+    if split == (wanted.train_split or split):
+        _report_unlisted(splits, images, log)
     lists = class_lists(root, labels.folders) or class_lists(root, chain.from_iterable(map(label_folders, others)))
     named = classes_of(file, content, lists, log)
 
@@ -88,7 +95,16 @@ def read_yolo(wanted: Wanted) -> Annotations:
     for image, label in counted(list(zip(images, files, strict=True))):
         lines = _read_lines(label, log) if label is not None else []
         rows.append(reader.read(lines, _shown(label or image, root)))
-    keypoints = reader.settle(root, rows)
+
+    def training() -> RowReader:
+        known = RowReader(FindingLog(), reader.keypoint_numbers, polygons, reader.names, wanted.boxes)
+        for image in image_paths(splits[wanted.train_split], FindingLog()):
+            if (label := labels.find(image)) is not None:
+                known.read(_read_lines(label, known.log), "")
+        return known
+
+    has_training = wanted.train_split in splits and wanted.train_split != split
+    keypoints = reader.settle(root, rows, training if has_training else None)
     own = named or classes_of_rows(reader.ids, root, log)
     check_names(own, reader.ids, str(file or root), log)
     report_other_lists(own, reader.ids, file, lists, root, log)
@@ -117,6 +133,23 @@ def read_yolo(wanted: Wanted) -> Annotations:
     check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
     table = table_of(found, label_of_id, log, said_of)
     return whole(f"{root.name}/{split}", "yolo", categories, table, log)
+
+
+def _report_unlisted(splits: Mapping[str, YoloSplit], images: Sequence[Path], log: FindingLog) -> None:
+    """Counts the images with labels beside `images`, those of a split, that are in no list or folder of any split."""
+    sources = [source for split in splits.values() for source in split.sources]
+    lists = [source for source in sources if source.is_file() and not is_image_name(source.name)]
+    if not lists:
+        return
+    real = cache(os.path.realpath)
+    used = {(real(image.parent), image.name) for image in images}
+    used |= {(real(path.parent), path.name) for split in splits.values() for path in image_paths(split, FindingLog())}
+    folders, labels = ImageFolders(), LabelFiles()
+    for folder in sorted({image.parent for image in images}):
+        others = [folder / name for name in folders.images(folder) if (real(folder), name) not in used]
+        files = ((image.name, labels.find(image)) for image in others)
+        names = [name for name, file in files if file is not None and has_rows(file)]
+        report_in_no_list(log, folder, names, lists)
 
 
 def said_of_unnamed(path: Path, kind: str) -> str:

@@ -11,7 +11,7 @@ decides, or stops.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,8 +190,11 @@ class RowReader:
             if not self.odd and _is_no_confidence(values[4]):
                 self.odd = line
 
-    def settle(self, root: Path, rows: Sequence[Rows]) -> bool:
-        """What all lines together look like, those of `rows`; True where the long rows are boxes with keypoints."""
+    def settle(self, root: Path, rows: Sequence[Rows], training: Callable[[], RowReader] | None = None) -> bool:
+        """What all lines together look like, those of `rows`; True where the long rows are boxes with keypoints.
+
+        training: has read the lines of the training split, for another one that is too small to tell.
+        """
         if self.num_in_pixels > self.num_boxes + self.num_long:
             message = (
                 f"{self.num_in_pixels:,} lines, more than half, hold no fractions of the image; they look like pixels. "
@@ -214,7 +217,7 @@ class RowReader:
             boxes = [read.as_boxes[np.array(read.kinds) == _BOX] if any(read.kinds) else read.as_boxes for read in rows]
             if not self._confidences_are_first(root) and self.num_boxes > _FEW:
                 check_fractions(np.concatenate(boxes), OWN_FORM, self.log, str(root))
-            self._check_confidences(root)
+            self._check_confidences(root, training)
         if self.num_tracks:
             message = (
                 f"{self.num_tracks:,} rows end in a confidence and the number of a track, which were ignored; they "
@@ -245,16 +248,14 @@ class RowReader:
         self.log.add("confidence-first", "refused", str(root), message, count=count)
         return True
 
-    def _check_confidences(self, root: Path) -> None:
+    def _check_confidences(self, root: Path, training: Callable[[], RowReader] | None) -> None:
         """Whether numbers behind boxes are angles: the boxes that they turn are others."""
+        if self._say_nothing_of_boxes():
+            return
+        if training is not None and (of_training := training()).fives and of_training._say_nothing_of_boxes():
+            return
         behind = np.array([values[4] for values in self.fives], dtype=np.float64)
         odd = _is_no_confidence(behind)
-        are_whole = (behind == np.floor(behind)) & (behind >= 0)
-        share = 0.5 if (are_whole | ~odd).all() else _FEW_ODD
-        if not odd.any() or odd.sum() <= share * len(behind):
-            return
-        if are_whole.all() and _are_tracks(behind, np.array(self.files_of_fives)):
-            return
         message = (
             f"{odd.sum():,} of {len(behind):,} boxes have a number behind them that is no confidence, such as "
             f"{one_line(self.odd.strip(), 60)!r}. If it is the angle of a rotated box, write the box by its corners "
@@ -262,6 +263,16 @@ class RowReader:
             f"the boxes by --data.boxes {OWN_FORM}."
         )
         self.log.add("angles-behind-boxes", "refused", str(root), message, count=int(odd.sum()))
+
+    def _say_nothing_of_boxes(self) -> bool:
+        """Whether the numbers behind boxes are confidences, or tell tracks apart."""
+        behind = np.array([values[4] for values in self.fives], dtype=np.float64)
+        odd = _is_no_confidence(behind)
+        are_whole = (behind == np.floor(behind)) & (behind >= 0)
+        share = 0.5 if (are_whole | ~odd).all() else _FEW_ODD
+        if not odd.any() or odd.sum() <= share * len(behind):
+            return True
+        return bool(are_whole.all()) and _are_tracks(behind, np.array(self.files_of_fives))
 
     def boxes(self, rows: Rows, keypoints: bool) -> tuple[list[Class], np.ndarray, list[int]]:
         """Classes, corners (n, 4) in fractions of the image, and the line of each object.
