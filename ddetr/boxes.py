@@ -66,16 +66,26 @@ def generalized_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
     and its loss adds an epsilon to the areas that is not small beside small relative boxes. In [-1, 1]; two boxes
     without any extent give 0 or less instead of NaN.
     """
-    top_left = torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
-    bottom_right = torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
+    intersection, union = _intersection_and_union(boxes1_xyxy, boxes2_xyxy)
     hull_wh = torch.maximum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:]) - torch.minimum(
         boxes1_xyxy[..., :2], boxes2_xyxy[..., :2]
     )
-    tiny = torch.finfo(boxes1_xyxy.dtype).tiny
-    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
-    union = (_area(boxes1_xyxy) + _area(boxes2_xyxy) - intersection).clamp(min=tiny)
-    hull = hull_wh.clamp(min=0).prod(-1).clamp(min=tiny)
+    hull = hull_wh.clamp(min=0).prod(-1).clamp(min=torch.finfo(boxes1_xyxy.dtype).tiny)
     return intersection / union - (hull - union) / hull
+
+
+def broadcast_iou(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> Tensor:
+    """IoU of boxes that broadcast against each other: (..., 4), (..., 4) -> (...), in [0, 1]."""
+    intersection, union = _intersection_and_union(boxes1_xyxy, boxes2_xyxy)
+    return intersection / union
+
+
+def _intersection_and_union(boxes1_xyxy: Tensor, boxes2_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    top_left = torch.maximum(boxes1_xyxy[..., :2], boxes2_xyxy[..., :2])
+    bottom_right = torch.minimum(boxes1_xyxy[..., 2:], boxes2_xyxy[..., 2:])
+    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)
+    union = _area(boxes1_xyxy) + _area(boxes2_xyxy) - intersection
+    return intersection, union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
 def _area(boxes_xyxy: Tensor) -> Tensor:

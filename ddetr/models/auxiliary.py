@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddetr.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
+from ddetr.errors import InputError
 from ddetr.models.deformable_transformer import Encoded, Queries
 from ddetr.models.matcher import Matches, PaddedTargets
 from ddetr.models.position_encoding import sine_embedding
@@ -45,6 +46,9 @@ class AuxiliaryConfig:
     one_to_many: int = option(0, at_least=0)
     """A second pass of the queries through the decoder, with feed-forward parts of its own, in which an object has up
     to this many of them (Mr.DETR); Mr.DETR has 6, 0 is none."""
+
+    look_forward_twice: bool = False
+    """A layer's correction of the boxes also learns from the loss of the layer after it (DINO)."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -156,9 +160,16 @@ class Auxiliary(nn.Module):
 
 
 def attach_auxiliary(model: "DeformableDETR", config: AuxiliaryConfig) -> None:
-    """From now on `config`'s queries and losses train beside the network; nothing where it has none."""
-    if config.denoising or config.one_to_many:
+    """From now on `config`'s queries and losses train beside the network; nothing where it has none.
+
+    Raises:
+        InputError: what the network cannot do.
+    """
+    if config.look_forward_twice and not model.config["with_box_refine"]:
+        raise InputError("look_forward_twice needs with_box_refine: without it no layer starts from another's boxes")
+    if config != AuxiliaryConfig(label_noise=config.label_noise, box_noise=config.box_noise):
         model.auxiliary = Auxiliary(model, config)
+        model.transformer.decoder.look_forward_twice = config.look_forward_twice
 
 
 def keeping_encoded(model: "DeformableDETR") -> Callable[[Tensor, Tensor | None], dict[str, Any]]:

@@ -6,17 +6,18 @@ Shapes: N batch, Q predictions of a set, K classes, G sets (decoder layers), n m
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddetr.boxes import box_cxcywh_to_xyxy, generalized_iou
+from ddetr.boxes import box_cxcywh_to_xyxy, broadcast_iou, generalized_iou
 from ddetr.models.matcher import HungarianMatcher, Matches, PaddedTargets, match_one_to_many
 from ddetr.runtime.transfer import sent
 
+Classification = Literal["focal", "ia_bce", "mal"]
 DENOISING, ONE_TO_MANY = "_dn", "_o2m"  # end the names of the losses of these passes
 
 
@@ -32,6 +33,9 @@ class LossWeights:
     """Weight of the generalised-IoU loss."""
     focal_alpha: float = 0.25
     """Weight of the positive class in the focal loss."""
+    classification: Classification = "focal"
+    """What a matched query's score shall be: "focal", 1, as published; "ia_bce" (Align-DETR) and "mal" (DEIM), the more
+    the better its box is."""
     set_cost_class: float = 2.0
     """Weight of the class in the matching cost."""
     set_cost_bbox: float = 5.0
@@ -173,13 +177,19 @@ class SetCriterion(nn.Module):
         objects = torch.stack([match.objects for match in matches])
         group = torch.arange(len(sets), device=logits.device)[:, None].expand_as(images)
 
-        one_hot = torch.zeros_like(logits)
-        # Not `one_hot[...] = 1.0`: on a GPU that is a number of the host's, for which it would wait.
-        one_hot.index_put_((group, images, queries, targets.labels[images, objects]), one_hot.new_ones(()))
-        loss_ce = sigmoid_focal_loss(logits, one_hot, self.loss_weights.focal_alpha)  # (G, N, Q, K)
         predicted, wanted = boxes[group, images, queries], targets.boxes[images, objects]  # (G, n, 4)
+        corners, wanted_corners = box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted)
         loss_bbox = F.l1_loss(predicted, wanted, reduction="none")  # (G, n, 4)
-        loss_giou = 1 - generalized_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))  # (G, n)
+        loss_giou = 1 - generalized_iou(corners, wanted_corners)  # (G, n)
+
+        positive = (group, images, queries, targets.labels[images, objects])
+        if self.loss_weights.classification == "focal":
+            # Not `one_hot[...] = 1.0`: on a GPU that is a number of the host's, for which it would wait.
+            one_hot = torch.zeros_like(logits).index_put_(positive, logits.new_ones(()))
+            loss_ce = sigmoid_focal_loss(logits, one_hot, self.loss_weights.focal_alpha)  # (G, N, Q, K)
+        else:
+            ious = broadcast_iou(corners, wanted_corners).detach()
+            loss_ce = _IOU_AWARE[self.loss_weights.classification](logits, positive, ious)
         if shares is not None:
             loss_ce = loss_ce * shares[:, None, None]
             loss_bbox, loss_giou = loss_bbox * shares[images][..., None], loss_giou * shares[images]
@@ -204,6 +214,33 @@ class SetCriterion(nn.Module):
             "class_error": 100 - 100 * right.mean() if len(right) else logits.new_zeros(()).float(),
             "cardinality_error": (counted - true).abs().mean(),
         }
+
+
+def ia_bce_loss(logits: Tensor, positive: tuple[Tensor, ...], ious: Tensor, alpha: float = 0.25) -> Tensor:
+    """Element-wise IoU-aware cross entropy (Align-DETR, arXiv:2304.07527, eq. 4 to 6): a matched prediction's target is
+    p^alpha * IoU^(1 - alpha), at least 0.01; all others are negative with weight p^2.
+
+    Args:
+        logits: any shape.
+        positive: indices of the matched predictions' own class.
+        ious: of their boxes with the objects'.
+    """
+    p = logits.sigmoid()
+    target = (p[positive].detach() ** alpha * ious ** (1 - alpha)).clamp(min=0.01)
+    negative = p**2 * F.softplus(logits)  # -log(1 - p)
+    matched = F.binary_cross_entropy_with_logits(logits[positive], target, reduction="none")
+    return negative.index_put(positive, matched)
+
+
+def mal_loss(logits: Tensor, positive: tuple[Tensor, ...], ious: Tensor, gamma: float = 1.5) -> Tensor:
+    """Element-wise matchability-aware loss (DEIM, arXiv:2412.04234, eq. 4): a matched prediction's target is IoU^gamma;
+    all others are negative with weight p^gamma. Arguments as of `ia_bce_loss`."""
+    negative = logits.sigmoid().detach() ** gamma * F.softplus(logits)
+    matched = F.binary_cross_entropy_with_logits(logits[positive], ious**gamma, reduction="none")
+    return negative.index_put(positive, matched)
+
+
+_IOU_AWARE = {"ia_bce": ia_bce_loss, "mal": mal_loss}
 
 
 def sigmoid_focal_loss(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:

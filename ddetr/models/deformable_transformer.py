@@ -153,6 +153,7 @@ class DeformableTransformerDecoder(LayerStack):
     def __init__(self, layers: Sequence[nn.Module], with_box_refine: bool):
         super().__init__(layers)
         self.with_box_refine = with_box_refine
+        self.look_forward_twice = False  # whether a layer's correction also learns from the loss of the layer after it
 
     def forward(
         self,
@@ -173,7 +174,7 @@ class DeformableTransformerDecoder(LayerStack):
         """
         tgt, query_pos, reference_points = queries
         memory, spatial_shapes, valid_ratios, mask = encoded[:4]
-        states, boxes_per_layer = [], []
+        states, boxes_per_layer, corrected = [], [], reference_points
         for layer, box_head, feed_forward in zip(self.layers, bbox_embed, feed_forwards or [None] * len(self.layers)):
             ratios = valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)  # (N, L, 2 or 4)
             reference_points_in_levels = reference_points[:, :, None] * ratios[:, None]
@@ -181,11 +182,14 @@ class DeformableTransformerDecoder(LayerStack):
                 *(layer, tgt, query_pos, reference_points_in_levels, memory, spatial_shapes, mask),
                 *(attn_mask, feed_forward),
             )  # (N, Q, C)
-            boxes = refine_boxes(box_head(tgt), reference_points)  # (N, Q, 4)
+            correction = box_head(tgt)
+            boxes = refine_boxes(correction, corrected)  # (N, Q, 4)
             states.append(tgt)
             boxes_per_layer.append(boxes)
             if self.with_box_refine:
-                reference_points = boxes.detach()  # each layer learns its own correction: sec. A.4
+                # Each layer learns its own correction (sec. A.4), or also that of the layer before it.
+                corrected = refine_boxes(correction, reference_points) if self.look_forward_twice else boxes.detach()
+                reference_points = boxes.detach()
         return Decoded(states, boxes_per_layer)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddetr.boxes import box_cxcywh_to_xyxy
+from ddetr.boxes import box_cxcywh_to_xyxy, broadcast_iou
 from ddetr.runtime.transfer import sent
 
 logger = logging.getLogger(__name__)
@@ -166,11 +166,8 @@ def match_one_to_many(
     images, places = targets.indices()
     labels, wanted = targets.labels[images, places], targets.boxes[images, places]  # (M,), (M, 4)
     p = outputs["pred_logits"].float().transpose(1, 2)[images, labels].sigmoid()  # (M, Q)
-    a = box_cxcywh_to_xyxy(outputs["pred_boxes"].float())[images]  # (M, Q, 4)
-    b = box_cxcywh_to_xyxy(wanted)[:, None]
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
-    value = iou_share * overlap / union.clamp(min=torch.finfo(union.dtype).tiny) + (1 - iou_share) * p
+    boxes = box_cxcywh_to_xyxy(outputs["pred_boxes"].float())[images]  # (M, Q, 4)
+    value = iou_share * broadcast_iou(boxes, box_cxcywh_to_xyxy(wanted)[:, None]) + (1 - iou_share) * p
     n, t, q = len(targets.sizes), targets.labels.shape[1], value.shape[1]
     if not t:
         return Matches(images, images, places)

@@ -269,7 +269,24 @@ def test_cutting_up_a_step_changes_no_loss(small: dict[str, Any]) -> None:
         assert sum(part[name] for part in parts).item() == pytest.approx(whole[name].item(), rel=1e-3, abs=1e-5)
 
 
-def test_options_that_cannot_be() -> None:
+# --- look forward twice -----------------------------------------------------------------------------------------------
+
+
+def test_look_forward_twice_changes_gradients_alone(small: dict[str, Any]) -> None:
+    """The last layer's loss also reaches the correction of the layer before it, and no further back."""
+    reached, boxes = [], []
+    for twice in (False, True):
+        model = make(small, VARIANTS["two_stage"], AuxiliaryConfig(look_forward_twice=twice))
+        boxes.append(model(images())["pred_boxes"])
+        boxes[-1].sum().backward()
+        reached.append([i for i, head in enumerate(model.bbox_embed) if head.layers[0].weight.grad is not None])
+    assert torch.equal(*boxes)
+    assert reached == [[2], [1, 2]]
+
+
+def test_options_that_cannot_be(small: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="look_forward_twice needs with_box_refine"):
+        make(small, VARIANTS["base"], AuxiliaryConfig(look_forward_twice=True))
     with pytest.raises(InputError, match="label_noise"):
         AuxiliaryConfig(label_noise=1.5)
     with pytest.raises(InputError, match="denoising"):

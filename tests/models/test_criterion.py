@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddetr.models.criterion import LossWeights, SetCriterion, global_num_boxes, sigmoid_focal_loss
+from ddetr.models.criterion import (
+    LossWeights,
+    SetCriterion,
+    global_num_boxes,
+    ia_bce_loss,
+    mal_loss,
+    sigmoid_focal_loss,
+)
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 
 Targets = list[dict[str, Tensor]]
@@ -46,6 +53,12 @@ def random_targets(counts: list[int], k: int) -> Targets:
 
 
 # --- the formulas once more, in float64, one number at a time ---------------------------------------------------------
+
+
+def iou_of(a: np.ndarray, b: np.ndarray) -> float:
+    low, high = np.maximum(a[:2] - a[2:] / 2, b[:2] - b[2:] / 2), np.minimum(a[:2] + a[2:] / 2, b[:2] + b[2:] / 2)
+    intersection = float(np.prod(np.maximum(high - low, 0)))
+    return intersection / float(np.prod(a[2:]) + np.prod(b[2:]) - intersection)
 
 
 def giou_of(a: np.ndarray, b: np.ndarray) -> float:
@@ -248,3 +261,45 @@ def test_focal_loss_elementwise() -> None:
     torch.testing.assert_close(negative[:-1], -0.75 * p[:-1] ** 2 * (1 - p[:-1]).log())
     assert positive[0].item() == pytest.approx(10), "no overflow for a logit that float cannot tell from certainty"
     assert negative[-1].item() == pytest.approx(30)
+
+
+@pytest.mark.parametrize("kind", ["ia_bce", "mal"])
+def test_iou_aware_class_losses_equal_their_formulas(kind: str) -> None:
+    """Align-DETR: target p^0.25 * IoU^0.75, others weigh p^2. DEIM: target IoU^1.5, others weigh p^1.5."""
+    torch.manual_seed(3)
+    outputs, targets = random_outputs(2, 6, 3), random_targets([2, 1], 3)
+    criterion = SetCriterion(3, LossWeights(classification=kind))
+    pairs = criterion.matcher(outputs, targets)
+    found = criterion(outputs, targets, num_boxes=3.0)
+    p = 1 / (1 + np.exp(-outputs["pred_logits"].double().numpy()))
+    boxes = outputs["pred_boxes"].double().numpy()
+    expected, positive = 0.0, set()
+    for image, (queries, objects) in enumerate(pairs):
+        for query, place in zip(queries.tolist(), objects.tolist()):
+            label = int(targets[image]["labels"][place])
+            positive.add((image, query, label))
+            iou = iou_of(boxes[image, query], targets[image]["boxes"][place].double().numpy())
+            score = p[image, query, label]
+            wanted = max(0.01, score**0.25 * iou**0.75) if kind == "ia_bce" else iou**1.5
+            expected -= wanted * math.log(score) + (1 - wanted) * math.log(1 - score)
+    for place in np.ndindex(p.shape):
+        if place not in positive:
+            expected -= p[place] ** (2.0 if kind == "ia_bce" else 1.5) * math.log(1 - p[place])
+    assert found["loss_ce"].item() == pytest.approx(expected / 3, rel=1e-5)
+    for name, value in SetCriterion(3)(outputs, targets, num_boxes=3.0).items():
+        if name != "loss_ce":
+            assert torch.equal(found[name], value)  # boxes and matching are as ever
+
+
+@pytest.mark.parametrize("kind", ["ia_bce", "mal"])
+def test_iou_aware_targets_are_constants(kind: str) -> None:
+    """No gradient flows through the target: into the score of the matched query there flows p - target."""
+    logits = torch.randn(1, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+    positive = tuple(torch.tensor([[i]]) for i in (0, 0, 1, 0))
+    ious = torch.tensor([[0.6]], dtype=torch.float64, requires_grad=True)
+    loss = (ia_bce_loss if kind == "ia_bce" else mal_loss)(logits, positive, ious.detach())
+    loss.sum().backward()
+    p = logits.detach().sigmoid()[0, 0, 1, 0]
+    wanted = p**0.25 * 0.6**0.75 if kind == "ia_bce" else 0.6**1.5
+    assert logits.grad[0, 0, 1, 0].item() == pytest.approx(float(p - wanted), rel=1e-9)
+    assert logits.grad.abs().min() > 0

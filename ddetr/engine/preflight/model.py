@@ -177,9 +177,10 @@ def _check_first_loss(learning: _Learning, module: DetectionModule, batch: Micro
     config, alpha = module.model.config, module.criterion.loss_weights.focal_alpha
     num_images, num_classes = len(batch[2]), config["num_classes"]
     facts: dict[str, Any] = {"losses": learning.first, "num_objects": num_objects}
-    if not from_nothing:
+    if not from_nothing or module.criterion.loss_weights.classification != "focal":
         found = f"all terms are finite, loss_ce is {learning.first['loss_ce']:.3f}"
-        return Check(name, "ok", "finite terms (heads with trained weights have no known loss)", found, facts=facts)
+        unknown = "IoU-aware classes" if from_nothing else "heads with trained weights"
+        return Check(name, "ok", f"finite terms ({unknown} have no known loss)", found, facts=facts)
     for key, value in learning.first.items():
         if not key.startswith("loss_ce") or DENOISING in key or ONE_TO_MANY in key:
             continue  # of the auxiliary passes it is not known how many queries an object has
