@@ -197,16 +197,16 @@ def _check_alone(format: str, place: Path) -> None:
     if not found.others:
         return
     known = [*((folder, format) for folder in found.read), *found.others]
-    unlike = None
+    difference = None
     if len(found.read) == 1:
-        unlike = next(filter(None, (_unlike(known[0], other) for other in found.others)), None)
-        if unlike is None:
+        difference = next(filter(None, (_unlike(known[0], other) for other in found.others)), None)
+        if difference is None:
             return
     listed = first_few([f"{one_line(folder)} ({FORMATS[one].title})" for folder, one in sorted(known)], 6)
     read = first_few([one_line(folder.name) for folder in found.read], 4)
     raise InputError(
-        f"{place} holds several data sets, and {unlike or NOTHING_SAYS}: {listed}. Give the path of one; --data.format "
-        f"{format} (format) reads {read} alone"
+        f"{place} holds several data sets, and {difference or NOTHING_SAYS}: {listed}. Give the path of one; "
+        f"--data.format {format} (format) reads {read} alone"
     )
 
 

@@ -70,9 +70,8 @@ def with_lists(reader: Reader) -> Reader:
         images = ImageTable.from_records(whole.images[i] for i in part if i is not None)
         message = f"{first_few([one_line(file) for file in lists], 3)} say which of the images are in which split."
         said = Finding("lists-used", "note", str(wanted.path), message, len(lists))
-        is_train = wanted.split == (wanted.train_split or wanted.split)
-        others = [finding for finding in whole.findings if finding.action == "refused"]
-        findings = (*whole.findings, said) if is_train else tuple(others)  # what is of all images is said once
+        refused = tuple(finding for finding in whole.findings if finding.action == "refused")
+        findings = (*whole.findings, said) if wanted.is_training else refused
         return replace(whole, name=f"{wanted.path.name}/{wanted.split}", images=images, findings=findings)
 
     return replace(reader, splits=splits, read=read)
