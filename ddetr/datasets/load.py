@@ -152,10 +152,7 @@ _READERS = {
     "huggingface": Reader("Hugging Face", "metadata.jsonl with objects", huggingface_splits, read_huggingface),
 }
 
-_READ_LISTS = ("voc", "kitti", "yolo")  # themselves
-FORMATS: dict[str, Reader] = {
-    name: reader if name in _READ_LISTS else with_lists(reader) for name, reader in _READERS.items()
-}
+FORMATS: dict[str, Reader] = {name: with_lists(reader) for name, reader in _READERS.items()}
 
 _OF_ONE_FILE = ("csv", "label_studio", "via", "createml", "huggingface")  # whose splits are single files, as COCO's are
 

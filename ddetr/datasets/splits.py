@@ -127,7 +127,7 @@ def _lists(data: TrainingSource, train: Annotations) -> list[Finding]:
     lists = lists_beside(root)
     names = {PurePosixPath(name).stem for name in image_names(train, root)} if lists else set()
     used_not = [file for file in lists if _first_stem(file) in names]
-    by_lists = train.format in ("voc", "yolo")  # and one of them is read
+    by_lists = train.format in ("voc", "kitti", "yolo")  # and one of them is read
     if not used_not or (by_lists and PurePosixPath(train.name).name in [f.stem for f in used_not]):
         return []
     message = (

@@ -1,5 +1,5 @@
-"""Text files beside a data set that list the images of its splits (train.txt, val.txt), for formats which know nothing
-of such: they are used where all images lie in one split, and each is in one of the lists."""
+"""Text files beside a data set that list the images of its splits (train.txt, val.txt), where its format doesn't say
+that they do: they are used where all images lie in one split, and each is in one of the lists."""
 
 from __future__ import annotations
 
