@@ -184,7 +184,7 @@ def read_labelled(
         wanted.boxes,
         None if wanted.is_training else training,
     )
-    return whole(f"{wanted.path.name}/{wanted.split}", format, categories, table, log)
+    return whole(wanted.path, wanted.split, format, categories, table, log)
 
 
 def table_of(

@@ -72,7 +72,8 @@ def with_lists(reader: Reader) -> Reader:
         said = Finding("lists-used", "note", str(wanted.path), message, len(lists))
         refused = tuple(finding for finding in whole.findings if finding.action == "refused")
         findings = (*whole.findings, said) if wanted.is_training else refused
-        return replace(whole, name=f"{wanted.path.name}/{wanted.split}", images=images, findings=findings)
+        name = f"{wanted.path.name}/{wanted.split}"
+        return replace(whole, name=name, images=images, findings=findings, split=wanted.split)
 
     return replace(reader, splits=splits, read=read)
 

@@ -118,7 +118,7 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
         area=_areas(objects, selected, boxes, is_relative(form), log, shown, where),
         ignore=_crowd(objects, selected, log, shown),
     )
-    return whole(f"{root.name}/{wanted.split}", "coco", categories or own, table, log)
+    return whole(root, wanted.split, "coco", categories or own, table, log)
 
 
 def _images(

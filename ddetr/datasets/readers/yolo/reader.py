@@ -131,7 +131,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
     unnamed = {class_id: count for class_id, count in num_of_id.items() if class_id not in name_of_id}
     check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
     table = table_of(found, label_of_id, log, said_of)
-    return whole(f"{root.name}/{split}", "yolo", categories, table, log)
+    return whole(root, split, "yolo", categories, table, log)
 
 
 def _report_unlisted(splits: Mapping[str, YoloSplit], images: Sequence[Path], log: FindingLog) -> None:
