@@ -59,7 +59,7 @@ class Finding:
     where: str  # file + line/index/id: "Annotations/BloodImage_00338.xml, object 12"
     message: str  # one sentence: what is wrong and what was done
     count: int = 1
-    image: str | None = None  # the name of the image that it is about, as the data set writes it, where somebody asks
+    image: str | None = None  # of "missing-image": its name, as the data set writes it
 
     def __post_init__(self) -> None:
         assert self.action in ACTIONS, self.action

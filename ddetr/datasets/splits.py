@@ -132,8 +132,8 @@ def _lists(data: TrainingSource, train: Annotations) -> list[Finding]:
         return []
     message = (
         f"{first_few([one_line(file) for file in used_not], 3)} list images by splits and are not used: all images are "
-        "read as one split. They would be, if each image were in one of them and they named no others; or give each "
-        "split a folder or an annotation file of its own."
+        "read as one split. To use them, let each image be in exactly one list and no list name other images; or give "
+        "each split a folder or an annotation file of its own."
     )
     return [Finding("lists-not-used", "note", str(root), message, len(used_not))]
 
