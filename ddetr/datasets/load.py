@@ -142,7 +142,7 @@ _READERS = {
     "coco": Reader("COCO", "annotations/*.json or */_annotations.coco.json", coco_splits, _read_coco),
     "voc": Reader("Pascal VOC", "XML files in Annotations/, or beside the images", voc_splits, read_voc),
     "kitti": Reader("KITTI", "training/image_2 and label_2", kitti_splits, read_kitti),
-    "yolo": Reader("YOLO", "data.yaml, obj.data, or images/ and labels/", yolo_splits, read_yolo),
+    "yolo": Reader("YOLO", "data.yaml, obj.data, or images/ and labels/", yolo_splits, read_yolo, yolo_file),
     "cvat": Reader("CVAT", "annotations.xml", cvat_splits, read_cvat),
     "labelme": Reader("LabelMe", "a JSON file for each image", labelme_splits, read_labelme),
     "csv": Reader("CSV", "a table with a row for each box", csv_splits, read_csv_boxes),
@@ -178,7 +178,7 @@ def detect_format(path: str | PathLike) -> str:
 
 def _neighbours(format: str, place: Path) -> Neighbours:
     """Data sets that lie side by side with what a reader finds in a folder; none where a file there describes it."""
-    if place.is_file() or (format == "yolo" and yolo_file(place) is not None):
+    if place.is_file() or FORMATS[format].description(place) is not None:
         return Neighbours()
 
     def format_in(folder: Path) -> str | None:

@@ -372,6 +372,9 @@ def test_lists_that_lie_where_their_format_has_none_are_used(make_voc, make_yolo
     train, val = load_splits(TrainingSource(str(root)))
     assert (train.format, len(train.images), len(val.images)) == (format, 2, 1)
     assert "lists-used" in {finding.kind for finding in train.findings}
+    if format == "yolo":  # whose description, where there is one, says which images are in which split
+        (root / "data.yaml").write_text("train: images\nnames: [cat]\n")
+        assert [len(load_splits(TrainingSource(str(path)))[0].images) for path in (root, root / "data.yaml")] == [3, 3]
 
 
 @pytest.mark.parametrize("place", ["", "ImageSets/Main", "splits"])

@@ -125,6 +125,7 @@ class Reader:
     layout: str  # what is looked for, for people: "Annotations/*.xml"
     splits: Callable[[Path], Mapping[str, Any]]  # split name -> where it lies; {} where there is no such data set
     read: Callable[[Wanted], Annotations]
+    description: Callable[[Path], Path | None] = lambda path: None  # the file that says which splits a folder has
 
 
 _NONE_IGNORED = np.zeros(0, dtype=bool)

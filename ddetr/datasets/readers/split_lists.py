@@ -42,7 +42,8 @@ def with_lists(reader: Reader) -> Reader:
     @looked_at_once
     def splits(path: Path) -> Mapping[str, Any]:
         own = reader.splits(path)
-        lists = {file.stem: file for file in lists_beside(path)} if len(own) == 1 and path.is_dir() else {}
+        is_told = len(own) != 1 or path.is_file() or reader.description(path) is not None
+        lists = {} if is_told else {file.stem: file for file in lists_beside(path)}
         if {"train", "val"} <= lists.keys():
             lists.pop("trainval", None)  # both once more
         if len(lists) < 2:
