@@ -79,7 +79,7 @@ def load_splits(
         train, val = hold_back(train, data, held_back)
     elif _name_of_split(data, "val") is None:
         val = None
-        if others := [name for name in available_splits(data.path, data.format) if not train.name.endswith(f"/{name}")]:
+        if others := [name for name in available_splits(data.path, data.format) if name != train.split]:
             message = f"None of the other splits ({first_few(others, 8)}) has a usual name: --data.val_split names one."
             found = Finding("no-validation-split", "note", str(data.path), message)
             train = replace(train, findings=(*train.findings, found))
@@ -108,7 +108,7 @@ def _other_annotations(data: TrainingSource, train: Annotations) -> list[Finding
 
 def _together(data: TrainingSource, train: Annotations) -> list[Finding]:
     """Of folders that are read as one data set, and may be several."""
-    folders = read_together(data.path, data.format) if train.name.endswith(f"/{WHOLE}") else ()
+    folders = read_together(data.path, data.format) if train.split == WHOLE else ()
     if not folders:
         return []
     names = first_few([one_line(folder.name) for folder in folders], 4)
@@ -127,13 +127,13 @@ def _lists(data: TrainingSource, train: Annotations) -> list[Finding]:
     lists = lists_beside(root)
     names = {PurePosixPath(name).stem for name in image_names(train, root)} if lists else set()
     used_not = [file for file in lists if _first_stem(file) in names]
-    by_lists = train.format in ("voc", "yolo")  # and one of them is read
-    if not used_not or (by_lists and PurePosixPath(train.name).name in [f.stem for f in used_not]):
+    by_lists = train.format in ("voc", "kitti", "yolo")  # and one of them is read
+    if not used_not or (by_lists and train.split in [f.stem for f in used_not]):
         return []
     message = (
         f"{first_few([one_line(file) for file in used_not], 3)} list images by splits and are not used: all images are "
-        "read as one split. They would be, if each image were in one of them and they named no others; or give each "
-        "split a folder or an annotation file of its own."
+        "read as one split. To use them, let each image be in exactly one list and no list name other images; or give "
+        "each split a folder or an annotation file of its own."
     )
     return [Finding("lists-not-used", "note", str(root), message, len(used_not))]
 

@@ -359,6 +359,24 @@ def test_lists_beside_one_file_are_used(write_lists, place, lists):
     assert (len(train.images), len(val.images)) == (1, 1)
 
 
+@pytest.mark.parametrize("format", ["voc", "yolo"])
+def test_lists_that_lie_where_their_format_has_none_are_used(make_voc, make_yolo, format):
+    """Each image is in one of them, which is what the note on lists that are not used asks for."""
+    if format == "voc":
+        root = make_voc({name: voc_xml([voc_object()]) for name in "abc"}, lists={})
+    else:
+        root = make_yolo({f"images/{name}.jpg": "0 .5 .5 .2 .2" for name in "abc"})
+    (root / "lists" / "2020").mkdir(parents=True)
+    for name, text in {"train": "a\nb\n", "val": "c\n"}.items():
+        (root / "lists" / "2020" / f"{name}.txt").write_text(text)
+    train, val = load_splits(TrainingSource(str(root)))
+    assert (train.format, len(train.images), len(val.images)) == (format, 2, 1)
+    assert "lists-used" in {finding.kind for finding in train.findings}
+    if format == "yolo":  # whose description, where there is one, says which images are in which split
+        (root / "data.yaml").write_text("train: images\nnames: [cat]\n")
+        assert [len(load_splits(TrainingSource(str(path)))[0].images) for path in (root, root / "data.yaml")] == [3, 3]
+
+
 @pytest.mark.parametrize("place", ["", "ImageSets/Main", "splits"])
 @pytest.mark.parametrize(("train", "val"), [("1\n", "3.jpg"), ("1\n2\n", "2\n3"), ("1\n2\n4", "3"), ("1\n2\n3", "5\n")])
 def test_lists_of_splits_that_are_not_used_are_said(write_lists, make_coco, place, train, val):

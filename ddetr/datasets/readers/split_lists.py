@@ -1,5 +1,5 @@
-"""Text files beside a data set that list the images of its splits (train.txt, val.txt), for formats which know nothing
-of such: they are used where all images lie in one split, and each is in one of the lists."""
+"""Text files beside a data set that list the images of its splits (train.txt, val.txt), where its format doesn't say
+that they do: they are used where all images lie in one split, and each is in one of the lists."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def with_lists(reader: Reader) -> Reader:
     @looked_at_once
     def splits(path: Path) -> Mapping[str, Any]:
         own = reader.splits(path)
-        lists = {file.stem: file for file in lists_beside(path)} if len(own) == 1 and path.is_dir() else {}
+        is_told = len(own) != 1 or path.is_file() or reader.description(path) is not None
+        lists = {} if is_told else {file.stem: file for file in lists_beside(path)}
         if {"train", "val"} <= lists.keys():
             lists.pop("trainval", None)  # both once more
         if len(lists) < 2:
@@ -70,10 +71,10 @@ def with_lists(reader: Reader) -> Reader:
         images = ImageTable.from_records(whole.images[i] for i in part if i is not None)
         message = f"{first_few([one_line(file) for file in lists], 3)} say which of the images are in which split."
         said = Finding("lists-used", "note", str(wanted.path), message, len(lists))
-        is_train = wanted.split == (wanted.train_split or wanted.split)
-        others = [finding for finding in whole.findings if finding.action == "refused"]
-        findings = (*whole.findings, said) if is_train else tuple(others)  # what is of all images is said once
-        return replace(whole, name=f"{wanted.path.name}/{wanted.split}", images=images, findings=findings)
+        refused = tuple(finding for finding in whole.findings if finding.action == "refused")
+        findings = (*whole.findings, said) if wanted.is_training else refused
+        name = f"{wanted.path.name}/{wanted.split}"
+        return replace(whole, name=name, images=images, findings=findings, split=wanted.split)
 
     return replace(reader, splits=splits, read=read)
 

@@ -272,7 +272,7 @@ def read_voc(wanted: Wanted) -> Annotations:
         trees = {file: tree for file in counted(files) if (tree := _parse(file, root, log)) is not None}
         images = without_shared(_images(root, trees, beside, log), log)
         report_images(log, wanted, beside, list(trees), images, known)
-        if wanted.split == (wanted.train_split or wanted.split) and all(source.listing for source in sources):
+        if wanted.is_training and all(source.listing for source in sources):
             _report_unlisted(splits, beside, log)
         return images
 
