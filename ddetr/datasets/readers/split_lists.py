@@ -67,7 +67,7 @@ def with_lists(reader: Reader) -> Reader:
         whole = reader.read(replace(wanted, split=name, train_split=name))
         lists = [one.listing for one in found.values()]
         (part,) = _parted(whole, wanted.path, [found[wanted.split].listing])
-        images = ImageTable.from_records(whole.images[i] for i in part if i is not None)
+        images = ImageTable.from_records(whole.images[i] for i in dict.fromkeys(part) if i is not None)
         message = f"{first_few([one_line(file) for file in lists], 3)} say which of the images are in which split."
         said = Finding("lists-used", "note", str(wanted.path), message, len(lists))
         is_train = wanted.split == (wanted.train_split or wanted.split)
@@ -96,9 +96,9 @@ def _parted(whole: Annotations, root: Path, lists: Sequence[Path]) -> list[list[
 
 def _are_all(parts: Sequence[Sequence[int | None]], whole: Annotations) -> bool:
     """Whether each image is in one list, and what else they name can only be images that are left out."""
-    named = [i for part in parts for i in part]
-    known = sorted(i for i in named if i is not None)
-    return known == list(range(len(whole.images))) and len(named) - len(known) <= whole.num_images_left_out
+    known = sorted(i for part in parts for i in set(part) if i is not None)
+    num_unknown = sum(part.count(None) for part in parts)
+    return known == list(range(len(whole.images))) and num_unknown <= whole.num_images_left_out
 
 
 def _parts(written: str) -> list[str]:
