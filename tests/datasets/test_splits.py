@@ -1,5 +1,6 @@
 """A validation split is held back where a data set has none; which images, their names decide."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -359,6 +360,17 @@ def test_lists_beside_one_file_are_used(write_lists, place, lists):
     (root / "train" / "1.jpg").write_bytes(b"broken")
     train, val = load_splits(TrainingSource(str(root)))
     assert (len(train.images), len(val.images)) == (1, 1)
+
+
+def test_lists_tell_images_apart_by_their_suffix(write_lists, write_image):
+    root = write_lists("", train="1.jpg\n2\n", val="1.png\n")
+    write_image(root / "train" / "1.png", seed=9)
+    content = json.loads((root / "annotations" / "instances_train.json").read_text())
+    content["images"][2]["file_name"] = "1.png"
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    train, val = load_splits(TrainingSource(str(root)))
+    assert [record.path.name for record in train.images] == ["1.jpg", "2.jpg"]
+    assert [record.path.name for record in val.images] == ["1.png"]
 
 
 @pytest.mark.parametrize("place", ["", "ImageSets/Main", "splits"])
