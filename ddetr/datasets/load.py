@@ -25,7 +25,7 @@ from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
 from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept, split_kind
-from ddetr.datasets.readers.side_by_side import NOTHING_SAYS, Neighbours, neighbours, unlike
+from ddetr.datasets.readers.side_by_side import NOTHING_SAYS, Neighbours, neighbours, not_read_below, unlike
 from ddetr.datasets.readers.split_lists import with_lists
 from ddetr.datasets.readers.via import read_via, via_splits
 from ddetr.datasets.readers.voc import read_voc, voc_splits
@@ -304,6 +304,14 @@ def also_there(path: str | PathLike, format: str = "auto") -> list[tuple[str, li
             if other != read and (splits := list(reader.splits(place))) and (other != "yolo" or has_label_rows(place)):
                 found.append((other, splits))
     return found
+
+
+def labels_not_read(path: str | PathLike, format: str = "auto") -> list[Path]:
+    """Folders in those of the data set, with labels of the same format that belong to none of its splits."""
+    format, place = _located(path, format)
+    if not place.is_dir() or format == "yolo":  # of a folder of images YOLO's reader takes all that is below
+        return []
+    return not_read_below(place, FORMATS[format].splits)
 
 
 def said_of_not_named(path: str | PathLike, kind: Literal["train", "val"], format: str = "auto") -> str:

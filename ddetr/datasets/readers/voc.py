@@ -109,9 +109,9 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
         is_split = split_kind(sub.name) is not None
         places = _xml_folders(sub) if is_split else [sub] * _holds_voc(sub)
         sources += [(sub.name, Source(place)) for place in places]
-    if sources:
-        return named_splits(sources)
-    return (_listed(root, root) or {WHOLE: [Source(root)]}) if _holds_voc(root) else {}
+    if not any(split_kind(name) for name, _ in sources) and _holds_voc(root):  # and in folders as well
+        return _listed(root, root) or {WHOLE: [Source(root), *(source for _, source in sources)]}
+    return named_splits(sources)
 
 
 def _xml_folder(root: Path) -> Path | None:
