@@ -59,7 +59,7 @@ class Finding:
     where: str  # file + line/index/id: "Annotations/BloodImage_00338.xml, object 12"
     message: str  # one sentence: what is wrong and what was done
     count: int = 1
-    image: str | None = None  # the name of the image that it is about, as the data set writes it, where somebody asks
+    image: str | None = None  # of "missing-image": its name, as the data set writes it
 
     def __post_init__(self) -> None:
         assert self.action in ACTIONS, self.action
@@ -86,6 +86,7 @@ class Annotations:
     categories: tuple[Category, ...]
     images: Sequence[ImageRecord]
     findings: tuple[Finding, ...] = ()
+    split: str = ""  # as the data set calls it
     is_held_back: bool = False  # a part of the training split, kept out of training (`splits.hold_back`)
 
     @property
@@ -334,8 +335,11 @@ def _report_alike_names(name: str, categories: Sequence[Category], log: FindingL
             log.add("alike-class-names", "note", name, f"{message} If they are one class, give them one id and name.")
 
 
-def whole(name: str, format: str, categories: Sequence[Category], images: ImageTable, log: FindingLog) -> Annotations:
+def whole(
+    root: Path, split: str, format: str, categories: Sequence[Category], images: ImageTable, log: FindingLog
+) -> Annotations:
     """A split as its reader returns it; what no training could take is a refused finding."""
+    name = f"{root.name}/{split}"
     if len(categories) > MAX_CLASSES:
         message = f"There are {len(categories):,} classes, more than {MAX_CLASSES:,}: no model here could learn them."
         log.add("too-many-classes", "refused", name, message)
@@ -352,7 +356,7 @@ def whole(name: str, format: str, categories: Sequence[Category], images: ImageT
     counts = np.diff(images.offsets)
     for index in np.flatnonzero(counts > MAX_OBJECTS).tolist():
         report_crowd(log, str(images.path(index)), int(counts[index]))
-    return Annotations(name, format, tuple(categories), images, log.freeze())
+    return Annotations(name, format, tuple(categories), images, log.freeze(), split)
 
 
 def report_crowd(log: FindingLog, where: str, num_objects: int) -> None:

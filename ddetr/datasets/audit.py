@@ -298,7 +298,7 @@ def _scan(split: Annotations, log: FindingLog) -> _Scan:
 
 
 def _used_by_neither(findings: Iterable[Finding], splits: Sequence[ImageFiles]) -> Iterator[Finding]:
-    """The findings; what one split does not list and the other uses is not among the images that are not used."""
+    """The findings, of which those on unlisted images leave out what another split uses."""
     used: set[str] = set()
     told: set[str] = set()
     for finding in findings:

@@ -25,7 +25,7 @@ from ddetr.datasets.readers.kitti import kitti_splits, read_kitti
 from ddetr.datasets.readers.label_studio import label_studio_splits, read_label_studio
 from ddetr.datasets.readers.labelme import labelme_splits, read_labelme
 from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept, split_kind
-from ddetr.datasets.readers.side_by_side import NOTHING_SAYS, Neighbours, neighbours, unlike
+from ddetr.datasets.readers.side_by_side import NOTHING_SAYS, Neighbours, neighbours, not_read_below, unlike
 from ddetr.datasets.readers.split_lists import with_lists
 from ddetr.datasets.readers.via import read_via, via_splits
 from ddetr.datasets.readers.voc import read_voc, voc_splits
@@ -142,7 +142,7 @@ _READERS = {
     "coco": Reader("COCO", "annotations/*.json or */_annotations.coco.json", coco_splits, _read_coco),
     "voc": Reader("Pascal VOC", "XML files in Annotations/, or beside the images", voc_splits, read_voc),
     "kitti": Reader("KITTI", "training/image_2 and label_2", kitti_splits, read_kitti),
-    "yolo": Reader("YOLO", "data.yaml, obj.data, or images/ and labels/", yolo_splits, read_yolo),
+    "yolo": Reader("YOLO", "data.yaml, obj.data, or images/ and labels/", yolo_splits, read_yolo, yolo_file),
     "cvat": Reader("CVAT", "annotations.xml", cvat_splits, read_cvat),
     "labelme": Reader("LabelMe", "a JSON file for each image", labelme_splits, read_labelme),
     "csv": Reader("CSV", "a table with a row for each box", csv_splits, read_csv_boxes),
@@ -152,10 +152,7 @@ _READERS = {
     "huggingface": Reader("Hugging Face", "metadata.jsonl with objects", huggingface_splits, read_huggingface),
 }
 
-_READ_LISTS = ("voc", "kitti", "yolo")  # themselves
-FORMATS: dict[str, Reader] = {
-    name: reader if name in _READ_LISTS else with_lists(reader) for name, reader in _READERS.items()
-}
+FORMATS: dict[str, Reader] = {name: with_lists(reader) for name, reader in _READERS.items()}
 
 _OF_ONE_FILE = ("csv", "label_studio", "via", "createml", "huggingface")  # whose splits are single files, as COCO's are
 
@@ -181,7 +178,7 @@ def detect_format(path: str | PathLike) -> str:
 
 def _neighbours(format: str, place: Path) -> Neighbours:
     """Data sets that lie side by side with what a reader finds in a folder; none where a file there describes it."""
-    if place.is_file() or (format == "yolo" and yolo_file(place) is not None):
+    if place.is_file() or FORMATS[format].description(place) is not None:
         return Neighbours()
 
     def format_in(folder: Path) -> str | None:
@@ -197,16 +194,16 @@ def _check_alone(format: str, place: Path) -> None:
     if not found.others:
         return
     known = [*((folder, format) for folder in found.read), *found.others]
-    unlike = None
+    difference = None
     if len(found.read) == 1:
-        unlike = next(filter(None, (_unlike(known[0], other) for other in found.others)), None)
-        if unlike is None:
+        difference = next(filter(None, (_unlike(known[0], other) for other in found.others)), None)
+        if difference is None:
             return
     listed = first_few([f"{one_line(folder)} ({FORMATS[one].title})" for folder, one in sorted(known)], 6)
     read = first_few([one_line(folder.name) for folder in found.read], 4)
     raise InputError(
-        f"{place} holds several data sets, and {unlike or NOTHING_SAYS}: {listed}. Give the path of one; --data.format "
-        f"{format} (format) reads {read} alone"
+        f"{place} holds several data sets, and {difference or NOTHING_SAYS}: {listed}. Give the path of one; "
+        f"--data.format {format} (format) reads {read} alone"
     )
 
 
@@ -307,6 +304,14 @@ def also_there(path: str | PathLike, format: str = "auto") -> list[tuple[str, li
             if other != read and (splits := list(reader.splits(place))) and (other != "yolo" or has_label_rows(place)):
                 found.append((other, splits))
     return found
+
+
+def labels_not_read(path: str | PathLike, format: str = "auto") -> list[Path]:
+    """Folders in those of the data set, with labels of the same format that belong to none of its splits."""
+    format, place = _located(path, format)
+    if not place.is_dir() or format == "yolo":  # of a folder of images YOLO's reader takes all that is below
+        return []
+    return not_read_below(place, FORMATS[format].splits)
 
 
 def said_of_not_named(path: str | PathLike, kind: Literal["train", "val"], format: str = "auto") -> str:

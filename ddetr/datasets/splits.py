@@ -20,11 +20,12 @@ from ddetr.datasets.load import (
     check_parts,
     default_splits,
     detect_format,
+    labels_not_read,
     read_together,
     said_of_not_named,
     same_beside,
 )
-from ddetr.datasets.readers.reader import WHOLE, layouts_kept
+from ddetr.datasets.readers.reader import WHOLE, layouts_kept, split_kind
 from ddetr.datasets.readers.split_lists import lists_beside
 from ddetr.datasets.related import copied_from, families
 from ddetr.errors import InputError
@@ -69,8 +70,7 @@ def load_splits(
     was_recognised, data = data.format == "auto", _settled(data)
     train = _load(data, "train", None, None)
     if data.train_annotations is None:
-        others = _other_annotations(data, train) if was_recognised else []
-        others += [*_not_named(data), *_together(data, train), *_lists(data, train)]
+        others = [*left_unread(data, train, was_recognised), *_splits_not_used(data)]
         train = replace(train, findings=(*train.findings, *others))
     if data.val_fraction is not None:
         unused = None if data.train_annotations else _name_of_split(data, "val")
@@ -79,13 +79,20 @@ def load_splits(
         train, val = hold_back(train, data, held_back)
     elif _name_of_split(data, "val") is None:
         val = None
-        if others := [name for name in available_splits(data.path, data.format) if not train.name.endswith(f"/{name}")]:
+        if others := [name for name in available_splits(data.path, data.format) if name != train.split]:
             message = f"None of the other splits ({first_few(others, 8)}) has a usual name: --data.val_split names one."
             found = Finding("no-validation-split", "note", str(data.path), message)
             train = replace(train, findings=(*train.findings, found))
     else:
         val = _load(data, "val", None, train.categories)
     return (train if keep_empty else without_empty_images(train)), val
+
+
+def left_unread(data: TrainingSource, train: Annotations, was_recognised: bool) -> list[Finding]:
+    """Notes on what lies in the data set's folder and may have been meant. was_recognised: whether nobody has named its
+    format."""
+    found = _other_annotations(data, train) if was_recognised else []
+    return [*found, *_not_named(data), *_together(data, train), *_lists(data, train), *_not_read(data)]
 
 
 def _other_annotations(data: TrainingSource, train: Annotations) -> list[Finding]:
@@ -108,7 +115,7 @@ def _other_annotations(data: TrainingSource, train: Annotations) -> list[Finding
 
 def _together(data: TrainingSource, train: Annotations) -> list[Finding]:
     """Of folders that are read as one data set, and may be several."""
-    folders = read_together(data.path, data.format) if train.name.endswith(f"/{WHOLE}") else ()
+    folders = read_together(data.path, data.format) if train.split == WHOLE else ()
     if not folders:
         return []
     names = first_few([one_line(folder.name) for folder in folders], 4)
@@ -119,6 +126,35 @@ def _together(data: TrainingSource, train: Annotations) -> list[Finding]:
     return [Finding("read-together", "note", str(data.path), message, len(folders))]
 
 
+def _not_read(data: TrainingSource) -> list[Finding]:
+    """Of labels in folders of its folders, which no split takes."""
+    folders = labels_not_read(data.path, data.format)
+    if not folders:
+        return []
+    message = (
+        "Labels of the same format lie within the folder of a split and are not read: in "
+        f"{first_few([one_line(folder) for folder in folders], 4)}. If they are meant, put them and their images where "
+        "those of the split are; if not, elsewhere."
+    )
+    return [Finding("labels-not-read", "note", str(data.path), message, len(folders))]
+
+
+def _splits_not_used(data: TrainingSource) -> list[Finding]:
+    """Of other splits called as those for training and validation are, where nobody has named one."""
+    if (data.train_split, data.val_split, data.val_fraction) != (None, None, None):
+        return []
+    used = default_splits(data.path, data.format)
+    names = [name for name in available_splits(data.path, data.format) if split_kind(name) in ("train", "val")]
+    unused = [name for name in names if name not in used and name.lower() != "trainval"]  # which is both once more
+    if not unused or used[1] is None:
+        return []
+    message = (
+        f"Other splits are not used: {first_few([one_line(name) for name in unused], 6)}. {one_line(used[0])} and "
+        f"{one_line(used[1])} were taken; --data.train_split and --data.val_split name others."
+    )
+    return [Finding("splits-not-used", "note", str(data.path), message, len(unused))]
+
+
 def _lists(data: TrainingSource, train: Annotations) -> list[Finding]:
     """Of text files that list the images of splits, where all images are read as one split."""
     root = Path(data.path)
@@ -127,13 +163,13 @@ def _lists(data: TrainingSource, train: Annotations) -> list[Finding]:
     lists = lists_beside(root)
     names = {PurePosixPath(name).stem for name in image_names(train, root)} if lists else set()
     used_not = [file for file in lists if _first_stem(file) in names]
-    by_lists = train.format in ("voc", "yolo")  # and one of them is read
-    if not used_not or (by_lists and PurePosixPath(train.name).name in [f.stem for f in used_not]):
+    by_lists = train.format in ("voc", "kitti", "yolo")  # and one of them is read
+    if not used_not or (by_lists and train.split in [f.stem for f in used_not]):
         return []
     message = (
         f"{first_few([one_line(file) for file in used_not], 3)} list images by splits and are not used: all images are "
-        "read as one split. They would be, if each image were in one of them and they named no others; or give each "
-        "split a folder or an annotation file of its own."
+        "read as one split. To use them, let each image be in exactly one list and no list name other images; or give "
+        "each split a folder or an annotation file of its own."
     )
     return [Finding("lists-not-used", "note", str(root), message, len(used_not))]
 

@@ -1,6 +1,7 @@
 """`ddetr data convert`: what is written is what was read, and never half of it."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -348,3 +349,10 @@ def test_a_validation_split_is_held_back(
 def test_no_validation_split_is_held_back_beside_another(coco: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has the split val already"):
         read_source(TrainingSource(str(coco), val_fraction=0.5))
+
+
+def test_what_is_not_read_is_said_before_it_is_left_behind(make_coco: Callable[..., Path]) -> None:
+    root = make_coco()
+    (root / "annotations" / "old").mkdir()
+    shutil.copy(root / "annotations" / "instances_train.json", root / "annotations" / "old")
+    assert [finding.kind for finding in read_source(TrainingSource(str(root))).first.findings] == ["labels-not-read"]

@@ -257,7 +257,8 @@ def test_an_image_has_a_bounded_number_of_objects(tmp_path: Path) -> None:
         area=np.full(number, 16, np.float32),
         ignore=np.zeros(number, bool),
     )
-    annotations = whole("set", "coco", [Category(1, "cat")], ImageTable.from_records([record]), FindingLog())
+    images = ImageTable.from_records([record])
+    annotations = whole(tmp_path, "train", "coco", [Category(1, "cat")], images, FindingLog())
     (finding,) = annotations.findings
     assert (finding.kind, finding.action) == ("too-many-objects", "refused")
 

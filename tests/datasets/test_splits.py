@@ -1,6 +1,8 @@
 """A validation split is held back where a data set has none; which images, their names decide."""
 
+import json
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -343,6 +345,7 @@ def write_lists(make_coco):
         {"train": "train/1.jpg\r\n.\\train\\2.jpg", "val": "/home/me/3.jpg", "trainval": "1\n2\n3\n"},
         {"train": "1.jpg\n2.png\n", "test": "3.jpg"},
         {"train": "1\n2\n", "val": "3", "test": "What was measured\n"},  # which is no list
+        {"train": "1\n2\n1\n", "val": "3"},  # one twice
     ],
 )
 def test_lists_beside_one_file_are_used(write_lists, place, lists):
@@ -359,6 +362,35 @@ def test_lists_beside_one_file_are_used(write_lists, place, lists):
     assert (len(train.images), len(val.images)) == (1, 1)
 
 
+@pytest.mark.parametrize("format", ["voc", "yolo"])
+def test_lists_that_lie_where_their_format_has_none_are_used(make_voc, make_yolo, format):
+    """Each image is in one of them, which is what the note on lists that are not used asks for."""
+    if format == "voc":
+        root = make_voc({name: voc_xml([voc_object()]) for name in "abc"}, lists={})
+    else:
+        root = make_yolo({f"images/{name}.jpg": "0 .5 .5 .2 .2" for name in "abc"})
+    (root / "lists" / "2020").mkdir(parents=True)
+    for name, text in {"train": "a\nb\n", "val": "c\n"}.items():
+        (root / "lists" / "2020" / f"{name}.txt").write_text(text)
+    train, val = load_splits(TrainingSource(str(root)))
+    assert (train.format, len(train.images), len(val.images)) == (format, 2, 1)
+    assert "lists-used" in {finding.kind for finding in train.findings}
+    if format == "yolo":  # whose description, where there is one, says which images are in which split
+        (root / "data.yaml").write_text("train: images\nnames: [cat]\n")
+        assert [len(load_splits(TrainingSource(str(path)))[0].images) for path in (root, root / "data.yaml")] == [3, 3]
+
+
+def test_lists_tell_images_apart_by_their_suffix(write_lists, write_image):
+    root = write_lists("", train="1.jpg\n2\n", val="1.png\n")
+    write_image(root / "train" / "1.png", seed=9)
+    content = json.loads((root / "annotations" / "instances_train.json").read_text())
+    content["images"][2]["file_name"] = "1.png"
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(content))
+    train, val = load_splits(TrainingSource(str(root)))
+    assert [record.path.name for record in train.images] == ["1.jpg", "2.jpg"]
+    assert [record.path.name for record in val.images] == ["1.png"]
+
+
 @pytest.mark.parametrize("place", ["", "ImageSets/Main", "splits"])
 @pytest.mark.parametrize(("train", "val"), [("1\n", "3.jpg"), ("1\n2\n", "2\n3"), ("1\n2\n4", "3"), ("1\n2\n3", "5\n")])
 def test_lists_of_splits_that_are_not_used_are_said(write_lists, make_coco, place, train, val):
@@ -370,6 +402,47 @@ def test_lists_of_splits_that_are_not_used_are_said(write_lists, make_coco, plac
     make_coco(split="val")
     train, _ = load_splits(TrainingSource(str(root)))
     assert "lists-not-used" not in {finding.kind for finding in train.findings}
+
+
+def test_labels_within_the_folder_of_a_split_are_read_or_said(tmp_path, write_image, make_voc, make_coco):
+    def write(folder, *names):
+        for name in names:
+            write_image(tmp_path / folder / f"{name}.jpg", seed=len(name))
+            (tmp_path / folder / f"{name}.xml").write_text(voc_xml([voc_object()]))
+
+    def not_read(root):
+        train, _ = load_splits(TrainingSource(str(root)))
+        found = [finding for finding in train.findings if finding.kind == "labels-not-read"]
+        return len(train.images), [(finding.action, finding.count) for finding in found]
+
+    write("voc/train", "a", "b")
+    write("voc/val/cam1", "d")  # which is read
+    assert not_read(tmp_path / "voc") == (2, [])
+    write("voc/train/more", "c")
+    write("voc/train/val_old", "e")
+    assert not_read(tmp_path / "voc") == (2, [("note", 2)])
+    listed = make_voc({"a": voc_xml([voc_object()]), "b": voc_xml([voc_object()])})
+    assert not_read(listed) == (2, [])
+    root = make_coco()
+    make_coco(split="val", root=root)
+    assert not_read(root)[1] == []
+    (root / "annotations" / "old").mkdir()
+    shutil.copy(root / "annotations" / "instances_train.json", root / "annotations" / "old")
+    assert not_read(root)[1] == [("note", 1)]
+
+
+def test_other_splits_for_training_are_said_not_to_be_used(make_coco):
+    root = make_coco()
+    make_coco(split="val", root=root)
+    make_coco(split="test", root=root)
+    make_coco(split="trainval", root=root)
+    assert "splits-not-used" not in {finding.kind for finding in load_splits(TrainingSource(str(root)))[0].findings}
+    make_coco(split="train_extra", root=root)
+    (found,) = [f for f in load_splits(TrainingSource(str(root)))[0].findings if f.kind == "splits-not-used"]
+    assert (found.action, found.count) == ("note", 1)
+    assert "train_extra. train and val were taken" in found.message
+    named = load_splits(TrainingSource(str(root), train_split="train", val_split="val"))[0]
+    assert "splits-not-used" not in {finding.kind for finding in named.findings}
 
 
 def test_a_list_that_is_used_is_not_said_to_be_unused(make_voc):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ddetr.datasets.annotations import Annotations
 from ddetr.datasets.config import TrainingSource
 from ddetr.datasets.load import available_splits, default_splits
 from ddetr.datasets.readers.reader import layouts_kept
-from ddetr.datasets.splits import hold_back, load_split
+from ddetr.datasets.splits import hold_back, left_unread, load_split
 from ddetr.errors import InputError
 
 
@@ -50,6 +50,9 @@ def read_source(data: TrainingSource, split: str | None = None) -> Source:
         train, val = default_splits(data.path, data.format, data.train_split or train, data.val_split)
         others = [name for name in known if name not in (train, val)]
     annotations = load_split(data, "train", train)
+    if not data.train_annotations and split in (None, train):
+        notes = left_unread(data, annotations, data.format == "auto")
+        annotations = replace(annotations, findings=(*annotations.findings, *notes))
     if data.val_fraction is not None:
         return _parted(annotations, data, [*([val] if val and data.val_split is None else []), *others])
     splits = {train: annotations}

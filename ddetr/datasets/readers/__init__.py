@@ -1,7 +1,7 @@
 """Readers: the files of a data set, whatever is wrong with them, to `Annotations`; one file for each format.
 
 reader.py         what a reader is; what those of one label file per image have in common
-split_lists.py    text files that list the images of splits, for the formats that know none
+split_lists.py    text files that list the images of splits, where no format says that they do
 foreign.py        what a folder is that no reader knows, and what converts it
 side_by_side.py   several data sets in one folder, of which nothing says that they belong together
 file_names.py     the files that names in annotations mean: addresses, Windows, other folders

@@ -21,10 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, FindingLog
-from ddetr.datasets.image_files import found_below
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.coco.layout import split_word
-from ddetr.datasets.readers.json_files import files_in_split_folders
+from ddetr.datasets.readers.json_files import file_splits
 from ddetr.datasets.readers.named_images import ImageCollector, Place, read_files
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, is_true, number, size_hw
 from ddetr.errors import InputError
@@ -80,15 +79,11 @@ class _Layout:
 
 def csv_splits(path: Path) -> dict[str, list[Path]]:
     """Split name -> its tables, those of the first place that has any; {} where there is none of boxes."""
-    if path.is_file():
-        is_table = path.suffix.lower() in (".csv", ".tsv") and _layout(path) is not None
-        return {_split_name(path, path.parent): [path]} if is_table else {}
-    for pattern in _PLACES:
-        files = [file for file in found_below(path, pattern) if _layout(file) is not None]
-        deeper = files_in_split_folders(path, pattern, lambda file: _layout(file) is not None, files)
-        if files or deeper:
-            return {name: [file] for name, file in _named(path, files).items()} | deeper
-    return {}
+
+    def is_ours(file: Path) -> bool:
+        return file.suffix.lower() in (".csv", ".tsv") and _layout(file) is not None
+
+    return file_splits(path, _PLACES, is_ours, lambda root, files, _: _named(root, files))
 
 
 def _named(root: Path, files: Sequence[Path]) -> dict[str, Path]:

@@ -16,7 +16,7 @@ from ddetr.errors import InputError
 from ddetr.untrusted import MAX_LABEL_BYTES, one_line, open_file, parse_json, read_csv
 from ddetr.wording import first_few
 
-_DEPTH = 4  # folders below the one that was given
+_DEPTH = 6  # folders below the one that was given
 _FILES = 20_000  # that are looked at; what it is shows long before
 _NEAR = 50  # folders inside that are tried
 _STARTS = 200  # files whose first bytes are read
@@ -44,11 +44,13 @@ class _Look:
         self.path = path
         self.files: list[Path] = [path] if path.is_file() else []  # hidden ones left out
         self.folders: list[Path] = []
+        self.deeper = False  # whether there are folders that were not looked into
         for folder, inner, files in os.walk(path):
             inner[:] = sorted(name for name in inner if not is_clutter(name))
             self.folders += [Path(folder, name) for name in inner]
             self.files += [Path(folder, name) for name in sorted(files) if not is_clutter(name)]
-            if len(Path(folder).relative_to(path).parts) >= _DEPTH:
+            if inner and len(Path(folder).relative_to(path).parts) >= _DEPTH:
+                self.deeper = True
                 inner[:] = []
             if len(self.files) > _FILES:
                 break
@@ -375,6 +377,8 @@ def _pictures(look: _Look) -> str | None:
             f"{look.path} holds videos ({one_line(video.name)}) and no images: take single frames from them "
             "(`ffmpeg -i VIDEO -vf fps=1 frames/%06d.jpg`), and annotate those"
         )
+    if look.deeper:
+        return None  # labels may lie there
     folders = sorted({file.parent.name for file in images if file.parent != look.path} - set(PARTS))
     others = [file for file in look.files if not is_image_name(file.name) and not _is_paper(file)]
     if len(folders) > 1 and not others:

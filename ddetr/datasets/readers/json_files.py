@@ -47,20 +47,38 @@ def json_text(file: Path, most_bytes: int, log: FindingLog, where: str) -> str:
         raise InputError(f"{file} can't be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def file_splits(path: Path, patterns: Sequence[str], is_ours: Callable[[Path], bool]) -> dict[str, list[Path]]:
-    """Split name -> its files: the file at `path`, or those of the first pattern in the folder that are `is_ours`. A
-    file that is alone in its folder is called as the folder is; those below a split's folder are one split."""
+def _named(root: Path, files: Sequence[Path], are_all: bool) -> dict[str, Path]:
+    """Files by the names of their splits: one that is alone in its folder is called as the folder is.
+
+    are_all: whether these are all splits.
+    """
+    if len(files) == 1 and are_all and (files[0].parent == root or not split_kind(files[0].parent.name)):
+        return {WHOLE: files[0]}
+    folders = [file.parent for file in files]
+    alone = [file for file in files if file.parent != root and folders.count(file.parent) == 1]
+    rest = {str(file.relative_to(root).with_suffix("")): file for file in files if file not in alone}
+    return {file.parent.name: file for file in alone} | named_by_split(rest)
+
+
+def file_splits(
+    path: Path,
+    patterns: Sequence[str],
+    is_ours: Callable[[Path], bool],
+    named: Callable[[Path, Sequence[Path], bool], dict[str, Path]] = _named,
+) -> dict[str, list[Path]]:
+    """Split name -> its files: the file at `path`, or those of the first pattern in the folder that are `is_ours`.
+    Those below a split's folder are one split; `named` says how the others are called."""
     if path.is_file():
-        return {WHOLE: [path]} if is_ours(path) else {}
+        return {name: [path] for name in named(path.parent, [path], True)} if is_ours(path) else {}
     for pattern in patterns:
         files = [file for file in found_below(path, pattern) if is_ours(file)]
-        deeper = files_in_split_folders(path, pattern, is_ours, files)
+        deeper = _in_split_folders(path, pattern, is_ours, files)
         if files or deeper:
-            return {name: [file] for name, file in _named(path, files, bool(deeper)).items()} | deeper
+            return {name: [file] for name, file in named(path, files, not deeper).items()} | deeper
     return {}
 
 
-def files_in_split_folders(
+def _in_split_folders(
     root: Path, pattern: str, is_ours: Callable[[Path], bool], found: Sequence[Path]
 ) -> dict[str, list[Path]]:
     """Split name -> its files in folders of the split's folder (`train/0`, `train/1`), where `found`, those that fit
@@ -86,16 +104,6 @@ def _annotation_files(folder: Path) -> list[Path]:
     except OSError:
         return []
     return [folder / name for name in sorted(names) if not is_clutter(name)]
-
-
-def _named(root: Path, files: Sequence[Path], others: bool) -> dict[str, Path]:
-    """others: whether there are files of other splits."""
-    if len(files) == 1 and not others and (files[0].parent == root or not split_kind(files[0].parent.name)):
-        return {WHOLE: files[0]}
-    folders = [file.parent for file in files]
-    alone = [file for file in files if file.parent != root and folders.count(file.parent) == 1]
-    rest = {str(file.relative_to(root).with_suffix("")): file for file in files if file not in alone}
-    return {file.parent.name: file for file in alone} | named_by_split(rest)
 
 
 def list_splits(path: Path, patterns: Sequence[str], is_ours: Callable[[bytes], bool]) -> dict[str, list[Path]]:

@@ -118,7 +118,7 @@ def read_kitti(wanted: Wanted) -> Annotations:
         images = without_shared(_images(wanted.path, files, beside, log), log)
         report_images(log, wanted, beside, files, images, known)
         lists = [source.listing for some in splits.values() for source in some if source.listing is not None]
-        if lists and wanted.split == (wanted.train_split or wanted.split):
+        if lists and wanted.is_training:
             listed = {name for listing in lists for name in _names(listing)}
             others = [file for file in label_files(sources[0].folder, ".txt") if file.stem not in listed]
             names = [file.stem for file in others if beside.find_own(file) is not None]

@@ -111,6 +111,11 @@ class Wanted:
         """The data set's folder, or that of its file."""
         return self.path if self.path.is_dir() else self.path.parent
 
+    @property
+    def is_training(self) -> bool:
+        """Whether it is the training split, or there is none: what is of all splits is said of it alone."""
+        return self.train_split in (None, self.split)
+
 
 @dataclass(frozen=True)
 class Reader:
@@ -120,6 +125,7 @@ class Reader:
     layout: str  # what is looked for, for people: "Annotations/*.xml"
     splits: Callable[[Path], Mapping[str, Any]]  # split name -> where it lies; {} where there is no such data set
     read: Callable[[Wanted], Annotations]
+    description: Callable[[Path], Path | None] = lambda path: None  # the file that says which splits a folder has
 
 
 _NONE_IGNORED = np.zeros(0, dtype=bool)
@@ -160,7 +166,6 @@ def read_labelled(
         raise split_error(wanted.path, wanted.split, list(splits))
     log = FindingLog()
     images = read(splits[wanted.split], log)
-    has_training = wanted.split != wanted.train_split and wanted.train_split in splits
 
     @cache
     def training() -> list[LabelledImage]:
@@ -168,15 +173,19 @@ def read_labelled(
 
     categories = wanted.categories
     if categories is None:
-        others = training() if has_training else images
+        others = images if wanted.is_training else training()
         names = sorted({name for image in others for name in image.classes})
         categories = [Category(label + 1, name) for label, name in enumerate(names)]
     label_of = {category.name: label for label, category in enumerate(categories)}
     table = table_of(
-        *(images, label_of, log, lambda name: unlike_training(str(name), categories), wanted.boxes),
-        training=training if has_training else None,
+        images,
+        label_of,
+        log,
+        lambda name: unlike_training(str(name), categories),
+        wanted.boxes,
+        None if wanted.is_training else training,
     )
-    return whole(f"{wanted.path.name}/{wanted.split}", format, categories, table, log)
+    return whole(wanted.path, wanted.split, format, categories, table, log)
 
 
 def table_of(
@@ -215,19 +224,18 @@ def table_of(
         stated.append(Stated(image.path, header, image.declared_hw, boxes, image.where, in_fractions))
     sizes_hw = settle_sizes(stated, len(images), log)
     framed = [
-        (image, one.boxes_xyxy, size_hw)
+        (image, one, size_hw)
         for image, one, size_hw in zip(readable, stated, sizes_hw, strict=True)
         if size_hw is not None
     ]
     _check_meaning(framed, form, log)
     records = []
-    for image, boxes, size_hw in framed:
+    for image, one, size_hw in framed:
         labels = np.array([label_of.get(key, -1) for key in image.classes], dtype=np.int64)
         for i in np.flatnonzero(labels < 0).tolist():
             message = f"{said_of(image.classes[i])}; the object was left out."
             log.add("category-unknown", "dropped", image.place(i), message)
-        if image.in_fractions or is_relative(form):
-            boxes = in_pixels(boxes, np.array(size_hw))
+        boxes = in_pixels(one.boxes_xyxy, np.array(size_hw)) if one.in_fractions else one.boxes_xyxy
         check = check_boxes(boxes, size_hw)
         if check.degenerate.any():
             boxes = put_in_order(boxes, size_hw, image.form if form == "auto" else form, log, image.place)
@@ -287,15 +295,15 @@ def _unsettled(
 
 
 def _check_meaning(
-    framed: Sequence[tuple[LabelledImage, np.ndarray, tuple[int, int]]], form: BoxForm, log: FindingLog
+    framed: Sequence[tuple[LabelledImage, Stated, tuple[int, int]]], form: BoxForm, log: FindingLog
 ) -> None:
     """Whether the boxes of a split look as if they meant something else; those in fractions are read line by line."""
-    said_in_pixels = [entry for entry in framed if len(entry[1]) and not entry[0].in_fractions]
+    said_in_pixels = [entry for entry in framed if len(entry[1].boxes_xyxy) and not entry[0].in_fractions]
     for own in sorted({image.form for image, _, _ in said_in_pixels}):
         mine = [entry for entry in said_in_pixels if entry[0].form == own]
-        sizes_hw = np.repeat([size_hw for _, _, size_hw in mine], [len(boxes) for _, boxes, _ in mine], axis=0)
-        boxes = np.concatenate([boxes for _, boxes, _ in mine])
-        check_meaning(boxes, sizes_hw, own, form, log, f"{mine[0][0].where} and on")
+        boxes = [one.boxes_xyxy for _, one, _ in mine]
+        sizes_hw = np.repeat([size_hw for _, _, size_hw in mine], list(map(len, boxes)), axis=0)
+        check_meaning(np.concatenate(boxes), sizes_hw, own, form, log, f"{mine[0][0].where} and on")
 
 
 def check_unnamed(unnamed: Mapping[Any, int], total: int, where: str, log: FindingLog) -> None:

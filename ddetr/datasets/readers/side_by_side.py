@@ -1,10 +1,10 @@
-"""Data sets that lie side by side in one folder, where nothing says that they belong together."""
+"""Data sets that lie side by side in one folder, where nothing says that they belong together, or one in another."""
 
 from __future__ import annotations
 
 import filecmp
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from ddetr.datasets.annotations import Annotations
 from ddetr.datasets.image_files import folders_in
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.reader import split_kind
+from ddetr.errors import InputError
 from ddetr.untrusted import one_line
 
 PARTS = ("images", "labels", "annotations", "jpegimages", "imagesets", "train", "valid", "val", "test", "data")
@@ -80,6 +81,40 @@ def unlike(one: Sequence[Annotations], other: Sequence[Annotations]) -> str | No
                 what = "names of classes" if _is_matched(is_near) else "objects"
                 return f"they have different {what} in images of the same names, such as {one_line(record.path.name)}"
     return None
+
+
+def not_read_below(place: Path, splits_of: Callable[[Path], Mapping[str, Any]]) -> list[Path]:
+    """The folders below those that a reader takes its labels from, in which labels of the same format lie that no
+    split has. place: the data set's folder. splits_of: where the reader says that the splits of a folder lie.
+    """
+    used = set(_paths_in(list(splits_of(place).values())))
+    folders = sorted({path if path.is_dir() else path.parent for path in used})
+    level = [folder for folder in folders if folder.is_relative_to(place) and _has_labels(folder)]
+    found: list[Path] = []
+    num_left = _WALKED
+    for _ in range(_LEVELS):
+        inner = (sub for folder in level for sub in folders_in(folder) if sub not in folders)
+        level = list(islice(dict.fromkeys(inner), num_left))
+        num_left -= len(level)
+        lost = [sub for sub in level if _are_others(sub, used, splits_of)]
+        found += lost
+        level = [sub for sub in level if sub not in lost]
+    return found
+
+
+def _has_labels(folder: Path) -> bool:
+    """Whether a file lies there itself that is no image."""
+    with os.scandir(folder) as entries:
+        return any(not is_image_name(e.name) and not is_clutter(e.name) and e.is_file() for e in entries)
+
+
+def _are_others(folder: Path, used: set[Path], splits_of: Callable[[Path], Mapping[str, Any]]) -> bool:
+    """Whether labels lie in the folder, and none that are used."""
+    try:
+        paths = list(_paths_in(list(splits_of(folder).values())))
+    except InputError:
+        return False  # a broken one is no data set
+    return bool(paths) and used.isdisjoint(paths)
 
 
 def _are_equal(one: Path, other: Path) -> bool:

@@ -1,5 +1,5 @@
-"""Text files beside a data set that list the images of its splits (train.txt, val.txt), for formats which know nothing
-of such: they are used where all images lie in one split, and each is in one of the lists."""
+"""Text files beside a data set that list the images of its splits (train.txt, val.txt), where its format doesn't say
+that they do: they are used where all images lie in one split, and each is in one of the lists."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def with_lists(reader: Reader) -> Reader:
     @looked_at_once
     def splits(path: Path) -> Mapping[str, Any]:
         own = reader.splits(path)
-        lists = {file.stem: file for file in lists_beside(path)} if len(own) == 1 and path.is_dir() else {}
+        is_told = len(own) != 1 or path.is_file() or reader.description(path) is not None
+        lists = {} if is_told else {file.stem: file for file in lists_beside(path)}
         if {"train", "val"} <= lists.keys():
             lists.pop("trainval", None)  # both once more
         if len(lists) < 2:
@@ -67,42 +68,40 @@ def with_lists(reader: Reader) -> Reader:
         whole = reader.read(replace(wanted, split=name, train_split=name))
         lists = [one.listing for one in found.values()]
         (part,) = _parted(whole, wanted.path, [found[wanted.split].listing])
-        images = ImageTable.from_records(whole.images[i] for i in part if i is not None)
+        images = ImageTable.from_records(whole.images[i] for i in dict.fromkeys(part) if i is not None)
         message = f"{first_few([one_line(file) for file in lists], 3)} say which of the images are in which split."
         said = Finding("lists-used", "note", str(wanted.path), message, len(lists))
-        is_train = wanted.split == (wanted.train_split or wanted.split)
-        others = [finding for finding in whole.findings if finding.action == "refused"]
-        findings = (*whole.findings, said) if is_train else tuple(others)  # what is of all images is said once
-        return replace(whole, name=f"{wanted.path.name}/{wanted.split}", images=images, findings=findings)
+        refused = tuple(finding for finding in whole.findings if finding.action == "refused")
+        findings = (*whole.findings, said) if wanted.is_training else refused
+        name = f"{wanted.path.name}/{wanted.split}"
+        return replace(whole, name=name, images=images, findings=findings, split=wanted.split)
 
     return replace(reader, splits=splits, read=read)
 
 
 def _parted(whole: Annotations, root: Path, lists: Sequence[Path]) -> list[list[int | None]]:
     """The index of the image that each line of each list names, None of a line that names none."""
-    of_end: dict[str, int | None] = {}  # by every end of its path, None where two have it
+    of_end: dict[str, int | None] = {}  # by every end of its path, with and without suffix; None where two have it
     for i, image in enumerate(whole.images):
-        parts = _parts(os.path.relpath(image.path, root))
-        for k in range(len(parts)):
-            end = "/".join(parts[k:])
+        for end in _ends(os.path.relpath(image.path, root)):
             of_end[end] = None if end in of_end else i
     found = []
     for listing in lists:
-        lines = [_parts(line) for line in listed_lines(listing) if line.strip()]
-        ends = [["/".join(parts[k:]) for k in range(len(parts))] for parts in lines]
-        found.append([next((i for end in tries if (i := of_end.get(end)) is not None), None) for tries in ends])
+        tries = (_ends(line) for line in listed_lines(listing) if line.strip())
+        found.append([next((i for end in ends if (i := of_end.get(end)) is not None), None) for ends in tries])
     return found
 
 
 def _are_all(parts: Sequence[Sequence[int | None]], whole: Annotations) -> bool:
     """Whether each image is in one list, and what else they name can only be images that are left out."""
-    named = [i for part in parts for i in part]
-    known = sorted(i for i in named if i is not None)
-    return known == list(range(len(whole.images))) and len(named) - len(known) <= whole.num_images_left_out
+    known = sorted(i for part in parts for i in set(part) if i is not None)
+    num_unknown = sum(part.count(None) for part in parts)
+    return known == list(range(len(whole.images))) and num_unknown <= whole.num_images_left_out
 
 
-def _parts(written: str) -> list[str]:
-    """Folders and name of an image, as people may write it: with its suffix or without."""
+def _ends(written: str) -> list[str]:
+    """The ends of the path of an image, as people may write it, the longest first: with its suffix, then without."""
     path = PurePosixPath(folded(written.strip().replace("\\", "/")))
-    name = path.stem if is_image_name(path.name) else path.name
-    return [*(part for part in path.parts[:-1] if part not in (".", "..", "/")), name]
+    names = dict.fromkeys([path.name, path.stem] if is_image_name(path.name) else [path.name])
+    folders = [part for part in path.parts[:-1] if part not in (".", "..", "/")]
+    return ["/".join([*folders[k:], name]) for name in names for k in range(len(folders) + 1)]

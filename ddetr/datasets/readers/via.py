@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,50 @@ from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.readers.json_files import file_splits, json_text, start_of
 from ddetr.datasets.readers.label_folders import box_around, box_around_ellipse
 from ddetr.datasets.readers.named_images import ImageCollector, Place, read_files
-from ddetr.datasets.readers.reader import LabelledImage, Wanted, is_true, number
+from ddetr.datasets.readers.reader import (
+    WHOLE,
+    LabelledImage,
+    Wanted,
+    is_true,
+    looked_at_once,
+    number,
+    split_kind,
+)
 from ddetr.errors import InputError
 from ddetr.untrusted import MAX_ANNOTATION_BYTES, one_line, parse_json, read_csv
 from ddetr.wording import first_few
 
 _FILES = ("*/via_region_data.json", "*.json", "annotations/*.json", "*/*.json", "*.csv", "annotations/*.csv", "*/*.csv")
 _WORDS = ((b'"_via_img_metadata"',), (b'"shape_attributes"',), (b'"regions"', b'"file_attributes"'))
+_MOST_COPIES = 4  # files that may say the same
 _COLUMNS = ("region_shape_attributes", "region_attributes")
 # What the attribute with the class is called, the surer first.
 _CLASS = (("class", "classname", "classes", "label", "labels", "category"), ("name", "type", "object"))
-_Entries = dict[str, list[tuple[Mapping[str, Any], Mapping[str, Any]]]]  # image -> shape and attributes of each region
+# Image -> shape and attributes of each region; None for a shape that can't be read, which is said where it is read.
+_Entries = dict[str, list[tuple[Mapping[str, Any] | None, Mapping[str, Any]]]]
 
 
+@looked_at_once
 def via_splits(path: Path) -> dict[str, list[Path]]:
-    """Split name -> its files; {} where there is none. VIA knows no splits: files, folders called train and val do."""
-    return file_splits(path, _FILES, _is_via)
+    """Split name -> its files; {} where there is none. VIA knows no splits: files, folders called train and val do.
+    Of a project and its export, which say the same, the first is read."""
+    splits = file_splits(path, _FILES, _is_via)
+    files = [file for files in splits.values() for file in files]
+    if 1 < len(files) <= _MOST_COPIES and not any(map(split_kind, splits)):
+        images = [_images_of(file) for file in files]
+        if images[0] is not None and all(other == images[0] for other in images):
+            return {WHOLE: files[:1]}
+    return splits
+
+
+def _images_of(file: Path) -> Any:
+    """What a JSON file says of its images; None for another, or one that can't be read."""
+    if file.suffix.lower() != ".json":
+        return None
+    with suppress(InputError):
+        content = parse_json(json_text(file, MAX_ANNOTATION_BYTES, FindingLog(), file.name), str(file))
+        return content.get("_via_img_metadata", content) if isinstance(content, dict) else None
+    return None
 
 
 def _is_via(file: Path) -> bool:
@@ -54,6 +83,8 @@ def read_via(wanted: Wanted) -> Annotations:
         for name, regions in entries.items():
             image = images.of(name)
             for i, (shape, values) in enumerate(regions, 1):
+                if shape is None:
+                    continue
                 where = f"{place.shown}, {one_line(name)}, region {i}"
                 box = _box(shape)
                 if box is None:
@@ -88,11 +119,12 @@ def _entries(place: Place, log: FindingLog) -> tuple[_Entries, Mapping[str, Any]
             log.add("image-entry", "dropped", where, 'An image needs a text "filename" and "regions"; it was left out.')
             continue
         listed = list(regions.values() if isinstance(regions, dict) else regions)
-        parts = [r for r in listed if isinstance(r, dict) and isinstance(r.get("shape_attributes"), dict)]
-        if len(parts) < len(listed):
-            message = f"{len(listed) - len(parts)} of its regions have no shape_attributes; they were left out."
-            log.add("missing-box", "dropped", where, message, count=len(listed) - len(parts))
-        own = [(region["shape_attributes"], _mapping(region.get("region_attributes"))) for region in parts]
+        parts = [region if isinstance(region, dict) else {} for region in listed]
+        shapes = [shape if isinstance(shape := region.get("shape_attributes"), dict) else None for region in parts]
+        if num_broken := shapes.count(None):
+            message = f"{num_broken} of its regions have no shape_attributes; they were left out."
+            log.add("missing-box", "dropped", where, message, count=num_broken)
+        own = list(zip(shapes, (_mapping(region.get("region_attributes")) for region in parts), strict=True))
         if found.get(name) and own and found[name] != own:
             message = (
                 f"Another entry is called {one_line(name)} too, and has other regions: whose they are can't be known. "
@@ -117,11 +149,13 @@ def _rows(place: Place, log: FindingLog) -> tuple[_Entries, Mapping[str, Any]]:
                 continue
             own = found.setdefault(name, [])
             try:
-                shape, values = (_mapping(parse_json(cells.get(key) or "{}", key)) for key in _COLUMNS)
+                shape, values = (parse_json(cells.get(key) or "{}", key) for key in _COLUMNS)
+                if not isinstance(shape, dict):
+                    raise InputError(f"{_COLUMNS[0]} is no object with a shape")
             except InputError as error:
                 log.add("missing-box", "dropped", f"{place.shown}, row {line}", f"{error}; the region was left out.")
-                continue
-            own += [(shape, values)] if shape else []
+                shape, values = None, {}
+            own += [] if shape == {} else [(shape, _mapping(values))]
     except (OSError, ValueError) as error:
         raise InputError(f"{place.file} can't be read: {getattr(error, 'strerror', None) or error}") from None
     return found, {}
@@ -159,8 +193,8 @@ def _classes(
     )
     chosen = _class_attribute(used, shown, log)
     options = _mapping(_mapping(attributes.get(chosen)).get("options"))
-    titles = {key: str(title).strip() for key, title in options.items()}
-    if not (all(key.isdecimal() for key in titles) and all(titles.values())):
+    titles = {key: title.strip() for key, title in options.items() if isinstance(title, str)}
+    if not (len(titles) == len(options) and all(key.isdecimal() for key in titles) and all(titles.values())):
         titles = {}  # else the numbers are no names
 
     def class_of(values: Mapping[str, Any], where: str) -> str:

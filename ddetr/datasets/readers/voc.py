@@ -109,9 +109,9 @@ def _splits_of(root: Path, beside_images: bool) -> dict[str, list[Source]]:
         is_split = split_kind(sub.name) is not None
         places = _xml_folders(sub) if is_split else [sub] * _holds_voc(sub)
         sources += [(sub.name, Source(place)) for place in places]
-    if sources:
-        return named_splits(sources)
-    return (_listed(root, root) or {WHOLE: [Source(root)]}) if _holds_voc(root) else {}
+    if not any(split_kind(name) for name, _ in sources) and _holds_voc(root):  # and in folders as well
+        return _listed(root, root) or {WHOLE: [Source(root), *(source for _, source in sources)]}
+    return named_splits(sources)
 
 
 def _xml_folder(root: Path) -> Path | None:
@@ -272,7 +272,7 @@ def read_voc(wanted: Wanted) -> Annotations:
         trees = {file: tree for file in counted(files) if (tree := _parse(file, root, log)) is not None}
         images = without_shared(_images(root, trees, beside, log), log)
         report_images(log, wanted, beside, list(trees), images, known)
-        if wanted.split == (wanted.train_split or wanted.split) and all(source.listing for source in sources):
+        if wanted.is_training and all(source.listing for source in sources):
             _report_unlisted(splits, beside, log)
         return images
 

@@ -1,6 +1,8 @@
 import pytest
 
 from ddetr.datasets import default_splits, detect_format, load_annotations
+from ddetr.datasets.config import TrainingSource
+from ddetr.datasets.splits import load_splits
 
 ROWS = """\
 Truck 0.00 0 -1.57 9.29 6.75 29.39 25.10 2.85 2.63 12.34 0.47 1.49 69.44 -1.56
@@ -65,6 +67,22 @@ def test_lists_of_the_usual_development_kits(make_kitti):
     (said,) = (finding for finding in load_annotations(root, "train").findings if finding.kind == "in-no-list")
     assert (said.action, said.count) == ("note", 1)
     assert "such as 000002." in said.message
+
+
+def test_lists_in_other_places(make_kitti):
+    root = make_kitti({"000000": ROWS, "000001": ROWS})
+    (root / "train.txt").write_text("000000\n")
+    (root / "val.txt").write_text("000001\n")
+    train, val = load_splits(TrainingSource(str(root)))
+    assert [record.path.stem for split in (train, val) for record in split.images] == ["000000", "000001"]
+
+
+def test_the_one_list_that_is_read_is_not_said_to_be_unused(make_kitti):
+    root = make_kitti({"000000": ROWS, "000001": ROWS})
+    (root / "ImageSets").mkdir()
+    (root / "ImageSets/train.txt").write_text("000000\n")
+    train, _ = load_splits(TrainingSource(str(root)))
+    assert {"in-no-list", "lists-not-used"} & {finding.kind for finding in train.findings} == {"in-no-list"}
 
 
 def test_several_folders_of_lists(make_kitti):

@@ -66,6 +66,15 @@ IMAGE = "an image"
         ),
         ({"train/Soda can/Label/1.txt": "Soda can 178.56 749.4 238.1 812.2\n", "train/Soda can/1.jpg": IMAGE}, "OIDv4"),
         (
+            {
+                "a/OID/Dataset/train/Cat/1.jpg": IMAGE,
+                "a/OID/Dataset/train/Dog/2.jpg": IMAGE,
+                "a/OID/Dataset/train/Cat/Label/1.txt": "Cat 1.5 2 30 40\n",
+            },
+            "OIDv4",
+        ),
+        ({f"1/2/3/4/5/6/7/{name}/a.jpg": IMAGE for name in ("cat", "dog")}, "no data set that is known"),
+        (
             {"train.txt": "imgs/a.jpg 5,6,25,16,0 50,60,90,100,1\nimgs/b.jpg 1,2,3,4,0\n", "imgs/a.jpg": IMAGE},
             "keras-yolo3",
         ),

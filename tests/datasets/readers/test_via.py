@@ -196,3 +196,29 @@ def test_broken_cells_of_a_table(via, kinds):
     annotations = via(CSV + rows, "via_export_csv.csv", ["a.jpg"])
     assert found(annotations) == {"a.jpg": [("object", BOX)]}
     assert kinds(annotations)["missing-box"] == "dropped"
+
+
+def test_an_image_whose_regions_are_broken_is_not_said_to_have_none(via, kinds):
+    good = {"a.jpg": [region(kind="cat")]}
+    assert kinds(via(entries(good | {"b.jpg": [1]}))) == {"missing-box": "dropped"}
+    assert kinds(via(entries(good | {"b.jpg": []}))) == {"images-without-regions": "note"}
+
+
+def test_broken_cells_are_not_said_to_be_no_regions(via, kinds):
+    rows = f'a.jpg,1,"{{}}",1,0,"{SHAPE_CELL}","{{}}"\nb.jpg,1,"{{}}",1,0,"[]","{{}}"\n'
+    assert kinds(via(CSV + rows, "via_export_csv.csv"))["missing-box"] == "dropped"
+    assert "images-without-regions" not in kinds(via(CSV + rows, "via_export_csv.csv"))
+
+
+def test_options_without_titles_are_no_names(via):
+    annotations = via(project({"a.jpg": [region(kind="0")]}, kind={"options": {"0": None}}))
+    assert found(annotations)["a.jpg"] == [("0", BOX)]
+
+
+def test_a_project_and_its_export_are_one_data_set(via, tmp_path):
+    images = {"a.jpg": [region(kind="cat")], "b.jpg": []}
+    via(project(images), "via_project.json")
+    assert len(via(entries(images), "via_project_json.json").images) == 2
+    assert available_splits(tmp_path) == ["all"]
+    via(entries(images | {"b.jpg": [region(kind="cat")]}), "via_project_json.json")
+    assert available_splits(tmp_path) == ["via_project", "via_project_json"]  # which of them is meant?

@@ -372,6 +372,13 @@ def test_images_of_each_split_and_labels_of_all(tmp_path, write_image):
     assert named(root, "val") == ["d.jpg"]
 
 
+def test_a_folder_of_files_and_of_folders_of_them_is_read_whole(tmp_path, write_image):
+    write_flat(tmp_path / "set", write_image, "", "")
+    write_flat(tmp_path / "set", write_image, "more", "more", names=("c",))
+    annotations = load_annotations(tmp_path / "set", "all")
+    assert [record.path.name for record in annotations.images] == ["a.jpg", "b.jpg", "c.jpg"]
+
+
 def test_a_folder_for_each_class_is_no_split(tmp_path, write_image):
     for name in ("cat", "dog"):
         write_flat(tmp_path, write_image, name, name, names=(name,))

@@ -390,6 +390,15 @@ def test_labels_beside_images_and_nothing_else(make_yolo):
     assert len(load_annotations(root.parent / "two", "val").images) == 2
 
 
+def test_images_and_folders_of_more_in_one_folder_are_read_whole(make_yolo):
+    root = make_yolo({"images/a.jpg": ROW, "images/more/b.jpg": ROW})
+    (root / "classes.txt").write_text("cat\n")
+    assert default_splits(root) == ("all", None)
+    assert len(load_annotations(root, "all").images) == 2
+    make_yolo({"images/train/c.jpg": ROW, "images/val/d.jpg": ROW}, root=root)
+    assert default_splits(root) == ("train", "val")
+
+
 @pytest.mark.parametrize("place", ["", "ImageSets/", "ImageSets/Main/"])
 def test_lists_beside_images_and_labels(make_yolo, place):
     root = make_yolo({"images/a.jpg": ROW, "images/b.jpg": ROW})

@@ -97,14 +97,11 @@ def _read(file: Path, name: str, log: FindingLog) -> _Part:
 
 def _name_from(root: Path, file: Path, images: Sequence[dict[str, Any]], folders: ImageFolders) -> None:
     """Gives the images that lie by their file a name from `root` on: 0/a.jpg and 1/a.jpg of two files' a.jpg."""
-    named = [
-        image for image in images if isinstance(image.get("file_name"), str) and 0 < len(image["file_name"]) <= MAX_PATH
-    ]
-    home = choose_home(
-        image_dirs(file.parent, file, file.parent.name), [image["file_name"] for image in named], folders
-    )
-    for image in named if home else ():
-        found = home.find(image["file_name"])
+    written = (image.get("file_name") for image in images)
+    names = [name if isinstance(name, str) and len(name) <= MAX_PATH else "" for name in written]
+    home = choose_home(image_dirs(file.parent, file, file.parent.name), list(filter(None, names)), folders)
+    for image, name in zip(images, names, strict=True) if home else ():
+        found = home.find(name) if name else None
         if found is not None and found.is_relative_to(file.parent):
             image["file_name"] = found.relative_to(root).as_posix()
 

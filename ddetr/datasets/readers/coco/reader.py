@@ -118,7 +118,7 @@ def _read(content: dict[str, Any], wanted: Wanted, annotation_file: Path, log: F
         area=_areas(objects, selected, boxes, is_relative(form), log, shown, where),
         ignore=_crowd(objects, selected, log, shown),
     )
-    return whole(f"{root.name}/{wanted.split}", "coco", categories or own, table, log)
+    return whole(root, wanted.split, "coco", categories or own, table, log)
 
 
 def _images(
@@ -236,28 +236,27 @@ def _objects(
         box = box_of_mask(objects[i].get("segmentation"), size_hw if min(size_hw) > 0 else None)
         return None if box is None else corners_of(box[None], "xywh")[0]
 
-    for i in np.flatnonzero(np.isnan(boxes_xywh).all(axis=1)):
-        if isinstance(objects[i].get("bbox"), list) and len(objects[i]["bbox"]) == 4:
-            continue  # four numbers that are none: refused with the other boxes
-        from_mask, where = around_mask(i), _where(objects[i], shown, names, image_index[i])
-        if from_mask is None:
+    is_missing = np.isnan(boxes_xywh).all(axis=1)
+    is_empty = (boxes_xyxy[:, 2:] <= boxes_xyxy[:, :2]).any(axis=1)
+    is_empty &= ~(boxes_xywh[:, 2:] > 0).all(axis=1)  # as written: masks of others are kept to be compared alone
+    for i in np.flatnonzero(is_missing | is_empty):
+        box, from_mask = objects[i].get("bbox"), around_mask(i)
+        said = 'There is no "bbox"' if box is None else f'Its "bbox" is {one_line(repr(box), 80)}'
+        where = _where(objects[i], shown, names, image_index[i])
+        if is_empty[i]:
+            if from_mask is not None and (from_mask[2:] > from_mask[:2]).all():
+                boxes_xyxy[i] = from_mask
+                message = f"{said}, which has no area; the one around the mask was used."
+                log.add("empty-box", "repaired", where, message)
+        elif isinstance(box, list) and len(box) == 4:
+            pass  # four numbers that are none: refused with the other boxes
+        elif from_mask is None:
             no_box[i] = True
-            box = objects[i].get("bbox")
-            said = 'There is no "bbox" of four numbers' if box is None else f'Its "bbox" is {one_line(repr(box), 80)}'
             message = f"{said}; expected [x, y, width, height]. The object was left out."
             log.add("missing-box", "dropped", where, message)
         else:
             boxes_xyxy[i] = from_mask
-            log.add("missing-box", "repaired", where, 'There is no "bbox"; the one around the mask was used.')
-    without_sides = ~(boxes_xywh[:, 2:] > 0).all(axis=1)  # as written: masks of others are kept to be compared alone
-    for i in np.flatnonzero((boxes_xyxy[:, 2:] <= boxes_xyxy[:, :2]).any(axis=1) & without_sides):
-        from_mask = around_mask(i) if "segmentation" in objects[i] else None
-        if from_mask is not None and (from_mask[2:] > from_mask[:2]).all():
-            boxes_xyxy[i] = from_mask
-            message = (
-                f'Its "bbox" {one_line(repr(objects[i]["bbox"]), 80)} has no area; the one around the mask was used.'
-            )
-            log.add("empty-box", "repaired", _where(objects[i], shown, names, image_index[i]), message)
+            log.add("missing-box", "repaired", where, f"{said}; the one around the mask was used.")
     if (image_index < 0).any():
         report_off_by_one(objects, "image_id", index_of_id, shown, log)
     for i in np.flatnonzero(image_index < 0):

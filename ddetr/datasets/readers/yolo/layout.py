@@ -158,7 +158,7 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
     if "images" in inside and "labels" in inside and not holds_json_labels(inside["labels"]):
         images, labels = inside["images"], inside["labels"]
         inner = [folder for folder in folders_in(images) if (labels / folder.name).is_dir()]
-        if inner:
+        if inner and (any(split_kind(folder.name) for folder in inner) or not _has_labels_in(images, labels)):
             return {folder.name: YoloSplit((folder,)) for folder in inner}
         lists = {file.stem: file for place in _LISTS for file in visible((path / place).glob("*.txt"), path)}
         lists = {name: file for name, file in lists.items() if name.lower() in _LISTED_SPLITS}
@@ -188,6 +188,12 @@ def _images_with_labels(folder: Path) -> Path | None:
     below = {place.name.lower(): place for place in folders_in(folder)}
     both = "images" in below and "labels" in below and not holds_json_labels(below["labels"])
     return below["images"] if both else None
+
+
+def _has_labels_in(images: Path, labels: Path) -> bool:
+    """Whether an image of the first folder itself has its label file in the second."""
+    names = islice(ImageFolders().images(images), SAMPLED_LABELS)
+    return any((labels / f"{os.path.splitext(name)[0]}.txt").is_file() for name in names)
 
 
 def _has_labels_beside(folder: Path) -> bool:

@@ -84,7 +84,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
     sources = [source for source in splits[split].sources if source.is_dir()]
     others = [source for other in splits.values() for source in other.sources if source.is_dir()]
     labels.report(sources, [source for source in others if source not in sources], log)
-    if split == (wanted.train_split or split):
+    if wanted.is_training:
         _report_unlisted(splits, images, log)
     lists = class_lists(root, labels.folders) or class_lists(root, chain.from_iterable(map(label_folders, others)))
     named = classes_of(file, content, lists, log)
@@ -103,8 +103,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
                 known.read(_read_lines(label, known.log), "")
         return known
 
-    has_training = wanted.train_split in splits and wanted.train_split != split
-    keypoints = reader.settle(root, rows, training if has_training else None)
+    keypoints = reader.settle(root, rows, None if wanted.is_training else training)
     own = named or classes_of_rows(reader.ids, root, log)
     check_names(own, reader.ids, str(file or root), log)
     report_other_lists(own, reader.ids, file, lists, root, log)
@@ -132,7 +131,7 @@ def read_yolo(wanted: Wanted) -> Annotations:
     unnamed = {class_id: count for class_id, count in num_of_id.items() if class_id not in name_of_id}
     check_unnamed(unnamed, num_of_id.total(), str(file or root), log)
     table = table_of(found, label_of_id, log, said_of)
-    return whole(f"{root.name}/{split}", "yolo", categories, table, log)
+    return whole(root, split, "yolo", categories, table, log)
 
 
 def _report_unlisted(splits: Mapping[str, YoloSplit], images: Sequence[Path], log: FindingLog) -> None:
