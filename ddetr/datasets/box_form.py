@@ -49,6 +49,7 @@ _SCALES = {100: "hundredths (percent)", 1000: "thousandths"}  # of the image's s
 _REACH = 0.7  # of a scale, which the boxes that are in it come to
 _CHANCE_BITS = 20  # boxes of large images all lie within the scale's first pixels by a chance of one to 2 ** this
 _WHOLE, _FEW_WHOLE = 0.9, 10  # of the boxes: so many that are the whole image are no objects that fill it
+_SAMPLED = 10_000  # boxes, over the whole split, that show whether all need to be looked at
 _SAME = 1e-9  # of a number: what making corners of sizes, and sizes of them, adds to it
 _EDGE = 0.01  # of the image's side, from its edges, or one pixel: such a box is the whole image
 # Of the images' sides: the boxes of smaller images leave so much empty at the right and below, and many of them lie
@@ -258,10 +259,12 @@ def _report_repeated(
 ) -> bool:
     """Whether one of a box's numbers is written for another in most boxes, as a broken exporter does. Sides that are
     equal are those of a square."""
-    numbers = numbers_of(boxes_xyxy, own)
+    some = numbers_of(boxes_xyxy[:: 1 + len(boxes_xyxy) // _SAMPLED], own)
     for first, second in ((0, 2), (1, 3), (0, 3), (1, 2)):
-        with np.errstate(over="ignore"):
-            same = np.abs(numbers[:, first] - numbers[:, second]) <= _SAME * np.abs(numbers[:, first])
+        if _are_same(some, first, second).mean() < _MOSTLY / 2:
+            continue
+        numbers = numbers_of(boxes_xyxy, own)
+        same = _are_same(numbers, first, second)
         if same.sum() > _MOSTLY * len(same) and len(np.unique(numbers[same, first])) >= _FEW_OF_ANY:
             names = _NUMBERS[_base(own)]
             message = (
@@ -272,6 +275,12 @@ def _report_repeated(
             log.add("repeated-number", "refused", where, message, count=int(same.sum()))
             return True
     return False
+
+
+def _are_same(numbers: np.ndarray, first: int, second: int) -> np.ndarray:
+    """(n,) bool: of which boxes two numbers are the same."""
+    with np.errstate(over="ignore"):
+        return np.abs(numbers[:, first] - numbers[:, second]) <= _SAME * np.abs(numbers[:, first])
 
 
 def _report_fractions(
