@@ -19,6 +19,11 @@ _MEANING = {
     "xywh": "a corner and a size (x, y, width, height)",
     "cxcywh": "a centre and a size (x, y, width, height)",
 }
+_NUMBERS = {
+    "xyxy": ("x1", "y1", "x2", "y2"),
+    "xywh": ("x", "y", "width", "height"),
+    "cxcywh": ("x", "y", "width", "height"),
+}
 _RELATIVE = "-relative"
 # Orders in which the numbers of a form may stand in a file -> the places of its own numbers there. A size before a
 # corner fits as well as behind it.
@@ -44,6 +49,8 @@ _SCALES = {100: "hundredths (percent)", 1000: "thousandths"}  # of the image's s
 _REACH = 0.7  # of a scale, which the boxes that are in it come to
 _CHANCE_BITS = 20  # boxes of large images all lie within the scale's first pixels by a chance of one to 2 ** this
 _WHOLE, _FEW_WHOLE = 0.9, 10  # of the boxes: so many that are the whole image are no objects that fill it
+_SAMPLED = 10_000  # boxes, over the whole split, that show whether all need to be looked at
+_SAME = 1e-9  # of a number: what making corners of sizes, and sizes of them, adds to it
 _EDGE = 0.01  # of the image's side, from its edges, or one pixel: such a box is the whole image
 # Of the images' sides: the boxes of smaller images leave so much empty at the right and below, and many of them lie
 # nearer to the left, and to the top, than a quarter of that.
@@ -189,7 +196,8 @@ def check_meaning(
         return False
     if wanted == "auto":
         bad = _misfits(boxes_xyxy, sizes_hw)
-        reports = (_report_fractions, _report_order, _report_scale, _report_other_form, _report_misfits)
+        reports = [_report_repeated, _report_fractions, _report_order, _report_scale]
+        reports += [_report_other_form, _report_misfits]
         return any(report(boxes_xyxy, sizes_hw, bad, own, log, where) for report in reports)
     if is_relative(wanted):
         beyond = (np.abs(boxes_xyxy) > 2).any(axis=1)
@@ -205,7 +213,7 @@ def check_fractions(boxes_xyxy: np.ndarray, own: BoxForm, log: FindingLog, where
     judged = np.isfinite(boxes_xyxy).all(axis=1) & (boxes_xyxy[:, 2:] != boxes_xyxy[:, :2]).any(axis=1)
     boxes_xyxy = boxes_xyxy[judged]
     bad = _misfits(boxes_xyxy, _ONE)
-    reports = (_report_order, _report_other_form, _report_misfits)
+    reports = (_report_repeated, _report_order, _report_other_form, _report_misfits)
     any(report(boxes_xyxy, _ONE, bad, own, log, where) for report in reports)
 
 
@@ -244,6 +252,35 @@ def num_misfits(numbers: np.ndarray, form: BoxForm) -> int:
 
 
 # Each of these says whether it has found what is the matter; bad: (n,) bool, the boxes that don't fit into their image.
+
+
+def _report_repeated(
+    boxes_xyxy: np.ndarray, sizes_hw: np.ndarray, bad: np.ndarray, own: BoxForm, log: FindingLog, where: str
+) -> bool:
+    """Whether one of a box's numbers is written for another in most boxes, as a broken exporter does. Sides that are
+    equal are those of a square."""
+    some = numbers_of(boxes_xyxy[:: 1 + len(boxes_xyxy) // _SAMPLED], own)
+    for first, second in ((0, 2), (1, 3), (0, 3), (1, 2)):
+        if _are_same(some, first, second).mean() < _MOSTLY / 2:
+            continue
+        numbers = numbers_of(boxes_xyxy, own)
+        same = _are_same(numbers, first, second)
+        if same.sum() > _MOSTLY * len(same) and len(np.unique(numbers[same, first])) >= _FEW_OF_ANY:
+            names = _NUMBERS[_base(own)]
+            message = (
+                f"{names[second]} is the same number as {names[first]} in {_of(same)}: a program wrote one for the "
+                "other, it seems, and the boxes are wrong. Export them anew; if they are right as they are, read them "
+                f"by --data.boxes {own}."
+            )
+            log.add("repeated-number", "refused", where, message, count=int(same.sum()))
+            return True
+    return False
+
+
+def _are_same(numbers: np.ndarray, first: int, second: int) -> np.ndarray:
+    """(n,) bool: of which boxes two numbers are the same."""
+    with np.errstate(over="ignore"):
+        return np.abs(numbers[:, first] - numbers[:, second]) <= _SAME * np.abs(numbers[:, first])
 
 
 def _report_fractions(

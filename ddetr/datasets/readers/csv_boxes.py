@@ -1,10 +1,10 @@
 """CSV tables with a row for each box: Roboflow's and TensorFlow's, RetinaNet's without a header, OpenImages' and such.
 
 Columns are known by their names, in any order and case; a number is read where its column says which it is (`xmin`,
-`x2`, `bbox_width`; never a bare `x`), or a box of four in one cell (`bbox`), which the whole table or `--data.boxes`
-tells. Classes are the names in the training split, sorted; without a column of classes all boxes are of one.
-OpenImages: fractions of the image, names by `class-descriptions*.csv` where it is there, boxes around groups are
-ignored, not dropped.
+`x2`, `bbox_width`, `width` beside one corner alone; never a bare `x`), or a box of four in one cell (`bbox`), which the
+whole table or `--data.boxes` tells. Classes are the names in the training split, sorted; without a column of classes
+all boxes are of one. OpenImages: fractions of the image, names by `class-descriptions*.csv` where it is there, boxes
+around groups are ignored, not dropped.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ _COLUMNS = {  # what a column is called; the first that is there
     "group": ("isgroupof",),
     "box": ("bbox", "bboxes", "box", "boxes", "bounding_box", "bounding_boxes", "boxesstring"),
 }
+_BARE_SIZES = ("width", "w", "height", "h")  # of a box, or of its image
 _CORNERS, _SIZES = ("x1", "y1", "x2", "y2"), ("x1", "y1", "w", "h")
 _NO_CLASSES = ("source", "domain", "split", "set", "usage", "url", "image_url", *chain(*_COLUMNS.values()))
 _FLAGS = ("true", "false", "yes", "no", "none", "nan", "null")
+_LIKE_CLASS = re.compile(r"^(?!.*(?:conf|score|num|count|is_)).*(?:class|label|categor)")  # digitlabel: numbers too
 _TIME = re.compile(r"\d{4}-\d\d-\d\d|\d\d:\d\d")  # 2024-01-31T12:30:00Z, 12:30 PM
 _MOST_CLASSES = 1000  # different words in a column that may hold classes
 _NO_BOX = ("", "[]", "no_box", "none", "nan", "null")
@@ -126,6 +128,7 @@ def _layout(file: Path) -> _Layout | None:
             found["image"] = images[0]
         if "box" in found and (found["box"] >= len(row) or not np.isfinite(_boxes_of(row[found["box"]])).all()):
             del found["box"]
+    found = _with_bare_sizes(found, cells)
     others = {i: cell for i, cell in enumerate(cells) if i not in found.values()}
     layout = _Layout(found, True, {"imageid", "labelname"} <= set(cells), len(first), others)
     if "image" in found and (layout.numbers or "box" in found):
@@ -136,6 +139,18 @@ def _layout(file: Path) -> _Layout | None:
         if len(first) in (6, 8) and is_image_name(first[found["image"]].strip()) and _are_numbers(numbers):
             return _Layout(found, False, False, len(first))
     return None
+
+
+def _with_bare_sizes(found: dict[str, int], cells: Sequence[str]) -> dict[str, int]:
+    """The columns `width` and `height` as those of the box, where they stand right behind the only corner that is there
+    (`Left,Top,Width,Height`): elsewhere they are the image's."""
+    if not {"x1", "y1"} <= found.keys() or found.keys() & {"x2", "y2", "w", "h"}:
+        return found
+    behind = 1 + max(found["x1"], found["y1"])
+    sizes = {name[0]: i for i, name in enumerate(cells) if i in (behind, behind + 1) and name in _BARE_SIZES}
+    if sizes.keys() != {"w", "h"} or abs(found["x1"] - found["y1"]) != 1:
+        return found
+    return {key: i for key, i in found.items() if i not in sizes.values()} | sizes
 
 
 def _first_row(rows: Iterator[list[str]]) -> list[str]:
@@ -232,7 +247,8 @@ def _report_other_classes(words_of: Mapping[int, set[str]], layout: _Layout, sho
     words_of: column that is not read -> its different words.
     """
     for i, words in words_of.items():
-        texts = sorted(word for word in words if _may_be_class(word))
+        is_called_so = _LIKE_CLASS.search(layout.others[i]) is not None
+        texts = sorted(word for word in words if _may_be_class(word) or (is_called_so and word.isdecimal()))
         if 1 < len(words) <= _MOST_CLASSES and texts and layout.others[i] not in _NO_CLASSES:
             name = one_line(layout.others[i], 60)
             message = (

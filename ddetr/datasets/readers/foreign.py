@@ -163,6 +163,11 @@ def _is_yolo(words: list[str]) -> bool:
     return len(words) == 5 and words[0].isdigit() and _are_fractions(words[1:])
 
 
+def _is_jde(words: list[str]) -> bool:
+    """`0 12 0.5 0.5 0.2 0.3`, where 12 or -1 is whom a box belongs to in each image of a video."""
+    return len(words) == 6 and words[0].isdigit() and words[1].lstrip("-").isdigit() and _are_fractions(words[2:])
+
+
 def _is_oid(words: list[str]) -> bool:
     """`Soda can 178.56 749.44 238.08 812.16`."""
     return len(words) > 4 and _numbers(words) == 0 and _numbers(words[-4:]) == 4
@@ -201,7 +206,10 @@ def _named_columns(table: Path) -> str:
     except (OSError, ValueError):
         found = []
     listed = f"; it has {first_few([one_line(cell, 40) for cell in found], 10)}" if found else ""
-    return f"name its columns filename, class, xmin, ymin, xmax and ymax, in pixels{listed}"
+    return (
+        "name its columns filename, class, xmin, ymin, xmax and ymax, in pixels, or bbox_width and bbox_height where "
+        f"it has sizes instead of second corners{listed}"
+    )
 
 
 def _labelbox(look: _Look) -> Path | None:
@@ -239,7 +247,17 @@ _KINDS = (
     _Kind("a Supervisely project", _supervisely, "export it from Supervisely as COCO, Pascal VOC or YOLO"),
     _Kind("a VoTT project", lambda look: look.any_file(".vott") or look.any_start(".json", b'"asset"'), _BY_DATUMARO),
     _Kind("Datumaro's JSON", lambda look: look.any_start(".json", b'"items"', b'"categories"'), _BY_DATUMARO),
-    _Kind("BDD100K's JSON", lambda look: look.any_start(".json", b'"box2d"'), _BY_FIFTYONE.format("BDDDataset")),
+    _Kind(
+        "JSON of Scalabel, as BDD100K has",
+        lambda look: look.any_start(".json", b'"box2d"') or look.any_start(".json", b'"poly2d"'),
+        "`python -m scalabel.label.to_coco -m det -i JSON -o NEW.json` makes COCO of a file of its present form; where "
+        f"that refuses it, as older ones with a file for each image, {_BY_HAND}",
+    ),
+    _Kind(
+        "what MegaDetector found, which are detections of a model",
+        lambda look: look.any_start(".json", b'"images"', b'"detections"', b'"conf"'),
+        _DRAW,
+    ),
     _Kind("Cityscapes' polygons", lambda look: look.any_file("_polygons.json"), _BY_DATUMARO),
     _Kind("Labelbox's JSON", _labelbox, f"export it as COCO, or {_BY_HAND}"),
     _Kind("a SageMaker Ground Truth manifest", lambda look: look.any_file(".manifest"), _BY_HAND),
@@ -283,6 +301,11 @@ _KINDS = (
         lambda look: _lines_of(look, _is_yolo),
         "put the images into a folder called images and these text files into one called labels beside it, or all "
         "into one folder",
+    ),
+    _Kind(
+        "rows of JDE and FairMOT, which track (class, track, box)",
+        lambda look: _lines_of(look, _is_jde),
+        "take the second number out of each row, and call the folder labels, beside one called images: that is YOLO",
     ),
     _Kind(
         "a list with images and boxes in each line, as keras-yolo3 has",

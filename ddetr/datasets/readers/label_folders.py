@@ -61,7 +61,10 @@ def folder_named(folder: Path, names: Sequence[str]) -> list[Path]:
 
 def holds_json_labels(folder: Path) -> bool:
     """Whether there, or in its folders, are JSON files and no text files: a folder called labels that isn't YOLO's."""
-    places = [folder, *folders_in(folder)]
+    level = places = [folder]
+    for _ in range(_BELOW):
+        level = [sub for place in level for sub in folders_in(place)][:_PROBED]
+        places = [*places, *level]
     return any(label_files(p, ".json", 1) for p in places) and not any(label_files(p, ".txt", 1) for p in places)
 
 

@@ -128,6 +128,23 @@ def test_numbers_in_another_order_stop(objects, form, places, own):
     assert found(corners_of(numbers, own), own, own) == ()
 
 
+@pytest.mark.parametrize(("first", "second"), [(0, 3), (1, 2), (0, 2), (1, 3)])
+@pytest.mark.parametrize("own", ["xyxy", "xywh", "cxcywh"])
+def test_a_number_that_is_written_for_another_stops(own, first, second):
+    """VoTT once wrote xmin for ymax."""
+    numbers = numbers_of(boxes_of("medium", 12), own)
+    numbers[2:, second] = numbers[2:, first]
+    (finding,) = found(corners_of(numbers, own), own)
+    assert (finding.kind, finding.action, finding.count) == ("repeated-number", "refused", 10)
+    assert f"read them by --data.boxes {own}" in finding.message
+    assert found(corners_of(numbers, own), own, wanted=own) == ()
+    few = numbers_of(boxes_of("medium", 12), own)
+    few[:5, second] = few[:5, first]
+    same = np.tile(numbers[-1], (12, 1))  # one box again and again may be so
+    for some in (few, same):
+        assert "repeated-number" not in {f.kind for f in found(corners_of(some, own), own)}
+
+
 def test_an_order_that_fits_as_well_as_a_form_is_named_beside_it():
     """Corners in the first quarter of their images fit as sizes before centres."""
     boxes = misread(boxes_of("medium", 40) / 2, "xyxy", "cxcywh")

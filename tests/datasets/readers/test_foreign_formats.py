@@ -52,6 +52,8 @@ OPEN_IMAGES = (
         "image_id, Class Name, x_min, y_min, x_max, y_max\na, cat, 4, 6, 24, 18\n\n",  # without suffixes
         OPEN_IMAGES + "a,xclick,cat,1,0.0625,0.375,0.125,0.375,0,0,0,0,0\n",
         'class,filename,y1,x1,y2,x2\n"cat",".\\imgs\\a.jpg",6,4,18,24\n',
+        "Image_ID,class,xmin,ymin,width,height\na,cat,4.0,6,20,12\n",  # Zindi; SVHN's tables have Left,Top
+        "filename,image_width,image_height,Top,Left,Height,Width,class\na.jpg,64,48,6,4,12,20,cat\n",
     ],
 )
 def test_tables_of_boxes(tmp_path: Path, write_image: Callable[..., Path], text: str) -> None:
@@ -66,6 +68,18 @@ def test_tables_of_boxes(tmp_path: Path, write_image: Callable[..., Path], text:
         assert set(kinds(annotations)) <= {"unlisted-images", "file-name-path"}
         assert ("file-name-path" in kinds(annotations)) == ("imgs" in text)
     assert ("b.jpg" in objects(annotations)) == ("b.jpg" in text)
+
+
+@pytest.mark.parametrize(
+    "columns", ["width,height,class,xmin,ymin", "width,height,xmin,ymin", "xmin,width,ymin,height"]
+)
+def test_sizes_that_may_be_the_images_are_no_boxes(
+    tmp_path: Path, write_image: Callable[..., Path], columns: str
+) -> None:
+    write_image(tmp_path / "a.jpg")
+    (tmp_path / "labels.csv").write_text(f"filename,{columns}\na.jpg,1,1,1,1\n")
+    with pytest.raises(InputError, match="bbox_width and bbox_height where it has sizes"):
+        detect_format(tmp_path)
 
 
 def test_cells_beyond_the_columns_are_named(tmp_path: Path, write_image: Callable[..., Path]) -> None:
@@ -392,11 +406,14 @@ def test_a_column_that_may_hold_the_classes_is_not_passed_over(
     annotations = load_annotations(tmp_path, "train")
     assert kinds(annotations) == {"classes-unknown": "refused", "missing-classes": "repaired"}
     assert '"species" has 2 different words, such as robin' in annotations.findings[0].message
+    (tmp_path / "train.csv").write_text("image,xmin,ymin,xmax,ymax,DigitLabel\n" + rows.format(1, 7))  # SVHN
+    assert "classes-unknown" in kinds(load_annotations(tmp_path, "train"))
     no_classes = [("species", ("robin", "robin")), ("source", ("x", "y")), ("confidence", (0.5, 0.7))]
     no_classes += [
         ("day", ("2024-01-30", "2024-01-31T12:30:00Z")),
         ("occluded", ("True", "False")),
         ("path", ("x", "y")),
+        ("label_conf", (1, 0)),
     ]
     for name, values in no_classes:
         (tmp_path / "train.csv").write_text(f"image,xmin,ymin,xmax,ymax,{name}\n" + rows.format(*values))

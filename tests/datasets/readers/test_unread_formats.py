@@ -22,7 +22,16 @@ IMAGE = "an image"
         ({"meta.json": "{}", "ds/ann/a.jpg.json": "{}", "ds/img/a.jpg": IMAGE}, "a Supervisely project"),
         ({"annotations/train.json": '{"info": {}, "categories": {"label": {}}, "items": []}'}, "Datumaro's JSON"),
         ({"set.vott": "{}", "a.jpg": IMAGE}, "VoTT.*datum convert"),
-        ({"labels.json": '[{"name": "a.jpg", "labels": [{"box2d": {"x1": 1}}]}]'}, "BDD100K's JSON"),
+        ({"a.json": '[{"name": "a.jpg", "labels": [{"box2d": {"x1": 1}}]}]'}, "as BDD100K has .*scalabel.label.to_co"),
+        (
+            {"labels/100k/val/a.json": '{"frames": [{"objects": [{"box2d": {}}]}]}', "images/100k/val/a.jpg": IMAGE},
+            "as BDD100K has .*older ones with a file for each image, write",
+        ),
+        (
+            {"a.json": '{"images": [{"file": "a.jpg", "detections": [{"conf": 1}]}], "detection_categories": {}}'},
+            "MegaDetector found, which are detections",
+        ),
+        ({"labels_with_ids/train/a.txt": "2 -1 0.77 0.2 0.01 0.02\n", "images/train/a.jpg": IMAGE}, "rows of JDE and"),
         ({"gtFine/train/aachen/aachen_0_gtFine_polygons.json": "{}"}, "Cityscapes"),
         ({"export.ndjson": '{"data_row": {"id": "c"}}'}, "Labelbox"),
         ({"output.manifest": "{}"}, "SageMaker"),

@@ -451,3 +451,33 @@ def test_capitals(make_yolo):
     (root / "classes.txt").write_text("cat\n")
     train = load_annotations(root, "Train")
     assert (len(train.images[0].labels), train.findings) == (1, ())
+
+
+# ---- names that folders of images have -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", ["img", "Imgs", "image", "JPEGImages"])
+@pytest.mark.parametrize("split", ["", "train/"])
+def test_images_and_labels_by_other_names(tmp_path, write_image, images, split):
+    write_image(tmp_path / split / images / "a.jpg")
+    write_image(tmp_path / split / images / "b.jpg", seed=1)
+    (tmp_path / split / "labels").mkdir()
+    (tmp_path / split / "labels" / "a.txt").write_text(ROW)
+    (tmp_path / split / "labels" / "classes.txt").write_text("cat\n")
+    annotations = load_annotations(tmp_path, split.strip("/") or "all")
+    assert [category.name for category in annotations.categories] == ["cat"]
+    assert [len(image.labels) for image in annotations.images] == [1, 0]
+    ((_, _, message),) = said(annotations, "image-without-labels")
+    assert f"(expected {tmp_path / split / 'labels' / 'b.txt'})" in message
+
+
+def test_names_of_images_with_folders_called_images(tmp_path, write_image):
+    """CVAT keeps the folders that an image came from: images/train/line/images/a.jpg."""
+    write_image(tmp_path / "images/train/line/images/a.jpg")
+    (tmp_path / "labels/train/line/images").mkdir(parents=True)
+    (tmp_path / "labels/train/line/images/a.txt").write_text(ROW)
+    (tmp_path / "train.txt").write_text("data/images/train/line/images/a.jpg\n")
+    (tmp_path / "data.yaml").write_text(f"train: train.txt\n{NAMES}")
+    annotations = load_annotations(tmp_path, "train")
+    assert [len(image.labels) for image in annotations.images] == [1]
+    assert [f for f in annotations.findings if f.action != "note"] == []

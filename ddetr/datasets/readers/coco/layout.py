@@ -33,6 +33,7 @@ _SPLIT_WORD = re.compile(
     re.IGNORECASE,
 )
 _OTHERS = (b'"items"', b'"image":')  # Datumaro's, and Segment Anything's, which has one image a file
+_DETECTIONS = b'"detection_categories"'  # MegaDetector's, which has images too
 JSON_MARKS = b"\xef\xbb\xbf\xff\xfe\0 \t\r\n"  # what may stand before the first bracket, in UTF-8, 16 or 32
 _MOST_FILES = 100  # JSON files of a folder that holds data sets: with more it has one for each image
 _SAMPLED, _SMALL = 8, 1 << 20  # files of a folder that show whether they are for an image each; bytes of such a file
@@ -171,7 +172,7 @@ def _looks_like_coco(file: Path) -> bool:
     except OSError:
         return False
     start, ends = start.lstrip(JSON_MARKS), ends.replace(b"\0", b"")  # UTF-16 has a zero byte in each letter
-    if start[:1] != b"{" or (b'"images"' not in ends and any(word in start for word in _OTHERS)):
+    if start[:1] != b"{" or (b'"images"' not in ends and any(word in start for word in _OTHERS)) or _DETECTIONS in ends:
         return False
     if b'"images"' in ends or b'"image_id"' in ends:
         return True

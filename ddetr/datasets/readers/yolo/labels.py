@@ -120,7 +120,8 @@ class LabelFiles:
         elif num_without:
             for folder, images in self._without.items():
                 total = len(images) + sum(self._used[folder].values())
-                expected = label_file(images[0])
+                used = self._used[folder].most_common(1)  # where those of the others are
+                expected = used[0][0] / f"{images[0].stem}.txt" if used else label_file(images[0])
                 message = (
                     f"{len(images):,} of {total:,} images have no label file and count as background, such as "
                     f"{_few(image.name for image in images)} (expected {expected})."

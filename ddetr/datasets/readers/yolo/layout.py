@@ -20,7 +20,7 @@ from typing import Any
 from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, folded, folders_in, report_unread, visible, walk_files
 from ddetr.datasets.image_formats import is_clutter, is_image_name, is_unread_name
-from ddetr.datasets.readers.label_folders import holds_json_labels, split_folders
+from ddetr.datasets.readers.label_folders import holds_json_labels, label_files, split_folders
 from ddetr.datasets.readers.reader import WHOLE, looked_at_once, split_kind
 from ddetr.datasets.readers.yolo.paths import (
     FEW,
@@ -45,6 +45,7 @@ _YAML, _DARKNET = (".yaml", ".yml"), (".data",)
 _LISTS = ("", "ImageSets", "ImageSets/Main")
 _LISTED_SPLITS = {name for names in _SPLIT_KEYS.values() for name in names}
 _IMAGES_WORD = re.compile(r"[ _.-]*(images?|imgs?)[ _.-]*", re.IGNORECASE)
+_OTHER_IMAGES = ("image", "imgs", "img", "jpegimages")
 SAMPLED_LABELS = 100  # text files beside images that are looked into
 
 
@@ -155,8 +156,8 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
     if path.is_file():
         return {}
     inside = {folder.name.lower(): folder for folder in folders_in(path)}
-    if "images" in inside and "labels" in inside and not holds_json_labels(inside["labels"]):
-        images, labels = inside["images"], inside["labels"]
+    if (images := _images_of(inside)) is not None:
+        labels = inside["labels"]
         inner = [folder for folder in folders_in(images) if (labels / folder.name).is_dir()]
         if inner and (any(split_kind(folder.name) for folder in inner) or not _has_labels_in(images, labels)):
             return {folder.name: YoloSplit((folder,)) for folder in inner}
@@ -185,9 +186,20 @@ def yolo_splits(path: Path) -> dict[str, YoloSplit]:
 
 def _images_with_labels(folder: Path) -> Path | None:
     """The images of a folder that has them and their label files in a folder each."""
-    below = {place.name.lower(): place for place in folders_in(folder)}
-    both = "images" in below and "labels" in below and not holds_json_labels(below["labels"])
-    return below["images"] if both else None
+    return _images_of({place.name.lower(): place for place in folders_in(folder)})
+
+
+def _images_of(inside: dict[str, Path]) -> Path | None:
+    """The one of the folders (by their names in small letters) with the images of that called labels: images; or img
+    and such, where there are rows of label files."""
+    labels = inside.get("labels")
+    if labels is None or holds_json_labels(labels):
+        return None
+    others = [inside[name] for name in _OTHER_IMAGES if name in inside]
+    if "images" in inside or len(others) != 1:
+        return inside.get("images")
+    texts = (file for place in (labels, *folders_in(labels)) for file in label_files(place, ".txt", FEW))
+    return others[0] if any(map(has_rows, islice(texts, SAMPLED_LABELS))) else None
 
 
 def _has_labels_in(images: Path, labels: Path) -> bool:

@@ -218,13 +218,17 @@ def label_file(image: Path) -> Path:
 
 
 def usual_folder(folder: Path) -> Path:
-    """The folder of the label files of a folder of images."""
-    parts = list(folder.parts)
+    """The folder of the label files of a folder of images: that with `labels` for its last `images`, or for an earlier
+    one, where names of images begin with folders called so too."""
+    parts = folder.parts
+    usual = folder
     for i in reversed(range(len(parts))):
         if parts[i].lower() == "images":
             places = [Path(*parts[:i], labels, *parts[i + 1 :]) for labels in written_like(parts[i], "labels")]
-            return next((place for place in places if place.is_dir()), Path(*parts[:i], "labels", *parts[i + 1 :]))
-    return folder
+            if found := next((place for place in places if place.is_dir()), None):
+                return found
+            usual = Path(*parts[:i], "labels", *parts[i + 1 :]) if usual == folder else usual
+    return usual
 
 
 # ---- names of folders ------------------------------------------------------------------------------------------------
