@@ -21,7 +21,7 @@ from ddetr.datasets.shapes import HARD
 from ddetr.datasets.splits import load_splits, no_validation
 from ddetr.engine.config import TrainConfig
 from ddetr.errors import InputError
-from ddetr.files import make_folder
+from ddetr.files import make_folder, write_text
 from ddetr.runtime.device import choose_device
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,8 @@ class Comparison:
     def write(self) -> dict[str, Any]:
         """convergence.json, convergence.md and convergence.png."""
         report = self.report()
-        record.save(self.folder, "convergence", report, tables.markdown(report))
+        record.save_json(self.folder / "convergence.json", report)
+        write_text(self.folder / "convergence.md", tables.markdown(report))
         found = [Curve.of(values) for values in report["curves"]]
         curves.draw(self.folder / "convergence.png", found, self.clock)
         return report
@@ -207,9 +208,12 @@ def bench_convergence(
             report = comparison.write()
     for line in tables.header(report):
         console.show(line)
-    console.show(tables.table(report))
+    for table in tables.shown(report):
+        console.show("")
+        console.show(table)
     for line in tables.left_out(report):
         console.show(line)
+    console.show(f"saved in {folder}: convergence.json, convergence.md, convergence.png")
 
 
 def _checked(

@@ -49,7 +49,7 @@ _PUBLISHED: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Side:
     """One that is compared."""
 

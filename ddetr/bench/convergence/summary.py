@@ -37,7 +37,9 @@ def summary(curves: Iterable[Curve]) -> tuple[list[dict[str, Any]], dict[str, fl
         if curve.points:
             sides.setdefault(curve.side, []).append(curve)
     best = max((statistics.fmean(curve.last.AP for curve in seeds) for seeds in sides.values()), default=0.0)
-    levels = {f"AP {level:g}": level for level in LEVELS} | {f"{SHARE_OF_BEST:.0%} of the best": SHARE_OF_BEST * best}
+    levels = {f"AP {level:g}": level for level in LEVELS} | {
+        f"{SHARE_OF_BEST:.0%} of the best AP": SHARE_OF_BEST * best
+    }
     rows = []
     for side, seeds in sides.items():
         row: dict[str, Any] = {

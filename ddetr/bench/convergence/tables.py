@@ -28,14 +28,22 @@ def header(report: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def table(report: Mapping[str, Any]) -> Table:
-    """A row for each side."""
-    found = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in _headings(report):
-        found.add_column(heading, justify="right" if heading else "left")
-    for row in report["rows"]:
-        found.add_row(*_cells(row))
-    return found
+def shown(report: Mapping[str, Any]) -> list[Table]:
+    """For a terminal: a row for each side, in two tables."""
+    ends = [(heading, place) for place, heading in enumerate(_headings(report))]
+    num_levels = len(report["levels"])
+    parts = [ends[1:4] + ends[4 + num_levels :], ends[4 : 4 + num_levels]]
+    tables = []
+    for part in parts:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("")
+        for heading, _ in part:
+            table.add_column(heading, justify="right")
+        for row in report["rows"]:
+            cells = _cells(row)
+            table.add_row(cells[0], *(cells[place] for _, place in part))
+        tables.append(table)
+    return tables
 
 
 def left_out(report: Mapping[str, Any]) -> list[str]:
@@ -74,10 +82,8 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def _headings(report: Mapping[str, Any]) -> list[str]:
-    levels = [
-        f"until {name} ({ap:.3f})" if "best" in name else f"until {name}" for name, ap in report["levels"].items()
-    ]
-    return ["", "seeds", "AP", "AP50", *levels, "epochs", "seconds", "seconds a step", "parameters"]
+    levels = [f"{name} ({ap:.3f})" if "best" in name else f"until {name}" for name, ap in report["levels"].items()]
+    return ["", "seeds", "AP", "AP50", *levels, "epochs", "seconds", "s a step", "parameters"]
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
