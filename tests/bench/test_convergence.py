@@ -253,6 +253,9 @@ def test_faster_rcnn_gets_pixels_of_its_image_and_gives_those_of_the_original(
     targets = [{"boxes": b, "labels": n, "orig_size": s} for b, n, s in zip(boxes, labels, sizes)]
     batch = (torch.zeros(2, 3, 64, 96, dtype=torch.uint8), mask, targets)
     assert peer.loss(batch).isfinite()
+    for mode in (True, False):  # as large in training as where it is measured
+        padded, _ = peer.train(mode).net.transform([torch.zeros(3, 64, 96), torch.zeros(3, 48, 32)])
+        assert (padded.tensors.shape, padded.image_sizes) == ((2, 3, 64, 96), [(64, 96), (48, 32)])
     seen: list[Any] = []
 
     def net(images: list[torch.Tensor], wanted: Any = None) -> Any:

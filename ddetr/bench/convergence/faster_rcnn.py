@@ -6,11 +6,13 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ddetr.bench.convergence.peers import Peer, make_body, target_sizes
 from ddetr.boxes import box_cxcywh_to_xyxy
+from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.step import MicroBatch
 from ddetr.models.backbone import Backbone
@@ -35,8 +37,8 @@ class FasterRcnn(Peer):
             box_head=TwoMLPHead(width * 7**2, 4 * width),
             box_predictor=FastRCNNPredictor(4 * width, num_classes + 1),  # 0 is the background
             box_detections_per_img=config.max_detections,
-            _skip_resize=True,
         )
+        self.net.transform = _Unresized(0, 0, list(IMAGENET_MEAN), list(IMAGENET_STD))
 
     def loss(self, batch: MicroBatch) -> Tensor:
         images = _images(batch)
@@ -57,6 +59,13 @@ class FasterRcnn(Peer):
             boxes = one["boxes"].float() * (size / size.new_tensor([width, height, width, height]))
             found.append({"scores": one["scores"].float(), "labels": one["labels"] - 1, "boxes": boxes})
         return found
+
+
+class _Unresized(GeneralizedRCNNTransform):
+    """Images have their size. (torchvision's own option for it, `_skip_resize`, is for training alone.)"""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        return image, target
 
 
 class _Pyramid(nn.Module):
