@@ -16,9 +16,9 @@ import torch
 from ddetr.bench.convergence import command, ours, tables
 from ddetr.bench.convergence.curves import values_of
 from ddetr.bench.convergence.faster_rcnn import FasterRcnn
-from ddetr.bench.convergence.peers import PeerTraining
+from ddetr.bench.convergence.peers import PeerTraining, make_peer
 from ddetr.bench.convergence.points import Curve, Point
-from ddetr.bench.convergence.sides import SIDES, chosen_sides, make_peer, with_options
+from ddetr.bench.convergence.sides import SIDES, chosen_sides, with_options
 from ddetr.bench.convergence.summary import reached, spread, summary
 from ddetr.cli import main as cli
 from ddetr.datasets.config import DataConfig

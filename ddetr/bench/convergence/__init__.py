@@ -3,7 +3,8 @@
 command.py      the comparison: which sides train, on what, for how long, and where it goes on
 sides.py        the sides as data: ours are options over one base, the others are networks of other people
 ours.py         a side of ours, by `ddetr train`
-peers.py        the others' training, with our loader, schedule and evaluation
+peer.py         what a network of other people is here
+peers.py        their training, with our loader, schedule and evaluation
 detr.py         DETR and DETR-DC5: transformers' network and loss
 faster_rcnn.py  Faster R-CNN with a feature pyramid: torchvision's
 plan.py         what an output folder compares, so that it goes on with nothing else

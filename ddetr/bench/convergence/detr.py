@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DetrConfig, DetrForObjectDetection, TimmBackboneConfig
 
-from ddetr.bench.convergence.peers import Peer, make_body, target_sizes
+from ddetr.bench.convergence.peer import Peer, make_body, target_sizes
 from ddetr.bench.sides import UnavailableError
 from ddetr.boxes import box_cxcywh_to_xyxy
 from ddetr.datasets import normalize_images

@@ -10,7 +10,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from ddetr.bench.convergence.peers import Peer, make_body, target_sizes
+from ddetr.bench.convergence.peer import Peer, make_body, target_sizes
 from ddetr.boxes import box_cxcywh_to_xyxy
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.engine.config import TrainConfig

@@ -4,18 +4,18 @@ A state is saved after each epoch. A step draws its random numbers from (seed, s
 one that was not interrupted.
 """
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ddetr.bench.convergence.peer import Peer
 from ddetr.bench.convergence.points import Curve
-from ddetr.bench.convergence.sides import Side, make_peer
+from ddetr.bench.convergence.sides import Side
 from ddetr.checkpoint.files import write_file
 from ddetr.datasets import Annotations, sample_seed
 from ddetr.engine.callbacks import seconds_of
@@ -26,34 +26,25 @@ from ddetr.engine.step import MicroBatch, on_device
 from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.files import make_folder
-from ddetr.models.backbone import Backbone
 from ddetr.runtime.precision import PRECISIONS, numerics, onednn_matmuls
 from ddetr.untrusted import load_tensors
 
 STATE_FILE = "state.pth"
 
 
-class Peer(nn.Module):
-    """A network of other people behind what training needs of it."""
+def make_peer(side: Side, config: TrainConfig, num_classes: int) -> Peer:
+    """The network of one of the others, of the sizes of ours, with the backbone's weights that ours starts from.
 
-    body: Backbone
+    Raises:
+        ImportError, UnavailableError, InputError: it cannot be had.
+    """
+    if side.name == "faster-rcnn":
+        from ddetr.bench.convergence.faster_rcnn import FasterRcnn
 
-    @abstractmethod
-    def loss(self, batch: MicroBatch) -> Tensor:
-        """The total of a micro-batch, a scalar."""
+        return FasterRcnn(config, num_classes)
+    from ddetr.bench.convergence.detr import Detr
 
-    @abstractmethod
-    def detect(self, batch: MicroBatch) -> list[dict[str, Tensor]]:
-        """As `PostProcess`: for each image `scores` (k,), `labels` (k,), `boxes` (k, 4) xyxy in pixels of the original
-        image."""
-
-
-def make_body(config: TrainConfig, num_features: int, *, dilation: bool = False) -> Backbone:
-    """The backbone that ours has, with its weights and what is frozen of it."""
-    model = config.model
-    pretrained = model["pretrained_backbone"]
-    freeze = model["freeze_backbone"] or ("stem" if pretrained else "none")
-    return Backbone(model["backbone"], num_features, pretrained=pretrained, dilation=dilation, freeze=freeze)
+    return Detr(config, num_classes, dilation=side.name == "detr-dc5")
 
 
 class PeerTraining:
@@ -196,8 +187,3 @@ def train_peer(training: PeerTraining, curve: Curve, file: Path, folder: Path) -
                 curve.add(training.epoch, training.step, training.seconds, training.validate())
                 curve.save(file)
             training.save(state)
-
-
-def target_sizes(targets: list[Mapping[str, Tensor]], device: torch.device) -> Tensor:
-    """(N, 4) width, height, width, height of the original images."""
-    return torch.stack([target["orig_size"] for target in targets]).flip(1).repeat(1, 2).to(device)

@@ -7,16 +7,13 @@ recipe can be measured alone.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ddetr.engine.config import TrainConfig
 from ddetr.errors import InputError
 from ddetr.settings import flat, kept
 from ddetr.untrusted import one_line, parse_yaml
 from ddetr.wording import did_you_mean
-
-if TYPE_CHECKING:
-    from ddetr.bench.convergence.peers import Peer
 
 # What all sides share where the command line says nothing else: small enough for hours on two cores.
 BASE: dict[str, Any] = {
@@ -169,21 +166,6 @@ def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig
 
 def _is_number(before: Any, value: Any) -> bool:
     return not isinstance(before, bool) and isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def make_peer(side: Side, config: TrainConfig, num_classes: int) -> "Peer":
-    """The network of one of the others, of the sizes of ours, with the backbone's weights that ours starts from.
-
-    Raises:
-        ImportError, UnavailableError, InputError: it cannot be had.
-    """
-    if side.name == "faster-rcnn":
-        from ddetr.bench.convergence.faster_rcnn import FasterRcnn
-
-        return FasterRcnn(config, num_classes)
-    from ddetr.bench.convergence.detr import Detr
-
-    return Detr(config, num_classes, dilation=side.name == "detr-dc5")
 
 
 # Settings of a run that a comparison decides itself.
