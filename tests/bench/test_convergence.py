@@ -194,10 +194,13 @@ def test_sides_and_seeds_are_added_to_a_finished_comparison(run: Run, nobody_tra
         (["--minutes", "0"], "--minutes: expected more than 0, got 0"),
         (["--epochs", "0"], "--epochs: expected at least 1, got 0"),
         (["--epochs", "1", "--sides", "plain,fats"], "got 'fats' (did you mean fast?)"),
-        (["--epochs", "1", "--sides", "detr+optim.lr=1"], "settings are of ours alone, and detr is not"),
         (["--epochs", "1", "--sides", "fast+optim.lr"], "expected fast+OPTION=VALUE, got 'optim.lr'"),
         (["--epochs", "1", "--sides", "fast+optim.rl=1"], "'optim.rl' is no option of training (did you mean optim.lr"),
         (["--epochs", "1", "--sides", "fast+optim.lr=fast"], "optim.lr: expected a value such as 0.001, got 'fast'"),
+        (
+            ["--epochs", "1", "--sides", "fast+batch_size=9"],
+            "batch_size is the same for all sides: give it as an option",
+        ),
         (["--epochs", "1", "--sides", "plain+model.query_selection=peaks"], "needs two_stage"),
         (["--epochs", "1", "--seeds", "0,a"], "--seeds: expected numbers such as 0,1,2, got '0,a'"),
         (["--epochs", "1", "--seeds", "-1"], "--seeds: expected numbers from 0 to 4294967295, got '-1'"),
@@ -285,6 +288,9 @@ def test_the_others_have_their_own_rates(shapes: Path, tiny_model: dict[str, Any
     settings = replace(settings, weights="trained.pth")
     training = PeerTraining(SIDES["detr"], settings, train, val, torch.device("cpu"))
     assert [group["rate"] for group in training.optimizer.param_groups] == pytest.approx([1e-4, 1e-5])
+    (side,) = chosen_sides("detr+optim.lr=0.003")
+    training = PeerTraining(side, side.config(settings), train, val, torch.device("cpu"))
+    assert [group["rate"] for group in training.optimizer.param_groups] == pytest.approx([3e-3, 3e-4])
     grouped = [p for group in training.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in training.peer.parameters() if p.requires_grad}
 

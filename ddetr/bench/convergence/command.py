@@ -5,6 +5,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ddetr import console
 from ddetr.bench import record
 from ddetr.bench.convergence import curves, tables
@@ -47,7 +49,9 @@ class Comparison:
 
     @property
     def clock(self) -> str:
-        return "GPU seconds (wall time)" if self.device.type == "cuda" else "CPU seconds of the process"
+        if self.device.type == "cuda":
+            return "GPU seconds (wall time)"
+        return f"CPU seconds of the process, PyTorch threads: {torch.get_num_threads()}"
 
     def parameters_of(self, side: Side) -> int | None:
         """How many its network has; None, and a reason in `left_out`, where one of the others cannot be had.
@@ -141,7 +145,7 @@ class Comparison:
         record.save_json(self.folder / "convergence.json", report)
         write_text(self.folder / "convergence.md", tables.markdown(report))
         found = [Curve.of(values) for values in report["curves"]]
-        curves.draw(self.folder / "convergence.png", found, self.clock)
+        curves.draw(self.folder / "convergence.png", found, self.clock.split(",")[0])
         return report
 
 
@@ -164,8 +168,8 @@ def bench_convergence(
         output: folder of the comparison. One that holds a comparison is gone on with: what was interrupted, further
             sides, further seeds.
         sides: any of plain, refine, two-stage, fast; detr, detr-dc5 (transformers'), faster-rcnn (torchvision's).
-            fast+model.query_selection=distinct is fast with another setting, and so is any of ours with any option of
-            train.
+            fast+model.query_selection=distinct is fast with another setting, detr+optim.lr=0.002 DETR with that rate (by
+            default half of ours, as published), and so on with any option of train.
         seeds: numbers, such as 0,1,2: each side trains once with each.
         minutes: training time of a side and a seed (CPU time of the process; on a GPU wall time), validation left out.
             A few steps tell how many epochs that is.

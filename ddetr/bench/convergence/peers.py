@@ -38,13 +38,14 @@ def make_peer(side: Side, config: TrainConfig, num_classes: int) -> Peer:
     Raises:
         ImportError, UnavailableError, InputError: it cannot be had.
     """
-    if side.name == "faster-rcnn":
+    kind = side.name.partition("+")[0]
+    if kind == "faster-rcnn":
         from ddetr.bench.convergence.faster_rcnn import FasterRcnn
 
         return FasterRcnn(config, num_classes)
     from ddetr.bench.convergence.detr import Detr
 
-    return Detr(config, num_classes, dilation=side.name == "detr-dc5")
+    return Detr(config, num_classes, dilation=kind == "detr-dc5")
 
 
 class PeerTraining:

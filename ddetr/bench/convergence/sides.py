@@ -1,7 +1,7 @@
 """Who is compared: ours are settings over one base, the others are networks of other people.
 
-`fast+model.query_selection=distinct` is a side too: ours of that name with other settings, so that each part of a
-recipe can be measured alone.
+`fast+model.query_selection=distinct` is a side too: the one of that name with other settings, so that each part of a
+recipe can be measured alone, and the others with the rates that suit them (`detr+optim.lr=0.002`).
 """
 
 import re
@@ -52,7 +52,7 @@ class Side:
 
     name: str
     about: str
-    options: Mapping[str, Any] = field(default_factory=dict)  # of ours, dotted, over the base
+    options: Mapping[str, Any] = field(default_factory=dict)  # dotted, over the base
     # Of others: their published rate beside ours, which is 2e-4 there, and their backbone's beside their own where it
     # starts from trained weights.
     lr_factor: float = 1.0
@@ -129,14 +129,18 @@ def _side(name: str) -> Side:
     side = SIDES[known]
     if not changes:
         return side
-    if not side.is_ours:
-        raise InputError(f"--sides {one_line(name)}: settings are of ours alone, and {known} is not")
     options = {}
     for change in changes:
         option, equals, value = change.partition("=")
         if not equals or not value:
             raise InputError(f"--sides {one_line(name)}: expected {known}+OPTION=VALUE, got {one_line(change)!r}")
+        if option.split(".")[0] in _SHARED:
+            raise InputError(
+                f"--sides {one_line(name)}: {one_line(option)} is the same for all sides: give it as an option"
+            )
         options[option] = parse_yaml(value, f"--sides {one_line(name)}")
+    if "optim.lr" in options:
+        side = replace(side, lr_factor=1.0)  # it is given as it is meant
     about = ", ".join(f"{option} {value}" for option, value in options.items())
     return replace(side, name=name, about=f"{side.about}; {about}", options={**side.options, **options})
 
@@ -167,6 +171,8 @@ def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig
 def _is_number(before: Any, value: Any) -> bool:
     return not isinstance(before, bool) and isinstance(value, int | float) and not isinstance(value, bool)
 
+
+_SHARED = ("data", "batch_size", "epochs", "val_every", "max_detections", "device")
 
 # Settings of a run that a comparison decides itself.
 NOT_OPTIONS = (
