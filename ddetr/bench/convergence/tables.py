@@ -36,7 +36,7 @@ def shown(report: Mapping[str, Any]) -> list[Table]:
     tables = []
     for part in parts:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("")
+        table.add_column("", overflow="fold")
         for heading, _ in part:
             table.add_column(heading, justify="right")
         for row in report["rows"]:
@@ -83,7 +83,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def _headings(report: Mapping[str, Any]) -> list[str]:
     levels = [f"{name} ({ap:.3f})" if "best" in name else f"until {name}" for name, ap in report["levels"].items()]
-    return ["", "seeds", "AP", "AP50", *levels, "epochs", "seconds", "s a step", "parameters"]
+    return ["", "seeds", "AP", "AP50", *levels, "epochs", "seconds", "s per step", "parameters"]
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
