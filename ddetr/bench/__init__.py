@@ -14,6 +14,7 @@ official.py that step as the official recipe has it; huggingface.py transformers
 inference.py  `ddetr bench inference`: the whole detector beside transformers' with the same weights
 evaluation.py `ddetr bench evaluation`: COCO's evaluation by each library
 matcher.py  `ddetr bench matcher`: the matching beside the official formulation
+convergence/ `ddetr bench convergence`: how soon detectors learn, beside others on the same images
 gpu/        `ddetr bench gpu`: all of it on a GPU, in minutes
 timing.py   interleaved medians: CPU time of the thread, wall time, CUDA events
 record.py   machine, commit and command beside every figure, and the files

@@ -3,6 +3,7 @@
 import inspect
 import shlex
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
@@ -67,6 +68,29 @@ def bench_train_command(parser: Parser) -> Callable[[Any], None]:
     def run(settings: Any) -> None:
         options = {name: value for name, value in vars(settings).items() if name in own}
         bench_train(training_config(settings), **options, command=shlex.join(["ddetr", *sys.argv[1:]]))
+
+    return run
+
+
+def bench_convergence_command(parser: Parser) -> Callable[[Any], None]:
+    """Train detectors side by side on the same images: how soon each reaches an AP."""
+    from ddetr.bench.convergence.command import bench_convergence
+    from ddetr.bench.convergence.sides import BASE, NOT_OPTIONS
+
+    parser.usage = (
+        "ddetr bench convergence --data PATH|shapes (--minutes M | --epochs N) --output FOLDER [options of bench "
+        "convergence and of train]"
+    )
+    own = set(inspect.signature(bench_convergence).parameters) - {"config", "command"}
+    parser.add_function_arguments(bench_convergence, skip={"config", "command"})
+    add_training_options(parser, skip=NOT_OPTIONS)
+    parser.set_defaults(BASE)
+
+    def run(settings: Any) -> None:
+        given = vars(settings)
+        config = training_config(Namespace(**{name: value for name, value in given.items() if name not in own}))
+        options = {name: given[name] for name in own}
+        bench_convergence(config, **options, command=shlex.join(["ddetr", *sys.argv[1:]]))
 
     return run
 

@@ -182,6 +182,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
     "bench gpu": bench.bench_gpu_command,
     "bench data": bench.bench_data_command,
     "bench train": bench.bench_train_command,
+    "bench convergence": bench.bench_convergence_command,
     "bench inference": bench.bench_inference_command,
     "bench evaluation": bench.bench_evaluation_command,
     "bench matcher": bench.bench_matcher_command,

@@ -2,7 +2,7 @@
 
 It is a real, small detection problem that needs no download: colours, sizes, turns, shading and backgrounds vary, the
 classes share their colours, and a few shapes overlap. Every image has its own random stream (seed, split, index), so
-that image 7 is the same however many there are.
+that image 7 is the same however many there are. A `Difficulty` other than the default one makes a harder problem.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,51 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ddetr.errors import InputError
+from ddetr.settings import check_ranges, option
 
 CLASSES = ("circle", "square", "triangle")
+ALL_CLASSES = (*CLASSES, "star", "cross", "arrow", "heart", "crescent", "hourglass", "half disk")
 _VERSION = 1  # part of the parameters: a set drawn by other code is not taken for this one's
 _FINE = 4  # shapes are drawn this many times larger and averaged down: smooth edges, boxes to a quarter pixel
-_MAX_OBJECTS = 6
-_SIDE_RANGE = (0.12, 0.42)  # of the image's side
 _JPEG_QUALITY = 92
 
 
+@dataclass(frozen=True)
+class Difficulty:
+    """What is in an image; by default what the demo learns."""
+
+    num_classes: int = option(len(CLASSES), at_least=1, at_most=len(ALL_CLASSES))
+    """The first so many of `ALL_CLASSES`."""
+    max_objects: int = option(6, at_least=1, at_most=100)
+    """An image has 1 to so many."""
+    smallest: float = option(0.12, at_least=0.02, at_most=0.9)
+    """Side of the smallest objects, of the image's."""
+    largest: float = option(0.42, at_least=0.02, at_most=0.9)
+    """Side of the largest."""
+    smallness: float = option(1.5, at_least=0.1, at_most=10)
+    """1 for sides that are all as frequent, more for more small ones, as in real scenes."""
+    overlap: float = option(0.08, at_least=0, at_most=0.9)
+    """Largest share of the smaller of two boxes that the other one may cover."""
+    clutter: int = option(0, at_least=0, at_most=100)
+    """Up to so many strokes, arcs and blobs of the objects' colours, which are none."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.smallest > self.largest:
+            raise InputError(f"smallest must be at most largest, got {self.smallest} and {self.largest}")
+
+
+# For comparisons of detectors: crowds, tiny beside large ones, objects that cover each other, and what looks like them.
+HARD = Difficulty(num_classes=10, max_objects=30, smallest=0.04, largest=0.6, smallness=3.0, overlap=0.4, clutter=12)
+
+
 def draw_shapes(
-    folder: str | Path, num_train: int = 2000, num_val: int = 200, image_size: int = 160, seed: int = 0
+    folder: str | Path,
+    num_train: int = 2000,
+    num_val: int = 200,
+    image_size: int = 160,
+    seed: int = 0,
+    difficulty: Difficulty = Difficulty(),
 ) -> Path:
     """Writes the data set in COCO's layout (`annotations/instances_{train,val}.json`, `train/`, `val/`); returns
     `folder`.
@@ -50,13 +85,15 @@ def draw_shapes(
         "image_size": image_size,
         "seed": seed,
     }
+    if difficulty != Difficulty():
+        parameters["difficulty"] = asdict(difficulty)
     if _is_complete(folder, parameters):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     drawing = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for split, count in (("train", num_train), ("val", num_val)):
-            _write_split(drawing, split, count, image_size, seed, parameters)
+            _write_split(drawing, split, count, image_size, seed, difficulty, parameters)
         drawing.chmod(0o755)  # mkdtemp makes it private, which a data set need not be
         try:
             if folder.is_dir():
@@ -72,7 +109,7 @@ def draw_shapes(
     return folder
 
 
-def _is_complete(folder: Path, parameters: dict[str, int]) -> bool:
+def _is_complete(folder: Path, parameters: dict[str, Any]) -> bool:
     try:
         for split in ("train", "val"):
             with _annotation_file(folder, split).open(encoding="utf-8") as file:
@@ -89,13 +126,21 @@ def _annotation_file(folder: Path, split: str) -> Path:
     return folder / "annotations" / f"instances_{split}.json"
 
 
-def _write_split(folder: Path, split: str, count: int, size: int, seed: int, parameters: dict[str, int]) -> None:
+def _write_split(
+    folder: Path,
+    split: str,
+    count: int,
+    size: int,
+    seed: int,
+    difficulty: Difficulty,
+    parameters: dict[str, Any],
+) -> None:
     (folder / split).mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
         rng = np.random.default_rng([seed, ("train", "val").index(split), index])
-        image, objects = draw_image(rng, size)
+        image, objects = draw_image(rng, size, difficulty)
         name = f"{index:06d}.jpg"
         image.save(folder / split / name, quality=_JPEG_QUALITY, subsampling=0)
         images.append({"id": index + 1, "file_name": name, "width": size, "height": size})
@@ -114,26 +159,31 @@ def _write_split(folder: Path, split: str, count: int, size: int, seed: int, par
         "info": {"description": "shapes drawn by ddetr", "parameters": parameters},
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)],
+        "categories": [
+            {"id": label + 1, "name": name} for label, name in enumerate(ALL_CLASSES[: difficulty.num_classes])
+        ],
     }
     _annotation_file(folder, split).parent.mkdir(exist_ok=True)
     _annotation_file(folder, split).write_text(json.dumps(content), encoding="utf-8")
 
 
 def draw_image(
-    rng: np.random.Generator, size: int
+    rng: np.random.Generator, size: int, difficulty: Difficulty = Difficulty()
 ) -> tuple[Image.Image, list[tuple[int, tuple[float, float, float, float], float]]]:
     """An image and its objects: (label, (left, top, right, bottom) in pixels, area in pixels^2)."""
     background_hue = rng.random()
     image = Image.fromarray(_background(rng, size, background_hue))
+    if difficulty.clutter:
+        for _ in range(rng.integers(difficulty.clutter + 1)):
+            _paint_clutter(rng, image, background_hue)
     taken: list[tuple[float, float, float, float]] = []
     objects = []
-    for _ in range(rng.integers(1, _MAX_OBJECTS + 1)):
-        label = int(rng.integers(len(CLASSES)))
-        # the power makes small ones more frequent, as in real scenes
-        side = size * (_SIDE_RANGE[0] + (_SIDE_RANGE[1] - _SIDE_RANGE[0]) * rng.random() ** 1.5)
+    for _ in range(rng.integers(1, difficulty.max_objects + 1)):
+        label = int(rng.integers(difficulty.num_classes))
+        span = difficulty.largest - difficulty.smallest
+        side = size * (difficulty.smallest + span * rng.random() ** difficulty.smallness)
         outline = _outline(rng, label, side)
-        place = _free_place(rng, outline, taken, size)
+        place = _free_place(rng, outline, taken, size, difficulty.overlap)
         if place is None:
             continue
         box, area = _paint(rng, image, outline + place, background_hue)
@@ -146,22 +196,54 @@ def _outline(rng: np.random.Generator, label: int, side: float) -> np.ndarray:
     """(V, 2) vertices in pixels around the origin, about `side` across, turned a little."""
     stretch = rng.uniform(0.8, 1.25)
     width, height = side * stretch**0.5, side / stretch**0.5
-    if CLASSES[label] == "circle":
+    name = ALL_CLASSES[label]
+    if name == "circle":
         angles = np.linspace(0, 2 * np.pi, 72, endpoint=False)
         return np.stack([np.cos(angles), np.sin(angles)], axis=1) * side / 2
-    if CLASSES[label] == "square":
-        corners = np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
-    else:
-        corners = np.array([[0.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])
+    corners = _corners(name)
     turn = rng.uniform(-0.35, 0.35)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     return corners * [width / 2, height / 2] @ rotation
 
 
+def _corners(name: str) -> np.ndarray:
+    """(V, 2) vertices of a class in [-1, 1], upright."""
+    if name == "star":
+        angles = np.linspace(-np.pi / 2, 1.5 * np.pi, 10, endpoint=False)
+        radii = np.where(np.arange(10) % 2, 0.42, 1.0)
+        return np.stack([np.cos(angles), np.sin(angles)], axis=1) * radii[:, None]
+    if name == "heart":
+        t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+        y = (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t) + 2.5) / -15
+        return np.stack([np.sin(t) ** 3, y], axis=1)
+    if name in ("crescent", "half disk"):
+        t = np.linspace(-np.pi / 2, np.pi / 2, 36)
+        outer = np.stack([np.cos(t) * 2 - 1, np.sin(t)], axis=1)
+        hollow = 0.0 if name == "half disk" else 1.1
+        return np.concatenate([outer, np.stack([np.cos(t) * hollow - 1, np.sin(t)], axis=1)[::-1]])
+    return np.array(_POLYGONS[name])
+
+
+_POLYGONS = {
+    "square": [[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]],
+    "triangle": [[0.0, -1.0], [1.0, 1.0], [-1.0, 1.0]],
+    "cross": [
+        *([-0.3, -1.0], [0.3, -1.0], [0.3, -0.3], [1.0, -0.3], [1.0, 0.3], [0.3, 0.3]),
+        *([0.3, 1.0], [-0.3, 1.0], [-0.3, 0.3], [-1.0, 0.3], [-1.0, -0.3], [-0.3, -0.3]),
+    ],
+    "arrow": [[0.0, -1.0], [1.0, 0.1], [0.35, 0.1], [0.35, 1.0], [-0.35, 1.0], [-0.35, 0.1], [-1.0, 0.1]],
+    "hourglass": [[-1.0, -1.0], [1.0, -1.0], [0.15, 0.0], [1.0, 1.0], [-1.0, 1.0], [-0.15, 0.0]],
+}
+
+
 def _free_place(
-    rng: np.random.Generator, outline: np.ndarray, taken: list[tuple[float, float, float, float]], size: int
+    rng: np.random.Generator,
+    outline: np.ndarray,
+    taken: list[tuple[float, float, float, float]],
+    size: int,
+    most_overlap: float,
 ) -> np.ndarray | None:
-    """(2,) an offset that keeps the outline in the image and nearly clear of the others; None where there is none."""
+    """(2,) an offset that keeps the outline in the image and clear enough of the others; None where there is none."""
     low, high = outline.min(axis=0), outline.max(axis=0)
     area = np.prod(high - low)
     for place in rng.uniform(1 - low, size - 1 - high, size=(20, 2)):
@@ -170,7 +252,7 @@ def _free_place(
             overlap_x = min(right, other[2]) - max(left, other[0])
             overlap_y = min(bottom, other[3]) - max(top, other[1])
             smaller = min(area, (other[2] - other[0]) * (other[3] - other[1]))
-            if overlap_x > 0 and overlap_y > 0 and overlap_x * overlap_y > 0.08 * smaller:
+            if overlap_x > 0 and overlap_y > 0 and overlap_x * overlap_y > most_overlap * smaller:
                 break
         else:
             return place
@@ -199,6 +281,28 @@ def _paint(
     x, y = origin.tolist()
     box = (x + left / _FINE, y + top / _FINE, x + right / _FINE, y + bottom / _FINE)
     return box, area
+
+
+def _paint_clutter(rng: np.random.Generator, image: Image.Image, background_hue: float) -> None:
+    """A stroke, an arc or a blob of no class, drawn as objects are."""
+    size = min(image.size)
+    kind = rng.choice(["stroke", "arc", "blob"])
+    reach = size * rng.uniform(0.04, 0.3)
+    if kind == "blob":  # pulled in and out from corner to corner, so that it is no circle
+        angles = np.linspace(0, 2 * np.pi, 9, endpoint=False)
+        outline = np.stack([np.cos(angles), np.sin(angles)], axis=1) * rng.uniform(0.25, 1.0, size=(9, 1)) * reach / 2
+    else:
+        turn = rng.uniform(0, 2 * np.pi)
+        bend = rng.uniform(0.5, 1.5) * np.pi if kind == "arc" else 0.02
+        angles = turn + np.linspace(0, bend, 24)
+        radius = reach / bend  # an arc as long as a stroke
+        thickness = max(1.0, size * rng.uniform(0.006, 0.03))
+        ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        outline = np.concatenate([ring * radius, (ring * (radius + thickness))[::-1]])
+        outline -= outline.mean(axis=0)
+    low, high = outline.min(axis=0), outline.max(axis=0)
+    place = rng.uniform(np.minimum(1 - low, size / 2), np.maximum(size - 1 - high, size / 2))
+    _paint(rng, image, outline + place, background_hue)
 
 
 def _shaded(rng: np.random.Generator, height: int, width: int, background_hue: float) -> Image.Image:

@@ -147,6 +147,49 @@ def _peak_memory_mb(trainer: pl.Trainer) -> int | None:
     return round(torch.cuda.max_memory_allocated() / 2**20) if on_gpu else None
 
 
+class Clock(Callback):
+    """Counts the seconds of a run's training, validation left out: of the process's CPU time, on a GPU of wall time. A
+    run that is resumed goes on counting."""
+
+    def __init__(self, reached: Callable[[int, int, float, Metrics], None]):
+        """reached(epoch, step, seconds, metrics) hears of every validation; epoch and step are how many are done."""
+        self.reached, self.seconds, self._since = reached, 0.0, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds + self._running()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seconds = state["seconds"]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        self._device = trainer.strategy.root_device
+        self._since = seconds_of(self._device)
+
+    def on_validation_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        self._stop()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        self._stop()
+
+    def on_validation_end(self, trainer: pl.Trainer, module: DetectionModule) -> None:
+        if trainer.is_global_zero and module.metrics is not None:
+            self.reached(trainer.current_epoch + 1, trainer.global_step, self.seconds, module.metrics)
+
+    def _stop(self) -> None:
+        self.seconds, self._since = self.seconds + self._running(), None
+
+    def _running(self) -> float:
+        return 0.0 if self._since is None else seconds_of(self._device) - self._since
+
+
+def seconds_of(device: torch.device) -> float:
+    """The clock of training on a device: the CPU time of this process, wall time with all work done on a GPU."""
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class Publish(Callback):
     """After every validation: a row in val.csv, metrics.json, last.pth, and best.pth where the AP is the best so far.
 

@@ -4,7 +4,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ddetr.datasets.splits import HELD_BACK_FILE, image_names, read_held_back
 from ddetr.datasets.transforms import PAPER_MAX_SIZE, scaled
 from ddetr.engine.batch_size import MemoryPlan
 from ddetr.engine.blackbox.guard import StepGuard
-from ddetr.engine.callbacks import Publish, Watch
+from ddetr.engine.callbacks import Clock, Publish, Watch
 from ddetr.engine.compile import CompiledForward
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.early_stopping import EarlyStopping
@@ -57,6 +57,7 @@ ENOUGH_IMAGES = 10_000  # to learn photographs from nothing; below it, trained w
 
 # Lightning calls the callbacks of a hook one after the other. First come those that what follows reads from or adds to:
 CALLBACK_ORDER = (
+    Clock,  # stops before anything is done for a validation
     Loggers,  # open before the first row is sent to them
     MemoryPlan,  # settles the size of micro-batches before anything is computed
     StepGuard,
@@ -89,16 +90,21 @@ class Built:
     module: DetectionModule
     guard: StepGuard
     num_steps: int  # of the whole run
+    clock: Clock | None = None
 
 
-def train(config: TrainConfig) -> RunResult:
+def train(config: TrainConfig, clock: Clock | None = None) -> RunResult:
     """Train a detector.
+
+    Args:
+        config: settings of the run.
+        clock: where the seconds of training are counted.
 
     Raises:
         InputError: settings, data or weights that cannot work, said before the first step.
     """
     prepared = prepare(config)
-    built = build(prepared)
+    built = replace(build(prepared), clock=clock)
     if not is_first_process():
         return _run(prepared, built)
     with prepared.run.claimed(is_new=config.resume is None):
@@ -347,6 +353,8 @@ def callbacks(prepared: Prepared, built: Built) -> list[Callback]:
     )
     saving = SaveState(run, built.module.requests, every=config.checkpoint_every)
     chosen: list[Callback] = [following, memory_plan, built.guard, watch, publisher, Report(run, publisher), saving]
+    if built.clock is not None:
+        chosen.append(built.clock)
     if config.patience:
         chosen.append(EarlyStopping(config.patience, config.min_delta, forget_best=prepared.other_val))
     if optim.ema_decay:

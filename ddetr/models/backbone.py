@@ -41,7 +41,7 @@ class Backbone(nn.Module):
         """
         Args:
             name: a timm model name, e.g. "resnet50".
-            num_features: how many of the last stages to return, 1 to 3.
+            num_features: how many of the last stages to return, 1 to 4.
             pretrained: True for ImageNet weights (downloaded by timm), or the path of a file of weights in
                 torchvision's names.
             dilation: stride 1 and dilation 2 in the last stage (DC5).
@@ -55,7 +55,7 @@ class Backbone(nn.Module):
         self.body = _create(name, num_features, pretrained is True, dilation)
         self.num_channels: list[int] = self.body.feature_info.channels()
         self.strides: list[int] = self.body.feature_info.reduction()
-        expected = [16 if dilation else 32] if num_features == 1 else [8, 16, 32][-num_features:]
+        expected = [16 if dilation else 32] if num_features == 1 else [4, 8, 16, 32][-num_features:]
         if self.strides != expected:
             raise InputError(f"backbone {name!r}: expected feature maps of strides {expected}, got {self.strides}")
         if isinstance(pretrained, str):

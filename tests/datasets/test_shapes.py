@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from ddetr.datasets import draw_shapes, load_annotations, read_image
-from ddetr.datasets.shapes import CLASSES, draw_image
+from ddetr.datasets.shapes import ALL_CLASSES, CLASSES, HARD, Difficulty, draw_image
 from ddetr.errors import InputError
 
 
@@ -48,9 +48,8 @@ def test_boxes_enclose_what_was_drawn(monkeypatch):
     import ddetr.datasets.shapes as shapes
 
     monkeypatch.setattr(shapes, "_background", lambda rng, size, hue: np.full((size, size, 3), 128, np.uint8))
-    monkeypatch.setattr(shapes, "_MAX_OBJECTS", 1)
     for seed in range(30):
-        image, [(label, box, area)] = draw_image(np.random.default_rng(seed), 160)
+        image, [(label, box, area)] = draw_image(np.random.default_rng(seed), 160, Difficulty(max_objects=1))
         pixels = np.asarray(image).astype(int)
         coloured = (pixels.max(axis=2) - pixels.min(axis=2)) > 25
         ys, xs = np.nonzero(coloured)
@@ -98,3 +97,37 @@ def test_image_size_and_wrong_numbers(tmp_path):
     assert content["images"][0]["width"] == 320
     with pytest.raises(InputError, match="at least 1 image per split and 32 pixels"):
         draw_shapes(tmp_path / "none", 0, 1)
+
+
+def test_the_default_set_is_the_one_that_has_always_been_drawn(tmp_path):
+    _, objects = draw_image(np.random.default_rng([0, 0, 7]), 96)
+    assert [(CLASSES[label], *box) for label, box, _ in objects] == [("circle", 16.25, 33.5, 47.25, 64.5)]
+    folder = draw_shapes(tmp_path / "shapes", 1, 1, 64)
+    info = json.loads((folder / "annotations" / "instances_train.json").read_text())["info"]
+    assert info["parameters"] == {"version": 1, "num_train": 1, "num_val": 1, "image_size": 64, "seed": 0}
+
+
+def test_the_hard_set_has_crowds_of_all_sizes_and_classes(tmp_path):
+    folder = draw_shapes(tmp_path / "hard", 40, 2, difficulty=HARD)
+    train = load_annotations(folder, "train")
+    assert train.findings == ()
+    assert tuple(category.name for category in train.categories) == ALL_CLASSES
+    counts = [len(record.labels) for record in train.images]
+    assert min(counts) <= 3
+    assert max(counts) > 20
+    assert np.bincount(train.images.labels, minlength=10).min() > 0
+    boxes = np.concatenate([record.boxes_xyxy for record in train.images])
+    assert boxes.min() >= 0
+    assert boxes.max() <= 160
+    sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    assert np.percentile(sides, 10) < 10
+    assert sides.max() > 80
+    with pytest.raises(InputError, match="holds something other"):
+        draw_shapes(folder, 40, 2)  # the default set of the same sizes
+
+
+def test_an_impossible_difficulty():
+    with pytest.raises(InputError, match="num_classes must lie in 1 to 10, got 11"):
+        Difficulty(num_classes=11)
+    with pytest.raises(InputError, match="smallest must be at most largest, got 0.5 and 0.4"):
+        Difficulty(smallest=0.5, largest=0.4)

@@ -17,7 +17,7 @@ from forks import Forks
 from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 from ddetr.datasets import draw_shapes
 from ddetr.datasets.config import DataConfig
-from ddetr.engine.callbacks import Publish
+from ddetr.engine.callbacks import Clock, Publish
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.ema import WeightAverage
 from ddetr.engine.prepare import Prepared, prepare
@@ -126,7 +126,8 @@ def test_the_callbacks_stand_in_the_order_that_is_declared(settings: dict[str, A
     optim = replace(settings["optim"], ema_decay=0.9)
     config = TrainConfig(**settings | {"optim": optim, "patience": 2, "output": str(tmp_path / "run")})
     prepared = prepare(config)
-    found = [type(callback) for callback in callbacks(prepared, build(prepared))]
+    built = replace(build(prepared), clock=Clock(print))
+    found = [type(callback) for callback in callbacks(prepared, built)]
     assert found == list(CALLBACK_ORDER)
     assert found.index(Publish) < found.index(Report), "the report reads what is published"
     assert found.index(Publish) < found.index(WeightAverage), "what is published are the averaged weights"

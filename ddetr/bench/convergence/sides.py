@@ -1,0 +1,182 @@
+"""Who is compared: ours are settings over one base, the others are networks of other people.
+
+`fast+model.query_selection=distinct` is a side too: the one of that name with other settings, so that each part of a
+recipe can be measured alone, and the others with the rates that suit them (`detr+optim.lr=0.002`).
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ddetr.engine.config import TrainConfig
+from ddetr.errors import InputError
+from ddetr.settings import flat, kept
+from ddetr.untrusted import one_line, parse_yaml
+from ddetr.wording import did_you_mean
+
+# What all sides share where the command line says nothing else: small enough for hours on two cores.
+BASE: dict[str, Any] = {
+    "data.augmentation": "plain",
+    "data.image_size": 160,
+    "model.backbone": "regnetx_002",
+    "model.pretrained_backbone": False,
+    "model.hidden_dim": 128,
+    "model.num_queries": 100,
+    "model.num_feature_levels": 3,
+    "model.enc_layers": 1,
+    "model.dec_layers": 3,
+    "model.dim_feedforward": 256,
+    "model.dropout": 0.0,
+    "optim.lr": 1e-3,
+    "optim.lr_linear_proj_mult": 1.0,
+    "optim.clip_max_norm": 1.0,
+    "optim.schedule": "cosine",
+    "optim.warmup_steps": 50,
+    "batch_size": 8,
+    "device_batch_size": 8,
+}
+
+_PUBLISHED: dict[str, Any] = {
+    "model.query_selection": "topk",
+    "auxiliary.denoising": 0,
+    "auxiliary.one_to_many": 0,
+    "auxiliary.look_forward_twice": False,
+    "loss.classification": "focal",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One that is compared."""
+
+    name: str
+    about: str
+    options: Mapping[str, Any] = field(default_factory=dict)  # dotted, over the base
+    # Of others: their published rate beside ours, which is 2e-4 there, and their backbone's beside their own where it
+    # starts from trained weights.
+    lr_factor: float = 1.0
+    backbone_factor: float = 1.0
+    is_ours: bool = True
+
+    @property
+    def folder(self) -> str:
+        """Its name as a part of a file's."""
+        return re.sub(r"[^\w.+=-]", "_", self.name)
+
+    def config(self, base: TrainConfig) -> TrainConfig:
+        """The settings that it trains with.
+
+        Raises:
+            InputError: settings that there are not, or that do not go together.
+        """
+        return with_options(base, self.options)
+
+
+_TWO_STAGE = _PUBLISHED | {"model.with_box_refine": True, "model.two_stage": True}
+_OURS = (
+    Side(
+        "plain", "Deformable DETR as published", _PUBLISHED | {"model.with_box_refine": False, "model.two_stage": False}
+    ),
+    Side(
+        "refine",
+        "+ iterative bounding box refinement",
+        _PUBLISHED | {"model.with_box_refine": True, "model.two_stage": False},
+    ),
+    Side("two-stage", "++ two-stage", _TWO_STAGE),
+    Side(
+        "fast",
+        "++ two-stage with queries from peaks, denoising, a one-to-many route and IoU-aware classes in training",
+        _TWO_STAGE
+        | {
+            "model.query_selection": "peaks",
+            "auxiliary.denoising": 100,
+            "auxiliary.one_to_many": 6,
+            "loss.classification": "ia_bce",
+        },
+    ),
+)
+_PEERS = (
+    Side("detr", "DETR: transformers' network and loss", lr_factor=0.5, backbone_factor=0.1, is_ours=False),
+    Side(
+        "detr-dc5",
+        "DETR with a dilated last stage: transformers' network and loss",
+        lr_factor=0.5,
+        backbone_factor=0.1,
+        is_ours=False,
+    ),
+    Side("faster-rcnn", "Faster R-CNN with a feature pyramid: torchvision's, trained with AdamW", is_ours=False),
+)
+SIDES = {side.name: side for side in (*_OURS, *_PEERS)}
+DEFAULT_SIDES = "plain,refine,two-stage,fast,detr,faster-rcnn"
+
+
+def chosen_sides(text: str) -> list[Side]:
+    """By their names, each once.
+
+    Raises:
+        InputError: a name of none.
+    """
+    return list({name: _side(name) for name in map(str.strip, text.split(","))}.values())
+
+
+def _side(name: str) -> Side:
+    known, *changes = name.split("+")
+    if known not in SIDES:
+        raise InputError(
+            f"--sides: expected some of {', '.join(SIDES)}, got {one_line(name)!r}{did_you_mean(known, SIDES)}"
+        )
+    side = SIDES[known]
+    if not changes:
+        return side
+    options = {}
+    for change in changes:
+        option, equals, value = change.partition("=")
+        if not equals or not value:
+            raise InputError(f"--sides {one_line(name)}: expected {known}+OPTION=VALUE, got {one_line(change)!r}")
+        if option.split(".")[0] in _SHARED:
+            raise InputError(
+                f"--sides {one_line(name)}: {one_line(option)} is the same for all sides: give it as an option"
+            )
+        options[option] = parse_yaml(value, f"--sides {one_line(name)}")
+    if "optim.lr" in options:
+        side = replace(side, lr_factor=1.0)  # it is given as it is meant
+    about = ", ".join(f"{option} {value}" for option, value in options.items())
+    return replace(side, name=name, about=f"{side.about}; {about}", options={**side.options, **options})
+
+
+def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
+    """The same with other values of dotted options.
+
+    Raises:
+        InputError: an option that there is not, a value of another kind, or ones that do not go together.
+    """
+    known = flat(kept(config))
+    groups: dict[str, dict[str, Any]] = {}
+    top: dict[str, Any] = {}
+    for name, value in options.items():
+        if name not in known:
+            raise InputError(f"{one_line(name)!r} is no option of training{did_you_mean(name, known)}")
+        before = known[name]
+        if isinstance(before, int | float) and type(value) is not type(before) and not _is_number(before, value):
+            raise InputError(f"{name}: expected a value such as {before}, got {one_line(value)!r}")
+        group, _, option = name.rpartition(".")
+        (groups.setdefault(group, {}) if group else top)[option] = value
+    for group, values in groups.items():
+        now = getattr(config, group)
+        top[group] = {**now, **values} if isinstance(now, Mapping) else replace(now, **values)
+    return replace(config, **top)
+
+
+def _is_number(before: Any, value: Any) -> bool:
+    return not isinstance(before, bool) and isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_SHARED = ("data", "batch_size", "epochs", "val_every", "max_detections", "device")
+
+# Settings of a run that a comparison decides itself.
+NOT_OPTIONS = (
+    *("output", "epochs", "resume", "seed", "weights", "verbose", "patience", "min_delta", "devices", "loggers"),
+    *("num_pictures", "preflight", "accept_changed_data", "checkpoint_every", "log_every", "max_bad_steps"),
+)
+assert set(NOT_OPTIONS) <= {f.name for f in fields(TrainConfig)}
