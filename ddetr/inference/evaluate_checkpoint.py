@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ddetr.inference.predictor import Predictor
 
 
+# Long, since the signature with its help is the interface of the command.
 def evaluate_checkpoint(
     checkpoint: str,
     data: DataSource,

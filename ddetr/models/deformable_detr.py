@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddetr.errors import InputError
-from ddetr.models.auxiliary import Auxiliary
 from ddetr.models.backbone import Backbone, FreezeBackbone
 from ddetr.models.criterion import LossWeights, SetCriterion
 from ddetr.models.deformable_transformer import DeformableTransformer, Encoded, Queries
@@ -115,7 +114,7 @@ class DeformableDETR(nn.Module):
         if freeze_backbone is None:
             freeze_backbone = "stem" if pretrained_backbone else "none"
         self.num_queries, self.two_stage, self.aux_loss = num_queries, two_stage, aux_loss
-        self.auxiliary: Auxiliary | None = None  # what trains beside the network, where `attach_auxiliary` gave it any
+        self.auxiliary: nn.Module | None = None  # `Auxiliary`, where `attach_auxiliary` gave the network one to train
 
         encoding = {"sine": PositionEmbeddingSine, "learned": PositionEmbeddingLearned}[position_embedding]
         num_features = min(num_feature_levels, 3)

@@ -19,7 +19,7 @@ from ddetr.models.attention import MSDeformAttn
 from ddetr.models.backbone import Backbone
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion, build_model
-from ddetr.models.deformable_transformer import DeformableTransformer, cell_centres, valid_ratio
+from ddetr.models.deformable_transformer import Decoded, DeformableTransformer, cell_centres, valid_ratio
 from ddetr.models.heads import PRIOR_BIAS, BoxHead, class_head, refine_boxes
 from ddetr.padding import pad_images
 
@@ -146,10 +146,13 @@ def test_documented_shapes_of_parts() -> None:
     transformer = DeformableTransformer(c, m, 1, 2, 16, num_feature_levels=2, num_queries=q)
     srcs = [torch.rand(n, c, h, w) for h, w in shapes]
     heads = [[head(c) for _ in range(2)] for head in (lambda c: class_head(c, 9), lambda c: BoxHead(c, 0.0))]
-    out = transformer(srcs, None, srcs, torch.rand(q, 2 * c), *heads)
+    encoded = transformer(srcs, None, srcs, torch.rand(q, 2 * c), *(head[-1] for head in heads))
+    assert encoded.memory.shape == (n, s, c)
+    assert [part.shape[-1] for part in encoded.queries] == [c, c, 2]
+    assert encoded.proposals is None
+    out = transformer.decoder(encoded.queries, encoded, heads[1])
     assert [tuple(state.shape) for state in out.states] == [(n, q, c)] * 2
     assert [tuple(boxes.shape) for boxes in out.boxes] == [(n, q, 4)] * 2
-    assert out.proposals is None
 
 
 @pytest.mark.parametrize(
@@ -229,7 +232,12 @@ def test_padding_of_feature_maps_changes_nothing(two_stage: bool) -> None:
 
     srcs = [torch.randn(1, c, h, w) for h, w in shapes]
     positions = [torch.randn(1, c, h, w) for h, w in shapes]
-    alone = transformer(srcs, None, positions, queries, class_embed, bbox_embed)
+
+    def run(srcs: list[Tensor], masks: list[Tensor] | None, positions: list[Tensor]) -> Decoded:
+        encoded = transformer(srcs, masks, positions, queries, class_embed[-1], bbox_embed[-1])
+        return transformer.decoder(encoded.queries, encoded, bbox_embed)
+
+    alone = run(srcs, None, positions)
 
     def beside_noise(feature: Tensor, size: tuple[int, int]) -> Tensor:
         wide = torch.randn(1, c, *size)
@@ -239,13 +247,10 @@ def test_padding_of_feature_maps_changes_nothing(two_stage: bool) -> None:
     masks = [torch.ones(1, *size, dtype=torch.bool) for size in padded]
     for mask, (h, w) in zip(masks, shapes):
         mask[:, :h, :w] = False
-    beside = transformer(
+    beside = run(
         [beside_noise(src, size) for src, size in zip(srcs, padded)],
         masks,
         [beside_noise(position, size) for position, size in zip(positions, padded)],
-        queries,
-        class_embed,
-        bbox_embed,
     )
     torch.testing.assert_close(beside.states[-1], alone.states[-1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(beside.boxes[-1], alone.boxes[-1], rtol=1e-4, atol=1e-4)
