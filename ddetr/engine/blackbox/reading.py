@@ -4,15 +4,17 @@ before anything is computed with them."""
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from ddetr.engine.blackbox.bundle import FORMAT
 from ddetr.errors import InputError
+from ddetr.models.criterion import Classification
 from ddetr.untrusted import (
     MAX_CLASSES,
+    MAX_NETWORK,
     MAX_OBJECTS,
     MAX_RUN_BYTES,
     MAX_SIDE,
@@ -86,6 +88,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def _is_loss_weight(item: tuple[str, Any]) -> bool:
+    name, value = item
+    return value in get_args(Classification) if name == "classification" else _is_number(value)
+
+
+def _is_auxiliary(item: tuple[str, Any]) -> bool:
+    """How many queries there are is a whole number, and no larger than a network's own."""
+    name, value = item
+    if name in ("denoising", "one_to_many"):
+        return _is_whole(value, 0, MAX_NETWORK["num_queries"] + 1)
+    return isinstance(value, bool) if name == "look_forward_twice" else _is_number(value)
+
+
 def _is_loss(value: Any) -> bool:
     return value is None or value in ("nan", "inf", "-inf") or _is_number(value)
 
@@ -119,7 +134,8 @@ _HEADER: dict[str, Callable[[Any], bool]] = {
     "model": lambda value: isinstance(value, dict),
     "frozen": _is_list(_is_text),
     "loss": _is_loss,
-    "loss_weights": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "loss_weights": lambda value: isinstance(value, dict) and all(map(_is_loss_weight, value.items())),
+    "auxiliary": lambda value: value is None or (isinstance(value, dict) and all(map(_is_auxiliary, value.items()))),
     "optimizer": _is_text,
     "groups": _is_list(_is_list(_is_text)),
     "autocast": lambda value: value in (None, "float16", "bfloat16"),
