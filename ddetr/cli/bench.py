@@ -4,7 +4,7 @@ import inspect
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ddetr.cli.parser import Parser
@@ -60,16 +60,7 @@ def bench_train_command(parser: Parser) -> Callable[[Any], None]:
     from ddetr.bench.train import bench_train
 
     parser.usage = "ddetr bench train (--data PATH | --synthetic HEIGHTxWIDTH) [options of bench train and of train]"
-    parser.add_function_arguments(bench_train, skip={"config", "command"})
-    add_training_options(parser, skip=["output"])
-    parser.set_defaults({"data.path": ""})
-    own = set(inspect.signature(bench_train).parameters) - {"config", "command"}
-
-    def run(settings: Any) -> None:
-        options = {name: value for name, value in vars(settings).items() if name in own}
-        bench_train(training_config(settings), **options, command=shlex.join(["ddetr", *sys.argv[1:]]))
-
-    return run
+    return _with_training_options(parser, bench_train, ["output"], {"data.path": ""})
 
 
 def bench_convergence_command(parser: Parser) -> Callable[[Any], None]:
@@ -81,16 +72,26 @@ def bench_convergence_command(parser: Parser) -> Callable[[Any], None]:
         "ddetr bench convergence --data PATH|shapes (--minutes M | --epochs N) --output FOLDER [options of bench "
         "convergence and of train]"
     )
-    own = set(inspect.signature(bench_convergence).parameters) - {"config", "command"}
-    parser.add_function_arguments(bench_convergence, skip={"config", "command"})
-    add_training_options(parser, skip=NOT_OPTIONS)
-    parser.set_defaults(BASE)
+    return _with_training_options(parser, bench_convergence, NOT_OPTIONS, BASE)
+
+
+def _with_training_options(
+    parser: Parser, function: Callable[..., None], skip: Sequence[str], defaults: dict[str, Any]
+) -> Callable[[Any], None]:
+    """A command with the options of a function and those of `ddetr train`, which the function gets as its `config`.
+
+    skip: of the second, those that there are not, or that are the function's own.
+    """
+    own = set(inspect.signature(function).parameters) - {"config", "command"}
+    parser.add_function_arguments(function, skip={"config", "command"})
+    add_training_options(parser, skip=skip)
+    parser.set_defaults(defaults)
 
     def run(settings: Any) -> None:
         given = vars(settings)
         config = training_config(Namespace(**{name: value for name, value in given.items() if name not in own}))
         options = {name: given[name] for name in own}
-        bench_convergence(config, **options, command=shlex.join(["ddetr", *sys.argv[1:]]))
+        function(config, **options, command=shlex.join(["ddetr", *sys.argv[1:]]))
 
     return run
 

@@ -22,6 +22,7 @@ from ddetr.engine.run.data import DataTraits, check_same_data
 from ddetr.engine.run.folder import RunFolder
 from ddetr.errors import InputError
 from ddetr.files import existing
+from ddetr.models.auxiliary import attach_auxiliary
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.runtime.allocator import use_expandable_segments
 from ddetr.runtime.device import choose_device
@@ -106,7 +107,8 @@ def _check_options(config: TrainConfig, num_processes: int, *, is_resumed: bool)
         backbone = False  # no file, or one that is not read; ImageNet's weights may be yet to fetch
     with torch.device("meta"):
         detector = DeformableDETR(**dict(config.model, pretrained_backbone=backbone), num_classes=1)
-    freeze_parameters(detector, config.optim.freeze)
+        freeze_parameters(detector, config.optim.freeze)
+        attach_auxiliary(detector, config.auxiliary)
     if isinstance(config.batch_size, int) and config.batch_size % num_processes:
         raise InputError(f"batch_size {config.batch_size} must be divisible by the {num_processes} processes")
     if config.weights is not None and not is_resumed and is_first_process():

@@ -21,6 +21,7 @@ from ddetr.errors import InputError
 from ddetr.models.deformable_transformer import Encoded, Queries
 from ddetr.models.matcher import Matches, PaddedTargets
 from ddetr.models.position_encoding import sine_embedding
+from ddetr.runtime.transfer import sent
 from ddetr.settings import check_ranges, option
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Auxiliary(nn.Module):
         (n, most), device = targets.labels.shape, targets.labels.device
         t = max(most, 1)  # a batch without any object has queries too, that are none: every process does the same
         groups = max(1, self.config.denoising // t)
-        sizes = torch.tensor(targets.sizes, device=device)
+        sizes = sent(torch.tensor(targets.sizes), device)
         is_object = torch.arange(t, device=device) < sizes[:, None]  # (N, T)
         labels = F.pad(targets.labels, (0, t - most))
         boxes = F.pad(targets.boxes, (0, 0, 0, t - most), value=0.5)
@@ -167,7 +168,7 @@ def attach_auxiliary(model: "DeformableDETR", config: AuxiliaryConfig) -> None:
     """
     if config.look_forward_twice and not model.config["with_box_refine"]:
         raise InputError("look_forward_twice needs with_box_refine: without it no layer starts from another's boxes")
-    if config != AuxiliaryConfig(label_noise=config.label_noise, box_noise=config.box_noise):
+    if config.denoising or config.one_to_many or config.look_forward_twice:
         model.auxiliary = Auxiliary(model, config)
         model.transformer.decoder.look_forward_twice = config.look_forward_twice
 
