@@ -215,7 +215,7 @@ def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
     """What is used of a configuration, where it is what it should be: anybody can write a file."""
     found = {name: config.get(name) for name in ("nheads", "enc_n_points", "dec_n_points")}
     numbers = {n: value for n, value in found.items() if isinstance(value, int) and 1 <= value <= MAX_NETWORK[n]}
-    return {**numbers, "with_box_refine": config.get("with_box_refine") is True}
+    return {**numbers, **{name: config.get(name) is True for name in ("with_box_refine", "class_aware")}}
 
 
 def _classes_of(

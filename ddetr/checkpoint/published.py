@@ -220,9 +220,18 @@ def build_from_checkpoint(
             f"{next(iter(chosen))} can be chosen for a two-stage network alone, whose queries are made from the image; "
             "this one has learned its queries, and has just these"
         )
+    trained = config["num_queries"] if config.get("mixed_selection") else None  # as many contents were learned
+    if num_queries is not None and trained is not None and num_queries > trained:
+        raise InputError(
+            f"num_queries {num_queries}: this network has learned a content for each of its {trained} queries (mixed "
+            f"selection): choose at most {trained}"
+        )
     config |= chosen
+    weights = checkpoint.model
+    if num_queries is not None and trained is not None:
+        weights = weights | {"query_embed.weight": weights["query_embed.weight"][:num_queries]}
     try:
-        check_fits(config, checkpoint.model)
+        check_fits(config, weights)
         model = DeformableDETR(**config)
     except InputError:
         raise
@@ -231,7 +240,7 @@ def build_from_checkpoint(
             f"the configuration in the checkpoint makes no network ({type(error).__name__}: {error})"
         ) from error
     try:
-        model.load_state_dict(checkpoint.model, strict=True)
+        model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
         raise InputError(

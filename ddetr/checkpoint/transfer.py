@@ -170,14 +170,8 @@ class _Transfer:
     def _class_rows(self, name: str, own: Tensor, value: Tensor) -> _Adaptation | str:
         how = self.heads.how(name)
         fresh = self.fresh_class_head[name.split(".")[-1]].to(value)
-        if self.heads.is_proposal(name):
-            # The rows of this head are not classes: the first says "any object" (facts of the two-stage variant).
-            if value.shape == own.shape:
-                return _Adaptation(value, how)
-            common = min(len(value), len(own))
-            return _Adaptation(
-                torch.cat((value[:common], fresh[common:])), "rows of the class-agnostic proposal head kept in order"
-            )
+        if self.heads.is_proposal(name) and not (self.config["class_aware"] and self.source.config.get("class_aware")):
+            return self._any_object_rows(own, value, fresh, how)
         how = "; ".join(filter(None, (self.rows_how, how)))
         if self.rows == list(range(len(value))):
             return _Adaptation(value, how)
@@ -189,6 +183,20 @@ class _Transfer:
         rows = fresh.clone()
         rows[[row for row, _ in kept]] = value[[source_row for _, source_row in kept]]
         return _Adaptation(rows, how)
+
+    def _any_object_rows(self, own: Tensor, value: Tensor, fresh: Tensor, how: str) -> _Adaptation | str:
+        """The class head of proposals, where its first row says "any object" and the others nothing (facts of the
+        two-stage variant): in the file, in the model, or in both."""
+        if self.source.config.get("class_aware"):
+            return "the file's proposals have a score for each class, the model's one for any object (class_aware)"
+        if self.config["class_aware"] and self.source.kind == "ddetr":
+            return _Adaptation(value[:1].expand_as(own), "the score for any object is that of each class")
+        if value.shape == own.shape:
+            return _Adaptation(value, how)
+        common = min(len(value), len(own))
+        return _Adaptation(
+            torch.cat((value[:common], fresh[common:])), "rows of the class-agnostic proposal head kept in order"
+        )
 
     def _box_output(self, name: str, own: Tensor, value: Tensor) -> _Adaptation | str:
         """The last layer of a box head corrects a point or a box: one trained for the other is worse than none."""
@@ -250,6 +258,8 @@ class _Transfer:
     def _why_skipped(self, name: str) -> str:
         if name.endswith("num_batches_tracked"):
             return "a counter of trainable norms, which the model does not have"
+        if name == "query_embed.weight" and self.source.two_stage and self.config["two_stage"]:
+            return "the learned content of queries: set mixed_selection to have it"
         return self.refused.get(name, "not in the model")
 
 

@@ -66,18 +66,20 @@ class SetCriterion(nn.Module):
         *,
         num_aux: int = 0,
         two_stage: bool = False,
+        class_aware: bool = False,
         denoising: bool = False,
         one_to_many: int = 0,
         region: Callable[[str], AbstractContextManager] = nullcontext,
     ):
-        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one; denoising, one_to_many:
-        so do these passes, the second with up to so many queries per object. All set `weight_dict`.
+        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one, class_aware: for each class,
+        and not for "any object"; denoising, one_to_many: so do these passes, the second with up to so many queries per
+        object. They set `weight_dict`.
         region: is entered with "matching" around that part, for whoever measures times."""
         super().__init__()
         self.num_classes = num_classes
         self.loss_weights = loss_weights
         self.region = region
-        self.num_aux, self.one_to_many = num_aux, one_to_many
+        self.num_aux, self.one_to_many, self.class_aware = num_aux, one_to_many, class_aware
         ends = [DENOISING] * denoising + [ONE_TO_MANY] * bool(one_to_many)
         self.weight_dict = loss_weights.weight_dict(num_aux, two_stage, ends)
         self.matcher = HungarianMatcher(
@@ -111,9 +113,11 @@ class SetCriterion(nn.Module):
             layers = [outputs, *outputs.get("aux_outputs", [])]
             sets = [(layer, padded) for layer in layers]
             proposals = outputs.get("enc_outputs")
-            any_object = padded._replace(labels=torch.zeros_like(padded.labels))  # proposals know one class: an object
+            proposed = padded
+            if not self.class_aware:  # proposals know one class: an object
+                proposed = padded._replace(labels=torch.zeros_like(padded.labels))
             if proposals is not None:
-                sets.append((proposals, any_object))
+                sets.append((proposals, proposed))
             with self.region("matching"):
                 matches = self.matcher.match_sets(sets)
 
@@ -124,7 +128,7 @@ class SetCriterion(nn.Module):
                     losses[name if layer == 0 else f"{name}_{layer - 1}"] = value
             losses.update(self._diagnostics(outputs, padded, matches[0]))
             if proposals is not None:
-                for name, values in self._losses([proposals], any_object, matches[-1:], num_boxes).items():
+                for name, values in self._losses([proposals], proposed, matches[-1:], num_boxes).items():
                     losses[f"{name}_enc"] = values[0]
             losses.update(self._auxiliary_losses(outputs, padded, num_boxes))
             return losses

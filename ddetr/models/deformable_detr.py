@@ -57,6 +57,8 @@ class DeformableDETR(nn.Module):
         with_box_refine: bool = False,
         two_stage: bool = False,
         query_selection: QuerySelection = "topk",
+        class_aware: bool = False,
+        mixed_selection: bool = False,
     ):
         """
         Args:
@@ -83,6 +85,10 @@ class DeformableDETR(nn.Module):
             two_stage: queries start from encoder proposals ("++"); needs with_box_refine.
             query_selection: which proposals: "topk", the best, as published; "peaks", first those of cells that score
                 highest among their neighbours; "distinct", first those that no better one covers (IoU above 0.7).
+            class_aware: proposals have a score for each class, and the best counts (DINO); else one for "any object",
+                as published.
+            mixed_selection: queries have the boxes of proposals and a learned content, the best proposal the first
+                (H-DETR, DINO); else their content is made from the box too, as published.
 
         Raises:
             InputError: arguments that do not fit together.
@@ -109,6 +115,8 @@ class DeformableDETR(nn.Module):
             "with_box_refine": with_box_refine,
             "two_stage": two_stage,
             "query_selection": query_selection,
+            "class_aware": class_aware,
+            "mixed_selection": mixed_selection,
         }
         _check(self.config)
         if freeze_backbone is None:
@@ -143,8 +151,12 @@ class DeformableDETR(nn.Module):
             with_box_refine=with_box_refine,
             two_stage=two_stage,
             query_selection=query_selection,
+            class_aware=class_aware,
         )
-        self.query_embed = None if two_stage else nn.Embedding(num_queries, hidden_dim * 2)
+        # Official names: position and content of learned queries; of mixed selection the content.
+        self.query_embed: nn.Embedding | None = None
+        if not two_stage or mixed_selection:
+            self.query_embed = nn.Embedding(num_queries, hidden_dim if two_stage else hidden_dim * 2)
         num_heads = dec_layers + two_stage
         if with_box_refine:
             self.class_embed = nn.ModuleList(class_head(hidden_dim, num_classes) for _ in range(num_heads))
@@ -251,10 +263,12 @@ def _check(config: Mapping[str, Any]) -> None:
             raise InputError(f"{name}: expected one of {', '.join(map(str, choices))}, got {one_line(config[name])}")
     if config["two_stage"] and not config["with_box_refine"]:
         raise InputError("two_stage needs with_box_refine: proposals are boxes, which only refining layers correct")
-    if config["query_selection"] != "topk" and not config["two_stage"]:
+    chosen = [f"query_selection {config['query_selection']}"] if config["query_selection"] != "topk" else []
+    chosen += [name for name in ("class_aware", "mixed_selection") if config[name]]
+    if chosen and not config["two_stage"]:
         raise InputError(
-            f"query_selection {config['query_selection']} chooses among proposals and needs two_stage; the queries of "
-            "this model are learned"
+            f"{chosen[0]} is about queries that are chosen among proposals and needs two_stage; the queries of this "
+            "model are learned"
         )
     if config["dilation"] and config["num_feature_levels"] != 1:
         raise InputError(f"dilation (DC5) needs num_feature_levels 1, got {config['num_feature_levels']}")
@@ -347,9 +361,8 @@ def build_criterion(model: DeformableDETR, loss_weights: LossWeights = LossWeigh
     if model.auxiliary is not None:
         config = model.auxiliary.config
         options = {"denoising": config.denoising > 0, "one_to_many": config.one_to_many} | options
-    return SetCriterion(
-        model.config["num_classes"], loss_weights, num_aux=num_aux, two_stage=model.two_stage, **options
-    )
+    options = {"two_stage": model.two_stage, "class_aware": model.config["class_aware"]} | options
+    return SetCriterion(model.config["num_classes"], loss_weights, num_aux=num_aux, **options)
 
 
 # Flags of the official training script that decide nothing about model, loss or post-processing.

@@ -211,10 +211,11 @@ class DeformableTransformer(nn.Module):
         with_box_refine: bool = False,
         two_stage: bool = False,
         query_selection: QuerySelection = "topk",
+        class_aware: bool = False,
     ):
         super().__init__()
         self.d_model, self.num_queries, self.two_stage = d_model, num_queries, two_stage
-        self.query_selection = query_selection
+        self.query_selection, self.class_aware = query_selection, class_aware
         common = (d_model, dim_feedforward, dropout, num_feature_levels, nhead)
         self.encoder = DeformableTransformerEncoder(
             [DeformableTransformerEncoderLayer(*common, enc_n_points) for _ in range(num_encoder_layers)]
@@ -263,7 +264,8 @@ class DeformableTransformer(nn.Module):
             srcs: L maps (N, C, H_l, W_l).
             masks: L masks (N, H_l, W_l), True = padding, or None where nothing is padded.
             pos_embeds: L encodings (N or 1, C, H_l, W_l), float32.
-            query_embed: (Q, 2C), the position half first; None for two-stage.
+            query_embed: (Q, 2C), the position half first; for two-stage the content alone, (Q, C), where it is learned
+                (mixed selection), else None.
             class_head, box_head: of the proposals, for two-stage.
         """
         n = srcs[0].shape[0]
@@ -287,9 +289,10 @@ class DeformableTransformer(nn.Module):
                 memory, spatial_shapes, mask, class_head, box_head, valid_ratios
             )
             # The official code ranks by the first column, which its encoder loss trains as "any object".
+            scores = proposals.logits.amax(-1) if self.class_aware else proposals.logits[..., 0]
             scores = ranked_scores(
                 self.query_selection,
-                proposals.logits[..., 0],
+                scores,
                 proposals.boxes,
                 spatial_shapes,
                 invalid,
@@ -299,6 +302,8 @@ class DeformableTransformer(nn.Module):
             boxes_unact = boxes_unact.gather(1, best[..., None].expand(-1, -1, 4)).detach()  # (N, Q, 4)
             reference_points = boxes_unact.sigmoid()
             query_pos, tgt = self.queries_of(reference_points)
+            if query_embed is not None:
+                tgt = query_embed[: tgt.shape[1]].expand_as(tgt)
         else:
             query_pos, tgt = (half[None].expand(n, -1, -1) for half in query_embed.chunk(2, dim=-1))
             with torch.autocast(src.device.type, enabled=False):

@@ -472,4 +472,4 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
 
 def test_numbers_beside_weights_are_no_larger_than_those_of_a_network() -> None:
     found = {"nheads": 8, "enc_n_points": 4, "dec_n_points": 65}
-    assert _numbers(found) == {"nheads": 8, "enc_n_points": 4, "with_box_refine": False}
+    assert _numbers(found) == {"nheads": 8, "enc_n_points": 4, "with_box_refine": False, "class_aware": False}

@@ -6,16 +6,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from weights_of import (
+    PETS,
     TWO_STAGE,
     assert_accounts_for_everything,
     assert_same_weights,
+    make_checkpoint,
     make_model,
     reasons,
     save_official,
     to_transformers,
 )
 
-from ddetr.checkpoint import load_weights, to_official_state_dict
+from ddetr.checkpoint import load_weights, save_checkpoint, to_official_state_dict
 from ddetr.errors import InputError
 
 
@@ -37,6 +39,49 @@ def test_two_stage_takes_any_number_of_queries(tmp_path: Path) -> None:
     report = load_weights(model, save_official(tmp_path / "a.pth", source))
     assert report.share == 1
     assert not report.adapted
+
+
+def test_weights_of_mixed_selection(tmp_path: Path) -> None:
+    """As H-DETR saves them: its contents, of which it has 1,800 in training and uses the first 300."""
+    source = make_model(1, **TWO_STAGE, mixed_selection=True)
+    file = save_official(tmp_path / "a.pth", source)
+    model = make_model(2, **TWO_STAGE, mixed_selection=True, num_queries=4)
+    report = load_weights(model, file)
+    assert model.query_embed.weight.equal(source.query_embed.weight[:4])
+    assert reasons(report.adapted) == {"query_embed.weight": "the first 4 of 6 queries"}
+    plain = make_model(3, **TWO_STAGE)
+    report = load_weights(plain, file)
+    assert report.share == 1
+    assert reasons(report.skipped) == {
+        "query_embed.weight": "the learned content of queries: set mixed_selection to have it"
+    }
+
+
+def test_what_proposals_say_of_classes(tmp_path: Path) -> None:
+    """One score for any object, or one for each class: a file of ours says which."""
+    any_object, by_class = (make_model(1, **TWO_STAGE, class_aware=is_aware) for is_aware in (False, True))
+    for name, source in (("any.pth", any_object), ("each.pth", by_class)):
+        save_checkpoint(tmp_path / name, make_checkpoint(source, categories=PETS))
+    head = by_class.class_embed[-1].weight
+
+    model = make_model(2, **TWO_STAGE, class_aware=True)
+    load_weights(model, tmp_path / "each.pth", categories=PETS[::-1])
+    assert model.class_embed[-1].weight.equal(head.flip(0)), "by the names of the classes"
+
+    model = make_model(2, **TWO_STAGE, class_aware=True)
+    report = load_weights(model, tmp_path / "any.pth")
+    assert model.class_embed[-1].weight.equal(any_object.class_embed[-1].weight[:1].expand(3, -1))
+    assert reasons(report.adapted)["class_embed.2.weight"] == "the score for any object is that of each class"
+
+    model = make_model(2, **TWO_STAGE)
+    before = model.class_embed[-1].weight.clone()
+    report = load_weights(model, tmp_path / "each.pth")
+    assert model.class_embed[-1].weight.equal(before)
+    assert "a score for each class" in reasons(report.initialised)["class_embed.2.weight"]
+
+    model = make_model(2, **TWO_STAGE, class_aware=True)  # of others it cannot be known, and they are taken as they are
+    load_weights(model, save_official(tmp_path / "official.pth", by_class))
+    assert model.class_embed[-1].weight.equal(head)
 
 
 def test_single_scale_weights_into_four_levels(tmp_path: Path) -> None:

@@ -428,6 +428,17 @@ def test_a_two_stage_network_chooses_its_queries_as_asked(tmp_path):
     assert Predictor.from_checkpoint(trained, "cpu").model.transformer.query_selection == "distinct"
 
 
+def test_mixed_queries_are_at_most_as_many_as_were_learned(pixels, tmp_path):
+    path = saved(tmp_path / "c.pth", with_box_refine=True, two_stage=True, mixed_selection=True)
+    fewer = Predictor.from_checkpoint(path, "cpu", num_queries=3, max_detections=1000)
+    assert len(fewer.predict(pixels, threshold=0)) == 3 * 3
+    trained = Predictor.from_checkpoint(path, "cpu")
+    assert fewer.model.query_embed.weight.equal(trained.model.query_embed.weight[:3])
+    many = trained.model.num_queries + 1
+    with pytest.raises(InputError, match=f"num_queries {many}: .*choose at most {many - 1}"):
+        Predictor.from_checkpoint(path, "cpu", num_queries=many)
+
+
 @pytest.mark.parametrize("choice", [{"num_queries": 5}, {"query_selection": "peaks"}])
 def test_learned_queries_are_as_many_as_were_learned(choice, tmp_path):
     path = saved(tmp_path / "c.pth")

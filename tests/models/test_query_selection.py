@@ -116,7 +116,66 @@ def test_it_compiles_as_one_graph(selection: QuerySelection) -> None:
 
 
 def test_learned_queries_are_not_selected(small: dict) -> None:
-    with pytest.raises(InputError, match="query_selection peaks chooses among proposals and needs two_stage"):
+    with pytest.raises(InputError, match="query_selection peaks is about queries that are chosen among proposals"):
         DeformableDETR(**small, query_selection="peaks")
     with pytest.raises(InputError, match="query_selection: expected one of topk, peaks, distinct, got best"):
         DeformableDETR(**small, **TWO_STAGE, query_selection="best")
+    for name in ("class_aware", "mixed_selection"):
+        with pytest.raises(InputError, match=f"{name} is about queries that are chosen among proposals"):
+            DeformableDETR(**small, **{name: True})
+
+
+def test_a_proposal_that_knows_classes_counts_by_its_best(small: dict) -> None:
+    """Of two networks of the same weights, the one ranks by the first column and the other by the best of all."""
+    torch.manual_seed(0)
+    model = DeformableDETR(**small, **TWO_STAGE, class_aware=True).eval()
+    head = model.class_embed[-1]
+    with torch.no_grad():
+        head.weight.normal_()
+        for is_aware in (True, False):
+            model.transformer.class_aware = is_aware
+            encoded = model.encode(torch.rand(2, 3, 64, 64))
+            logits, boxes = encoded.proposals
+            score = logits.amax(-1) if is_aware else logits[..., 0]
+            best = score.topk(model.num_queries, dim=1).indices
+            assert encoded.queries.references.equal(boxes.gather(1, best[..., None].expand(-1, -1, 4)))
+
+
+@pytest.mark.parametrize("class_aware", [False, True])
+def test_what_proposals_learn(class_aware: bool, small: dict) -> None:
+    """Only the column of "any object", or that of each object's class, has a loss that raises it."""
+    torch.manual_seed(0)
+    model = DeformableDETR(**small, **TWO_STAGE, class_aware=class_aware)
+    targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}] * 2
+    losses = build_criterion(model)(model(torch.rand(2, 3, 96, 96)), targets)
+    losses["loss_ce_enc"].backward()
+    raised = model.class_embed[-1].bias.grad < 0
+    assert raised.nonzero().flatten().tolist() == [2 if class_aware else 0]
+
+
+def test_mixed_queries_have_a_learned_content_and_a_proposed_box(small: dict) -> None:
+    torch.manual_seed(0)
+    model = DeformableDETR(**small, **TWO_STAGE, mixed_selection=True)
+    plain = DeformableDETR(**small, **TWO_STAGE)
+    state = model.state_dict()
+    assert model.query_embed.weight.shape == (model.num_queries, small["hidden_dim"])
+    assert state.keys() - plain.state_dict().keys() == {"query_embed.weight"}  # H-DETR's name and shape
+    plain.load_state_dict({name: value for name, value in state.items() if name != "query_embed.weight"})
+    images = torch.rand(2, 3, 96, 96)
+    mixed, made = (network.eval().encode(images).queries for network in (model, plain))
+    assert mixed.content.equal(model.query_embed.weight.expand(2, -1, -1))
+    assert mixed.position.equal(made.position)
+    assert mixed.references.equal(made.references)
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.4, 0.4]])}] * 2
+    criterion = build_criterion(model)
+    criterion.total(criterion(model.train()(images), targets)).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_fewer_cells_than_mixed_queries(small: dict) -> None:
+    """The best proposal has the first content in every image."""
+    model = DeformableDETR(**small | {"num_queries": 90}, **TWO_STAGE, mixed_selection=True).eval()
+    with torch.no_grad():
+        queries = model.encode(torch.rand(1, 3, 64, 64)).queries
+    assert queries.content[0].equal(model.query_embed.weight[: queries.content.shape[1]])
+    assert queries.content.shape[1] < 90
