@@ -16,6 +16,7 @@ from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.optimizer import parameter_groups
+from ddetr.models.auxiliary import PREFIX, attach_auxiliary
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 
@@ -139,3 +140,23 @@ def test_the_strong_recipe_trains_what_detrex_trains() -> None:
     steps_per_epoch = images_with_objects // settings.batch_size
     assert abs(settings.epochs * steps_per_epoch - 375_000) < steps_per_epoch / 2
     assert abs(settings.optim.lr_drop * steps_per_epoch - 300_000) < steps_per_epoch / 2
+
+
+@pytest.mark.parametrize(("name", "num_parameters", "more"), [
+    ("fast", 40_959_129, set()),
+    ("small_data", 40_959_129, set()),
+    # 12 feed-forward parts of 1024 * 513 more numbers, and 300 contents of 256
+    ("fast_ffn2048", 40_959_129 + 12 * 1024 * 513 + 300 * 256, {"query_embed.weight"}),
+])  # fmt: skip
+def test_what_trains_beside_the_network_is_not_in_it(name: str, num_parameters: int, more: set[str]) -> None:
+    """A recipe that converges faster publishes the weights of the paper's network; the schedule fits the epochs."""
+    settings = read(ROOT / "configs" / f"{name}.yaml")
+    published = trained_model(read(ROOT / "configs" / "deformable_detr_r50_plus_plus_two_stage.yaml"), 91)
+    settings.model.freeze_backbone = "stem"  # the same count of trained parameters as in the paper
+    model = trained_model(settings, 91)
+    assert model.state_dict().keys() - published.state_dict().keys() == more
+    assert not published.state_dict().keys() - model.state_dict().keys()
+    assert sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) == num_parameters
+    attach_auxiliary(model, settings.auxiliary)
+    assert any(name.startswith(PREFIX) for name in model.state_dict()), "it trains beside the network, not in it"
+    assert settings.optim.lr_drop < settings.epochs or settings.optim.schedule == "cosine"

@@ -71,9 +71,9 @@ class SetCriterion(nn.Module):
         one_to_many: int = 0,
         region: Callable[[str], AbstractContextManager] = nullcontext,
     ):
-        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one, class_aware: for each class,
-        and not for "any object"; denoising, one_to_many: so do these passes, the second with up to so many queries per
-        object. They set `weight_dict`.
+        """num_aux: decoder layers but the last that get a loss; two_stage: proposals get one, for "any object", or
+        class_aware for each class; denoising, one_to_many: so do these passes, the second with up to so many queries
+        per object. They set `weight_dict`.
         region: is entered with "matching" around that part, for whoever measures times."""
         super().__init__()
         self.num_classes = num_classes
