@@ -8,14 +8,16 @@ from ddetr import console
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.engine.run.folder import free_folder
+from ddetr.models.auxiliary import AuxiliaryConfig
+from ddetr.models.criterion import LossWeights
 
 if TYPE_CHECKING:
     from ddetr.engine.train import RunResult
 
 IMAGE_SIZE = 160
 
-# Queries from peaks among the proposals: in so few steps learned queries, and the best proposals whatever their
-# neighbours are, do not learn not to find an object twice.
+# What was measured to learn most in this time (benchmarks/results/2026-11-29-convergence-parts.md): queries from peaks
+# among the proposals, scores that tell how good the boxes are, many small steps, and averaged weights.
 MODEL: dict[str, Any] = {
     "backbone": "regnetx_002",
     "pretrained_backbone": False,
@@ -30,7 +32,11 @@ MODEL: dict[str, Any] = {
     "two_stage": True,
     "query_selection": "peaks",
 }
-OPTIM = OptimConfig(lr=1e-3, lr_linear_proj_mult=1.0, clip_max_norm=1.0, schedule="cosine", warmup_steps=50)
+OPTIM = OptimConfig(
+    lr=1e-3, lr_linear_proj_mult=1.0, clip_max_norm=1.0, schedule="cosine", warmup_steps=50, ema_decay=0.98
+)
+LOSS = LossWeights(classification="ia_bce")
+AUXILIARY = AuxiliaryConfig(look_forward_twice=True)
 
 # What the notebooks look into: nine times fewer cells and weights, and still a detector.
 SMALL_IMAGE_SIZE = 96
@@ -42,13 +48,13 @@ SMALL_MODEL = MODEL | {
     "two_stage": False,
     "query_selection": "topk",
 }
-SMALL_OPTIM = replace(OPTIM, lr=2e-3, warmup_steps=20)
+SMALL_OPTIM = replace(OPTIM, lr=2e-3, warmup_steps=20, ema_decay=None)
 
 
 def demo(
-    *, output: str | None = None, num_train: int = 2000, num_val: int = 200, epochs: int = 4, seed: int = 0
+    *, output: str | None = None, num_train: int = 2000, num_val: int = 200, epochs: int = 3, seed: int = 0
 ) -> "RunResult":
-    """Train a small two-stage Deformable DETR with the official losses on drawn shapes.
+    """Train a small two-stage Deformable DETR on drawn shapes.
 
     Args:
         output: run folder; by default runs/demo, numbered.
@@ -59,7 +65,8 @@ def demo(
     """
     path = Path(output) if output else free_folder(Path("runs"), "demo")
     folder = _drawn(Path("runs"), num_train, num_val, IMAGE_SIZE, seed)
-    return _trained(folder, IMAGE_SIZE, path, MODEL, OPTIM, epochs=epochs, batch_size=8, seed=seed)
+    settings = {"epochs": epochs, "batch_size": 4, "seed": seed, "loss": LOSS, "auxiliary": AUXILIARY}
+    return _trained(folder, IMAGE_SIZE, path, MODEL, OPTIM, **settings)
 
 
 def small_demo(output: str, *, num_train: int = 800, num_val: int = 60, epochs: int = 8, seed: int = 0) -> "RunResult":

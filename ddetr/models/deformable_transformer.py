@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ddetr.models.attention import MSDeformAttn
 from ddetr.models.heads import refine_boxes
 from ddetr.models.position_encoding import sine_embedding
-from ddetr.models.query_selection import QuerySelection, ranked_scores
+from ddetr.models.query_selection import QuerySelection, ranked_scores, smaller
 
 SpatialShapes = Sequence[tuple[int, int]]
 
@@ -298,7 +298,7 @@ class DeformableTransformer(nn.Module):
                 invalid,
                 self.num_queries,
             )
-            best = scores.topk(_smaller(self.num_queries, src.shape[1]), dim=1).indices
+            best = scores.topk(smaller(self.num_queries, src.shape[1]), dim=1).indices
             boxes_unact = boxes_unact.gather(1, best[..., None].expand(-1, -1, 4)).detach()  # (N, Q, 4)
             reference_points = boxes_unact.sigmoid()
             query_pos, tgt = self.queries_of(reference_points)
@@ -363,9 +363,3 @@ def cell_centres(spatial_shapes: SpatialShapes, valid_ratios: Tensor) -> Tensor:
 def valid_ratio(mask: Tensor) -> Tensor:
     """Mask (N, H, W), True = padding -> unpadded share as (w, h), (N, 2) float32."""
     return torch.stack(((~mask[:, 0, :]).float().mean(1), (~mask[:, :, 0]).float().mean(1)), dim=-1)
-
-
-def _smaller(a: int, b: int) -> int:
-    """The smaller of two sizes, also of such as an exported graph leaves open. Dynamo knows Python's `min` alone before
-    PyTorch 2.7."""
-    return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddetr.boxes import box_cxcywh_to_xyxy
+from ddetr.boxes import box_cxcywh_to_xyxy, broadcast_iou
 
 QuerySelection = Literal["topk", "peaks", "distinct"]
 
 MOST_OVERLAP = 0.7  # IoU above which "distinct" takes two proposals for one; as in arXiv:2303.12776
 CANDIDATES_PER_QUERY = 4  # that "distinct" compares with each other: its time grows with their square
+ROUNDS = 9
 _BEHIND = 100.0  # logits are far smaller, so that what has this subtracted comes after all that has not
 
 
@@ -62,20 +63,23 @@ def _peaks(scores: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat(levels, dim=1)
 
 
-# An operator, since what suppression does depends on the values, where a graph of torch.compile would break.
-@torch.library.custom_op("ddetr::distinct", mutates_args=())
 def _distinct(scores: Tensor, boxes: Tensor, num_queries: int) -> Tensor:
-    """(N, S) bool: among the best, and no better one overlaps it by more than `MOST_OVERLAP`."""
-    from torchvision.ops import nms  # here, since it takes seconds, and `ddetr train --help` has no use for it
+    """(N, S) bool: among the best, and no better one that is distinct itself overlaps it by more than `MOST_OVERLAP`.
 
-    best = scores.topk(min(CANDIDATES_PER_QUERY * num_queries, scores.shape[1]), dim=1).indices
-    first = torch.zeros_like(scores, dtype=torch.bool)
-    for row, index in enumerate(best):
-        kept = nms(box_cxcywh_to_xyxy(boxes[row, index]), scores[row, index], MOST_OVERLAP)
-        first[row, index[kept]] = True
-    return first
+    Greedy suppression without a loop over boxes (Cluster-NMS, arXiv:2005.03572, sec. 3.3), as a graph that exports and
+    does not wait for a GPU. Each round is right for one more box of a chain in which each covers the next; after an odd
+    number nothing is left of a longer chain that greedy suppression would take.
+    """
+    best = scores.topk(smaller(CANDIDATES_PER_QUERY * num_queries, scores.shape[1]), dim=1).indices  # (N, B)
+    corners = box_cxcywh_to_xyxy(boxes.gather(1, best[..., None].expand(-1, -1, 4)))
+    covers = (broadcast_iou(corners[:, :, None], corners[:, None]) > MOST_OVERLAP).float().triu(1)  # by rows, (N, B, B)
+    kept = torch.ones_like(covers[:, :1])
+    for _ in range(ROUNDS):
+        kept = (kept @ covers == 0).float()
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(1, best, kept[:, 0] > 0)
 
 
-@_distinct.register_fake
-def _(scores: Tensor, boxes: Tensor, num_queries: int) -> Tensor:
-    return torch.empty_like(scores, dtype=torch.bool)
+def smaller(a: int, b: int) -> int:
+    """The smaller of two sizes, also of such as an exported graph leaves open. Dynamo knows Python's `min` alone before
+    PyTorch 2.7."""
+    return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ddetr.boxes import box_cxcywh_to_xyxy, box_iou
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
-from ddetr.models.query_selection import MOST_OVERLAP, QuerySelection, ranked_scores
+from ddetr.models.query_selection import MOST_OVERLAP, ROUNDS, QuerySelection, ranked_scores
 
 TWO_STAGE = {"with_box_refine": True, "two_stage": True}
 SELECTIONS: tuple[QuerySelection, ...] = ("topk", "peaks", "distinct")
@@ -61,6 +61,18 @@ def test_distinct_ones_are_those_of_greedy_suppression() -> None:
         assert ranked[row].argsort(descending=True).tolist() == kept + [cell for cell in order if cell not in kept]
 
 
+def test_distinct_ones_of_a_long_chain() -> None:
+    """Each covers the next: greedy suppression takes every second one, and never two that cover each other."""
+    num_cells = 48
+    centres = 0.2 + torch.arange(num_cells) * 0.002
+    boxes = torch.stack((centres, *[torch.full((num_cells,), value) for value in (0.5, 0.02, 0.02)]), dim=1)[None]
+    scores = -torch.arange(num_cells)[None].float()
+    assert box_iou(*[box_cxcywh_to_xyxy(boxes[0])] * 2)[0, 1] > MOST_OVERLAP
+    ranked = ranked_scores("distinct", scores, boxes, [(6, 8)], torch.zeros(1, num_cells, dtype=torch.bool), 12)
+    first = (ranked[0] == scores[0]).nonzero().flatten().tolist()
+    assert first == list(range(0, ROUNDS + 1, 2))
+
+
 @pytest.mark.parametrize("selection", ["peaks", "distinct"])
 def test_padding_is_never_first(selection: QuerySelection) -> None:
     """Cells of padding have one score, and none of them is lower than its neighbours."""
@@ -94,10 +106,11 @@ def test_it_trains(selection: QuerySelection, small: dict) -> None:
     assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
-def test_peaks_export() -> None:
+@pytest.mark.parametrize("selection", ["peaks", "distinct"])
+def test_it_exports(selection: QuerySelection) -> None:
     class Selection(nn.Module):
         def forward(self, scores: Tensor, boxes: Tensor, invalid: Tensor) -> Tensor:
-            return ranked_scores("peaks", scores, boxes, SHAPES, invalid, 5).topk(5, dim=1).indices
+            return ranked_scores(selection, scores, boxes, SHAPES, invalid, 5).topk(5, dim=1).indices
 
     exported = torch.export.export(Selection(), some_proposals(0)).module()
     assert torch.equal(exported(*some_proposals(1)), Selection()(*some_proposals(1)))

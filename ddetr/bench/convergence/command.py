@@ -168,7 +168,7 @@ def bench_convergence(
         output: folder of the comparison. One that holds a comparison is gone on with: what was interrupted, further
             sides, further seeds.
         sides: any of plain, refine, two-stage, fast; detr, detr-dc5 (transformers'), faster-rcnn (torchvision's).
-            fast+model.query_selection=distinct is fast with another setting, detr+optim.lr=0.002 DETR with that rate
+            fast+model.query_selection=peaks is fast with another setting, detr+optim.lr=0.002 DETR with that rate
             (by default half of ours, as published), and so on with any option of train.
         seeds: numbers, such as 0,1,2: each side trains once with each.
         minutes: training time of a side and a seed (CPU time of the process; on a GPU wall time), validation left out.

@@ -1,6 +1,6 @@
 """Who is compared: ours are settings over one base, the others are networks of other people.
 
-`fast+model.query_selection=distinct` is a side too: the one of that name with other settings, so that each part of a
+`fast+model.query_selection=peaks` is a side too: the one of that name with other settings, so that each part of a
 recipe can be measured alone, and the others with the rates that suit them (`detr+optim.lr=0.002`).
 """
 
@@ -86,10 +86,10 @@ _OURS = (
     Side("two-stage", "++ two-stage", _TWO_STAGE),
     Side(
         "fast",
-        "++ two-stage with queries from peaks, denoising, a one-to-many route and IoU-aware classes in training",
+        "++ two-stage with distinct queries, denoising, a one-to-many route and IoU-aware classes in training",
         _TWO_STAGE
         | {
-            "model.query_selection": "peaks",
+            "model.query_selection": "distinct",
             "auxiliary.denoising": 100,
             "auxiliary.one_to_many": 6,
             "loss.classification": "ia_bce",
