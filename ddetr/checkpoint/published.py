@@ -220,16 +220,16 @@ def build_from_checkpoint(
             f"{next(iter(chosen))} can be chosen for a two-stage network alone, whose queries are made from the image; "
             "this one has learned its queries, and has just these"
         )
-    trained = config["num_queries"] if config.get("mixed_selection") else None  # as many contents were learned
-    if num_queries is not None and trained is not None and num_queries > trained:
-        raise InputError(
-            f"num_queries {num_queries}: this network has learned a content for each of its {trained} queries (mixed "
-            f"selection): choose at most {trained}"
-        )
     config |= chosen
     weights = checkpoint.model
-    if num_queries is not None and trained is not None:
-        weights = weights | {"query_embed.weight": weights["query_embed.weight"][:num_queries]}
+    contents = weights.get("query_embed.weight")
+    if num_queries is not None and contents is not None and contents.ndim == 2:  # of mixed selection
+        if num_queries > len(contents):
+            raise InputError(
+                f"num_queries {num_queries}: this network has learned a content for each of its {len(contents)} "
+                f"queries (mixed selection): choose at most {len(contents)}"
+            )
+        weights = weights | {"query_embed.weight": contents[:num_queries]}
     try:
         check_fits(config, weights)
         model = DeformableDETR(**config)

@@ -1,6 +1,7 @@
 """Predictor and Detections: every kind of image in, evaluation's own preprocessing, pixels of the original out."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
 from ddetr.datasets.annotations import Annotations, Category, ImageRecord
 from ddetr.datasets.collate import collate
 from ddetr.datasets.dataset import DetectionDataset
@@ -437,6 +439,12 @@ def test_mixed_queries_are_at_most_as_many_as_were_learned(pixels, tmp_path):
     many = trained.model.num_queries + 1
     with pytest.raises(InputError, match=f"num_queries {many}: .*choose at most {many - 1}"):
         Predictor.from_checkpoint(path, "cpu", num_queries=many)
+    for contents in (None, torch.tensor(1.0)):  # what anybody can write
+        checkpoint = load_checkpoint(path)
+        weights = {name: value for name, value in checkpoint.model.items() if name != "query_embed.weight"}
+        weights |= {} if contents is None else {"query_embed.weight": contents}
+        with pytest.raises(InputError, match="the weights of the checkpoint do not fit|the weights do not fit"):
+            build_from_checkpoint(replace(checkpoint, model=weights), num_queries=3)
 
 
 @pytest.mark.parametrize("choice", [{"num_queries": 5}, {"query_selection": "peaks"}])
