@@ -65,8 +65,8 @@ def demo(
     """
     path = Path(output) if output else free_folder(Path("runs"), "demo")
     folder = _drawn(Path("runs"), num_train, num_val, IMAGE_SIZE, seed)
-    settings = {"epochs": epochs, "batch_size": 4, "seed": seed, "loss": LOSS, "auxiliary": AUXILIARY}
-    return _trained(folder, IMAGE_SIZE, path, MODEL, OPTIM, **settings)
+    more = {"loss": LOSS, "auxiliary": AUXILIARY}
+    return _trained(folder, IMAGE_SIZE, path, MODEL, OPTIM, epochs=epochs, batch_size=4, seed=seed, **more)
 
 
 def small_demo(output: str, *, num_train: int = 800, num_val: int = 60, epochs: int = 8, seed: int = 0) -> "RunResult":

@@ -113,10 +113,10 @@ class SetCriterion(nn.Module):
             layers = [outputs, *outputs.get("aux_outputs", [])]
             sets = [(layer, padded) for layer in layers]
             proposals = outputs.get("enc_outputs")
-            proposed = padded
-            if not self.class_aware:  # proposals know one class: an object
-                proposed = padded._replace(labels=torch.zeros_like(padded.labels))
             if proposals is not None:
+                # They know one class, an object, or all.
+                labels = padded.labels if self.class_aware else torch.zeros_like(padded.labels)
+                proposed = padded._replace(labels=labels)
                 sets.append((proposals, proposed))
             with self.region("matching"):
                 matches = self.matcher.match_sets(sets)

@@ -291,12 +291,7 @@ class DeformableTransformer(nn.Module):
             # The official code ranks by the first column, which its encoder loss trains as "any object".
             scores = proposals.logits.amax(-1) if self.class_aware else proposals.logits[..., 0]
             scores = ranked_scores(
-                self.query_selection,
-                scores,
-                proposals.boxes,
-                spatial_shapes,
-                invalid,
-                self.num_queries,
+                self.query_selection, scores, proposals.boxes, spatial_shapes, invalid, self.num_queries
             )
             best = scores.topk(smaller(self.num_queries, src.shape[1]), dim=1).indices
             boxes_unact = boxes_unact.gather(1, best[..., None].expand(-1, -1, 4)).detach()  # (N, Q, 4)

@@ -19,7 +19,7 @@ QuerySelection = Literal["topk", "peaks", "distinct"]
 
 MOST_OVERLAP = 0.7  # IoU above which "distinct" takes two proposals for one; as in arXiv:2303.12776
 CANDIDATES_PER_QUERY = 4  # that "distinct" compares with each other: its time grows with their square
-ROUNDS = 9
+ROUNDS = 9  # of "distinct": longest chain of boxes, each covering the next, for which it is exact; odd
 _BEHIND = 100.0  # logits are far smaller, so that what has this subtracted comes after all that has not
 
 
@@ -47,11 +47,12 @@ def ranked_scores(
     if selection == "topk":
         return scores
     scores = scores.detach().float()
+    valid = scores.masked_fill(invalid, -_BEHIND)
     if selection == "peaks":
-        first = _peaks(scores.masked_fill(invalid, -_BEHIND), spatial_shapes) & ~invalid
+        first = _peaks(valid, spatial_shapes)
     else:
-        first = _distinct(scores.masked_fill(invalid, -_BEHIND), boxes.detach().float(), num_queries) & ~invalid
-    return torch.where(first, scores, scores - _BEHIND)
+        first = _distinct(valid, boxes.detach().float(), num_queries)
+    return torch.where(first & ~invalid, scores, scores - _BEHIND)
 
 
 def _peaks(scores: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -67,8 +68,8 @@ def _distinct(scores: Tensor, boxes: Tensor, num_queries: int) -> Tensor:
     """(N, S) bool: among the best, and no better one that is distinct itself overlaps it by more than `MOST_OVERLAP`.
 
     Greedy suppression without a loop over boxes (Cluster-NMS, arXiv:2005.03572, sec. 3.3), as a graph that exports and
-    does not wait for a GPU. Each round is right for one more box of a chain in which each covers the next; after an odd
-    number nothing is left of a longer chain that greedy suppression would take.
+    does not wait for a GPU. Each round is right for one more box of a chain in which each covers the next. Of a longer
+    chain an odd number of rounds keeps a part of what greedy suppression keeps, and never two that cover each other.
     """
     best = scores.topk(smaller(CANDIDATES_PER_QUERY * num_queries, scores.shape[1]), dim=1).indices  # (N, B)
     corners = box_cxcywh_to_xyxy(boxes.gather(1, best[..., None].expand(-1, -1, 4)))
