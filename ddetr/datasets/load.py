@@ -28,7 +28,8 @@ from ddetr.datasets.readers.reader import WHOLE, Reader, Wanted, layouts_kept, s
 from ddetr.datasets.readers.side_by_side import NOTHING_SAYS, Neighbours, neighbours, not_read_below, unlike
 from ddetr.datasets.readers.split_lists import with_lists
 from ddetr.datasets.readers.via import read_via, via_splits
-from ddetr.datasets.readers.voc import read_voc, voc_splits
+from ddetr.datasets.readers.voc.layout import voc_splits
+from ddetr.datasets.readers.voc.reader import read_voc
 from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.reader import has_label_rows, read_yolo, said_of_unnamed
 from ddetr.errors import InputError

@@ -7,7 +7,7 @@ side_by_side.py   several data sets in one folder, of which nothing says that th
 file_names.py     the files that names in annotations mean: addresses, Windows, other folders
 coco/             reader: COCO
 label_folders.py  what readers of folders of label files share: splits by folders, images beside, boxes around shapes
-voc.py            reader: Pascal VOC
+voc/              reader: Pascal VOC
 kitti.py          reader: KITTI
 cvat.py           reader: CVAT for images
 labelme.py        reader: LabelMe
