@@ -30,7 +30,7 @@ def audit_command(parser: Parser) -> Callable[[Any], None]:
 
     def run(settings: Any) -> None:
         from ddetr.datasets import audit
-        from ddetr.datasets.audit import things
+        from ddetr.datasets.audit_report import things
         from ddetr.datasets.image_files import reading_on_screen
         from ddetr.datasets.splits import load_splits
         from ddetr.files import make_folder, write_text
@@ -110,7 +110,7 @@ def convert_command(parser: Parser) -> Callable[[Any], None]:
 
     def run(settings: Any) -> None:
         from ddetr.datasets import audit
-        from ddetr.datasets.audit import render_findings, things
+        from ddetr.datasets.audit_report import render_findings, things
         from ddetr.datasets.convert.conversion import convert
         from ddetr.datasets.convert.source import read_source
         from ddetr.datasets.image_files import reading_on_screen

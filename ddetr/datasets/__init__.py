@@ -15,7 +15,8 @@ related.py        which images belong together, by their names
 splits.py         settings -> annotations of a split
 shapes.py         the embedded data set, drawn
 decoding.py       which images can't be decoded
-audit.py          what is wrong with a data set, and whether training may start
+audit.py          what only the whole of a data set shows: counts, classes, copies, files that do not decode
+audit_report.py   what was found, as a table, and whether training may start
 convert/          any data set that is read, written anew as COCO, YOLO or Pascal VOC
 transforms.py     augmentation recipes, normalisation
 augment.py        mosaic, mixup, large-scale jitter, colours, blur: what the options add to a recipe
@@ -34,7 +35,7 @@ from ddetr.datasets.collate import collate
 # are called like their modules, which would stand in their place.
 _PUBLIC = {
     "Annotations": "ddetr.datasets.annotations",
-    "AuditReport": "ddetr.datasets.audit",
+    "AuditReport": "ddetr.datasets.audit_report",
     "Category": "ddetr.datasets.annotations",
     "DetectionDataset": "ddetr.datasets.dataset",
     "Finding": "ddetr.datasets.annotations",

@@ -105,7 +105,7 @@ def evaluate_checkpoint(
 def _read(data: DataSource, split: str | None, categories: Any, *, accept_refused: bool) -> "Annotations":
     """The split in the checkpoint's classes, after what was found in it is shown."""
     from ddetr.datasets import available_splits
-    from ddetr.datasets.audit import render_findings
+    from ddetr.datasets.audit_report import render_findings
     from ddetr.datasets.image_files import reading_on_screen
     from ddetr.datasets.splits import load_split
 

@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from ddetr.datasets import Finding, audit, load_annotations
-from ddetr.datasets.audit import things
+from ddetr.datasets.audit_report import things
 from ddetr.datasets.decoding import spread
 
 audit_module = importlib.import_module("ddetr.datasets.audit")  # the function of its name stands in its place
