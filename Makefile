@@ -76,7 +76,7 @@ base:
 	container/base.sh
 
 test-container: setup
-	$(BIN)/python -m pytest -m 'container and not slow' tests/container
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'container and not slow' tests/container
 
 test-image: image
 	container/test_image.sh $(IMAGE)

@@ -24,9 +24,6 @@ class WeightAverage(Callback):
     It stands behind the callbacks that publish, so that their `on_validation_end` still sees the averaged weights.
     Values are exchanged, not tensors: optimiser, DistributedDataParallel and compiled graphs notice nothing.
 
-    The decay of update n (from 0) is min(decay, (1 + n) / (10 + n)): the first averages soon forget the initial
-    weights. Running statistics of batch norms are averaged as the weights are.
-
     Lightning's own callback is not used: it gives the trained weights back before the hook that publishes, it counts
     the steps that fp16's scaler leaves out, and a checkpoint that it saves during a validation has the two exchanged.
     """
@@ -48,17 +45,9 @@ class WeightAverage(Callback):
         # Called where the optimiser has really stepped: fp16's scaler leaves out the steps whose gradient overflows.
         self._hook = trainer.optimizers[0].register_step_post_hook(lambda *_: self._update())
 
-    @torch.no_grad()
     def _update(self) -> None:
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        update_average(self._average, self._current, self.decay, self.num_updates)
         self.num_updates += 1
-        floating = [name for name, tensor in self._current.items() if tensor.is_floating_point()]
-        torch._foreach_lerp_(
-            [self._average[name] for name in floating], [self._current[name] for name in floating], 1 - decay
-        )
-        counters = list(self._current.keys() - floating)  # numbers of batches
-        if counters:
-            torch._foreach_copy_([self._average[name] for name in counters], [self._current[name] for name in counters])
 
     def on_validation_start(self, trainer: pl.Trainer, module: DetectionModule) -> None:
         if not self._average:
@@ -107,6 +96,27 @@ class WeightAverage(Callback):
     def _put_back(self) -> None:
         if self._is_exchanged:
             self._exchange()
+
+
+@torch.no_grad()
+def update_average(average: dict[str, Tensor], current: dict[str, Tensor], decay: float, num_updates: int) -> None:
+    """One step of the average, in place.
+
+    The decay of update n (from 0) is min(decay, (1 + n) / (10 + n)): the first averages soon forget the initial
+    weights. Running statistics of batch norms are averaged as the weights are.
+
+    Args:
+        average: by name.
+        current: the weights after the step, by the same names.
+        decay: the last one, in [0, 1).
+        num_updates: n.
+    """
+    decay = min(decay, (1 + num_updates) / (10 + num_updates))
+    floating = [name for name, tensor in current.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([average[name] for name in floating], [current[name] for name in floating], 1 - decay)
+    counters = list(current.keys() - floating)  # numbers of batches
+    if counters:
+        torch._foreach_copy_([average[name] for name in counters], [current[name] for name in counters])
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

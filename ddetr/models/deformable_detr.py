@@ -84,7 +84,7 @@ class DeformableDETR(nn.Module):
             with_box_refine: each decoder layer corrects the boxes of the one before ("+").
             two_stage: queries start from encoder proposals ("++"); needs with_box_refine.
             query_selection: which proposals: "topk", the best, as published; "peaks", first those of cells that score
-                highest among their neighbours; "distinct", first those that no better one covers (IoU above 0.7).
+                highest among their neighbours; "distinct", first those that no better one covers (IoU above 0.5).
             class_aware: proposals have a score for each class, and the best counts (DINO); else one for "any object",
                 as published.
             mixed_selection: queries have the boxes of proposals and a learned content, the best proposal the first

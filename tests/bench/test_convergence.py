@@ -22,7 +22,7 @@ from ddetr.bench.convergence.sides import SIDES, chosen_sides, with_options
 from ddetr.bench.convergence.summary import reached, spread, summary
 from ddetr.cli import main as cli
 from ddetr.datasets.config import DataConfig
-from ddetr.engine.config import TrainConfig
+from ddetr.engine.config import OptimConfig, TrainConfig
 from ddetr.errors import InputError
 from ddetr.runtime.environment import machine
 
@@ -127,7 +127,7 @@ def test_the_time_of_steps_is_measured_for_both_kinds(shapes: Path, tiny_model: 
 
 def test_a_peer_that_was_interrupted_ends_as_one_that_was_not(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    words = ["--epochs", "2", "--sides", "detr", "--model.dropout", "0.1"]
+    words = ["--epochs", "2", "--sides", "detr", "--model.dropout", "0.1", "--optim.ema_decay", "0.9"]
     assert run(*words, output="whole").code == 0
     train_epoch = PeerTraining.train_epoch
 
@@ -141,8 +141,9 @@ def test_a_peer_that_was_interrupted_ends_as_one_that_was_not(run: Run, monkeypa
         assert run(*words).code == 130
     outcome = run(*words)
     assert outcome.code == 0, outcome.err
-    states = [torch.load(Path(name, "detr-seed0/state.pth"))["peer"] for name in ("out", "whole")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    states = [torch.load(Path(name, "detr-seed0/state.pth")) for name in ("out", "whole")]
+    for part in ("peer", "average"):
+        assert all(torch.equal(states[0][part][name], states[1][part][name]) for name in states[1][part])
     points = [json.loads(Path(name, "detr-seed0.json").read_text())["points"] for name in ("out", "whole")]
     assert [[point["AP"] for point in one] for one in points][0] == [point["AP"] for point in points[1]]
     assert points[0][0]["seconds"] < points[0][1]["seconds"]
@@ -293,6 +294,35 @@ def test_the_others_have_their_own_rates(shapes: Path, tiny_model: dict[str, Any
     assert [group["rate"] for group in training.optimizer.param_groups] == pytest.approx([3e-3, 3e-4])
     grouped = [p for group in training.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in training.peer.parameters() if p.requires_grad}
+
+
+def test_weights_of_the_others_are_averaged_too(
+    shapes: Path, tiny_model: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their place while they are measured, and only then; by the rule of ours."""
+    from ddetr.datasets.splits import load_splits
+
+    settings = config(shapes, tiny_model, optim=OptimConfig(ema_decay=0.9))
+    training = PeerTraining(SIDES["faster-rcnn"], settings, *load_splits(settings.data), torch.device("cpu"))
+    name = "net.roi_heads.box_predictor.cls_score.weight"
+    expected, after = training.peer.state_dict()[name].clone(), []
+    for step, batch in enumerate(training._batches()):
+        training.take_step(batch)
+        after.append(training.peer.state_dict()[name].clone())
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * after[-1]
+    measured = []
+
+    def detect(batch: Any) -> list[dict[str, torch.Tensor]]:
+        measured.append(training.peer.state_dict()[name].clone())
+        return []
+
+    monkeypatch.setattr(training.peer, "detect", detect)
+    monkeypatch.setattr(training, "evaluator", SimpleNamespace(reset=lambda: 0, update=lambda *_: 0, compute=lambda: 0))
+    training.validate()
+    torch.testing.assert_close(measured[0], expected)
+    assert not torch.equal(expected, after[-1])
+    assert torch.equal(training.peer.state_dict()[name], after[-1])
 
 
 def test_options_of_a_side(shapes: Path, tiny_model: dict[str, Any]) -> None:

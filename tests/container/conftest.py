@@ -1,5 +1,6 @@
 """Containers of the light image, started as a user starts them, with ports, volumes and secrets; removed afterwards."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -51,6 +52,7 @@ def usable_engine() -> str:
 def build(usable_engine: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
     """`build(NAME, *options)` builds the light image as `make image-light` does, with a canary in each secret."""
     folder = tmp_path_factory.mktemp("secrets")
+    lock = tmp_path_factory.getbasetemp().parent / "build.lock"  # of all workers of pytest-xdist
     authorities = os.environ.get("CA") or os.environ.get("SSL_CERT_FILE") or "/etc/ssl/certs/ca-certificates.crt"
     environment = os.environ | {"LOCK": "light"}
     for variable, name, text in (
@@ -63,7 +65,8 @@ def build(usable_engine: str, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
     def run(name: str, *options: str) -> None:
         log = folder / "build.log"
-        with log.open("w+b") as output:
+        with lock.open("w") as one_at_a_time, log.open("w+b") as output:
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
             process = subprocess.Popen(
                 [str(ROOT / "container" / "build.sh"), "workspace", name, *options],
                 env=environment,

@@ -64,7 +64,7 @@ def test_distinct_ones_are_those_of_greedy_suppression() -> None:
 def test_distinct_ones_of_a_long_chain() -> None:
     """Each covers the next: greedy suppression takes every second one, and never two that cover each other."""
     num_cells = 48
-    centres = 0.2 + torch.arange(num_cells) * 0.002
+    centres = 0.2 + torch.arange(num_cells) * 0.004
     boxes = torch.stack((centres, *[torch.full((num_cells,), value) for value in (0.5, 0.02, 0.02)]), dim=1)[None]
     scores = -torch.arange(num_cells)[None].float()
     assert box_iou(*[box_cxcywh_to_xyxy(boxes[0])] * 2)[0, 1] > MOST_OVERLAP

@@ -20,6 +20,7 @@ from ddetr.checkpoint.files import write_file
 from ddetr.datasets import Annotations, sample_seed
 from ddetr.engine.callbacks import seconds_of
 from ddetr.engine.config import TrainConfig
+from ddetr.engine.ema import trained_tensors, update_average
 from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.optimizer import build_optimizer, lr_factor
 from ddetr.engine.step import MicroBatch, on_device
@@ -85,6 +86,9 @@ class PeerTraining:
             steps_per_epoch=self.data.steps_per_epoch,
             total_steps=self.data.steps_per_epoch * config.epochs,
         )
+        # Where weights are averaged, the averages are validated in their place.
+        self.weights = trained_tensors(self.peer) if config.optim.ema_decay is not None else {}
+        self.average = {name: tensor.clone() for name, tensor in self.weights.items()}
         self.epoch, self.step, self.seconds = 0, 0, 0.0
 
     @property
@@ -118,16 +122,21 @@ class PeerTraining:
         norm = nn.utils.clip_grad_norm_(self.peer.parameters(), self.config.optim.clip_max_norm or float("inf"))
         if norm.isfinite():
             self.optimizer.step()
+            if self.config.optim.ema_decay is not None:
+                update_average(self.average, self.weights, self.config.optim.ema_decay, self.step)
         self.step += 1
 
     @torch.no_grad()
     def validate(self) -> Metrics:
+        trained = {name: tensor.clone() for name, tensor in self.weights.items()}
+        self.peer.load_state_dict(self.average, strict=False)
         self.peer.eval()
         self.evaluator.reset()
         for batch in self.data.val_dataloader():
             with self._autocast():
                 found = self.peer.detect(on_device(batch, self.device))
             self.evaluator.update([int(target["image_id"]) for target in batch[2]], found)
+        self.peer.load_state_dict(trained, strict=False)
         return self.evaluator.compute()
 
     def time_steps(self, warmup: int, steps: int) -> float:
@@ -145,8 +154,9 @@ class PeerTraining:
             yield from self._batches()
 
     def save(self, path: Path) -> None:
-        state = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds}
-        write_file(path, state | {"peer": self.peer.state_dict(), "optimizer": self.optimizer.state_dict()})
+        state: dict[str, Any] = {"epoch": self.epoch, "step": self.step, "seconds": self.seconds}
+        state |= {"peer": self.peer.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict()}
+        write_file(path, state)
 
     def load(self, path: Path) -> None:
         """
@@ -156,6 +166,8 @@ class PeerTraining:
         try:
             state = load_tensors(path)
             self.peer.load_state_dict(state["peer"])
+            for name, tensor in self.average.items():
+                tensor.copy_(state["average"][name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.epoch, self.step = int(state["epoch"]), int(state["step"])
             self.seconds = float(state["seconds"])
