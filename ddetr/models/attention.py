@@ -50,6 +50,7 @@ class MSDeformAttn(nn.Module):
         memory: Tensor,
         spatial_shapes: Sequence[tuple[int, int]],
         padding_mask: Tensor | None = None,
+        value: Tensor | None = None,
     ) -> Tensor:
         """One attention step.
 
@@ -59,14 +60,14 @@ class MSDeformAttn(nn.Module):
             memory: (N, S, C), level after level, row-major.
             spatial_shapes: (H, W) of each level, Python ints.
             padding_mask: (N, S), True = padding, sampled as zero; None where nothing is padded.
+            value: what `project` makes of the memory, where several sets of queries look at one.
 
         Returns:
             (N, Q, C).
         """
         n, q, _ = query.shape
-        value = self.value_proj(memory)
-        if padding_mask is not None:
-            value = value.masked_fill(padding_mask[..., None], 0.0)
+        if value is None:
+            value = self.project(memory, padding_mask)
         grid = (n, q, self.n_heads, self.n_levels, self.n_points)
         output = ms_deform_attn_step(
             value.unflatten(-1, (self.n_heads, -1)),
@@ -76,6 +77,11 @@ class MSDeformAttn(nn.Module):
             reference_points,
         )
         return self.output_proj(output)
+
+    def project(self, memory: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """What is sampled of a memory, (N, S, C)."""
+        value = self.value_proj(memory)
+        return value if padding_mask is None else value.masked_fill(padding_mask[..., None], 0.0)
 
     def sampling(
         self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[tuple[int, int]]

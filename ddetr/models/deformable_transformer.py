@@ -46,6 +46,7 @@ class Encoded(NamedTuple):
     mask: Tensor | None  # (N, S)
     queries: Queries
     proposals: Proposals | None  # two-stage
+    values: list[Tensor] | None = None  # what each decoder layer samples, (N, S, C), once for several passes
 
 
 class Decoded(NamedTuple):
@@ -130,18 +131,20 @@ class DeformableTransformerDecoderLayer(nn.Module):
         memory: Tensor,
         spatial_shapes: SpatialShapes,
         mask: Tensor | None,
+        value: Tensor | None = None,
         attn_mask: Tensor | None = None,
         feed_forward: nn.Module | None = None,
     ) -> Tensor:
         """tgt, query_pos (N, Q, C), reference_points (N, Q, L, 2 or 4), memory (N, S, C) -> (N, Q, C).
 
+        value: (N, S, C), what the layer samples of the memory, where it is known.
         attn_mask: (N * heads, Q, Q) bool, True where a query (row) does not see another; None where each sees all.
         feed_forward: what takes the place of the layer's own, (N, Q, C) -> (N, Q, C).
         """
         query = tgt + query_pos
         attended = self.self_attn(query, query, tgt, attn_mask=attn_mask, need_weights=False)[0]
         tgt = self.norm2(tgt + self.dropout2(attended))
-        attended = self.cross_attn(tgt + query_pos, reference_points, memory, spatial_shapes, mask)
+        attended = self.cross_attn(tgt + query_pos, reference_points, memory, spatial_shapes, mask, value)
         tgt = self.norm1(tgt + self.dropout1(attended))
         if feed_forward is not None:
             return feed_forward(tgt)
@@ -175,12 +178,14 @@ class DeformableTransformerDecoder(LayerStack):
         tgt, query_pos, reference_points = queries
         memory, spatial_shapes, valid_ratios, mask = encoded[:4]
         states, boxes_per_layer, corrected = [], [], reference_points
-        for layer, box_head, feed_forward in zip(self.layers, bbox_embed, feed_forwards or [None] * len(self.layers)):
+        none = [None] * len(self.layers)
+        values, feed_forwards = encoded.values or none, feed_forwards or none
+        for layer, box_head, value, feed_forward in zip(self.layers, bbox_embed, values, feed_forwards):
             ratios = valid_ratios.repeat(1, 1, reference_points.shape[-1] // 2)  # (N, L, 2 or 4)
             reference_points_in_levels = reference_points[:, :, None] * ratios[:, None]
             tgt = self.run(
                 *(layer, tgt, query_pos, reference_points_in_levels, memory, spatial_shapes, mask),
-                *(attn_mask, feed_forward),
+                *(value, attn_mask, feed_forward),
             )  # (N, Q, C)
             correction = box_head(tgt)
             boxes = refine_boxes(correction, corrected)  # (N, Q, 4)
@@ -191,6 +196,13 @@ class DeformableTransformerDecoder(LayerStack):
                 corrected = refine_boxes(correction, reference_points) if self.look_forward_twice else boxes.detach()
                 reference_points = boxes.detach()
         return Decoded(states, boxes_per_layer)
+
+
+    def values(self, encoded: Encoded) -> list[Tensor] | None:
+        """What each layer samples, (N, S, C), for several passes over it; None where activations are not kept."""
+        if self.activation_checkpointing:
+            return None
+        return [layer.cross_attn.project(encoded.memory, encoded.mask) for layer in self.layers]
 
 
 class DeformableTransformer(nn.Module):

@@ -269,6 +269,26 @@ def test_cutting_up_a_step_changes_no_loss(small: dict[str, Any]) -> None:
         assert sum(part[name] for part in parts).item() == pytest.approx(whole[name].item(), rel=1e-3, abs=1e-5)
 
 
+def test_passes_share_what_they_sample(small: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A memory is projected once for all passes, with the losses and gradients of passes that each do it."""
+    found = []
+    for shares in (True, False):
+        torch.manual_seed(0)
+        model = make(small, VARIANTS["two_stage"], AuxiliaryConfig(denoising=2, one_to_many=3))
+        calls = []
+        for layer in model.transformer.decoder.layers:
+            layer.cross_attn.value_proj.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        if not shares:
+            monkeypatch.setattr(type(model.transformer.decoder), "values", lambda *_: None)
+        torch.manual_seed(1)
+        _, losses, criterion = outputs_and_losses(model, TARGETS)
+        assert len(calls) == len(model.transformer.decoder.layers) * (1 if shares else 3)
+        criterion.total(losses).backward()
+        found.append(losses | {name: p.grad for name, p in model.named_parameters()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5)
+
+
 # --- look forward twice -----------------------------------------------------------------------------------------------
 
 
