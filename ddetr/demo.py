@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = 160
 
-# What was measured to learn most in this time (benchmarks/results/2026-11-29-convergence-parts.md): queries from peaks
-# among the proposals, scores that tell how good the boxes are, many small steps, and averaged weights.
+# What was measured to learn most in this time (benchmarks/results/2026-11-29-convergence-parts.md): queries from distinct
+# proposals, scores that tell how good the boxes are, many small steps, and averaged weights.
 MODEL: dict[str, Any] = {
     "backbone": "regnetx_002",
     "pretrained_backbone": False,
@@ -30,7 +30,7 @@ MODEL: dict[str, Any] = {
     "dropout": 0.0,
     "with_box_refine": True,
     "two_stage": True,
-    "query_selection": "peaks",
+    "query_selection": "distinct",
 }
 OPTIM = OptimConfig(
     lr=1e-3, lr_linear_proj_mult=1.0, clip_max_norm=1.0, schedule="cosine", warmup_steps=50, ema_decay=0.98
