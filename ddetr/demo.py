@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 IMAGE_SIZE = 160
 
-# What was measured to learn most in this time (benchmarks/results/2026-11-29-convergence-parts.md): queries from distinct
-# proposals, scores that tell how good the boxes are, many small steps, and averaged weights.
+# What was measured to learn most in this time (benchmarks/results/2026-11-29-convergence-parts.md): queries from
+# distinct proposals, scores that tell how good the boxes are, many small steps, and averaged weights.
 MODEL: dict[str, Any] = {
     "backbone": "regnetx_002",
     "pretrained_backbone": False,
