@@ -197,7 +197,6 @@ class DeformableTransformerDecoder(LayerStack):
                 reference_points = boxes.detach()
         return Decoded(states, boxes_per_layer)
 
-
     def values(self, encoded: Encoded) -> list[Tensor] | None:
         """What each layer samples, (N, S, C), for several passes over it; None where activations are not kept."""
         if self.activation_checkpointing:
