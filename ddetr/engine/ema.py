@@ -85,12 +85,8 @@ class WeightAverage(Callback):
         saved = checkpoint[_IN_CHECKPOINT]
         self.num_updates, self._loaded = saved["num_updates"], saved["tensors"]
 
-    @torch.no_grad()
     def _exchange(self) -> None:
-        for name, tensor in self._current.items():
-            value = tensor.clone()
-            tensor.copy_(self._average[name])
-            self._average[name].copy_(value)
+        exchange(self._average, self._current)
         self._is_exchanged = not self._is_exchanged
 
     def _put_back(self) -> None:
@@ -117,6 +113,15 @@ def update_average(average: dict[str, Tensor], current: dict[str, Tensor], decay
     counters = list(current.keys() - floating)  # numbers of batches
     if counters:
         torch._foreach_copy_([average[name] for name in counters], [current[name] for name in counters])
+
+
+@torch.no_grad()
+def exchange(average: dict[str, Tensor], current: dict[str, Tensor]) -> None:
+    """Each gets the values of the other, in place; both by the same names."""
+    for name, tensor in current.items():
+        value = tensor.clone()
+        tensor.copy_(average[name])
+        average[name].copy_(value)
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -175,13 +175,10 @@ def attach_auxiliary(model: "DeformableDETR", config: AuxiliaryConfig) -> None:
 
 def keeping_encoded(model: "DeformableDETR") -> Callable[[Tensor, Tensor | None], dict[str, Any]]:
     """The network's forward, whose outputs also have `encoded`, for `Auxiliary`."""
-    config = model.auxiliary.config
-    shares = bool(config.denoising or config.one_to_many)
 
     def run(images: Tensor, mask: Tensor | None) -> dict[str, Any]:
         encoded = model.encode(images, mask)
-        if shares:
-            encoded = encoded._replace(values=model.transformer.decoder.values(encoded))
+        encoded = encoded._replace(values=model.transformer.decoder.values(encoded))
         return model.detect(encoded) | {"encoded": encoded}
 
     return run

@@ -20,7 +20,7 @@ from ddetr.checkpoint.files import write_file
 from ddetr.datasets import Annotations, sample_seed
 from ddetr.engine.callbacks import seconds_of
 from ddetr.engine.config import TrainConfig
-from ddetr.engine.ema import trained_tensors, update_average
+from ddetr.engine.ema import exchange, trained_tensors, update_average
 from ddetr.engine.loading.datamodule import DetectionData
 from ddetr.engine.optimizer import build_optimizer, lr_factor
 from ddetr.engine.step import MicroBatch, on_device
@@ -128,15 +128,14 @@ class PeerTraining:
 
     @torch.no_grad()
     def validate(self) -> Metrics:
-        trained = {name: tensor.clone() for name, tensor in self.weights.items()}
-        self.peer.load_state_dict(self.average, strict=False)
+        exchange(self.average, self.weights)
         self.peer.eval()
         self.evaluator.reset()
         for batch in self.data.val_dataloader():
             with self._autocast():
                 found = self.peer.detect(on_device(batch, self.device))
             self.evaluator.update([int(target["image_id"]) for target in batch[2]], found)
-        self.peer.load_state_dict(trained, strict=False)
+        exchange(self.average, self.weights)
         return self.evaluator.compute()
 
     def time_steps(self, warmup: int, steps: int) -> float:
