@@ -2,7 +2,7 @@
 
 config.py         DataConfig: where the data is, how it is loaded
 annotations.py    Annotations, ImageRecord, Category, Finding: the form that every reader returns; rules for boxes
-box_form.py       what a box's four numbers mean, and what a whole split's look like
+box_form.py       what a box's four numbers mean
 image_formats.py  which image files are read, and what is said of the others
 image_header.py   an image file's size and orientation, undecoded
 images.py         the decode policy: read_image, image_size_hw

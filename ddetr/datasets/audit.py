@@ -22,10 +22,10 @@ from ddetr.datasets.annotations import (
     ImageTable,
 )
 from ddetr.datasets.audit_report import AuditReport, SplitSummary
-from ddetr.datasets.box_form import check_placement
 from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadable, spread
 from ddetr.datasets.image_files import ImageFolders
 from ddetr.datasets.leaks import ImageFiles, report_leaks
+from ddetr.datasets.readers.box_meaning import check_placement
 from ddetr.untrusted import SHOWN_NAME, one_line, shortened
 from ddetr.wording import plural
 

@@ -12,6 +12,7 @@ kitti.py          reader: KITTI
 cvat.py           reader: CVAT for images
 labelme.py        reader: LabelMe
 yolo/             reader: YOLO
+box_meaning.py    whether a split's boxes look as if they meant something else than its format says
 named_images.py   images that one file of annotations names: how they are found, how their objects are collected
 json_files.py     JSON files: their text, and those that hold a list of images
 csv_boxes.py      reader: CSV tables of boxes (Roboflow, TensorFlow, RetinaNet, OpenImages, makesense.ai)

@@ -27,18 +27,11 @@ from ddetr.datasets.annotations import (
     unlike_training,
     whole,
 )
-from ddetr.datasets.box_form import (
-    check_meaning,
-    corners_of,
-    in_pixels,
-    is_relative,
-    put_in_order,
-    read_as,
-    settled_form,
-)
+from ddetr.datasets.box_form import corners_of, in_pixels, is_relative, put_in_order, read_as
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import Stated, read_headers, settle_sizes
 from ddetr.datasets.image_header import ImageHeader
+from ddetr.datasets.readers.box_meaning import check_meaning, settled_form
 from ddetr.errors import InputError
 from ddetr.untrusted import one_line
 from ddetr.wording import first_few

@@ -8,8 +8,9 @@ from dataset_parts import coco_object, voc_object, voc_xml
 
 from ddetr.datasets import load_annotations
 from ddetr.datasets.annotations import FindingLog, ImageTable
-from ddetr.datasets.box_form import check_meaning, check_placement, corners_of, numbers_of
+from ddetr.datasets.box_form import corners_of, numbers_of
 from ddetr.datasets.config import TrainingSource
+from ddetr.datasets.readers.box_meaning import check_meaning, check_placement
 from ddetr.datasets.splits import load_splits
 from ddetr.errors import InputError
 

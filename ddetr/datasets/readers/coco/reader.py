@@ -24,9 +24,10 @@ from ddetr.datasets.annotations import (
     unlike_training,
     whole,
 )
-from ddetr.datasets.box_form import check_meaning, corners_of, in_pixels, is_relative, put_in_order
+from ddetr.datasets.box_form import corners_of, in_pixels, is_relative, put_in_order
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.image_files import ImageFolders, Stated, read_headers, report_unlisted, settle_sizes
+from ddetr.datasets.readers.box_meaning import check_meaning
 from ddetr.datasets.readers.coco.content import categories_of, entries_of, load_json, whole_number, without_collector
 from ddetr.datasets.readers.coco.ids import (
     integer_ids,
