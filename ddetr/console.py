@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.segment import Segment
 from rich.text import Text
 
-from ddetr.untrusted import MAX_MESSAGE, one_line, printable, shortened
+from ddetr.printable import one_line, printable, shortened
+from ddetr.untrusted import MAX_MESSAGE
 
 QUIET_SECONDS = 1.0  # that something may take without a word where nobody watches
 AGAIN_SECONDS = 15.0  # after which it is said how far it is

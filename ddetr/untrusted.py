@@ -1,8 +1,8 @@
-"""Files and names that others made: how much of them is read, and what of them reaches a screen.
+"""Files and names that others made: how much of them is read. What of it reaches a screen: printable.py.
 
 A data set, a run folder or a bundle may come from anybody. All limits stand here, each with its reason: far above what
-anybody has had, far below what takes a machine down. The functions are the one way to open, parse and show such input;
-they import nothing heavy.
+anybody has had, far below what takes a machine down. The functions are the one way to open and parse such input; they
+import nothing heavy.
 """
 
 import codecs
@@ -15,13 +15,13 @@ import math
 import os
 import re
 import stat
-import unicodedata
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ddetr.errors import InputError
+from ddetr.printable import SHOWN_NAME, one_line, shortened
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -37,7 +37,6 @@ MAX_DRAWN, MAX_TAGS = 2_000, 300  # boxes of a picture, and their names: more no
 MAX_TAG = 60  # characters of such a name: more hide the picture
 MAX_ROWS = 2_000  # of a table in a page: LVIS has 1,203 classes
 MAX_COLUMNS = 500  # of a table of a run; ours have 40
-SHOWN_NAME = 200  # characters of a name on a screen, in a page, in a table
 MAX_PATH = 4_096  # characters; no system has files of longer names
 MAX_SPLIT_PATHS = 10_000  # folders and lists that a split in a data.yaml names: each is looked for in many places
 MAX_PATH_PARTS = 64  # of a split's folder in a data.yaml: each end of it is tried
@@ -476,62 +475,3 @@ def _tensors(content: Any, name: str) -> Iterable[tuple[str, "Tensor"]]:
             seen.add(id(value))  # a list may hold itself
             items = value.items() if isinstance(value, dict) else enumerate(value)
             waiting += [(f"{name}.{shortened(str(key), SHOWN_NAME)}" if name else str(key), one) for key, one in items]
-
-
-# ---- text ------------------------------------------------------------------------------------------------------------
-
-# What moves the cursor, changes colours, turns the writing direction, is invisible, or is half a character: controls
-# (but tab and newline), format characters, line separators, surrogates (bytes of a file name that are no UTF-8).
-_UNSAFE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff"
-    "\ufff9-\ufffb\U000e0000-\U000e007f]"
-)
-
-
-_JOINERS = "\u200c\u200d"  # Persian and Indic words need them, and emoji of several parts
-_BEFORE_JOINER = ("Lo", "Mn", "Mc", "So")  # letters of scripts without capitals, their signs, emoji
-_AFTER_JOINER = ("Lo", "So")
-_SKIN_TONES = "\U0001f3fb\U0001f3fc\U0001f3fd\U0001f3fe\U0001f3ff"
-
-
-def printable(text: str) -> str:
-    """The text with everything that would do something to a screen, or hide there, spelled out: ESC is `\\x1b`.
-
-    A joiner inside a Persian or Indic word or an emoji stays; elsewhere, or doubled, it does nothing but hide.
-    """
-    return _UNSAFE.sub(_spelled_out, text)
-
-
-def _spelled_out(found: re.Match[str]) -> str:
-    text, start, end = found.string, found.start(), found.end()
-    if found[0] in _JOINERS and start > 0 and end < len(text):
-        before, after = text[start - 1], text[end]
-        joins = before in _SKIN_TONES or unicodedata.category(before) in _BEFORE_JOINER
-        if joins and unicodedata.category(after) in _AFTER_JOINER:
-            return found[0]
-    return found[0].encode("unicode_escape").decode("ascii")
-
-
-def shortened(text: str, most: int) -> str:
-    """The text with its middle left out where it is longer than about `most` characters."""
-    if len(text) <= most:
-        return text
-    half = most // 2
-    return f"{text[:half]}... ({len(text) - 2 * half:,} characters) ...{text[-half:]}"
-
-
-def one_line(text: object, most: int = SHOWN_NAME) -> str:
-    """A name or a sentence for a screen: short, and on one line."""
-    return printable(shortened(str(text), most)).replace("\n", "\\n").replace("\t", "\\t")
-
-
-def csv_cell(value: Any) -> Any:
-    """A cell that no spreadsheet takes for a formula: text that begins like one gets a `'` before it. Numbers, also
-    those in text, stay."""
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
-        return value
-    try:
-        float(value)
-        return value
-    except ValueError:
-        return f"'{value}"

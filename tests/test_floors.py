@@ -17,7 +17,7 @@ import ddetr
 
 ROOT = Path(ddetr.__file__).parent
 FLOORS = {
-    0: "errors wording",
+    0: "errors wording printable",
     1: "untrusted",
     2: "files console settings padding boxes ops",
     3: "runtime",

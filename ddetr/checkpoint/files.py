@@ -22,12 +22,12 @@ from ddetr.checkpoint.pickled import HostileFile, StandIn, StorageId, TensorView
 from ddetr.checkpoint.signatures import HEAD_BYTES, PICKLE, PICKLE_RECORD, TORCH_ARCHIVE, TORCH_MAGIC, described
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
+from ddetr.printable import one_line
 from ddetr.untrusted import (
     MAX_PICKLE_BYTES,
     MAX_RECORDS,
     MAX_RUN_BYTES,
     MAX_WEIGHT_BYTES,
-    one_line,
     open_file,
     parse_json,
     read_text,

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from ddetr.checkpoint.files import Records, read_file, read_json
 from ddetr.checkpoint.pickled import StorageId, TensorView
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_SHARDS, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_SHARDS
 from ddetr.wording import first_few
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -18,7 +18,8 @@ from ddetr.checkpoint.pickled import StandIn, TensorView, mapping_of
 from ddetr.checkpoint.published import LIGHTNING, Checkpoint, is_checkpoint, parse_checkpoint
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
-from ddetr.untrusted import MAX_NETWORK, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_NETWORK
 
 
 @dataclass(frozen=True)

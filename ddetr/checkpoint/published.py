@@ -26,7 +26,8 @@ from ddetr.files import write_atomically
 from ddetr.models.auxiliary import PREFIX
 from ddetr.models.deformable_detr import DeformableDETR, check_fits
 from ddetr.models.query_selection import QuerySelection
-from ddetr.untrusted import MAX_VALUES, one_line, parse_json
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_VALUES, parse_json
 
 FORMAT = "ddetr"
 FORMAT_VERSION = 1

@@ -4,7 +4,7 @@ import re
 import zipfile
 from typing import BinaryIO
 
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 from ddetr.wording import first_few
 
 HEAD_BYTES = 1024

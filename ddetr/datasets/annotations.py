@@ -15,7 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_CLASSES, MAX_NAME, MAX_OBJECTS, MAX_PLACE, MAX_PLACES, SHOWN_NAME, shortened
+from ddetr.printable import SHOWN_NAME, shortened
+from ddetr.untrusted import MAX_CLASSES, MAX_NAME, MAX_OBJECTS, MAX_PLACE, MAX_PLACES
 from ddetr.wording import did_you_mean, first_few
 
 ACTIONS = ("note", "repaired", "dropped", "refused")

@@ -26,7 +26,7 @@ from ddetr.datasets.decoding import DARKEST, Decoded, decode_all, most_unreadabl
 from ddetr.datasets.image_files import ImageFolders
 from ddetr.datasets.leaks import ImageFiles, report_leaks
 from ddetr.datasets.readers.box_meaning import check_placement
-from ddetr.untrusted import SHOWN_NAME, one_line, shortened
+from ddetr.printable import SHOWN_NAME, one_line, shortened
 from ddetr.wording import plural
 
 _DECODED = {"auto": (4_000, 60), "val": (10_000, 120)}  # images of a split and seconds, at most

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ddetr.datasets.annotations import ACTIONS, Category, Finding
-from ddetr.untrusted import MAX_MESSAGE, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_MESSAGE
 from ddetr.wording import plural
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from ddetr.datasets.image_formats import is_clutter, is_image_name, is_unread_na
 from ddetr.datasets.image_header import ImageHeader
 from ddetr.datasets.images import image_header, size_mismatch
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, one_line, read_text
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_LABEL_BYTES, read_text
 from ddetr.wording import first_few
 
 _HEADER_THREADS = 8  # they wait for the disk; more gains nothing locally, and on network storage the disk is the limit

@@ -16,7 +16,8 @@ import numpy as np
 
 from ddetr.datasets.annotations import Annotations, Category, FindingLog, ImageTable
 from ddetr.datasets.related import copied_from, families, looks_numbered
-from ddetr.untrusted import one_line, open_file
+from ddetr.printable import one_line
+from ddetr.untrusted import open_file
 from ddetr.wording import first_few
 
 _ENDS_BYTES = 8192  # read of each end of a file before whole files are compared

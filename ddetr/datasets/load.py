@@ -34,7 +34,7 @@ from ddetr.datasets.readers.yolo.layout import yolo_file, yolo_splits
 from ddetr.datasets.readers.yolo.reader import has_label_rows, read_yolo, said_of_unnamed
 from ddetr.errors import InputError
 from ddetr.files import existing
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 from ddetr.wording import did_you_mean, first_few
 
 ANNOTATIONS_OPTION = "--data.train_annotations or --data.val_annotations (annotation_file)"

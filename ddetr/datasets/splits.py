@@ -30,7 +30,8 @@ from ddetr.datasets.readers.split_lists import lists_beside
 from ddetr.datasets.related import copied_from, families
 from ddetr.errors import InputError
 from ddetr.files import existing
-from ddetr.untrusted import MAX_LABEL_BYTES, one_line, parse_json, read_text
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_LABEL_BYTES, parse_json, read_text
 from ddetr.wording import first_few
 
 logger = logging.getLogger(__name__)

@@ -30,7 +30,7 @@ from ddetr.evaluation.backends import BACKENDS, Backend
 from ddetr.evaluation.metrics import ClassMetrics, Metrics, best_threshold
 from ddetr.evaluation.overlaps import Found, Objects, match_detections
 from ddetr.evaluation.results import coco_results
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 
 __all__ = [
     "BACKENDS",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -17,7 +17,8 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_DRAWN, MAX_TAG, MAX_TAGS, shortened
+from ddetr.printable import shortened
+from ddetr.untrusted import MAX_DRAWN, MAX_TAG, MAX_TAGS
 
 __all__ = ["class_color", "draw_boxes", "draw_dashed", "side_by_side"]
 

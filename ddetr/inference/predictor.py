@@ -22,9 +22,10 @@ from ddetr.inference.detections import Detections
 from ddetr.inference.optimize import Optimization, optimize_model
 from ddetr.models.postprocess import PostProcess
 from ddetr.models.query_selection import QuerySelection
+from ddetr.printable import one_line
 from ddetr.runtime.device import choose_device
 from ddetr.runtime.transfer import sent
-from ddetr.untrusted import MAX_SIDE, one_line
+from ddetr.untrusted import MAX_SIDE
 
 __all__ = ["BadImage", "Network", "Predictor", "PreparedImage"]
 

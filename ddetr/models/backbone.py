@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ddetr.errors import InputError
-from ddetr.untrusted import load_tensors, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import load_tensors
 from ddetr.wording import did_you_mean
 
 logger = logging.getLogger(__name__)

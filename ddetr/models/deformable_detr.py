@@ -22,7 +22,8 @@ from ddetr.models.position_encoding import PositionEmbeddingLearned, PositionEmb
 from ddetr.models.postprocess import PostProcess
 from ddetr.models.query_selection import QuerySelection
 from ddetr.padding import pad_images
-from ddetr.untrusted import MAX_NETWORK, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_NETWORK
 from ddetr.wording import did_you_mean
 
 

@@ -22,11 +22,12 @@ from ddetr.datasets.images import read_image
 from ddetr.errors import InputError
 from ddetr.files import write_text
 from ddetr.inference.drawing import draw_boxes, draw_dashed
+from ddetr.printable import one_line
 from ddetr.report import data_figures, tables, templates
 from ddetr.report.charts import shown
 from ddetr.report.data_pool import GROUPS, Choice, Pool, choose
 from ddetr.report.pictures import PAGE_SIDE, data_uri, resized
-from ddetr.untrusted import one_line, open_file
+from ddetr.untrusted import open_file
 from ddetr.wording import first_few, plural
 
 Progress = Callable[[int, int], None]  # (done, total) pictures

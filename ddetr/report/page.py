@@ -13,6 +13,7 @@ import numpy as np
 from ddetr.errors import InputError
 from ddetr.evaluation.metrics import METRIC_NAMES
 from ddetr.files import write_text
+from ddetr.printable import one_line
 from ddetr.report import figures, tables, templates
 from ddetr.report.analysis import ERROR_KINDS, Analysis, analyse
 from ddetr.report.charts import shown
@@ -20,7 +21,7 @@ from ddetr.report.pictures import PAGE_SIDE, data_uri, truth_and_prediction
 from ddetr.report.run_files import RunFiles, shown_time
 from ddetr.report.templates import score
 from ddetr.report.validation import Validation
-from ddetr.untrusted import MAX_ROWS, one_line
+from ddetr.untrusted import MAX_ROWS
 
 logger = logging.getLogger(__name__)
 

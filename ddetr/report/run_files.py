@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddetr.errors import InputError
+from ddetr.printable import one_line
 from ddetr.report.validation import BEST_FILE, LAST_FILE, Validation
 from ddetr.runtime.environment import is_running
 from ddetr.untrusted import (
@@ -19,7 +20,6 @@ from ddetr.untrusted import (
     MAX_RUN_BYTES,
     MAX_TABLE_BYTES,
     MAX_YAML_BYTES,
-    one_line,
     parse_csv,
     parse_json,
     parse_yaml,

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ddetr
+from ddetr.printable import one_line, printable
 from ddetr.report.charts import shown
-from ddetr.untrusted import MAX_PLACE, one_line, printable
+from ddetr.untrusted import MAX_PLACE
 
 if TYPE_CHECKING:
     import jinja2

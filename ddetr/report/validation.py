@@ -21,8 +21,9 @@ from ddetr.evaluation.evaluator import CocoEvaluator
 from ddetr.evaluation.metrics import Metrics
 from ddetr.evaluation.overlaps import Found, Objects
 from ddetr.files import write_atomically
+from ddetr.printable import one_line
 from ddetr.report.signature import is_signed, signed
-from ddetr.untrusted import MAX_CLASSES, MAX_PAIRS, one_line, parse_json, read_arrays
+from ddetr.untrusted import MAX_CLASSES, MAX_PAIRS, parse_json, read_arrays
 
 BEST_FILE, LAST_FILE = "validation_best.npz", "validation_last.npz"
 _OBJECTS = {"image": np.int32, "boxes_xyxy": np.float32, "labels": np.int32, "area": np.float32, "ignore": bool}

@@ -9,8 +9,8 @@ from ddetr.bench.convergence.sides import Side
 from ddetr.bench.record import save_json
 from ddetr.engine.config import TrainConfig
 from ddetr.errors import InputError
+from ddetr.printable import one_line
 from ddetr.settings import flat, kept, names_with
-from ddetr.untrusted import one_line
 from ddetr.wording import first_few
 
 PLAN_FILE = "plan.json"

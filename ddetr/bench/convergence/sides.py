@@ -11,8 +11,9 @@ from typing import Any
 
 from ddetr.engine.config import TrainConfig
 from ddetr.errors import InputError
+from ddetr.printable import one_line
 from ddetr.settings import flat, kept
-from ddetr.untrusted import one_line, parse_yaml
+from ddetr.untrusted import parse_yaml
 from ddetr.wording import did_you_mean
 
 # What all sides share where the command line says nothing else: small enough for hours on two cores.

@@ -22,7 +22,7 @@ from ddetr.datasets.image_header import open_image
 from ddetr.datasets.images import image_header, read_image
 from ddetr.errors import InputError
 from ddetr.files import remove_leftovers, write_folder_atomically
-from ddetr.untrusted import one_line, printable
+from ddetr.printable import one_line, printable
 from ddetr.wording import first_few
 
 Progress = Callable[[int, int], None]  # (done, total)

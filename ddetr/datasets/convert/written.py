@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ddetr.datasets.annotations import Annotations, ImageRecord
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 from ddetr.wording import first_few
 
 Target = Literal["coco", "yolo", "voc"]

@@ -12,7 +12,7 @@ from ddetr.datasets.annotations import Annotations, FindingLog
 from ddetr.datasets.readers.json_files import list_splits, load_list
 from ddetr.datasets.readers.named_images import ImageCollector, Place, read_files
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, number
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 
 _PLACES = ("*/_annotations.createml.json", "*.json", "annotations/*.json", "*/*.json")
 

@@ -27,7 +27,8 @@ from ddetr.datasets.readers.json_files import file_splits
 from ddetr.datasets.readers.named_images import ImageCollector, Place, read_files
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, is_true, number, size_hw
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, one_line, read_csv
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_ANNOTATION_BYTES, MAX_LABEL_BYTES, read_csv
 
 _PLACES = ("*/_annotations.csv", "*.[ct]sv", "annotations/*.[ct]sv", "*/*.[ct]sv", "*/labels/*.[ct]sv")
 _FILE_WORDS = re.compile(

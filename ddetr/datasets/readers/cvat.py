@@ -38,7 +38,8 @@ from ddetr.datasets.readers.label_folders import (
 )
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, number, read_labelled, size_hw, split_kind
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, decode_xml, one_line, parse_xml, read_bytes, xml_root_name
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, decode_xml, parse_xml, read_bytes, xml_root_name
 
 _Source = tuple[Path, str | None]  # the XML file, and the subset of it: None for all of it
 _NO_SUBSET = "default"  # CVAT's name for it

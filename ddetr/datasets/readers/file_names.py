@@ -19,7 +19,8 @@ from ddetr.datasets.annotations import FindingLog, are_most
 from ddetr.datasets.image_files import AlikeNames, ImageFolders, folded, report_all_missing
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.reader import split_kind
-from ddetr.untrusted import MAX_PATH_PARTS, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_PATH_PARTS
 
 _SCHEME = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://[^/]*/")  # https://host/, s3://bucket/, file:///
 _DRIVE = re.compile(r"^[A-Za-z]:(?=/)")

@@ -13,7 +13,8 @@ from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.json_files import json_text
 from ddetr.datasets.readers.side_by_side import PARTS
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, one_line, open_file, parse_json, read_csv
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_LABEL_BYTES, open_file, parse_json, read_csv
 from ddetr.wording import first_few
 
 _DEPTH = 6  # folders below the one that was given

@@ -32,12 +32,12 @@ from ddetr.datasets.readers.reader import (
     split_kind,
 )
 from ddetr.errors import InputError
+from ddetr.printable import one_line
 from ddetr.untrusted import (
     MAX_ANNOTATION_BYTES,
     MAX_LABEL_BYTES,
     MAX_LINE,
     MAX_YAML_BYTES,
-    one_line,
     open_file,
     parse_json,
     parse_yaml,

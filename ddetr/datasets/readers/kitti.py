@@ -36,7 +36,8 @@ from ddetr.datasets.readers.reader import (
     read_labelled,
     split_kind,
 )
-from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, SHOWN_NAME, open_file, read_text, shortened
+from ddetr.printable import SHOWN_NAME, shortened
+from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, open_file, read_text
 
 _LABELS = ("label_2", "labels", "label")
 _NUMBERS = (7, 14, 15)  # after the type: without its place in space, with it, with a score

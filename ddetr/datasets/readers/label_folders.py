@@ -16,7 +16,7 @@ from ddetr.datasets.image_files import ImageFolders, folders_in, report_all_miss
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.file_names import last_parts
 from ddetr.datasets.readers.reader import WHOLE, LabelledImage, Wanted, looked_at_once, split_kind
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 from ddetr.wording import first_few, plural
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "image", "imgs", "img", "image_2")

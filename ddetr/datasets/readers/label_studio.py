@@ -20,7 +20,8 @@ from ddetr.datasets.readers.json_files import list_splits, load_list
 from ddetr.datasets.readers.label_folders import box_around_ellipse
 from ddetr.datasets.readers.named_images import ImageCollector, Objects, Place, read_files
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, number, size_hw
-from ddetr.untrusted import MAX_PATH, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_PATH
 
 _LABELS = ("rectanglelabels", "polygonlabels", "ellipselabels", "labels")
 _UPLOAD = re.compile(r"(^|/)[0-9a-f]{8}-(?=[^/]+$)")

@@ -37,15 +37,8 @@ from ddetr.datasets.readers.reader import (
     size_hw,
 )
 from ddetr.errors import InputError
-from ddetr.untrusted import (
-    MAX_LABEL_BYTES,
-    MAX_OBJECTS,
-    SHOWN_NAME,
-    one_line,
-    open_file,
-    parse_json,
-    shortened,
-)
+from ddetr.printable import SHOWN_NAME, one_line, shortened
+from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, open_file, parse_json
 from ddetr.wording import first_few
 
 _SAMPLED = 8  # files of a folder whose words say what it holds

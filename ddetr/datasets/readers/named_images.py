@@ -15,7 +15,8 @@ from ddetr.datasets.image_files import ImageFolders, report_unlisted
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.file_names import Spell, find_files, path_parts, spellings
 from ddetr.datasets.readers.reader import LabelledImage, Wanted, read_labelled
-from ddetr.untrusted import MAX_OBJECTS, MAX_PATH, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_OBJECTS, MAX_PATH
 
 _ONLY_CLASS = "object"  # the name of the class of boxes none of which states any
 

@@ -33,7 +33,7 @@ from ddetr.datasets.image_files import Stated, read_headers, settle_sizes
 from ddetr.datasets.image_header import ImageHeader
 from ddetr.datasets.readers.box_meaning import check_meaning, settled_form
 from ddetr.errors import InputError
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 from ddetr.wording import first_few
 
 _UNNAMED = ((10, 0.01), (3, 0.2))  # so many objects of ids without a name, and that part of all, are no slip

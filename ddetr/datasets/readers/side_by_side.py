@@ -17,7 +17,7 @@ from ddetr.datasets.image_files import folders_in
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.reader import split_kind
 from ddetr.errors import InputError
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 
 PARTS = ("images", "labels", "annotations", "jpegimages", "imagesets", "train", "valid", "val", "test", "data")
 NOTHING_SAYS = "nothing says that they belong together"

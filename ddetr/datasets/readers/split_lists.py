@@ -14,7 +14,7 @@ from ddetr.datasets.image_files import folded, folders_in, listed_lines
 from ddetr.datasets.image_formats import is_image_name
 from ddetr.datasets.readers.reader import Reader, Wanted, looked_at_once
 from ddetr.errors import InputError
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 from ddetr.wording import first_few
 
 _LISTED = ("train", "trainval", "val", "valid", "test")  # text files that may list the images of splits

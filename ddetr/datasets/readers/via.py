@@ -28,7 +28,8 @@ from ddetr.datasets.readers.reader import (
     split_kind,
 )
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_ANNOTATION_BYTES, one_line, parse_json, read_csv
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_ANNOTATION_BYTES, parse_json, read_csv
 from ddetr.wording import first_few
 
 _FILES = ("*/via_region_data.json", "*.json", "annotations/*.json", "*/*.json", "*.csv", "annotations/*.csv", "*/*.csv")

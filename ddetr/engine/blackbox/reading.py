@@ -12,6 +12,7 @@ from torch import Tensor
 from ddetr.engine.blackbox.bundle import FORMAT
 from ddetr.errors import InputError
 from ddetr.models.criterion import Classification
+from ddetr.printable import one_line
 from ddetr.untrusted import (
     MAX_CLASSES,
     MAX_NETWORK,
@@ -20,7 +21,6 @@ from ddetr.untrusted import (
     MAX_SIDE,
     MAX_THREADS,
     load_tensors,
-    one_line,
     parse_json,
     read_text,
 )

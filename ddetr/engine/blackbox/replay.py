@@ -27,10 +27,11 @@ from ddetr.inference.drawing import draw_boxes
 from ddetr.models.auxiliary import AuxiliaryConfig, attach_auxiliary
 from ddetr.models.criterion import LossWeights, SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion, check_fits
+from ddetr.printable import one_line
 from ddetr.runtime.device import choose_device
 from ddetr.runtime.limits import available_cores
 from ddetr.runtime.precision import onednn_matmuls
-from ddetr.untrusted import MAX_MESSAGE, one_line
+from ddetr.untrusted import MAX_MESSAGE
 
 PICTURE_SIDE = 320
 

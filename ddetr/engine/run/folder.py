@@ -30,17 +30,10 @@ from ddetr.engine.run.tables import Table, text_of
 from ddetr.errors import InputError
 from ddetr.evaluation.metrics import Metrics
 from ddetr.files import make_folder, remove_leftovers, write_text
+from ddetr.printable import csv_cell, one_line
 from ddetr.runtime.distributed import is_first_process
 from ddetr.settings import flat, kept, names_with
-from ddetr.untrusted import (
-    MAX_RUN_BYTES,
-    MAX_YAML_BYTES,
-    csv_cell,
-    one_line,
-    parse_json,
-    parse_yaml,
-    read_text,
-)
+from ddetr.untrusted import MAX_RUN_BYTES, MAX_YAML_BYTES, parse_json, parse_yaml, read_text
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from typing import Any
 from ddetr.datasets.annotations import Category, FindingLog
 from ddetr.datasets.readers.json_files import json_text
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_ANNOTATION_BYTES, one_line, open_file, parse_json, without_doubles
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_ANNOTATION_BYTES, open_file, parse_json, without_doubles
 from ddetr.wording import first_few
 
 _WHOLE = re.compile(r"([+-]?[0-9]{1,20})(?:\.0*)?")

@@ -13,7 +13,7 @@ import numpy as np
 
 from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.readers.coco.content import whole_number
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 from ddetr.wording import first_few
 
 _OFF_BY_ONE = {  # the last: fewer ids that are off by one are so by chance

@@ -21,7 +21,8 @@ from ddetr.datasets.readers.coco.ids import is_id
 from ddetr.datasets.readers.coco.layout import image_dirs
 from ddetr.datasets.readers.file_names import choose_home
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_PATH, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_PATH
 from ddetr.wording import first_few
 
 _COMPARED = 100  # images of one name in several folders, whose content is compared

@@ -42,7 +42,8 @@ from ddetr.datasets.readers.coco.merge import merged
 from ddetr.datasets.readers.file_names import find_files
 from ddetr.datasets.readers.reader import Wanted, box_numbers, check_unnamed, is_true
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_PATH, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_PATH
 from ddetr.wording import first_few
 
 _NAME_KEYS = ("file_name", "filename", "path", "coco_url")  # the first that an image has; tools write others

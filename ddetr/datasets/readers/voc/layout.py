@@ -23,7 +23,8 @@ from ddetr.datasets.readers.label_folders import (
 )
 from ddetr.datasets.readers.reader import WHOLE, looked_at_once, split_kind
 from ddetr.errors import InputError
-from ddetr.untrusted import SHOWN_NAME, one_line, open_file, shortened, xml_root_name
+from ddetr.printable import SHOWN_NAME, one_line, shortened
+from ddetr.untrusted import open_file, xml_root_name
 
 _XML_FOLDERS = ("annotations", "annotation", "annots", "annot", "xmls", "xml", "labels", "label")
 _SAMPLED = 8  # files of a folder whose beginning says what it holds

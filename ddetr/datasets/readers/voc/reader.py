@@ -37,14 +37,8 @@ from ddetr.datasets.readers.reader import (
 )
 from ddetr.datasets.readers.voc.layout import layout, listed_files, xml_files
 from ddetr.errors import InputError
-from ddetr.untrusted import (
-    MAX_LABEL_BYTES,
-    MAX_OBJECTS,
-    decode_xml,
-    one_line,
-    parse_xml,
-    read_bytes,
-)
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_LABEL_BYTES, MAX_OBJECTS, decode_xml, parse_xml, read_bytes
 
 _BARE_AMPERSAND = re.compile(r"&(?!(?:[A-Za-z]\w{0,30}|#[0-9]{1,7}|#x[0-9A-Fa-f]{1,6});)")
 _FEW_OTHERS, _SHARE_OF_OTHERS = 5, 0.2  # XML files that state another image: fewer are slips of renaming

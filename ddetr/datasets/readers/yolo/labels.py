@@ -13,7 +13,7 @@ from ddetr.datasets.image_files import ImageFolders, folded, walk_folders
 from ddetr.datasets.image_formats import is_clutter, is_image_name
 from ddetr.datasets.readers.yolo.layout import has_rows
 from ddetr.datasets.readers.yolo.paths import label_file, names_of_labels, usual_folder
-from ddetr.untrusted import one_line
+from ddetr.printable import one_line
 
 _NEAR = 1000  # folders in which lost label files are looked for
 # By folded names, None where two are alike: the exact label names of a folder's images, and each place's text files.

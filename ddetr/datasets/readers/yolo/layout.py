@@ -34,7 +34,8 @@ from ddetr.datasets.readers.yolo.paths import (
 )
 from ddetr.datasets.readers.yolo.rows import class_words
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_SPLIT_PATHS, MAX_YAML_BYTES, one_line, open_file, parse_yaml, read_text
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_SPLIT_PATHS, MAX_YAML_BYTES, open_file, parse_yaml, read_text
 
 _SPLIT_KEYS = {
     "train": ("train", "training"),

@@ -18,7 +18,8 @@ from ddetr.datasets.readers.json_files import json_text
 from ddetr.datasets.readers.yolo.paths import Places, given
 from ddetr.datasets.readers.yolo.rows import Class, class_id_of
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_CLASSES, MAX_LABEL_BYTES, MAX_PATH, SHOWN_NAME, one_line, parse_json, shortened
+from ddetr.printable import SHOWN_NAME, one_line, shortened
+from ddetr.untrusted import MAX_CLASSES, MAX_LABEL_BYTES, MAX_PATH, parse_json
 
 _LISTS = ("classes.txt", "obj.names", "classes.names", "_darknet.labels")  # the last is Roboflow's
 _NOTES = "notes.json"

@@ -16,7 +16,8 @@ from urllib.parse import unquote
 from ddetr.datasets.annotations import FindingLog
 from ddetr.datasets.image_files import ImageFolders, folded, folders_in, listed_lines, report_all_missing
 from ddetr.datasets.readers.file_names import last_parts, spellings
-from ddetr.untrusted import MAX_PATH, MAX_PATH_PARTS, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_PATH, MAX_PATH_PARTS
 from ddetr.wording import did_you_mean, first_few
 
 FEW = 8  # names of a folder in a message, and missing paths of which it is said what is there instead

@@ -51,7 +51,8 @@ from ddetr.datasets.readers.yolo.names import (
 from ddetr.datasets.readers.yolo.paths import given
 from ddetr.datasets.readers.yolo.rows import Class, RowReader
 from ddetr.errors import InputError
-from ddetr.untrusted import MAX_LABEL_BYTES, SHOWN_NAME, one_line, read_text, shortened
+from ddetr.printable import SHOWN_NAME, one_line, shortened
+from ddetr.untrusted import MAX_LABEL_BYTES, read_text
 
 
 def read_yolo(wanted: Wanted) -> Annotations:

@@ -22,7 +22,8 @@ from ddetr.datasets.annotations import FindingLog, alike, report_crowd
 from ddetr.datasets.box_form import corners_of
 from ddetr.datasets.config import BoxForm
 from ddetr.datasets.readers.box_meaning import check_fractions, num_misfits
-from ddetr.untrusted import MAX_OBJECTS, one_line
+from ddetr.printable import one_line
+from ddetr.untrusted import MAX_OBJECTS
 
 MAX_RELATIVE = 1.5  # beyond it a line holds pixels, not fractions; up to it a box just reaches out of the image
 OWN_FORM: BoxForm = "cxcywh-relative"
