@@ -18,7 +18,7 @@ from ddetr.boxes import box_cxcywh_to_xyxy, broadcast_iou
 QuerySelection = Literal["topk", "peaks", "distinct"]
 
 # IoU above which "distinct" takes two proposals for one. Dense Distinct Queries (arXiv:2303.12776) has 0.7; with 0.5 a
-# small network finds more: BCCD's AP50 0.900 for 0.825 (benchmarks/results/2026-11-29-convergence-parts.md).
+# small network finds more: BCCD's AP50 0.900 for 0.827 (benchmarks/results/2026-11-29-convergence-parts.md).
 MOST_OVERLAP = 0.5
 CANDIDATES_PER_QUERY = 4  # that "distinct" compares with each other: its time grows with their square
 ROUNDS = 9  # of "distinct": longest chain of boxes, each covering the next, for which it is exact; odd
