@@ -114,6 +114,17 @@ def test_a_set_is_drawn_and_minutes_become_epochs(run: Run, monkeypatch: pytest.
     assert "--minutes 0.2: an epoch of plain takes about 0.33 minutes here" in outcome.err
 
 
+@pytest.mark.usefixtures("nobody_trains")
+@pytest.mark.parametrize("budget", [("--epochs", "2"), ("--minutes", "0.7")])
+def test_a_side_may_have_epochs_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch, budget: tuple[str, str]) -> None:
+    monkeypatch.setattr(command, "time_ours", lambda *_: 10.0)  # two steps per epoch
+    outcome = run(*budget, "--sides", "plain,plain+epochs=7")
+    assert outcome.code == 0, outcome.err
+    assert {curve["side"]: curve["epochs"] for curve in outcome.report["curves"]} == {"plain": 2, "plain+epochs=7": 7}
+    assert {row["side"]: row["epochs"] for row in outcome.report["rows"]} == {"plain": 2, "plain+epochs=7": 7}
+    assert "where its name says no other" in Path("out/convergence.md").read_text()
+
+
 def test_the_time_of_steps_is_measured_for_both_kinds(shapes: Path, tiny_model: dict[str, Any]) -> None:
     from ddetr.datasets.splits import load_splits
 
@@ -197,6 +208,7 @@ def test_sides_and_seeds_are_added_to_a_finished_comparison(run: Run, nobody_tra
         (["--epochs", "1", "--sides", "plain,fats"], "got 'fats' (did you mean fast?)"),
         (["--epochs", "1", "--sides", "fast+optim.lr"], "expected fast+OPTION=VALUE, got 'optim.lr'"),
         (["--epochs", "1", "--sides", "fast+optim.rl=1"], "'optim.rl' is no option of training (did you mean optim.lr"),
+        (["--epochs", "1", "--sides", "fast+epochs=0"], "epochs must be at least 1, got 0"),
         (["--epochs", "1", "--sides", "fast+optim.lr=fast"], "optim.lr: expected a value such as 0.001, got 'fast'"),
         (
             ["--epochs", "1", "--sides", "fast+batch_size=9"],
@@ -294,6 +306,24 @@ def test_the_others_have_their_own_rates(shapes: Path, tiny_model: dict[str, Any
     assert [group["rate"] for group in training.optimizer.param_groups] == pytest.approx([3e-3, 3e-4])
     grouped = [p for group in training.optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in grouped} == {id(p) for p in training.peer.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("detr", (5e-4, 2e-4)),
+        ("faster-rcnn", (1e-3, 4e-4)),
+        ("detr+optim.lr=0.003", (3e-3, 2e-4)),
+        ("faster-rcnn+optim.lr_backbone=0.001", (1e-3, 1e-3)),
+        ("detr+optim.lr_backbone=0.001", (5e-4, 1e-3)),
+    ],
+)
+def test_a_backbone_rate_that_is_given_is_for_all(
+    shapes: Path, tiny_model: dict[str, Any], name: str, rates: tuple[float, float]
+) -> None:
+    (side,) = chosen_sides(name)
+    base = config(shapes, tiny_model, optim=OptimConfig(lr=1e-3, lr_backbone=4e-4))
+    assert side.rates(side.config(base)) == pytest.approx(rates)
 
 
 def test_weights_of_the_others_are_averaged_too(

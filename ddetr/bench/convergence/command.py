@@ -71,13 +71,15 @@ class Comparison:
             return None
 
     def settle_epochs(self, side: Side) -> None:
-        """Once for all its seeds: as many as there is time for, by the time of a few steps.
+        """Once for all its seeds: its own, else those of all sides, else as many as there is time for, by the time of a
+        few steps.
 
         Raises:
             InputError: there is no time for one.
         """
-        epochs = self.epochs
-        if self.minutes is not None:
+        epochs = side.options.get("epochs", self.epochs)
+        if epochs is None:
+            assert self.minutes is not None
             with console.waiting(f"{side.name}: how long a step takes"):
                 config = side.config(self.base)
                 if side.is_ours:
@@ -92,7 +94,6 @@ class Comparison:
                     "more, or fewer images"
                 )
             logger.info("%s: %.3g s a step, so %d epochs in %g minutes", side.name, step, epochs, self.minutes)
-        assert epochs is not None
         self.plan.epochs[side.name], self.plan.options[side.name] = epochs, dict(side.options)
         self.plan.save(self.folder)
 
@@ -169,11 +170,13 @@ def bench_convergence(
             sides, further seeds.
         sides: any of plain, refine, two-stage, fast; detr, detr-dc5 (transformers'), faster-rcnn (torchvision's).
             fast+model.query_selection=peaks is fast with another setting, detr+optim.lr=0.002 DETR with that rate
-            (by default half of ours, as published), and so on with any option of train.
+            (by default half of ours, as published), detr+epochs=50 DETR over so many epochs, and so on with any option
+            of train.
         seeds: numbers, such as 0,1,2: each side trains once with each.
         minutes: training time of a side and a seed (CPU time of the process; on a GPU wall time), validation left out.
             A few steps tell how many epochs that is.
-        epochs: instead of minutes, so many epochs for each; where both are given, minutes decide.
+        epochs: instead of minutes, so many epochs for each that has no number of its own; where both are given, minutes
+            decide.
         num_train: training images to draw, for --data shapes.
         num_val: validation images to draw, for --data shapes.
         command: how this was called.

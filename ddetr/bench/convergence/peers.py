@@ -71,8 +71,7 @@ class PeerTraining:
         self.data.trainer = SimpleNamespace(
             world_size=1, global_rank=0, num_devices=1, strategy=SimpleNamespace(root_device=device)
         )
-        lr = config.optim.lr * side.lr_factor
-        lr_backbone = lr * (side.backbone_factor if config.starts_from_weights else 1)
+        lr, lr_backbone = side.rates(config)
         body = {id(parameter) for parameter in self.peer.body.parameters()}
         trained = [parameter for parameter in self.peer.parameters() if parameter.requires_grad]
         groups = [

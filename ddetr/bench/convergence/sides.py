@@ -1,7 +1,8 @@
 """Who is compared: ours are settings over one base, the others are networks of other people.
 
 `fast+model.query_selection=peaks` is a side too: the one of that name with other settings, so that each part of a
-recipe can be measured alone, and the others with the rates that suit them (`detr+optim.lr=0.002`).
+recipe can be measured alone, the others with the rates that suit them (`detr+optim.lr=0.002`), and each over as many
+epochs as its recipe has (`detr+epochs=50`).
 """
 
 import re
@@ -55,7 +56,7 @@ class Side:
     about: str
     options: Mapping[str, Any] = field(default_factory=dict)  # dotted, over the base
     # Of others: their published rate beside ours, which is 2e-4 there, and their backbone's beside their own where it
-    # starts from trained weights.
+    # starts from trained weights and no other is given.
     lr_factor: float = 1.0
     backbone_factor: float = 1.0
     is_ours: bool = True
@@ -73,6 +74,18 @@ class Side:
         """
         return with_options(base, self.options)
 
+    def rates(self, config: TrainConfig) -> tuple[float, float]:
+        """Of the others: the learning rate of the network and of its backbone. What is given to the side itself is
+        taken as it is."""
+
+        def of_side(name: str, rate: float) -> float:
+            return rate if name in self.options else rate * self.lr_factor
+
+        lr = of_side("optim.lr", config.optim.lr)
+        if config.optim.lr_backbone is not None:
+            return lr, of_side("optim.lr_backbone", config.optim.lr_backbone)
+        return lr, lr * (self.backbone_factor if config.starts_from_weights else 1)
+
 
 _TWO_STAGE = _PUBLISHED | {"model.with_box_refine": True, "model.two_stage": True}
 _OURS = (
@@ -87,12 +100,12 @@ _OURS = (
     Side("two-stage", "++ two-stage", _TWO_STAGE),
     Side(
         "fast",
-        "++ two-stage with distinct queries, denoising, a one-to-many route and IoU-aware classes in training",
+        "++ two-stage with distinct queries; denoising, looking forward twice and IoU-aware classes in training",
         _TWO_STAGE
         | {
             "model.query_selection": "distinct",
             "auxiliary.denoising": 100,
-            "auxiliary.one_to_many": 6,
+            "auxiliary.look_forward_twice": True,
             "loss.classification": "ia_bce",
         },
     ),
@@ -140,8 +153,6 @@ def _side(name: str) -> Side:
                 f"--sides {one_line(name)}: {one_line(option)} is the same for all sides: give it as an option"
             )
         options[option] = parse_yaml(value, f"--sides {one_line(name)}")
-    if "optim.lr" in options:
-        side = replace(side, lr_factor=1.0)  # it is given as it is meant
     about = ", ".join(f"{option} {value}" for option, value in options.items())
     return replace(side, name=name, about=f"{side.about}; {about}", options={**side.options, **options})
 
@@ -173,7 +184,7 @@ def _is_number(before: Any, value: Any) -> bool:
     return not isinstance(before, bool) and isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_SHARED = ("data", "batch_size", "epochs", "val_every", "max_detections", "device")
+_SHARED = ("data", "batch_size", "val_every", "max_detections", "device")
 
 # Settings of a run that a comparison decides itself.
 NOT_OPTIONS = (

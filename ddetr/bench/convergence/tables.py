@@ -16,7 +16,7 @@ def header(report: Mapping[str, Any]) -> list[str]:
         f"{settings['minutes']:g} minutes for a side and a seed"
         if settings["minutes"]
         else f"{settings['epochs']} epochs"
-    )
+    ) + (" where its name says no other" if any("+epochs=" in side for side in report["sides"]) else "")
     weights = settings["model.pretrained_backbone"]
     return [
         *report["machines"],
