@@ -7,9 +7,10 @@ the fields; nothing lists them a second time.
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ddetr.errors import InputError
+from ddetr.printable import one_line
 
 Resume = Literal["same", "grows", "free", "session"]
 
@@ -31,10 +32,14 @@ def option(
 
 
 def check_ranges(settings: Any) -> None:
-    """Raises `InputError` where a number of a dataclass lies outside of its field's limits (NaN lies outside of
-    any)."""
+    """Raises `InputError` where a number of a dataclass lies outside of its field's limits (NaN lies outside of any),
+    or is a text that the field's type does not name."""
     for field in dataclasses.fields(settings):
         value, low, high = getattr(settings, field.name), field.metadata.get("at_least"), field.metadata.get("at_most")
+        if isinstance(value, str) and (low, high) != (None, None):
+            words = [word for kind in get_args(field.type) for word in get_args(kind)]  # of a Literal
+            if value not in words:
+                raise InputError(f"{field.name} must be {' or '.join(['a number', *words])}, got {one_line(value)!r}")
         if not isinstance(value, int | float):
             continue
         if low is not None and high is not None and not low <= value <= high:

@@ -38,6 +38,14 @@ def test_ranges() -> None:
         Outer(rate=math.nan)
 
 
+def test_a_text_in_the_place_of_a_number_is_refused() -> None:
+    with pytest.raises(InputError, match="lr_backbone must be a number, got 'low'"):
+        OptimConfig(lr_backbone="low")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="batch_size must be a number or auto, got 'all'"):
+        TrainConfig(DataConfig("x"), batch_size="all")  # type: ignore[arg-type]
+    assert TrainConfig(DataConfig("x"), batch_size="auto").batch_size == "auto"
+
+
 def test_a_run_keeps_what_is_its_own_in_plain_values() -> None:
     assert kept(Outer(output="x")) == {"inner": {"size": 3, "workers": None}, "rate": 0.5, "names": ["a"]}
     assert flat(kept(Outer()))["inner.size"] == 3

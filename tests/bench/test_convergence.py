@@ -208,6 +208,8 @@ def test_sides_and_seeds_are_added_to_a_finished_comparison(run: Run, nobody_tra
         (["--epochs", "1", "--sides", "plain,fats"], "got 'fats' (did you mean fast?)"),
         (["--epochs", "1", "--sides", "fast+optim.lr"], "expected fast+OPTION=VALUE, got 'optim.lr'"),
         (["--epochs", "1", "--sides", "fast+optim.rl=1"], "'optim.rl' is no option of training (did you mean optim.lr"),
+        (["--epochs", "1", "--sides", "detr+optim.lr_backbone=low"], "lr_backbone must be a number, got 'low'"),
+        (["--epochs", "1", "--sides", "fast+seed=3"], "seed cannot be chosen in a comparison"),
         (["--epochs", "1", "--sides", "fast+epochs=0"], "epochs must be at least 1, got 0"),
         (["--epochs", "1", "--sides", "fast+optim.lr=fast"], "optim.lr: expected a value such as 0.001, got 'fast'"),
         (

@@ -152,6 +152,8 @@ def _side(name: str) -> Side:
             raise InputError(
                 f"--sides {one_line(name)}: {one_line(option)} is the same for all sides: give it as an option"
             )
+        if option in NOT_OPTIONS and option != "epochs":
+            raise InputError(f"--sides {one_line(name)}: {option} cannot be chosen in a comparison")
         options[option] = parse_yaml(value, f"--sides {one_line(name)}")
     about = ", ".join(f"{option} {value}" for option, value in options.items())
     return replace(side, name=name, about=f"{side.about}; {about}", options={**side.options, **options})
