@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from ddetr.bench.convergence.sides import SIDES
 from ddetr.cli.main import train_command
 from ddetr.cli.parser import Parser
 from ddetr.datasets import build_transform
@@ -19,6 +20,7 @@ from ddetr.engine.optimizer import parameter_groups
 from ddetr.models.auxiliary import PREFIX, attach_auxiliary
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
+from ddetr.settings import flat
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -160,3 +162,10 @@ def test_what_trains_beside_the_network_is_not_in_it(name: str, num_parameters: 
     attach_auxiliary(model, settings.auxiliary)
     assert any(name.startswith(PREFIX) for name in model.state_dict()), "it trains beside the network, not in it"
     assert settings.optim.lr_drop < settings.epochs or settings.optim.schedule == "cosine"
+
+
+def test_the_side_fast_of_a_comparison_is_the_recipe() -> None:
+    """But for the one-to-many route, which gained nothing on small data (benchmarks/results/)."""
+    recipe = flat(yaml.safe_load((ROOT / "configs" / "fast.yaml").read_text()))
+    side = SIDES["fast"].options
+    assert {name: recipe[name] for name in side} == {**side, "auxiliary.one_to_many": recipe["auxiliary.one_to_many"]}
