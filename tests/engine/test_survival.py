@@ -295,7 +295,8 @@ def test_what_ends_the_thread_of_tensorboard_is_no_traceback(tmp_path: Path, cap
     hook = threading.excepthook
     loggers.on_train_start(type("Trainer", (), {"global_step": 0}), None)
     writer = loggers._open["tensorboard"].experiment._get_file_writer().event_writer._async_writer
-    shutil.rmtree(tmp_path / "tensorboard")
+    writer._worker._flush_secs = writer._worker._next_flush_time = 0  # each row at once, not every two minutes
+    (tmp_path / "tensorboard").rename(tmp_path / "gone")  # in one move: the thread may be writing into it
     loggers.send("train", 1, {"loss": 1.0})
     with suppress(OSError):  # the writer's, where it has come to the row by now
         writer.flush()
