@@ -1,6 +1,7 @@
 """ddetr: Deformable DETR, from data to deployed detector. The map, in the order data flows:
 
-errors.py, wording.py, printable.py, untrusted.py, files.py, console.py, settings.py, padding.py, boxes.py   the base
+errors.py, wording.py, printable.py, untrusted.py, arrays.py   the base
+files.py, console.py, settings.py, padding.py, boxes.py         what stands on it
 ops/          multi-scale deformable attention, the operator
 runtime/      the process and its machine: device, precision, limits, other processes
 datasets/     COCO, VOC and YOLO folders -> annotations, audit, samples, batches

@@ -19,7 +19,7 @@ ROOT = Path(ddetr.__file__).parent
 FLOORS = {
     0: "errors wording printable",
     1: "untrusted",
-    2: "files console settings padding boxes ops",
+    2: "arrays files console settings padding boxes ops",
     3: "runtime",
     4: "datasets models",
     5: "checkpoint evaluation doctor",

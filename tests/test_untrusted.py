@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddetr.arrays import check_tensors
 from ddetr.errors import InputError
 from ddetr.printable import csv_cell, one_line, printable, shortened
-from ddetr.untrusted import MAX_YAML_VALUE, check_tensors, open_file, parse_json, parse_yaml, read_bytes, read_text
+from ddetr.untrusted import MAX_YAML_VALUE, open_file, parse_json, parse_yaml, read_bytes, read_text
 
 
 def test_only_regular_files_of_a_bounded_size_are_opened(tmp_path: Path) -> None:

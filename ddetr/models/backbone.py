@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ddetr.arrays import load_tensors
 from ddetr.errors import InputError
 from ddetr.printable import one_line
-from ddetr.untrusted import load_tensors
 from ddetr.wording import did_you_mean
 
 logger = logging.getLogger(__name__)

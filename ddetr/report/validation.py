@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ddetr.arrays import read_arrays
 from ddetr.datasets.annotations import Category
 from ddetr.errors import InputError
 from ddetr.evaluation.evaluator import CocoEvaluator
@@ -23,7 +24,7 @@ from ddetr.evaluation.overlaps import Found, Objects
 from ddetr.files import write_atomically
 from ddetr.printable import one_line
 from ddetr.report.signature import is_signed, signed
-from ddetr.untrusted import MAX_CLASSES, MAX_PAIRS, parse_json, read_arrays
+from ddetr.untrusted import MAX_CLASSES, MAX_PAIRS, parse_json
 
 BEST_FILE, LAST_FILE = "validation_best.npz", "validation_last.npz"
 _OBJECTS = {"image": np.int32, "boxes_xyxy": np.float32, "labels": np.int32, "area": np.float32, "ignore": bool}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddetr.arrays import load_tensors
 from ddetr.bench.convergence.peer import Peer
 from ddetr.bench.convergence.points import Curve
 from ddetr.bench.convergence.sides import Side
@@ -28,7 +29,6 @@ from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.files import make_folder
 from ddetr.runtime.precision import PRECISIONS, numerics, onednn_matmuls
-from ddetr.untrusted import load_tensors
 
 STATE_FILE = "state.pth"
 

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ddetr.arrays import load_tensors
 from ddetr.engine.blackbox.bundle import FORMAT
 from ddetr.errors import InputError
 from ddetr.models.criterion import Classification
@@ -20,7 +21,6 @@ from ddetr.untrusted import (
     MAX_RUN_BYTES,
     MAX_SIDE,
     MAX_THREADS,
-    load_tensors,
     parse_json,
     read_text,
 )

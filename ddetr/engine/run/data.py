@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ddetr.arrays import read_arrays
 from ddetr.datasets import Annotations, ImageTable
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
-from ddetr.untrusted import read_arrays
 from ddetr.wording import first_few
 
 logger = logging.getLogger(__name__)

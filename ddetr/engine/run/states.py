@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddetr.arrays import check_tensors
 from ddetr.errors import InputError
 from ddetr.files import damage
-from ddetr.untrusted import check_tensors
 
 logger = logging.getLogger(__name__)
 
