@@ -45,6 +45,12 @@ class SourceWeights:
     def num_levels(self) -> int:
         return self.tensors["transformer.level_embed"].shape[0]
 
+    @property
+    def num_backbone_levels(self) -> int:
+        """Levels that are stages of the backbone: theirs are the projections of single cells."""
+        weights = (self.tensors.get(f"input_proj.{level}.0.weight") for level in range(self.num_levels))
+        return sum(weight is not None and weight.shape[2:] == (1, 1) for weight in weights)
+
 
 def read_weights(path: Path) -> SourceWeights:
     """Read a file, a folder of transformers, or weights in several files, of any known kind.

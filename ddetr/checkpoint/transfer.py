@@ -70,7 +70,7 @@ class _Transfer:
         self.own = _each_tensor_once(model)
         self.heads = HeadMap(source, model)
         # Levels correspond by stride: a single-scale model has the coarsest backbone level alone.
-        self.level_shift = min(self.config["num_feature_levels"], 3) - min(source.num_levels, 3)
+        self.level_shift = len(model.backbone[0].strides) - source.num_backbone_levels
         num_rows = num_class_rows(source.tensors)
         self.rows, self.rows_how = match_rows(source.classes, num_rows, categories, model.config["num_classes"])
         self.fresh_class_head = class_head(model.config["hidden_dim"], model.config["num_classes"]).state_dict()

@@ -47,6 +47,7 @@ class DeformableDETR(nn.Module):
         dilation: bool = False,
         position_embedding: Literal["sine", "learned"] = "sine",
         num_feature_levels: int = 4,
+        num_backbone_levels: int = 3,
         nheads: int = 8,
         enc_layers: int = 6,
         dec_layers: int = 6,
@@ -73,7 +74,10 @@ class DeformableDETR(nn.Module):
                 nothing.
             dilation: DC5, stride 16 instead of 32 in the last stage; for num_feature_levels 1.
             position_embedding: "sine" or "learned".
-            num_feature_levels: L; 1 is the last backbone stage alone, above 3 further levels are made from it.
+            num_feature_levels: L; 1 is the last backbone stage alone, above num_backbone_levels further levels are made
+                from it.
+            num_backbone_levels: the most levels that are stages of the backbone: 3 for strides 8, 16 and 32, as
+                published; 4 for stride 4 too, which small objects need (DINO's fifth scale): four times the cells.
             nheads: attention heads.
             enc_layers: encoder layers.
             dec_layers: decoder layers.
@@ -105,6 +109,7 @@ class DeformableDETR(nn.Module):
             "dilation": dilation,
             "position_embedding": position_embedding,
             "num_feature_levels": num_feature_levels,
+            "num_backbone_levels": num_backbone_levels,
             "nheads": nheads,
             "enc_layers": enc_layers,
             "dec_layers": dec_layers,
@@ -126,7 +131,7 @@ class DeformableDETR(nn.Module):
         self.auxiliary: nn.Module | None = None  # `Auxiliary`, where `attach_auxiliary` gave the network one to train
 
         encoding = {"sine": PositionEmbeddingSine, "learned": PositionEmbeddingLearned}[position_embedding]
-        num_features = min(num_feature_levels, 3)
+        num_features = min(num_feature_levels, num_backbone_levels)
         body = Backbone(
             backbone, num_features, pretrained=pretrained_backbone, dilation=dilation, freeze=freeze_backbone
         )
@@ -252,6 +257,7 @@ def _projection(in_channels: int, hidden_dim: int, **conv: int) -> nn.Sequential
 _AT_LEAST_ONE = ("num_classes", "hidden_dim", "num_queries", "num_feature_levels", "dec_layers", "nheads")
 _AT_LEAST_ONE += ("dim_feedforward", "enc_n_points", "dec_n_points")
 _CHOICES = {
+    "num_backbone_levels": (3, 4),
     "position_embedding": ("sine", "learned"),
     "freeze_backbone": (None, *get_args(FreezeBackbone)),
     "query_selection": get_args(QuerySelection),
@@ -273,6 +279,9 @@ def _check(config: Mapping[str, Any]) -> None:
         )
     if config["dilation"] and config["num_feature_levels"] != 1:
         raise InputError(f"dilation (DC5) needs num_feature_levels 1, got {config['num_feature_levels']}")
+    if config["num_backbone_levels"] == 4 > config["num_feature_levels"]:
+        got = config["num_feature_levels"]
+        raise InputError(f"num_backbone_levels 4 needs num_feature_levels 4 or more, got {got}")
     for name in _AT_LEAST_ONE:
         if config[name] < 1:
             raise InputError(f"{name} must be at least 1, got {config[name]}")

@@ -112,6 +112,29 @@ def test_four_levels_into_a_single_scale_model(tmp_path: Path) -> None:
     assert_accounts_for_everything(report, model, to_official_state_dict(source))
 
 
+def test_levels_from_stride_4_on(tmp_path: Path) -> None:
+    """Levels go by stride in both directions: a finer one stays as it was made, or is left out."""
+    three = make_model(1)  # strides 8 to 64
+    four = make_model(2, num_backbone_levels=4, num_feature_levels=5)
+    before = four.state_dict()["transformer.level_embed"][0].clone()
+    report = load_weights(four, save_official(tmp_path / "a.pth", three))
+    for level in range(4):
+        assert four.input_proj[level + 1][0].weight.equal(three.input_proj[level][0].weight)
+    assert four.transformer.level_embed[1:].equal(three.transformer.level_embed)
+    assert four.transformer.level_embed[0].equal(before)
+    assert "input_proj.0.0.weight" in reasons(report.initialised)
+
+    back = make_model(3)
+    report = load_weights(back, save_official(tmp_path / "b.pth", four))
+    assert back.input_proj[3][0].weight.equal(three.input_proj[3][0].weight)
+    assert back.transformer.level_embed.equal(three.transformer.level_embed)
+    assert "input_proj.0.0.weight" in reasons(report.skipped)
+
+    same = make_model(4, num_backbone_levels=4, num_feature_levels=5)
+    assert load_weights(same, save_official(tmp_path / "c.pth", four)).share == 1
+    assert_same_weights(same, four)
+
+
 def test_other_points_and_layers(tmp_path: Path) -> None:
     source = make_model(1, dec_layers=3, enc_n_points=2)
     model = make_model(2, dec_layers=2, enc_n_points=4, enc_layers=2, dim_feedforward=48)

@@ -446,6 +446,19 @@ def test_norms_train_where_the_backbone_starts_from_nothing(small: dict[str, Any
     assert not any(p.requires_grad for p in frozen.parameters())
 
 
+@pytest.mark.parametrize(("num_levels", "made"), [(4, 0), (5, 1)])
+def test_levels_from_stride_4_on(small: dict[str, Any], num_levels: int, made: int) -> None:
+    """DINO's five scales are four stages of the backbone and a level made from the last; and without that level."""
+    model = DeformableDETR(**small | {"num_feature_levels": num_levels, "num_backbone_levels": 4}).eval()
+    assert model.backbone[0].strides == [4, 8, 16, 32]
+    kernels = [projection[0].kernel_size for projection in model.input_proj]
+    assert kernels == [(1, 1)] * 4 + [(3, 3)] * made
+    sizes = [tuple(src.shape[2:]) for src in model._features(torch.rand(1, 3, 64, 96), None)[0]]
+    assert sizes == [(16, 24), (8, 12), (4, 6), (2, 3), (1, 2)][:num_levels]
+    model(torch.rand(1, 3, 64, 96))["pred_logits"].sum().backward()
+    assert model.input_proj[0][0].weight.grad.abs().sum() > 0
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +467,8 @@ def test_norms_train_where_the_backbone_starts_from_nothing(small: dict[str, Any
     [
         ({"two_stage": True}, "two_stage needs with_box_refine"),
         ({"dilation": True}, "num_feature_levels 1"),
+        ({"num_backbone_levels": 4, "num_feature_levels": 3}, "needs num_feature_levels 4 or more, got 3"),
+        ({"num_backbone_levels": 2, "num_feature_levels": 4}, "num_backbone_levels: expected one of 3, 4, got 2"),
         ({"hidden_dim": 66, "nheads": 8}, "divisible by 4 and by nheads=8, got 66"),
         ({"hidden_dim": 100, "nheads": 8}, "divisible by 4 and by nheads=8, got 100"),
         ({"num_queries": 0}, "num_queries must be at least 1"),
