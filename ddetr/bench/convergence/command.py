@@ -168,10 +168,10 @@ def bench_convergence(
         config: what all of them share: data, augmentation, backbone, sizes, rates. --data shapes draws a hard set.
         output: folder of the comparison. One that holds a comparison is gone on with: what was interrupted, further
             sides, further seeds.
-        sides: any of plain, refine, two-stage, fast; detr, detr-dc5 (transformers'), faster-rcnn (torchvision's).
-            fast+model.query_selection=peaks is fast with another setting, detr+optim.lr=0.002 DETR with that rate
-            (by default half of ours, as published, and at most 0.0002), detr+epochs=50 DETR over so many epochs, and
-            so on with any option of train.
+        sides: any of plain, refine, two-stage, fast, fast-stride4; detr, detr-dc5 (transformers'), faster-rcnn
+            (torchvision's). fast+model.query_selection=peaks is fast with another setting, detr+optim.lr=0.002 DETR
+            with that rate (by default half of ours, as published, and at most 0.0002), detr+epochs=50 DETR over so
+            many epochs, and so on with any option of train.
         seeds: numbers, such as 0,1,2: each side trains once with each.
         minutes: training time of a side and a seed (CPU time of the process; on a GPU wall time), validation left out.
             A few steps tell how many epochs that is.

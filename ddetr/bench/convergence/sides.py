@@ -94,6 +94,12 @@ class Side:
 
 
 _TWO_STAGE = _PUBLISHED | {"model.with_box_refine": True, "model.two_stage": True}
+_FAST = _TWO_STAGE | {
+    "model.query_selection": "distinct",
+    "auxiliary.denoising": 100,
+    "auxiliary.look_forward_twice": True,
+    "loss.classification": "ia_bce",
+}
 _OURS = (
     Side(
         "plain", "Deformable DETR as published", _PUBLISHED | {"model.with_box_refine": False, "model.two_stage": False}
@@ -107,13 +113,12 @@ _OURS = (
     Side(
         "fast",
         "++ two-stage with distinct queries; denoising, looking forward twice and IoU-aware classes in training",
-        _TWO_STAGE
-        | {
-            "model.query_selection": "distinct",
-            "auxiliary.denoising": 100,
-            "auxiliary.look_forward_twice": True,
-            "loss.classification": "ia_bce",
-        },
+        _FAST,
+    ),
+    Side(
+        "fast-stride4",
+        "fast with levels of strides 4 to 32, for small objects",
+        _FAST | {"model.num_feature_levels": 4, "model.num_backbone_levels": 4},
     ),
 )
 # DETR at 5e-4, half of the base's: after 12 epochs of large drawn shapes its backbone gave the same features for every
