@@ -244,10 +244,17 @@ class DeformableDETR(nn.Module):
         return srcs, masks, [encoding(src, level_mask) for src, level_mask in zip(srcs, masks)]
 
 
+class _GroupNorm(nn.GroupNorm):
+    """Also of a map of one cell with a channel for each group, which PyTorch's module refuses: its norm is the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def _projection(in_channels: int, hidden_dim: int, **conv: int) -> nn.Sequential:
     """Convolution to hidden_dim channels and group norm of 32 groups (fewer where hidden_dim does not divide)."""
     projection = nn.Sequential(
-        nn.Conv2d(in_channels, hidden_dim, **conv), nn.GroupNorm(math.gcd(32, hidden_dim), hidden_dim)
+        nn.Conv2d(in_channels, hidden_dim, **conv), _GroupNorm(math.gcd(32, hidden_dim), hidden_dim)
     )
     nn.init.xavier_uniform_(projection[0].weight)
     nn.init.zeros_(projection[0].bias)

@@ -111,6 +111,9 @@ def test_a_set_is_drawn_and_minutes_become_epochs(run: Run, monkeypatch: pytest.
     assert "shapes, 8 and 2" in Path("out/convergence.md").read_text()
     outcome = run("--minutes", "0.2", "--sides", "plain", *drawn, data="shapes", output="short")
     assert outcome.code == 2
+    few = run("--epochs", "1", "--sides", "plain", "--num_train", "2", data="shapes", output="few")
+    assert "--num_train 2: expected at least a batch of" in few.err
+    assert not Path("few/shapes").exists()
     assert "--minutes 0.2: an epoch of plain takes about 0.33 minutes here" in outcome.err
 
 
@@ -166,7 +169,8 @@ def test_ours_that_was_interrupted_goes_on_counting(run: Run, monkeypatch: pytes
 
     def interrupted(self: Curve, path: Path) -> None:
         save(self, path)
-        raise KeyboardInterrupt
+        if self.points:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(Curve, "save", interrupted)
@@ -197,6 +201,50 @@ def test_sides_and_seeds_are_added_to_a_finished_comparison(run: Run, nobody_tra
     outcome = run("--epochs", "1", "--sides", "plain")
     assert outcome.code == 2
     assert "plain-seed0.json: expected what ddetr bench convergence wrote, but it is damaged" in outcome.err
+    assert "remove it and plain-seed0 beside it to train this side anew" in outcome.err
+
+
+def test_results_never_stand_beside_settings_of_others(run: Run, nobody_trains: list[str]) -> None:
+    """What is removed by hand is missed: a training without its curve, curves without their plan."""
+    assert run("--epochs", "1", "--sides", "plain").code == 0
+    Path("out/plain-seed0").mkdir()  # as its training leaves it
+    kept = Path("out/plain-seed0.json").read_text()
+    Path("out/plain-seed0.json").unlink()
+    outcome = run("--epochs", "1", "--sides", "plain")
+    assert outcome.code == 2
+    assert "plain-seed0.json beside it is gone: remove it too to train this side anew" in outcome.err
+
+    Path("out/plain-seed0.json").write_text(kept)
+    Path("out/plan.json").unlink()
+    outcome = run("--epochs", "1", "--sides", "plain", "--optim.lr", "0.01")
+    assert outcome.code == 2
+    assert "holds plain-seed0.json of a comparison whose plan.json is gone" in outcome.err
+    assert "choose another --output" in outcome.err
+    assert nobody_trains == ["plain 0"]
+
+
+@pytest.mark.usefixtures("nobody_trains")
+@pytest.mark.parametrize("change", [{"epochs": None}, {"epochs": {"nosuch": 1}}, {"options": {"plain": 3}}, {"a": 1}])
+def test_a_damaged_plan_is_named(run: Run, change: dict[str, Any]) -> None:
+    assert run("--epochs", "1", "--sides", "plain").code == 0
+    plan = Path("out/plan.json")
+    plan.write_text(json.dumps(json.loads(plan.read_text()) | change))
+    outcome = run("--epochs", "1", "--sides", "plain")
+    assert outcome.code == 2
+    assert "plan.json: expected what ddetr bench convergence wrote, but it is damaged: choose another" in outcome.err
+
+
+def test_a_drawn_set_is_the_same_however_the_folder_is_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def train(config: TrainConfig, curve: Curve, file: Path, folder: Path) -> None:
+        asked.append(config.data.path)
+
+    monkeypatch.setattr(command, "train_ours", train)
+    drawn = ["--num_train", "8", "--num_val", "2", "--epochs", "1", "--sides", "plain"]
+    for output in ("out", str(Path("out").resolve())):
+        run(*drawn, data="shapes", output=output)
+    assert asked == [str(Path("out/shapes").resolve())] * 2
 
 
 @pytest.mark.parametrize(
@@ -212,6 +260,12 @@ def test_sides_and_seeds_are_added_to_a_finished_comparison(run: Run, nobody_tra
         (["--epochs", "1", "--sides", "fast+seed=3"], "seed cannot be chosen in a comparison"),
         (["--epochs", "1", "--sides", "fast+epochs=0"], "epochs must be at least 1, got 0"),
         (["--epochs", "1", "--sides", "fast+optim.lr=fast"], "optim.lr: expected a value such as 0.001, got 'fast'"),
+        (["--epochs", "1", "--sides", "fast+epochs=1.5"], "fast+epochs=1.5: epochs: expected a value such as"),
+        (["--epochs", "1", "--sides", "fast+compile=true"], "networks as they are: leave --compile out"),
+        (["--epochs", "1", "--sides", "detr+precision=fp16"], "detr+precision=fp16 trains with 32 or bf16 here"),
+        (["--epochs", "1", "--sides", "detr+auxiliary.denoising=5"], "auxiliary.denoising changes nothing of detr"),
+        (["--epochs", "1", "--sides", "detr+optim.freeze=[a]"], "optim.freeze changes nothing of detr: leave it out"),
+        (["--epochs", "1", "--sides", "faster-rcnn+model.nheads=2"], "model.nheads changes nothing of faster-rcnn"),
         (
             ["--epochs", "1", "--sides", "fast+batch_size=9"],
             "batch_size is the same for all sides: give it as an option",
@@ -365,6 +419,8 @@ def test_options_of_a_side(shapes: Path, tiny_model: dict[str, Any]) -> None:
     assert base.auxiliary.denoising == 0
     with pytest.raises(InputError, match=r"model\.two_stage: expected a value such as False, got '1'"):
         with_options(base, {"model.two_stage": 1})
+    (side,) = chosen_sides("detr+optim.lr=1e-4")
+    assert side.config(base).optim.lr == 1e-4
     side, again = chosen_sides("fast+auxiliary.denoising=20+model.query_selection=distinct,fast")
     settings = side.config(base)
     assert (settings.auxiliary.denoising, settings.model["query_selection"]) == (20, "distinct")
@@ -417,7 +473,7 @@ def test_the_table_has_means_and_spreads() -> None:
     text = tables.markdown(report)
     assert "| a | 2 | 0.700 ± 0.141 | 0.800 ± 0.141 | 1.0 ± 0.4 epochs, 40 images, 5 ± 2 s |" in text
     assert "epochs, 70 images, 9 s (1 of 2 seeds) |" in text
-    assert "| b | 1 | 0.200 | 0.300 | never | never | never | never | 2 | 5 | 0.5 | 1.00 M |" in text
+    assert "| b | 1 | 0.200 | 0.300 | never | never | never | never | 1 of 2 | 5 | 0.5 | 1.00 M |" in text
     assert "- not finished: b, seed 0" in text
     assert "- left out: detr: not installed" in text
     assert [len(table.columns) for table in tables.shown(report)] == [8, 5]
@@ -430,8 +486,11 @@ def test_curves_go_as_far_as_all_seeds_have_come() -> None:
     assert spread([0.5]) == {"mean": 0.5, "deviation": None}
 
 
-def test_a_state_of_something_else_is_refused(run: Run) -> None:
+def test_a_state_of_something_else_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "train_peer", lambda *_: None)
+        run("--epochs", "1", "--sides", "detr")
     state = Path("out/detr-seed0/state.pth")
     state.parent.mkdir(parents=True)
     state.write_bytes(b"no state")

@@ -459,6 +459,14 @@ def test_levels_from_stride_4_on(small: dict[str, Any], num_levels: int, made: i
     assert model.input_proj[0][0].weight.grad.abs().sum() > 0
 
 
+def test_a_map_of_one_cell_with_a_channel_for_each_group(small: dict[str, Any]) -> None:
+    model = DeformableDETR(**small | {"hidden_dim": 32, "nheads": 4, "num_feature_levels": 4}).eval()
+    assert model.input_proj[3][1].num_groups == 32
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 64, 64))["pred_logits"].isfinite().all()
+        assert model._features(torch.rand(1, 3, 64, 64), None)[0][3].shape == (1, 32, 1, 1)
+
+
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 

@@ -102,10 +102,15 @@ class Comparison:
         folder = self.folder / f"{side.folder}-seed{seed}"
         file = folder.with_name(f"{folder.name}.json")
         epochs = self.plan.epochs[side.name]
-        curve = Curve.read(file) or Curve(side.name, seed, epochs, self.base.batch_size, parameters)
+        curve = Curve.read(file)
+        if curve is None:
+            if folder.exists():
+                raise InputError(f"{folder}: {file.name} beside it is gone: remove it too to train this side anew")
+            curve = Curve(side.name, seed, epochs, self.base.batch_size, parameters)
         if curve.is_finished:
             return
         curve.machine = record.describe(self.machine)
+        curve.save(file)
         logger.info("%s, seed %d: %d epochs", side.name, seed, epochs)
         config = replace(side.config(self.base), seed=seed, epochs=epochs)
         if side.is_ours:
@@ -192,9 +197,10 @@ def bench_convergence(
     plan = Plan.of(folder, config, data=data, minutes=minutes, epochs=epochs)
     for side in chosen:
         plan.check(side)
-        side.config(config)  # what cannot be is said before images are drawn
     if is_drawn:
-        drawn = folder / SHAPES
+        if num_train < config.batch_size:
+            raise InputError(f"--num_train {num_train}: expected at least a batch of {config.batch_size} images")
+        drawn = folder.resolve() / SHAPES  # resuming wants the same path, however --output is written
         with console.waiting("drawing"):
             draw_shapes(drawn, num_train, num_val, config.data.image_size, difficulty=HARD)
         config = replace(config, data=replace(config.data, path=str(drawn)))
@@ -239,13 +245,14 @@ def _checked(
         raise InputError(
             "bench convergence gives all sides the same batch: --batch_size and --device_batch_size are numbers here"
         )
-    if config.compile:
-        raise InputError("bench convergence compares networks as they are: leave --compile out")
-    others = [side.name for side in chosen if not side.is_ours]
-    if others and config.precision == "fp16":
-        raise InputError(f"--precision fp16: {others[0]} trains with 32 or bf16 here")
-    if others and config.optim.freeze:
-        raise InputError(f"--optim.freeze names parameters of ours, and {others[0]} has others: leave it out")
+    for side in chosen:
+        settings = side.config(config)  # what cannot be is said before images are drawn
+        if settings.compile:
+            raise InputError("bench convergence compares networks as they are: leave --compile out")
+        if not side.is_ours and settings.precision == "fp16":
+            raise InputError(f"--precision fp16: {side.name} trains with 32 or bf16 here")
+        if not side.is_ours and settings.optim.freeze:
+            raise InputError(f"--optim.freeze names parameters of ours, and {side.name} has others: leave it out")
     if choose_device(config.device).type == "cpu" and config.data.num_workers is None:
         # the clock is that of this process, in which images are loaded then
         config = replace(config, data=replace(config.data, num_workers=0))

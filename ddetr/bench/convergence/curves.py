@@ -32,8 +32,7 @@ def draw(path: Path, curves: Iterable[Curve], clock: str) -> None:
             axes.set_ylim(bottom=0)
             axes.set_xlim(left=0)
             axes.grid(alpha=0.3)
-            if axes.lines:
-                axes.legend()
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
 def values_of(seeds: list[Curve], count: str) -> tuple[np.ndarray, np.ndarray]:

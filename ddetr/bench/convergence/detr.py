@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import DetrConfig, DetrForObjectDetection, TimmBackboneConfig
 
 from ddetr.bench.convergence.peer import Peer, make_body, target_sizes
+from ddetr.bench.convergence.sides import DETR_SIZES
 from ddetr.bench.sides import UnavailableError
 from ddetr.boxes import box_cxcywh_to_xyxy
 from ddetr.datasets import normalize_images
@@ -13,15 +14,13 @@ from ddetr.engine.config import TrainConfig
 from ddetr.engine.step import MicroBatch
 from ddetr.models.backbone import Backbone
 
-_KEPT = ("hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "dropout", "num_queries")
-
 
 class Detr(Peer):
     """One object query makes one detection, of the class that it finds most likely."""
 
     def __init__(self, config: TrainConfig, num_classes: int, *, dilation: bool):
         super().__init__()
-        size = {name: config.model[name] for name in _KEPT}
+        size = {name: config.model[name] for name in DETR_SIZES}
         self.net = DetrForObjectDetection(
             DetrConfig(
                 backbone_config=TimmBackboneConfig(

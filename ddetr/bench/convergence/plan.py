@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.bench.convergence.points import damaged, read_json
-from ddetr.bench.convergence.sides import Side
+from ddetr.bench.convergence.sides import Side, chosen_sides
 from ddetr.bench.record import save_json
 from ddetr.engine.config import TrainConfig
 from ddetr.errors import InputError
@@ -14,6 +14,7 @@ from ddetr.settings import flat, kept, names_with
 from ddetr.wording import first_few
 
 PLAN_FILE = "plan.json"
+_CURE = "choose another --output"  # the curves beside it are of settings that nobody knows without it
 
 
 @dataclass
@@ -38,14 +39,22 @@ class Plan:
         free = names_with(config, "free")
         now = {name: value for name, value in flat(kept(config)).items() if name not in free and name != "epochs"}
         now = {**now, "data.path": more.pop("data"), **more}
-        content = read_json(folder / PLAN_FILE)
+        content = read_json(folder / PLAN_FILE, _CURE)
         if content is None:
+            if curves := sorted(folder.glob("*-seed*.json")):
+                raise InputError(
+                    f"{folder} holds {curves[0].name} of a comparison whose {PLAN_FILE} is gone, and with it the "
+                    f"settings: {_CURE}"
+                )
             return cls(now)
         try:
             plan = cls(**content)
             before = dict(plan.settings)
-        except (TypeError, ValueError):
-            raise damaged(folder / PLAN_FILE) from None
+            plan.epochs = {chosen_sides(side)[0].name: int(epochs) for side, epochs in plan.epochs.items()}
+            plan.options = {side: dict(options) for side, options in plan.options.items()}
+            plan.commands = [*map(str, plan.commands)]
+        except (TypeError, ValueError, AttributeError, InputError):
+            raise damaged(folder / PLAN_FILE, _CURE) from None
         if other := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
             words = [f"--{one_line(n)} {one_line(before.get(n))} there, {one_line(now.get(n))} here" for n in other]
             raise InputError(

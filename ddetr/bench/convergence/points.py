@@ -62,23 +62,27 @@ class Curve:
         Raises:
             InputError: it is damaged.
         """
-        content = read_json(path)
+        cure = f"remove it and {path.with_suffix('').name} beside it to train this side anew"
+        content = read_json(path, cure)
         if content is None:
             return None
         try:
             return cls.of(content)
         except (TypeError, ValueError, AttributeError, KeyError):
-            raise damaged(path) from None
+            raise damaged(path, cure) from None
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> "Curve":
         """From what `dataclasses.asdict` made of one."""
         points = [Point(**{name: float(value) for name, value in point.items()}) for point in content["points"]]
-        return cls(**content | {"points": points})
+        numbers = {name: int(content[name]) for name in ("seed", "epochs", "batch_size", "parameters")}
+        return cls(**content | numbers | {"points": points})
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path, cure: str) -> dict[str, Any] | None:
     """What is in a file of a comparison; None where there is no such file.
+
+    cure: what to do where it is damaged, in words.
 
     Raises:
         InputError: it is damaged.
@@ -88,13 +92,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except ValueError:
-        raise damaged(path) from None
+        raise damaged(path, cure) from None
     if not isinstance(content, dict):
-        raise damaged(path)
+        raise damaged(path, cure)
     return content
 
 
-def damaged(path: Path) -> InputError:
-    return InputError(
-        f"{path}: expected what ddetr bench convergence wrote, but it is damaged: remove it to start anew"
-    )
+def damaged(path: Path, cure: str) -> InputError:
+    return InputError(f"{path}: expected what ddetr bench convergence wrote, but it is damaged: {cure}")

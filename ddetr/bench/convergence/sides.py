@@ -61,6 +61,7 @@ class Side:
     lr_factor: float = 1.0
     backbone_factor: float = 1.0
     most_lr: float = math.inf  # above it, it does not learn; its backbone's rate goes with it
+    sizes: tuple[str, ...] = ()  # options of the network that others have too
     is_ours: bool = True
 
     @property
@@ -74,7 +75,10 @@ class Side:
         Raises:
             InputError: settings that there are not, or that do not go together.
         """
-        return with_options(base, self.options)
+        try:
+            return with_options(base, self.options)
+        except InputError as error:
+            raise InputError(f"--sides {one_line(self.name)}: {error}") from None
 
     def rates(self, config: TrainConfig) -> tuple[float, float]:
         """Of the others: the learning rate of the network and of its backbone. What is given to the side itself is
@@ -124,10 +128,17 @@ _OURS = (
 # DETR at 5e-4, half of the base's: after 12 epochs of large drawn shapes its backbone gave the same features for every
 # image, and its AP had gone from .018 to .005. At 2e-4 it learns.
 _DETR: dict[str, Any] = {"lr_factor": 0.5, "backbone_factor": 0.1, "most_lr": 2e-4, "is_ours": False}
+DETR_SIZES = ("hidden_dim", "nheads", "enc_layers", "dec_layers", "dim_feedforward", "dropout", "num_queries")
+_DETR["sizes"] = tuple(f"model.{name}" for name in DETR_SIZES)
 _PEERS = (
     Side("detr", "DETR: transformers' network and loss", **_DETR),
     Side("detr-dc5", "DETR with a dilated last stage: transformers' network and loss", **_DETR),
-    Side("faster-rcnn", "Faster R-CNN with a feature pyramid: torchvision's, trained with AdamW", is_ours=False),
+    Side(
+        "faster-rcnn",
+        "Faster R-CNN with a feature pyramid: torchvision's, trained with AdamW",
+        sizes=("model.hidden_dim",),
+        is_ours=False,
+    ),
 )
 SIDES = {side.name: side for side in (*_OURS, *_PEERS)}
 DEFAULT_SIDES = "plain,refine,two-stage,fast,detr,faster-rcnn"
@@ -162,7 +173,12 @@ def _side(name: str) -> Side:
             )
         if option in NOT_OPTIONS and option != "epochs":
             raise InputError(f"--sides {one_line(name)}: {option} cannot be chosen in a comparison")
-        options[option] = parse_yaml(value, f"--sides {one_line(name)}")
+        if not side.is_ours and option not in (*_OTHERS_TAKE, *side.sizes):
+            raise InputError(f"--sides {one_line(name)}: {one_line(option)} changes nothing of {known}: leave it out")
+        value = parse_yaml(value, f"--sides {one_line(name)}")
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
+            value = float(value)  # YAML 1.1 takes 1e-4 for text
+        options[option] = value
     about = ", ".join(f"{option} {value}" for option, value in options.items())
     return replace(side, name=name, about=f"{side.about}; {about}", options={**side.options, **options})
 
@@ -191,8 +207,16 @@ def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig
 
 
 def _is_number(before: Any, value: Any) -> bool:
-    return not isinstance(before, bool) and isinstance(value, int | float) and not isinstance(value, bool)
+    return type(before) is float and type(value) in (int, float)
 
+
+# Of training, what the networks of others are trained with too.
+_OTHERS_TAKE = (
+    *("epochs", "precision", "deterministic", "tf32"),
+    *("model.backbone", "model.pretrained_backbone", "model.freeze_backbone"),
+    *("optim.lr", "optim.lr_backbone", "optim.weight_decay", "optim.clip_max_norm", "optim.schedule", "optim.sgd"),
+    *("optim.lr_drop", "optim.warmup_steps", "optim.ema_decay"),
+)
 
 _SHARED = ("data", "batch_size", "val_every", "max_detections", "device")
 

@@ -47,6 +47,7 @@ def summary(curves: Iterable[Curve]) -> tuple[list[dict[str, Any]], dict[str, fl
             "seeds": [curve.seed for curve in seeds],
             "unfinished": [curve.seed for curve in seeds if not curve.is_finished],
             "epochs": seeds[0].epochs,
+            "epochs done": min(curve.last.epoch for curve in seeds),
             "parameters": seeds[0].parameters,
             "AP": spread([curve.last.AP for curve in seeds]),
             "AP50": spread([curve.last.AP50 for curve in seeds]),

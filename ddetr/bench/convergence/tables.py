@@ -93,7 +93,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         _shown(row["AP"], "{:.3f}"),
         _shown(row["AP50"], "{:.3f}"),
         *(_place(place, len(row["seeds"])) for place in row["reached"].values()),
-        str(row["epochs"]),
+        f"{row['epochs done']:g} of {row['epochs']}" if row["unfinished"] else str(row["epochs"]),
         _shown(row["seconds"], "{:.0f}"),
         _shown(row["seconds a step"], "{:.3g}"),
         f"{row['parameters'] / 1e6:.2f} M",
