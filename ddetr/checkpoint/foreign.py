@@ -49,7 +49,7 @@ class SourceWeights:
     def num_backbone_levels(self) -> int:
         """Levels that are stages of the backbone: theirs are the projections of single cells."""
         weights = (self.tensors.get(f"input_proj.{level}.0.weight") for level in range(self.num_levels))
-        return sum(weight is not None and weight.shape[2:] == (1, 1) for weight in weights)
+        return sum(weight is not None and weight.shape[2:] == (1, 1) for weight in weights) or min(self.num_levels, 3)
 
 
 def read_weights(path: Path) -> SourceWeights:

@@ -419,6 +419,7 @@ def test_options_of_a_side(shapes: Path, tiny_model: dict[str, Any]) -> None:
     assert base.auxiliary.denoising == 0
     with pytest.raises(InputError, match=r"model\.two_stage: expected a value such as False, got '1'"):
         with_options(base, {"model.two_stage": 1})
+    assert SIDES["detr"].rates(replace(base, optim=OptimConfig(lr=0.0))) == (0, 0)
     (side,) = chosen_sides("detr+optim.lr=1e-4")
     assert side.config(base).optim.lr == 1e-4
     side, again = chosen_sides("fast+auxiliary.denoising=20+model.query_selection=distinct,fast")
