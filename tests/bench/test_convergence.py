@@ -111,10 +111,15 @@ def test_a_set_is_drawn_and_minutes_become_epochs(run: Run, monkeypatch: pytest.
     assert "shapes, 8 and 2" in Path("out/convergence.md").read_text()
     outcome = run("--minutes", "0.2", "--sides", "plain", *drawn, data="shapes", output="short")
     assert outcome.code == 2
-    few = run("--epochs", "1", "--sides", "plain", "--num_train", "2", data="shapes", output="few")
-    assert "--num_train 2: expected at least a batch of" in few.err
-    assert not Path("few/shapes").exists()
     assert "--minutes 0.2: an epoch of plain takes about 0.33 minutes here" in outcome.err
+
+
+@pytest.mark.usefixtures("nobody_trains")
+def test_too_few_images_are_said_before_they_are_drawn(run: Run) -> None:
+    outcome = run("--epochs", "1", "--sides", "plain", "--num_train", "2", data="shapes")
+    assert outcome.code == 2
+    assert "--num_train 2: expected at least a batch of 4 images" in outcome.err
+    assert not Path("out/shapes").exists()
 
 
 @pytest.mark.usefixtures("nobody_trains")
@@ -422,6 +427,7 @@ def test_options_of_a_side(shapes: Path, tiny_model: dict[str, Any]) -> None:
     assert SIDES["detr"].rates(replace(base, optim=OptimConfig(lr=0.0))) == (0, 0)
     (side,) = chosen_sides("detr+optim.lr=1e-4")
     assert side.config(base).optim.lr == 1e-4
+    assert chosen_sides("detr+optim.lr=1.5e1")[0].config(base).optim.lr == 15
     side, again = chosen_sides("fast+auxiliary.denoising=20+model.query_selection=distinct,fast")
     settings = side.config(base)
     assert (settings.auxiliary.denoising, settings.model["query_selection"]) == (20, "distinct")

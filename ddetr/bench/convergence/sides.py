@@ -167,22 +167,20 @@ def _side(name: str) -> Side:
     side = SIDES[known]
     if not changes:
         return side
-    options = {}
+    where, options = f"--sides {one_line(name)}", {}
     for change in changes:
         option, equals, value = change.partition("=")
         if not equals or not value:
-            raise InputError(f"--sides {one_line(name)}: expected {known}+OPTION=VALUE, got {one_line(change)!r}")
+            raise InputError(f"{where}: expected {known}+OPTION=VALUE, got {one_line(change)!r}")
         if option.split(".")[0] in _SHARED:
-            raise InputError(
-                f"--sides {one_line(name)}: {one_line(option)} is the same for all sides: give it as an option"
-            )
+            raise InputError(f"{where}: {one_line(option)} is the same for all sides: give it as an option")
         if option in NOT_OPTIONS and option != "epochs":
-            raise InputError(f"--sides {one_line(name)}: {option} cannot be chosen in a comparison")
+            raise InputError(f"{where}: {option} cannot be chosen in a comparison")
         if not side.is_ours and option not in (*_OTHERS_TAKE, *side.sizes):
-            raise InputError(f"--sides {one_line(name)}: {one_line(option)} changes nothing of {known}: leave it out")
-        value = parse_yaml(value, f"--sides {one_line(name)}")
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.IGNORECASE):
-            value = float(value)  # YAML 1.1 takes 1e-4 for text
+            raise InputError(f"{where}: {one_line(option)} changes nothing of {known}: leave it out")
+        value = parse_yaml(value, where)
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?e[-+]?\d+", value, re.IGNORECASE):
+            value = float(value)  # YAML 1.1 takes 1e-4 and 1.5e4 for text
         options[option] = value
     about = ", ".join(f"{option} {value}" for option, value in options.items())
     return replace(side, name=name, about=f"{side.about}; {about}", options={**side.options, **options})
@@ -201,7 +199,8 @@ def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig
         if name not in known:
             raise InputError(f"{one_line(name)!r} is no option of training{did_you_mean(name, known)}")
         before = known[name]
-        if isinstance(before, int | float) and type(value) is not type(before) and not _is_number(before, value):
+        kinds = {bool: (bool,), int: (int,), float: (int, float)}.get(type(before))
+        if kinds is not None and type(value) not in kinds:
             raise InputError(f"{name}: expected a value such as {before}, got {one_line(value)!r}")
         group, _, option = name.rpartition(".")
         (groups.setdefault(group, {}) if group else top)[option] = value
@@ -209,10 +208,6 @@ def with_options(config: TrainConfig, options: Mapping[str, Any]) -> TrainConfig
         now = getattr(config, group)
         top[group] = {**now, **values} if isinstance(now, Mapping) else replace(now, **values)
     return replace(config, **top)
-
-
-def _is_number(before: Any, value: Any) -> bool:
-    return type(before) is float and type(value) in (int, float)
 
 
 # Of training, what the networks of others are trained with too.
