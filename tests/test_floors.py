@@ -20,7 +20,7 @@ FLOORS = {
     0: "errors wording printable",
     1: "untrusted",
     2: "arrays files console settings padding boxes ops",
-    3: "runtime",
+    3: "runtime weight_files",
     4: "datasets models",
     5: "checkpoint evaluation doctor",
     6: "inference",

@@ -5,13 +5,9 @@ transfer.py       any weights into any model of ours: `load_weights`
 report.py         what became of every tensor: `LoadReport`
 foreign.py        the files of other projects, under the official names; `to_official_state_dict`
 names.py          the names of other projects, and where in a file the detector is
-folders.py        a folder, or weights in several files
 heads.py          which head of a file each head of a model starts from
 class_rows.py     which row of a class head belongs to which class
 coco_classes.py   COCO's class names and ids, which foreign files seldom hold
-files.py          bytes to tensors, without running what a file contains
-pickled.py        a pickle read without running it
-signatures.py     what a file is that holds no weights
 """
 
 from ddetr.checkpoint.foreign import to_official_state_dict

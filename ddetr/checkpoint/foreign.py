@@ -11,15 +11,16 @@ from torch import Tensor
 
 from ddetr.checkpoint.class_rows import RowClass
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, NUM_IDS
-from ddetr.checkpoint.files import FileContent, Records, read_file
-from ddetr.checkpoint.folders import read_files
-from ddetr.checkpoint.names import Detector, find_detector, official_names, tensor_names, whole_model, with_average
-from ddetr.checkpoint.pickled import StandIn, TensorView, mapping_of
+from ddetr.checkpoint.names import Detector, find_detector, official_names, with_average
 from ddetr.checkpoint.published import LIGHTNING, Checkpoint, is_checkpoint, parse_checkpoint
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.printable import one_line
 from ddetr.untrusted import MAX_NETWORK
+from ddetr.weight_files.files import FileContent, Records, read_file
+from ddetr.weight_files.folders import read_files
+from ddetr.weight_files.pickled import StandIn, TensorView, mapping_of
+from ddetr.weight_files.state_dicts import tensor_names, whole_model
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ddetr.checkpoint.pickled import StandIn, TensorView, mapping_of
-from ddetr.untrusted import MAX_DEPTH, MAX_DICTS
+from ddetr.weight_files.pickled import StandIn, TensorView, mapping_of
+from ddetr.weight_files.state_dicts import state_dicts, without_wrappers
 
 Rules = Sequence[tuple[str, str]]  # (pattern, replacement), applied in order to each name
 
 
-# Wrappers that PyTorch puts around a module, anywhere in a name: torch.compile, DistributedDataParallel (also by
-# itself, as DataParallel and AveragedModel), FullyShardedDataParallel, activation checkpointing, Fabric and DeepSpeed.
-_WRAPPERS = re.compile(
-    r"(?:^|(?<=\.))(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-)
 _AVERAGED = re.compile(r"(?:^|[_.])(?:ema|swa|averaged?|avg)(?:[_.]|$)")
 
 _TRANSFORMERS: Rules = (
@@ -143,7 +138,7 @@ def find_detector(content: Any) -> Detector | None:
     Where there are several, averaged weights go before others, since those are what a project measures and publishes;
     then the first. OpenMMLab's hook has exchanged the two in what it saves: its average is called state_dict.
     """
-    found = [detector for keys, values in _dicts(content) for detector in _detectors(keys, values)]
+    found = [detector for keys, values in state_dicts(content) for detector in _detectors(keys, values)]
     is_openmmlab = isinstance(content, dict) and ("message_hub" in content or "meta" in content)
     wanted = (detector for detector in found if detector.is_averaged != is_openmmlab)
     return next(wanted, found[0] if found else None)
@@ -184,42 +179,12 @@ def official_names(kind: str, names: Iterable[str]) -> dict[str, str]:
     return renamed
 
 
-def tensor_names(content: Any) -> list[str]:
-    """Names of the tensors of the dict that has most of them."""
-    return max(
-        ([str(k) for k, v in m.items() if isinstance(v, TensorView)] for _, m in _dicts(content)), key=len, default=[]
-    )
-
-
-def whole_model(content: Any) -> str | None:
-    """The class of a network that was pickled whole instead of its weights."""
-    for value in [content, *(mapping_of(content) or {}).values()]:
-        if isinstance(value, StandIn) and isinstance(value.state, dict) and "_modules" in value.state:
-            return value.name
-    return None
-
-
-def _dicts(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """All dicts of the content with the keys that lead to them, the outer ones first."""
-    due: list[tuple[tuple[str, ...], Any]] = [((), content)]
-    seen: set[int] = set()
-    for keys, value in due:  # grows
-        mapping = mapping_of(value)
-        if mapping is None or id(mapping) in seen:
-            continue
-        seen.add(id(mapping))
-        yield keys, mapping
-        if len(keys) < MAX_DEPTH and not (keys and keys[-1].startswith("optim")):
-            inner = [((*keys, str(key)), item) for key, item in mapping.items() if mapping_of(item) is not None]
-            due.extend(inner[: MAX_DICTS - len(due)])
-
-
 def _detectors(keys: tuple[str, ...], values: Mapping[Any, Any]) -> Iterator[Detector]:
     """Those in one dict: each is recognised by its level embedding, and what comes before that is its prefix."""
     in_file: dict[str, str] = {}  # without wrappers -> the name in the dict
     for name, value in values.items():
         if isinstance(name, str) and isinstance(value, (TensorView, StandIn)):
-            in_file.setdefault(_WRAPPERS.sub("", name), name)
+            in_file.setdefault(without_wrappers(name), name)
     for sign in [name for name in in_file if name.endswith(("level_embed", "level_embeds"))]:
         for kind, prefix, added in _kinds(sign, in_file):
             own = {added + name.removeprefix(prefix): name for name in in_file if name.startswith(prefix)}

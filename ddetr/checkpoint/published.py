@@ -16,9 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddetr import __version__
-from ddetr.checkpoint.files import FileContent, read_file, write_file
-from ddetr.checkpoint.names import tensor_names
-from ddetr.checkpoint.pickled import Global, StandIn, TensorView
 from ddetr.datasets.annotations import Category
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
@@ -28,6 +25,9 @@ from ddetr.models.deformable_detr import DeformableDETR, check_fits
 from ddetr.models.query_selection import QuerySelection
 from ddetr.printable import one_line
 from ddetr.untrusted import MAX_VALUES, parse_json
+from ddetr.weight_files.files import FileContent, read_file, write_file
+from ddetr.weight_files.pickled import Global, StandIn, TensorView
+from ddetr.weight_files.state_dicts import tensor_names
 
 FORMAT = "ddetr"
 FORMAT_VERSION = 1

@@ -14,12 +14,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ddetr import console
-from ddetr.checkpoint.files import write_file
 from ddetr.checkpoint.published import Checkpoint, contents
 from ddetr.engine.loading.data_wait import DataWait
 from ddetr.engine.module import DetectionModule
 from ddetr.engine.run.folder import RunFolder
 from ddetr.evaluation.metrics import Metrics
+from ddetr.weight_files.files import write_file
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from ddetr import console
-from ddetr.checkpoint.files import write_file
 from ddetr.engine.run.folder import RunFolder
 from ddetr.engine.run.states import PREVIOUS_FILE, RESUME_FILE
 from ddetr.runtime.signals import STOP_SIGNALS
+from ddetr.weight_files.files import write_file
 
 logger = logging.getLogger(__name__)
 

@@ -31,12 +31,12 @@ from ddetr.checkpoint import (
     save_checkpoint,
     to_official_state_dict,
 )
-from ddetr.checkpoint.files import read_file
 from ddetr.checkpoint.foreign import _numbers
-from ddetr.checkpoint.pickled import StandIn, read_pickle
 from ddetr.checkpoint.published import parse_checkpoint
 from ddetr.errors import InputError
 from ddetr.inference.predictor import Predictor
+from ddetr.weight_files.files import read_file
+from ddetr.weight_files.pickled import StandIn, read_pickle
 
 
 class Call:

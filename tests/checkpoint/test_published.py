@@ -102,7 +102,7 @@ def test_a_killed_save_leaves_the_old_file(
     if killed_in == "replace":
         monkeypatch.setattr(os, "replace", killed)
     else:
-        monkeypatch.setattr("ddetr.checkpoint.files.torch.save", killed)
+        monkeypatch.setattr("ddetr.weight_files.files.torch.save", killed)
         monkeypatch.setattr("ddetr.checkpoint.published.save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, make_checkpoint(make_model(), training={"epoch": 2}))

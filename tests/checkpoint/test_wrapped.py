@@ -20,10 +20,10 @@ from weights_of import (
 )
 
 from ddetr.checkpoint import load_weights, save_checkpoint, to_official_state_dict
-from ddetr.checkpoint.folders import read_files
-from ddetr.checkpoint.pickled import StandIn, TensorView
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.weight_files.folders import read_files
+from ddetr.weight_files.pickled import StandIn, TensorView
 
 BIASES = ("input_proj.",)  # mmdetection's neck has none
 

@@ -17,7 +17,6 @@ from ddetr.arrays import load_tensors
 from ddetr.bench.convergence.peer import Peer
 from ddetr.bench.convergence.points import Curve
 from ddetr.bench.convergence.sides import Side
-from ddetr.checkpoint.files import write_file
 from ddetr.datasets import Annotations, sample_seed
 from ddetr.engine.callbacks import seconds_of
 from ddetr.engine.config import TrainConfig
@@ -29,6 +28,7 @@ from ddetr.errors import InputError
 from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.files import make_folder
 from ddetr.runtime.precision import PRECISIONS, numerics, onednn_matmuls
+from ddetr.weight_files.files import write_file
 
 STATE_FILE = "state.pth"
 

@@ -18,8 +18,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ddetr.checkpoint.pickled import HostileFile, StandIn, StorageId, TensorView, read_pickle
-from ddetr.checkpoint.signatures import HEAD_BYTES, PICKLE, PICKLE_RECORD, TORCH_ARCHIVE, TORCH_MAGIC, described
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
 from ddetr.printable import one_line
@@ -32,6 +30,8 @@ from ddetr.untrusted import (
     parse_json,
     read_text,
 )
+from ddetr.weight_files.pickled import HostileFile, StandIn, StorageId, TensorView, read_pickle
+from ddetr.weight_files.signatures import HEAD_BYTES, PICKLE, PICKLE_RECORD, TORCH_ARCHIVE, TORCH_MAGIC, described
 
 _DTYPES = {
     "F64": torch.float64,

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddetr.checkpoint.files import Records, read_file, read_json
-from ddetr.checkpoint.pickled import StorageId, TensorView
 from ddetr.errors import InputError
 from ddetr.printable import one_line
 from ddetr.untrusted import MAX_SHARDS
+from ddetr.weight_files.files import Records, read_file, read_json
+from ddetr.weight_files.pickled import StorageId, TensorView
 from ddetr.wording import first_few
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")

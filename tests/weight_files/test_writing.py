@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddetr.checkpoint.files import write_file
+from ddetr.weight_files.files import write_file
 
 
 @pytest.mark.parametrize("reason", [KeyboardInterrupt(), OSError(28, "No space left on device")])

@@ -1,0 +1,8 @@
+"""Files of weights, of any project and of any part of a detector.
+
+files.py          bytes to tensors, without running what a file contains
+pickled.py        a pickle read without running it
+signatures.py     what a file is that holds no weights
+folders.py        a folder, or weights in several files
+state_dicts.py    where in a file its tensors lie
+"""
