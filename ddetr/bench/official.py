@@ -20,6 +20,7 @@ from ddetr.engine.config import OptimConfig
 from ddetr.engine.step import MicroBatch
 from ddetr.models import attention
 from ddetr.models.criterion import LossWeights, sigmoid_focal_loss
+from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.models.matcher import linear_sum_assignment
 from ddetr.ops.reference import attention_step_reference
 
@@ -92,7 +93,7 @@ def grid_sample_operator() -> Iterator[None]:
 
 
 def official_step(
-    model: nn.Module, weights: LossWeights, groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device
+    model: DeformableDETR, weights: LossWeights, groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device
 ) -> Callable[[list[MicroBatch]], float]:
     """A step on micro-batches as they come from our loader: one is a step there; several are summed as ours are.
 
@@ -108,7 +109,8 @@ def official_step(
         with grid_sample_operator():
             for (images, mask, targets), count in zip(batch, num_objects):
                 mask = torch.zeros(len(images), *images.shape[-2:], dtype=torch.bool) if mask is None else mask
-                inputs = normalize_images(images, mask).to(device), mask.to(device)
+                images = normalize_images(images, mask, model.image_mean, model.image_std)
+                inputs = images.to(device), mask.to(device)
                 targets = [{name: target[name].to(device) for name in ("labels", "boxes")} for target in targets]
                 total = criterion(model(*inputs), targets) * (max(count, 1) / max(sum(num_objects), 1))
                 total.backward()

@@ -12,7 +12,8 @@ from torch import Tensor
 from ddetr.checkpoint.class_rows import RowClass
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, NUM_IDS
 from ddetr.checkpoint.names import Detector, find_detector, official_names, with_average
-from ddetr.checkpoint.published import LIGHTNING, Checkpoint, is_checkpoint, parse_checkpoint
+from ddetr.checkpoint.published import LIGHTNING, Checkpoint, colors_in, colors_of, is_checkpoint, parse_checkpoint
+from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.printable import one_line
@@ -37,6 +38,8 @@ class SourceWeights:
     config: dict[str, Any]
     where: str = ""
     others: tuple[str, ...] = ()
+    image_mean: tuple[float, ...] = IMAGENET_MEAN  # as the four other projects have it
+    image_std: tuple[float, ...] = IMAGENET_STD
 
     @property
     def two_stage(self) -> bool:
@@ -63,11 +66,13 @@ def read_weights(path: Path) -> SourceWeights:
     where, others = "", ()
     if is_checkpoint(content, metadata):
         checkpoint = parse_checkpoint(path, FileContent(content, metadata, records))
+        colors = colors_of(checkpoint)
         kind, tensors, config = "ddetr", checkpoint.model, checkpoint.config
         classes = _row_classes(checkpoint)
     else:
         detector = _detector(path, content)
         content = mapping_of(content) or {}
+        colors = colors_in(content)
         kind, where, others = detector.kind, detector.where, detector.others
         tensors = _each_head_once(path, _official(path, detector, records))
         config = _config_of(kind, content, transformers_config)
@@ -79,7 +84,7 @@ def read_weights(path: Path) -> SourceWeights:
     if level_embed is None or level_embed.ndim != 2 or not level_embed.numel():
         got = "nothing" if level_embed is None else f"the shape {tuple(level_embed.shape)}"
         raise InputError(f"{path}: expected level_embed to be a tensor of a vector per level, got {got}")
-    return SourceWeights(kind, tensors, classes, _numbers(config), where, others)
+    return SourceWeights(kind, tensors, classes, _numbers(config), where, others, *colors)
 
 
 def check_is_weights(path: Path) -> None:

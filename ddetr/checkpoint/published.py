@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddetr import __version__
 from ddetr.datasets.annotations import Category
-from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, checked_colors
 from ddetr.errors import InputError
 from ddetr.files import write_atomically
 from ddetr.models.auxiliary import PREFIX
@@ -32,6 +32,7 @@ from ddetr.weight_files.state_dicts import tensor_names
 FORMAT = "ddetr"
 FORMAT_VERSION = 1
 LIGHTNING = "pytorch-lightning_version"  # is in every training state that Lightning writes
+COLORS = "image_mean_std"  # in the training states of ours: how the images of the run are normalised
 _ALIASES = "aliases"  # safetensors metadata: names that share the tensor of another name
 _PLAIN_FIELDS: dict[str, type | tuple[type, ...]] = {
     "format_version": int,
@@ -77,8 +78,6 @@ class Checkpoint:
         *,
         image_size: int = 800,
         max_size: int = 1333,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
         threshold: float = 0.5,
         metrics: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
@@ -93,7 +92,12 @@ class Checkpoint:
             model={name: value for name, value in model.state_dict().items() if not name.startswith(PREFIX)},
             config=portable_config(model.config),
             categories=tuple(categories),
-            input={"image_size": image_size, "max_size": max_size, "mean": list(mean), "std": list(std)},
+            input={
+                "image_size": image_size,
+                "max_size": max_size,
+                "mean": list(model.image_mean),
+                "std": list(model.image_std),
+            },
             threshold=threshold,
             metrics=dict(metrics or {}),
             training=dict(training or {}),
@@ -253,7 +257,19 @@ def build_from_checkpoint(
             f"the weights of the checkpoint are of no use: {bad} holds values that are NaN or infinite, as a diverged "
             "run leaves them. Take an earlier checkpoint"
         )
+    model.image_mean, model.image_std = colors_of(checkpoint)
     return model.eval()
+
+
+def colors_of(checkpoint: Checkpoint) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation with which its images are normalised; raises `InputError` for what are none."""
+    return checked_colors(checkpoint.input.get("mean", IMAGENET_MEAN), checkpoint.input.get("std", IMAGENET_STD))
+
+
+def colors_in(state: Mapping[Any, Any]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The same of a training state or a bundle of ours; those of older versions do not say it: always ImageNet's."""
+    colors = state.get(COLORS, (IMAGENET_MEAN, IMAGENET_STD))
+    return checked_colors(*(colors if isinstance(colors, (list, tuple)) and len(colors) == 2 else (colors, None)))
 
 
 def _without_aliases(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -28,7 +28,7 @@ def load_weights(
     Args:
         model: changed in place.
         path: a file of ours, of the official code, of detrex, of mmdetection (2 or 3) or of transformers, or a
-            transformers folder.
+            transformers folder. Images are then normalised as it was trained (`model.image_mean`, `image_std`).
         categories: the classes of `model` in the order of its labels: rows of the class head are copied by name, by
             category id where the file has no names. Without them, rows are copied in order where there are as many.
 
@@ -66,7 +66,7 @@ class _Transfer:
     """Finds, for each tensor of the model, its value in the file."""
 
     def __init__(self, model: DeformableDETR, source: SourceWeights, categories: Sequence[Category] | None):
-        self.source, self.config = source, model.config
+        self.model, self.source, self.config = model, source, model.config
         self.own = _each_tensor_once(model)
         self.heads = HeadMap(source, model)
         # Levels correspond by stride: a single-scale model has the coarsest backbone level alone.
@@ -115,6 +115,8 @@ class _Transfer:
     def apply(self) -> None:
         for name, value in self.values.items():
             self.own[name].copy_(value)
+        if any(name.startswith("backbone.0.") for name in self.values):
+            self.model.image_mean, self.model.image_std = self.source.image_mean, self.source.image_std
 
     def _value_of(self, name: str, own: Tensor) -> _Adaptation | str:
         """The value of a parameter, or why there is none."""

@@ -25,6 +25,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from ddetr.errors import InputError
+from ddetr.printable import one_line
 from ddetr.runtime.transfer import sent
 from ddetr.wording import did_you_mean
 
@@ -318,3 +319,14 @@ def normalize_images(
     mean, deviation = sent((torch.tensor([mean, std]) * 255).view(2, 3, 1, 1), images.device)
     normalized = (images.to(torch.float32) - mean) / deviation
     return normalized if mask is None else normalized.masked_fill_(mask.unsqueeze(-3), 0.0)
+
+
+def checked_colors(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Both as tuples of floats; raises `InputError` for what are no three numbers each, or no deviation."""
+    try:
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+    except (TypeError, ValueError):
+        raise InputError(f"mean and std are three numbers each, got {one_line(mean)} and {one_line(std)}.") from None
+    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        raise InputError(f"mean and std are three numbers each, std above 0, got {mean} and {std}.")
+    return mean, std

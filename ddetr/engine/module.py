@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
+from ddetr.checkpoint.published import COLORS, colors_in
 from ddetr.datasets import sample_seed
 from ddetr.engine.blackbox.guard import StepGuard
 from ddetr.engine.compile import CompiledForward
@@ -77,6 +78,12 @@ class DetectionModule(pl.LightningModule):
         optimizer = build_optimizer(groups, self.optim, fused=self._scaler is None)
         factor = lr_factor(self.optim, steps_per_epoch=self.steps_per_epoch, total_steps=self.total_steps)
         return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, factor)}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[COLORS] = [list(self.model.image_mean), list(self.model.image_std)]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.model.image_mean, self.model.image_std = colors_in(checkpoint)
 
     def on_train_start(self) -> None:
         """The rates of the next step by the run's own schedule: a resumed run has those of its state, which are others
@@ -159,7 +166,7 @@ class DetectionModule(pl.LightningModule):
         batch."""
         images, _, targets = batch
         with explained_out_of_memory(images, targets):
-            outputs = model_outputs(model, batch)
+            outputs = model_outputs(self.model, batch, forward=model)
         sizes_hw = torch.stack([target["orig_size"] for target in targets])
         evaluator.update([int(target["image_id"]) for target in targets], self.postprocess(outputs, sizes_hw))
 

@@ -80,7 +80,7 @@ def step_losses(
         num_boxes: what the sums are divided by: the objects of the whole step, of which this is a part.
         forward: what `training_forward(model)` does, in another way: compiled.
     """
-    outputs = model_outputs(forward or training_forward(model), batch, region)
+    outputs = model_outputs(model, batch, region, forward or training_forward(model))
     if model.auxiliary is not None:
         with region("forward"):
             outputs |= model.auxiliary(model, outputs.pop("encoded"), batch[2])
@@ -93,12 +93,18 @@ def training_forward(model: DeformableDETR) -> Model:
     return model if model.auxiliary is None else keeping_encoded(model)
 
 
-def model_outputs(model: Model, batch: MicroBatch, region: Region = no_region) -> dict[str, Any]:
-    """What the model makes of the images of a micro-batch."""
+def model_outputs(
+    model: DeformableDETR, batch: MicroBatch, region: Region = no_region, forward: Model | None = None
+) -> dict[str, Any]:
+    """What the model makes of the images of a micro-batch, normalised as it wants them.
+
+    Args:
+        forward: what the model does, or another model of images that are normalised so.
+    """
     images, mask, _ = batch
-    images = normalize_images(images, mask)
+    images = normalize_images(images, mask, model.image_mean, model.image_std)
     with region("forward"):
-        return model(images, mask)
+        return (forward or model)(images, mask)
 
 
 def count_objects(batch: Sequence[MicroBatch]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
@@ -16,7 +15,7 @@ from torchvision import tv_tensors
 from ddetr.datasets.annotations import Category
 from ddetr.datasets.collate import collate
 from ddetr.datasets.image_input import ImageInput, as_rgb
-from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, normalize_images, official_eval
+from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, checked_colors, normalize_images, official_eval
 from ddetr.errors import InputError
 from ddetr.inference.detections import Detections
 from ddetr.inference.optimize import Optimization, optimize_model
@@ -71,8 +70,8 @@ class Predictor:
         max_size: int = 1333,
         max_detections: int = 100,
         threshold: float = 0.5,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         optimize: bool | Optimization = False,
@@ -87,7 +86,8 @@ class Predictor:
             max_size: limit for the long side, in pixels.
             max_detections: the most objects per image.
             threshold: least score of an object, where `predict` is given none.
-            mean, std: of red, green and blue in [0, 1], with which the network was trained.
+            mean, std: of red, green and blue in [0, 1], with which the network was trained; by default the model's own
+                `image_mean` and `image_std`, where it has them, and ImageNet's for any other function.
             device: where the network takes its images; by default a GPU if there is one, and for a function that is no
                 module the CPU.
             dtype: of the images that the network takes; weights keep theirs.
@@ -107,7 +107,10 @@ class Predictor:
                 raise InputError(f"optimize rewrites a PyTorch module, and {name} is none.")
             self.model = optimize_model(self.model, "float32" if optimize is True else optimize)
         self.dtype = dtype
-        self.mean, self.std = _checked_colors(mean, std)
+        self.mean, self.std = checked_colors(
+            getattr(model, "image_mean", IMAGENET_MEAN) if mean is None else mean,
+            getattr(model, "image_std", IMAGENET_STD) if std is None else std,
+        )
         self.categories = tuple(categories)
         self.image_size, self.max_size = _checked_sizes(image_size, max_size)
         self._transform = official_eval(image_size, max_size)
@@ -138,7 +141,6 @@ class Predictor:
 
         checkpoint = load_checkpoint(path)
         saved = {name: checkpoint.input.get(name) for name in ("image_size", "max_size")}
-        saved |= {name: checkpoint.input[name] for name in ("mean", "std") if name in checkpoint.input}
         if 0 <= checkpoint.threshold <= 1:  # it is NaN where no threshold found anything
             saved["threshold"] = checkpoint.threshold
         model = build_from_checkpoint(checkpoint, num_queries=num_queries, query_selection=query_selection)
@@ -276,16 +278,6 @@ def _checked_sizes(image_size: int, max_size: int) -> tuple[int, int]:
         if not isinstance(size, int) or not 1 <= size <= MAX_SIDE:
             raise InputError(f"{name} is a whole number of pixels from 1 to {MAX_SIDE}, got {one_line(size)}.")
     return image_size, max_size
-
-
-def _checked_colors(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    try:
-        mean, std = tuple(map(float, mean)), tuple(map(float, std))
-    except (TypeError, ValueError):
-        raise InputError(f"mean and std are three numbers each, got {one_line(mean)} and {one_line(std)}.") from None
-    if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-        raise InputError(f"mean and std are three numbers each, std above 0, got {mean} and {std}.")
-    return mean, std
 
 
 def _path_of(image: ImageInput) -> Path | None:

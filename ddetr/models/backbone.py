@@ -28,6 +28,7 @@ class Backbone(nn.Module):
 
     Attributes:
         num_channels, strides: of each feature map that `forward` returns, fine to coarse.
+        mean, std: of red, green and blue in [0, 1], with which timm's weights of this model were trained.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Backbone(nn.Module):
         self.body = _create(name, num_features, pretrained is True, dilation)
         self.num_channels: list[int] = self.body.feature_info.channels()
         self.strides: list[int] = self.body.feature_info.reduction()
+        self.mean: tuple[float, ...] = tuple(self.body.pretrained_cfg["mean"])
+        self.std: tuple[float, ...] = tuple(self.body.pretrained_cfg["std"])
         expected = [16 if dilation else 32] if num_features == 1 else [4, 8, 16, 32][-num_features:]
         if self.strides != expected:
             raise InputError(f"backbone {name!r}: expected feature maps of strides {expected}, got {self.strides}")

@@ -30,7 +30,10 @@ from ddetr.wording import did_you_mean
 class DeformableDETR(nn.Module):
     """Detector: images in, class logits and boxes of a fixed number of queries out.
 
-    `model.config` holds the constructor's arguments: `DeformableDETR(**model.config)` builds the same network.
+    Attributes:
+        config: the constructor's arguments: `DeformableDETR(**model.config)` builds the same network.
+        image_mean, image_std: of red, green and blue in [0, 1], with which its images are normalised: those of timm's
+            weights of the backbone, or of the file of weights that the network was started from.
     """
 
     # Long, since the signature with its help is the interface of command line, YAML and checkpoint: each argument
@@ -135,6 +138,7 @@ class DeformableDETR(nn.Module):
         body = Backbone(
             backbone, num_features, pretrained=pretrained_backbone, dilation=dilation, freeze=freeze_backbone
         )
+        self.image_mean, self.image_std = body.mean, body.std
         self.backbone = nn.Sequential(body, encoding(hidden_dim // 2))  # official names: backbone.0 and backbone.1
         projections = [_projection(channels, hidden_dim, kernel_size=1) for channels in body.num_channels]
         channels = body.num_channels[-1]
@@ -184,8 +188,8 @@ class DeformableDETR(nn.Module):
         """Detect.
 
         Args:
-            images: (N, 3, H, W) float, normalised by ImageNet's mean and standard deviation; or N tensors (3, h, w) of
-                any sizes, which are padded here.
+            images: (N, 3, H, W) float, normalised by `image_mean` and `image_std`; or N tensors (3, h, w) of any sizes,
+                which are padded here.
             mask: (N, H, W) bool, True = padding; None where nothing is padded.
 
         Returns:

@@ -20,6 +20,7 @@ from ddetr.bench import train as bench
 from ddetr.bench.official import LayerByLayerCriterion, cross_image_match, grid_sample_operator, official_step
 from ddetr.bench.stopwatch import StopWatch
 from ddetr.cli import main as cli
+from ddetr.datasets import normalize_images
 from ddetr.datasets.config import DataConfig
 from ddetr.engine import compile as engine_compile
 from ddetr.engine.compile import CompiledForward
@@ -216,7 +217,9 @@ def test_the_official_step_is_ours(tiny_model: dict[str, Any], two_stage: bool) 
     groups = parameter_groups(ours, optim, backbone_pretrained=False)
     criterion, optimizer, expected = build_criterion(ours), torch.optim.AdamW(groups, lr=optim.lr), 0.0
     for images, mask, targets in batches:
-        total = criterion.total(criterion(ours(bench_normalized(images, mask), mask), targets, 7.0))
+        total = criterion.total(
+            criterion(ours(normalize_images(images, mask, ours.image_mean, ours.image_std), mask), targets, 7.0)
+        )
         total.backward()
         expected += total.item()
     torch.nn.utils.clip_grad_norm_(ours.parameters(), optim.clip_max_norm)
@@ -229,22 +232,16 @@ def test_the_official_step_is_ours(tiny_model: dict[str, Any], two_stage: bool) 
         assert max(moved) < 2e-3
 
 
-def bench_normalized(images: Tensor, mask: Tensor) -> Tensor:
-    from ddetr.datasets import normalize_images
-
-    return normalize_images(images, mask)
-
-
 def test_the_official_criterion_gives_our_total(tiny_model: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = DeformableDETR(**tiny_model | {"num_classes": 5, "dropout": 0.0, "two_stage": True}).eval()
     images, mask, targets = batch(0, [3, 4])
-    outputs = model(bench_normalized(images, mask), mask)
+    outputs = model(normalize_images(images, mask), mask)
     criterion = build_criterion(model)
     expected = criterion.total(criterion(outputs, targets))
     assert LayerByLayerCriterion(LossWeights())(outputs, targets).item() == pytest.approx(expected.item(), rel=1e-5)
     with grid_sample_operator():
-        other = model(bench_normalized(images, mask), mask)
+        other = model(normalize_images(images, mask), mask)
     assert torch.allclose(other["enc_outputs"]["pred_logits"], outputs["enc_outputs"]["pred_logits"], atol=1e-5)
     assert official.attention.ms_deform_attn_step is not official.attention_step_reference
 

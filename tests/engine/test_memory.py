@@ -59,7 +59,9 @@ def real_step(detector: tuple[DeformableDETR, SetCriterion], precision: str) -> 
         images, mask, _ = memory.make_batch(BATCH, SIZE, OBJECTS, CPU)
         targets = [{"labels": torch.randint(3, (OBJECTS,)), "boxes": torch.rand(OBJECTS, 4) / 2} for _ in range(BATCH)]
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            total = criterion.total(criterion(model(normalize_images(images, mask), mask), targets))
+            total = criterion.total(
+                criterion(model(normalize_images(images, mask, model.image_mean, model.image_std), mask), targets)
+            )
         total.backward()
     return images.nbytes + mask.nbytes + sum(saved.values()), live.peak
 

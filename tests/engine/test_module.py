@@ -135,7 +135,8 @@ def test_what_is_logged_is_what_the_criterion_says(annotations: Annotations, tin
     images, mask, targets = collate([dataset[i] for i in range(8)])
     assert not mask.any()
     with torch.no_grad():
-        losses = criterion(model(normalize_images(images)), targets)
+        inputs = normalize_images(images, None, model.image_mean, model.image_std)
+        losses = criterion(model(inputs), targets)
     logged = take_step(annotations, fixed_model(tiny_model), micro=8).logged
     assert logged.keys() == losses.keys() | {"loss", "grad_norm", "lr_rest", "lr_backbone", "lr_linear_proj"}
     for name, value in losses.items():

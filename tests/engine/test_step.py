@@ -30,10 +30,13 @@ def test_the_losses_are_the_criterions_of_the_models_outputs(tiny_model: dict[st
     losses = step_losses(model, criterion, batch, 20.0)
     assert set(criterion.weight_dict) <= set(losses)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    expected = criterion(model(normalize_images(images, mask), mask), targets)  # by default divided by its own objects
+    expected = criterion(
+        model(normalize_images(images, mask, model.image_mean, model.image_std), mask), targets
+    )  # by default divided by its own objects
     assert all(torch.allclose(losses[name] * 2, expected[name]) for name in criterion.weight_dict)
     assert torch.equal(
-        model_outputs(model, batch)["pred_boxes"], model(normalize_images(images, mask), mask)["pred_boxes"]
+        model_outputs(model, batch)["pred_boxes"],
+        model(normalize_images(images, mask, model.image_mean, model.image_std), mask)["pred_boxes"],
     )
     assert count_objects([batch, batch]) == 20
 

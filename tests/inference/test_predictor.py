@@ -376,14 +376,15 @@ def test_a_checkpoint_with_another_mean(pixels, tmp_path, suffix):
 
     path, colors = tmp_path / f"best{suffix}", {"mean": (0.5, 0.4, 0.3), "std": (0.25, 0.5, 1.0)}
     model = tiny_model()
-    save_checkpoint(path, Checkpoint.of(model, CATEGORIES, image_size=64, max_size=107, **colors))
+    usual = Predictor(model, CATEGORIES, image_size=64, max_size=107, device="cpu").predict(pixels, threshold=0)
+    model.image_mean, model.image_std = colors["mean"], colors["std"]
+    save_checkpoint(path, Checkpoint.of(model, CATEGORIES, image_size=64, max_size=107))
     predictor = Predictor.from_checkpoint(path, device="cpu")
     assert (predictor.mean, predictor.std) == (colors["mean"], colors["std"])
     found = predictor.predict(pixels, threshold=0)
     same = Predictor(model, CATEGORIES, image_size=64, max_size=107, device="cpu", **colors).predict(
         pixels, threshold=0
     )
-    usual = Predictor(model, CATEGORIES, image_size=64, max_size=107, device="cpu").predict(pixels, threshold=0)
     assert torch.equal(found.scores, same.scores)
     assert not torch.equal(found.scores, usual.scores)
     content = load_checkpoint(path)
@@ -398,7 +399,9 @@ def test_from_checkpoints_that_do_not_fit(tmp_path):
     with pytest.raises(InputError, match=r"no\.pth"):
         Predictor.from_checkpoint(tmp_path / "no.pth")
     path = tmp_path / "odd.pth"
-    save_checkpoint(path, Checkpoint.of(tiny_model(), CATEGORIES, mean=(0.5, 0.5)))
+    odd = Checkpoint.of(tiny_model(), CATEGORIES)
+    odd.input["mean"] = [0.5, 0.5]
+    save_checkpoint(path, odd)
     with pytest.raises(InputError, match="mean and std are three numbers"):
         Predictor.from_checkpoint(path)
     save_checkpoint(path, Checkpoint.of(tiny_model(), CATEGORIES, threshold=float("nan")))

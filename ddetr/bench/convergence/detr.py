@@ -52,14 +52,19 @@ class Detr(Peer):
 
     def loss(self, batch: MicroBatch) -> Tensor:
         labels = [{"class_labels": target["labels"], "boxes": target["boxes"]} for target in batch[2]]
-        return self.net(**_inputs(batch), labels=labels).loss
+        return self.net(**self._inputs(batch), labels=labels).loss
 
     def detect(self, batch: MicroBatch) -> list[dict[str, Tensor]]:
-        outputs = self.net(**_inputs(batch))
+        outputs = self.net(**self._inputs(batch))
         scores, labels = outputs.logits.float().softmax(-1)[..., :-1].max(-1)  # the last is "no object"
         sizes = target_sizes(batch[2], scores.device)
         boxes = box_cxcywh_to_xyxy(outputs.pred_boxes.float()) * sizes[:, None]
         return [{"scores": s, "labels": label, "boxes": b} for s, label, b in zip(scores, labels, boxes)]
+
+    def _inputs(self, batch: MicroBatch) -> dict[str, Tensor]:
+        images, mask, _ = batch
+        inside = torch.ones_like(images[:, 0]).long() if mask is None else (~mask).long()
+        return {"pixel_values": normalize_images(images, mask, self.body.mean, self.body.std), "pixel_mask": inside}
 
 
 class _Encoder(nn.Module):
@@ -73,9 +78,3 @@ class _Encoder(nn.Module):
         (features,) = self.body(pixel_values)
         mask = nn.functional.interpolate(pixel_mask[None].float(), size=features.shape[-2:])[0]
         return [(features, mask.to(torch.bool))]
-
-
-def _inputs(batch: MicroBatch) -> dict[str, Tensor]:
-    images, mask, _ = batch
-    inside = torch.ones_like(images[:, 0]).long() if mask is None else (~mask).long()
-    return {"pixel_values": normalize_images(images, mask), "pixel_mask": inside}

@@ -12,7 +12,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from ddetr.bench.convergence.peer import Peer, make_body, target_sizes
 from ddetr.boxes import box_cxcywh_to_xyxy
-from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.step import MicroBatch
 from ddetr.models.backbone import Backbone
@@ -38,7 +37,7 @@ class FasterRcnn(Peer):
             box_predictor=FastRCNNPredictor(4 * width, num_classes + 1),  # 0 is the background
             box_detections_per_img=config.max_detections,
         )
-        self.net.transform = _Unresized(0, 0, list(IMAGENET_MEAN), list(IMAGENET_STD))
+        self.net.transform = _Unresized(0, 0, list(self.body.mean), list(self.body.std))
 
     def loss(self, batch: MicroBatch) -> Tensor:
         images = _images(batch)

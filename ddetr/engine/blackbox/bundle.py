@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from ddetr import __version__
-from ddetr.checkpoint.published import portable_config
+from ddetr.checkpoint.published import COLORS, portable_config
 from ddetr.datasets import Annotations
 from ddetr.engine.blackbox.trace import NotFinite
 from ddetr.engine.step import Step, ids_of, on_device
@@ -118,6 +118,7 @@ def _header(step: Step, config: Mapping[str, Any]) -> dict[str, Any]:
         "images": [],
         "categories": [],
         "model": portable_config(model.config),
+        COLORS: [list(model.image_mean), list(model.image_std)],
         "auxiliary": None if model.auxiliary is None else asdict(model.auxiliary.config),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "loss": None,

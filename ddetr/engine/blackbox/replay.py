@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
 from ddetr.boxes import box_cxcywh_to_xyxy
+from ddetr.checkpoint.published import colors_in
 from ddetr.engine.blackbox.bundle import matmul_precision, module_of, versions
 from ddetr.engine.blackbox.reading import read_bundle
 from ddetr.engine.blackbox.trace import NormStatistics, NotFinite, find_non_finite, non_finite_parameters
@@ -241,6 +242,7 @@ def _rebuilt(
         if header.get("auxiliary"):
             attach_auxiliary(model, AuxiliaryConfig(**header["auxiliary"]))
         model.load_state_dict(state["weights"], strict=True)
+        model.image_mean, model.image_std = colors_in(header)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"replay: the model of the bundle, made by ddetr {header['versions']['ddetr']}, is not one of this "
