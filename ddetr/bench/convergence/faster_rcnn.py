@@ -15,7 +15,7 @@ from ddetr.boxes import box_cxcywh_to_xyxy
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.step import MicroBatch
-from ddetr.models.backbone import Backbone
+from ddetr.models.backbones import Backbone
 
 _LEVELS = ("0", "1", "2", "3")  # strides 4, 8, 16, 32; torchvision adds "pool", of 64
 
