@@ -1,6 +1,6 @@
 """The network and its loss, in the order in which data flows.
 
-backbone.py                 images -> feature maps [timm]
+backbones/                  images -> feature maps [timm]
 position_encoding.py        where a cell lies
 attention.py                the multi-scale deformable attention module
 sampling.py                 where it looks, recorded while a model runs

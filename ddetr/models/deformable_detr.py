@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddetr.errors import InputError
-from ddetr.models.backbone import Backbone, FreezeBackbone
+from ddetr.models.backbones import Backbone, FreezeBackbone
 from ddetr.models.criterion import LossWeights, SetCriterion
 from ddetr.models.deformable_transformer import DeformableTransformer, Encoded, Queries
 from ddetr.models.heads import BoxHead, class_head

@@ -9,7 +9,7 @@ import torch
 from ddetr.engine.config import OptimConfig
 from ddetr.engine.optimizer import build_optimizer, describe_groups, lr_factor, parameter_groups
 from ddetr.errors import InputError
-from ddetr.models.backbone import Backbone
+from ddetr.models.backbones import Backbone
 from ddetr.models.deformable_detr import DeformableDETR
 
 

@@ -16,7 +16,7 @@ from ddetr.boxes import box_cxcywh_to_xyxy, generalized_iou
 from ddetr.checkpoint import to_official_state_dict
 from ddetr.errors import InputError
 from ddetr.models.attention import MSDeformAttn
-from ddetr.models.backbone import Backbone
+from ddetr.models.backbones import Backbone
 from ddetr.models.criterion import SetCriterion
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion, build_model
 from ddetr.models.deformable_transformer import Decoded, DeformableTransformer, cell_centres, valid_ratio

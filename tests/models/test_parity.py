@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 from ddetr.checkpoint import load_weights
-from ddetr.models.backbone import Backbone
+from ddetr.models.backbones import Backbone
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.padding import pad_images
 

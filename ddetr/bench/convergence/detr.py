@@ -12,7 +12,7 @@ from ddetr.boxes import box_cxcywh_to_xyxy
 from ddetr.datasets import normalize_images
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.step import MicroBatch
-from ddetr.models.backbone import Backbone
+from ddetr.models.backbones import Backbone
 
 
 class Detr(Peer):

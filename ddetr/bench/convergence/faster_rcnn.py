@@ -14,7 +14,7 @@ from ddetr.bench.convergence.peer import Peer, make_body, target_sizes
 from ddetr.boxes import box_cxcywh_to_xyxy
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.step import MicroBatch
-from ddetr.models.backbone import Backbone
+from ddetr.models.backbones import Backbone
 
 _LEVELS = ("0", "1", "2", "3")  # strides 4, 8, 16, 32; torchvision adds "pool", of 64
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ddetr.engine.config import TrainConfig
 from ddetr.engine.step import MicroBatch
-from ddetr.models.backbone import Backbone
+from ddetr.models.backbones import Backbone
 
 
 class Peer(nn.Module):

@@ -4,6 +4,7 @@ timm is imported where it is used: it takes seconds, which `ddetr train --help` 
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +29,8 @@ class Backbone(nn.Module):
 
     Attributes:
         num_channels, strides: of each feature map that `forward` returns, fine to coarse.
-        mean, std: of red, green and blue in [0, 1], with which timm's weights of this model were trained.
+        mean, std: what images are normalised with, R, G and B of [0, 1]: those of the weights that it starts from, and
+            of timm's usual ones where it starts from nothing or from a file.
     """
 
     def __init__(
@@ -57,8 +59,7 @@ class Backbone(nn.Module):
         self.body = _create(name, num_features, pretrained is True, dilation)
         self.num_channels: list[int] = self.body.feature_info.channels()
         self.strides: list[int] = self.body.feature_info.reduction()
-        self.mean: tuple[float, ...] = tuple(self.body.pretrained_cfg["mean"])
-        self.std: tuple[float, ...] = tuple(self.body.pretrained_cfg["std"])
+        self.mean, self.std = (_three_floats(self.body.pretrained_cfg[key]) for key in ("mean", "std"))
         expected = [16 if dilation else 32] if num_features == 1 else [4, 8, 16, 32][-num_features:]
         if self.strides != expected:
             raise InputError(f"backbone {name!r}: expected feature maps of strides {expected}, got {self.strides}")
@@ -139,6 +140,11 @@ def _create(name: str, num_features: int, pretrained: bool, dilation: bool) -> n
             "pass pretrained_backbone=FILE (torchvision's names), --weights CHECKPOINT, or pretrained_backbone=false "
             "to start from random values (which needs far more data)"
         ) from error
+
+
+def _three_floats(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return float(red), float(green), float(blue)
 
 
 def _freeze(parameters) -> None:
