@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ddetr.engine.config import OptimConfig
 from ddetr.models.deformable_detr import DeformableDETR
 
-BACKBONE_NAMES = ("backbone.0",)
+BACKBONE_NAMES = ("backbone.0.body",)  # a feature pyramid starts from nothing, so its rate is that of the rest
 LINEAR_PROJ_NAMES = ("reference_points", "sampling_offsets")
 NORMS = ".norms"  # ends the name of a group without weight decay
 

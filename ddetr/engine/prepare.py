@@ -23,6 +23,7 @@ from ddetr.engine.run.folder import RunFolder
 from ddetr.errors import InputError
 from ddetr.files import existing
 from ddetr.models.auxiliary import attach_auxiliary
+from ddetr.models.backbones import find_start
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.runtime.allocator import use_expandable_segments
 from ddetr.runtime.device import choose_device
@@ -103,8 +104,8 @@ def _check_options(config: TrainConfig, num_processes: int, *, is_resumed: bool)
     """What the options alone decide, on a network without memory: names, sizes and files that cannot be. The files that
     a run has started from may be gone when it is resumed."""
     backbone = config.model["pretrained_backbone"]
-    if not isinstance(backbone, str) or config.weights is not None or is_resumed:
-        backbone = False  # no file, or one that is not read; ImageNet's weights may be yet to fetch
+    if config.weights is not None or is_resumed or find_start(config.model["backbone"], backbone).file is None:
+        backbone = False  # no file, or one that is not read; what timm has may be yet to fetch
     with torch.device("meta"):
         detector = DeformableDETR(**dict(config.model, pretrained_backbone=backbone), num_classes=1)
         freeze_parameters(detector, config.optim.freeze)

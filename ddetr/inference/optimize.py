@@ -80,7 +80,7 @@ def optimize_model(model: nn.Module, optimization: Optimization = "float32") -> 
     with exact, torch.inference_mode(False), torch.no_grad():
         fast = copy.deepcopy(model).eval().requires_grad_(False)
         expected = _compared(fast(images))
-        fold_batch_norms(fast.backbone[0].body, images)
+        fold_batch_norms(fast.backbone[0], images)
         fast.to(memory_format=torch.channels_last)
         if device.type == "cpu" and optimization == "float32" and _onednn_is_faster():
             use_onednn_linears(fast)

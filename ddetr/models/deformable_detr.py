@@ -47,6 +47,7 @@ class DeformableDETR(nn.Module):
         backbone: str = "resnet50",
         pretrained_backbone: bool | str = False,
         freeze_backbone: FreezeBackbone | None = None,
+        backbone_window: int | None = None,
         dilation: bool = False,
         position_embedding: Literal["sine", "learned"] = "sine",
         num_feature_levels: int = 4,
@@ -70,11 +71,15 @@ class DeformableDETR(nn.Module):
             num_classes: K, classes with a logit each; there is no background class.
             hidden_dim: C, size of queries and features; divisible by nheads and by 4.
             num_queries: Q, the most objects that an image can have; for two-stage a choice at run time.
-            backbone: name of a timm model.
-            pretrained_backbone: true for ImageNet weights, or a file of weights in torchvision's names.
-            freeze_backbone: "stem" (fixed batch norms, stem and first stage, as published), "norm" (batch norms alone),
-                "all" or "none"; by default "stem" where the backbone is pretrained and "none" where it starts from
-                nothing.
+            backbone: name of a timm model; plain vision transformers get a feature pyramid (ViTDet's).
+            pretrained_backbone: true for ImageNet weights, a name of timm with its tag (resnet50.a1_in1k), an address
+                of the hub (hf-hub:org/name), or a file of weights of this backbone, under timm's names, torchvision's,
+                OpenMMLab's or those of self-supervised training.
+            freeze_backbone: "stem" (fixed batch norms, and all up to stride 4: stem and first stage, as published),
+                "norm" (batch norms alone), "all" or "none"; by default "stem" where the backbone is pretrained and
+                "none" where it starts from nothing.
+            backbone_window: of plain vision transformers, patches a side of the windows in which all but four blocks
+                attend (ViTDet's 14), for large images; by default they attend to the whole image.
             dilation: DC5, stride 16 instead of 32 in the last stage; for num_feature_levels 1.
             position_embedding: "sine" or "learned".
             num_feature_levels: L; 1 is the last backbone stage alone, above num_backbone_levels further levels are made
@@ -109,6 +114,7 @@ class DeformableDETR(nn.Module):
             "backbone": backbone,
             "pretrained_backbone": pretrained_backbone,
             "freeze_backbone": freeze_backbone,
+            "backbone_window": backbone_window,
             "dilation": dilation,
             "position_embedding": position_embedding,
             "num_feature_levels": num_feature_levels,
@@ -136,7 +142,12 @@ class DeformableDETR(nn.Module):
         encoding = {"sine": PositionEmbeddingSine, "learned": PositionEmbeddingLearned}[position_embedding]
         num_features = min(num_feature_levels, num_backbone_levels)
         body = Backbone(
-            backbone, num_features, pretrained=pretrained_backbone, dilation=dilation, freeze=freeze_backbone
+            backbone,
+            num_features,
+            pretrained=pretrained_backbone,
+            dilation=dilation,
+            freeze=freeze_backbone,
+            window=backbone_window,
         )
         self.image_mean, self.image_std = body.mean, body.std
         self.backbone = nn.Sequential(body, encoding(hidden_dim // 2))  # official names: backbone.0 and backbone.1
@@ -296,6 +307,8 @@ def _check(config: Mapping[str, Any]) -> None:
     for name in _AT_LEAST_ONE:
         if config[name] < 1:
             raise InputError(f"{name} must be at least 1, got {config[name]}")
+    if config["backbone_window"] is not None and config["backbone_window"] < 1:
+        raise InputError(f"backbone_window must be at least 1, or null, got {one_line(config['backbone_window'])}")
     if config["enc_layers"] < 0:
         raise InputError(f"enc_layers must be at least 0, got {config['enc_layers']}")
     for name, most in MAX_NETWORK.items():

@@ -3,29 +3,35 @@
 timm is imported where it is used: it takes seconds, which `ddetr train --help` has no use for.
 """
 
-import logging
-from collections.abc import Sequence
-from pathlib import Path
+import math
+import re
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddetr.arrays import load_tensors
 from ddetr.errors import InputError
-from ddetr.printable import one_line
-from ddetr.wording import did_you_mean
-
-logger = logging.getLogger(__name__)
+from ddetr.models.backbones.coatnet import free_attention_of_size
+from ddetr.models.backbones.families import ALTERNATIVES
+from ddetr.models.backbones.hiera import hiera_maps
+from ddetr.models.backbones.plain_vit import last_map
+from ddetr.models.backbones.pretrained import check_is_of, create, find_start, load_file, size_arguments
+from ddetr.models.backbones.pyramid import CHANNELS, SimpleFeaturePyramid
 
 FreezeBackbone = Literal["none", "norm", "stem", "all"]
 
-# The paper's recipe starts from torchvision's first ImageNet weights, which timm keeps under these tags.
-IMAGENET_V1 = {"resnet50": "resnet50.tv_in1k", "resnet101": "resnet101.tv_in1k"}
-
 
 class Backbone(nn.Module):
-    """Feature maps of the last stages of any timm model that offers `features_only`.
+    """Feature maps of the last stages of a model of timm, at any image size.
+
+    A map has ceil(H / stride) x ceil(W / stride) cells, or what the network's own convolutions give (all but a few old
+    ones round up). Networks that need sizes of some multiple get the image padded with zeros, right and at the bottom,
+    and their maps cropped. A plain vision transformer has one map, of stride 16, from which a feature pyramid makes the
+    others (`pyramid.py`); with one feature it is the pyramid's of stride 32, with dilation that of stride 16.
+
+    Names in the state dict: `body.*` are timm's names of the model, as its `features_only` changes them ("stages_0" for
+    "stages.0"); `pyramid.*` is the feature pyramid, of plain vision transformers alone.
 
     Attributes:
         num_channels, strides: of each feature map that `forward` returns, fine to coarse.
@@ -41,112 +47,132 @@ class Backbone(nn.Module):
         pretrained: bool | str = False,
         dilation: bool = False,
         freeze: FreezeBackbone = "none",
+        window: int | None = None,
     ):
         """
         Args:
             name: a timm model name, e.g. "resnet50".
             num_features: how many of the last stages to return, 1 to 4.
-            pretrained: True for ImageNet weights (downloaded by timm), or the path of a file of weights in
-                torchvision's names.
+            pretrained: True for ImageNet weights (downloaded by timm), a name of timm with its tag, an address of the
+                hub ("hf-hub:org/name"), or the path of a file of weights (`pretrained.py`).
             dilation: stride 1 and dilation 2 in the last stage (DC5).
-            freeze: "norm" freezes batch norms, statistics and parameters; "stem" them and, in ResNets, the stem and the
-                first stage, as the official code does; "all" freezes every parameter.
+            freeze: "norm" freezes batch norms, statistics and parameters (layer norms, which have no statistics,
+                train); "stem" them and all that leads to the map of stride 4, in ResNets the stem and the first stage,
+                as the official code does, in plain vision transformers the embedding of patches and positions; "all"
+                freezes every parameter but those of a feature pyramid, which starts from nothing.
+            window: of plain vision transformers: patches a side of the windows that all but four blocks attend in
+                (ViTDet's 14), for large images; None for attention over the whole image.
 
         Raises:
-            InputError: unknown model, unsuitable strides, weights that cannot be had or do not fit.
+            InputError: unknown model, unsuitable strides or sizes, weights that cannot be had or do not fit.
         """
         super().__init__()
-        self.body = _create(name, num_features, pretrained is True, dilation)
-        self.num_channels: list[int] = self.body.feature_info.channels()
-        self.strides: list[int] = self.body.feature_info.reduction()
-        self.mean, self.std = (_three_floats(self.body.pretrained_cfg[key]) for key in ("mean", "std"))
-        expected = [16 if dilation else 32] if num_features == 1 else [4, 8, 16, 32][-num_features:]
-        if self.strides != expected:
-            raise InputError(f"backbone {name!r}: expected feature maps of strides {expected}, got {self.strides}")
-        if isinstance(pretrained, str):
-            self._load(Path(pretrained))
-        if freeze != "none":
-            from timm.layers import freeze_batch_norm_2d
-
-            # A batch norm inside a whole model turns into one with fixed statistics; its parameters become buffers.
-            self.body = freeze_batch_norm_2d(self.body)
-            if freeze != "norm" and hasattr(self.body, "layer1"):
-                _freeze(
-                    p for key, p in self.body.named_parameters() if not key.startswith(("layer2", "layer3", "layer4"))
+        start = find_start(name, pretrained)
+        family, arguments = size_arguments(name)
+        check_is_of(start, name)
+        self.window, self._kind = window, family.kind
+        self.pyramid: SimpleFeaturePyramid | None = None
+        self.strides: list[int] = [16 if dilation else 32] if num_features == 1 else [4, 8, 16, 32][-num_features:]
+        if family.kind == "plain":
+            self.body = create(start, num_classes=0, **arguments)
+        else:
+            if window is not None:
+                raise InputError(f"backbone_window is for plain vision transformers, and {name!r} has other attention")
+            strides = {"output_stride": 16} if dilation else {}
+            indices = tuple(range(-num_features, 0))
+            self.body = create(start, features_only=True, out_indices=indices, **arguments, **strides)
+            self.num_channels: list[int] = self.body.feature_info.channels()
+            found = self.body.feature_info.reduction()
+            if found != self.strides:
+                raise InputError(
+                    f"backbone {name!r}: expected feature maps of strides {self.strides}, got {found}. {ALTERNATIVES}"
                 )
-        if freeze == "all":
-            _freeze(self.body.parameters())
+        if start.file is not None:
+            load_file(self.body, start, arguments)
+        self.mean, self.std = (_three_floats(self.body.pretrained_cfg[key]) for key in ("mean", "std"))
+        if family.kind == "plain":
+            self.body.prune_intermediate_layers(1)  # what comes after the last norm
+            self.pyramid = SimpleFeaturePyramid(self.body.embed_dim, self.strides)
+            self.num_channels = [CHANNELS] * num_features
+        free_attention_of_size(self.body)
+        self._multiple = math.lcm(family.multiple, *_partitions(self.body))
+        self._is_nhwc = family.kind == "pyramid" and str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
+        self._freeze(freeze)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (N, 3, H, W) -> maps (N, C_l, H/stride_l, W/stride_l), fine to coarse."""
-        return self.body(images)
+        height, width = images.shape[-2:]
+        if self._multiple == 1:
+            return self._maps(images)
+        images = F.pad(images, (0, -width % self._multiple, 0, -height % self._multiple))
+        return [
+            maps[..., : -(-height // stride), : -(-width // stride)]
+            for maps, stride in zip(self._maps(images), self.strides)
+        ]
 
     def stages(self) -> dict[str, int]:
-        """Name of every parameter -> the stage that it belongs to, counted as timm counts its feature maps: 0 is all
-        that leads to the first one (in a ResNet the stem), the last is the coarsest."""
-        ends = [f"{info['module']}.".replace(".", "_") for info in self.body.feature_info.info]
+        """Name of every parameter of `body` -> the stage that it belongs to, as timm counts its feature maps: 0 is all
+        that leads to the first one (in a ResNet the stem), the last is the coarsest. In a plain vision transformer 0 is
+        the embedding of patches and positions, and each block is a stage."""
+        if self._kind == "plain":
+            return {f"body.{name}": self._block(name) for name, _ in self.body.named_parameters()}
+        first, *others = (name for name, _ in self.body.named_children())
+        prefix = "" if others else f"{first}."  # of the whole model inside timm's reader of features
+        ends = [f"{prefix}{info['module']}.".replace(".", "_") for info in self.body.feature_info.info]
+        ends = [re.sub(r"^model_block_(?=\d_$)", "model_blocks_", end) for end in ends]  # Twins' are called blocks
         stages: dict[str, int] = {}
         stage, is_inside = 0, False
         for name, module in self.body.named_modules():
             if not name:
                 continue
             flat = f"{name}.".replace(".", "_")  # timm names the same module stages.0 or stages_0
-            if is_inside and not flat.startswith(ends[stage]):
+            found = next((i for i in range(stage, len(ends)) if flat.startswith(ends[i])), None)
+            if found is not None:
+                stage, is_inside = found, True
+            elif is_inside:
                 stage, is_inside = min(stage + 1, len(ends) - 1), False
-            is_inside = is_inside or flat.startswith(ends[stage])
             stages |= {f"body.{name}.{parameter}": stage for parameter, _ in module.named_parameters(recurse=False)}
         return stages
 
-    def _load(self, path: Path) -> None:
-        if not path.is_file():
-            raise InputError(f"pretrained_backbone: expected True, False or the path of a file, got {str(path)!r}")
-        try:
-            weights = load_tensors(path)
-        except Exception as error:  # a damaged pickle raises anything
-            reason = str(error) if type(error) is ValueError else getattr(error, "strerror", None)
-            raise InputError(
-                f"{path}: expected the weights of this backbone, as torch.save writes a state dict, but it cannot be "
-                f"read ({one_line(reason or type(error).__name__)}): another kind of file, or a damaged one"
-            ) from error
-        own = self.body.state_dict()
-        weights = {name: t for name, t in weights.items() if torch.is_tensor(t)} if isinstance(weights, dict) else {}
-        missing = [key for key in own if key not in weights and not key.endswith("num_batches_tracked")]
-        wrong = [key for key in own if key in weights and weights[key].shape != own[key].shape]
-        if missing or wrong:
-            raise InputError(
-                f"{path}: expected the weights of this backbone in torchvision's names; "
-                f"{len(missing)} are missing and {len(wrong)} have other shapes, first {(missing + wrong)[0]!r}"
-            )
-        self.body.load_state_dict({key: weights[key] for key in own if key in weights}, strict=False)
+    def _block(self, name: str) -> int:
+        """The stage of a parameter of a plain vision transformer."""
+        first, second, *_ = f"{name}..".split(".")
+        if first == "blocks":
+            return int(second) + 1
+        return len(self.body.blocks) if first == "norm" else 0
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        if self.pyramid is not None:
+            return self.pyramid(last_map(self.body, images, self.window))
+        if self._kind == "hiera":
+            return hiera_maps(self.body.model, images, list(range(4 - len(self.strides), 4)))
+        maps = self.body(images)
+        return [one.permute(0, 3, 1, 2) for one in maps] if self._is_nhwc else maps
+
+    def _freeze(self, freeze: FreezeBackbone) -> None:
+        if freeze == "none":
+            return
+        from timm.layers import freeze_batch_norm_2d
+
+        # A batch norm inside a whole model turns into one with fixed statistics; its parameters become buffers.
+        self.body = freeze_batch_norm_2d(self.body)
+        num_frozen = 0
+        if freeze == "all":
+            num_frozen = math.inf
+        elif freeze == "stem":
+            infos = [] if self._kind == "plain" else self.body.feature_info.info
+            num_frozen = sum(info["reduction"] <= 4 for info in infos) or 1
+        stages = self.stages()
+        for name, parameter in self.named_parameters():
+            if stages.get(name, math.inf) < num_frozen:
+                parameter.requires_grad_(False)
 
 
-def _create(name: str, num_features: int, pretrained: bool, dilation: bool) -> nn.Module:
-    import timm
-
-    if not timm.is_model(name):
-        hint = did_you_mean(name, timm.list_models(), most=3)
-        raise InputError(f"unknown backbone {name!r}: expected a timm model name{hint}")
-    if pretrained:
-        name = IMAGENET_V1.get(name, name)
-        logger.info("ImageNet weights of %s: from timm's cache, or downloaded", name)
-    kwargs = {"output_stride": 16} if dilation else {}
-    try:
-        return timm.create_model(
-            name, features_only=True, out_indices=tuple(range(-num_features, 0)), pretrained=pretrained, **kwargs
-        )
-    except OSError as error:
-        raise InputError(
-            f"the ImageNet weights of {name!r} could not be downloaded ({type(error).__name__}). Without a network, "
-            "pass pretrained_backbone=FILE (torchvision's names), --weights CHECKPOINT, or pretrained_backbone=false "
-            "to start from random values (which needs far more data)"
-        ) from error
+def _partitions(body: nn.Module) -> Iterable[int]:
+    """What an image must be a multiple of so that maps down to stride 32 are of whole windows: of MaxViT."""
+    return {32 * module.partition_size[0] for module in body.modules() if hasattr(module, "partition_size")}
 
 
 def _three_floats(values: Sequence[float]) -> tuple[float, float, float]:
     red, green, blue = values
     return float(red), float(green), float(blue)
-
-
-def _freeze(parameters) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(False)
