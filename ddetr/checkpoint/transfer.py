@@ -27,8 +27,8 @@ def load_weights(
 
     Args:
         model: changed in place.
-        path: a file of ours, of the official code, of detrex, of mmdetection (2 or 3) or of transformers, or a
-            transformers folder.
+        path: a file of ours, of the official code, of H-DETR, of detrex, of Mr.DETR, of mmdetection (2 or 3) or of
+            transformers, or a transformers folder.
         categories: the classes of `model` in the order of its labels: rows of the class head are copied by name, by
             category id where the file has no names. Without them, rows are copied in order where there are as many.
 
@@ -108,6 +108,7 @@ class _Transfer:
         report.skipped = [
             Remark(name, self._why_skipped(name)) for name in self.source.tensors if name not in self.used
         ]
+        report.skipped += self.source.left_out
         report.skipped += [Remark(name, "beside the detector, not of it") for name in self.source.others]
         return report
 
