@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddetr.checkpoint.class_rows import RowClass
-from ddetr.checkpoint.coco_classes import COCO_CLASSES, NUM_IDS
+from ddetr.checkpoint.coco_classes import COCO_CLASSES, NUM_IDS, is_unused
 from ddetr.checkpoint.names import Detector, find_detector, official_names, with_average
 from ddetr.checkpoint.published import LIGHTNING, Checkpoint, is_checkpoint, parse_checkpoint
 from ddetr.checkpoint.report import Remark
@@ -31,8 +31,8 @@ class SourceWeights:
     """Weights of a file under official names, each head once.
 
     `config` holds those of our constructor's arguments that the file tells; `classes` is None where it names none.
-    `where` is where in the file they lie, `others` names tensors that lie beside them, `left_out` what is of training
-    alone. `published` is what a run of ours has published beside its state, without its weights.
+    `where` is where in the file they lie, `others` names tensors that lie beside them, `in_file` has the names of
+    all, as they are in the file, `left_out` is what exists for training alone.
     """
 
     kind: str
@@ -41,8 +41,8 @@ class SourceWeights:
     config: dict[str, Any]
     where: str = ""
     others: tuple[str, ...] = ()
+    in_file: tuple[str, ...] = ()
     left_out: tuple[Remark, ...] = ()
-    published: Checkpoint | None = None
 
     @property
     def two_stage(self) -> bool:
@@ -66,7 +66,7 @@ def read_weights(path: Path) -> SourceWeights:
         InputError: not such a file, or a damaged one; a decoder that disagrees with the heads that it repeats.
     """
     content, metadata, records, transformers_config = read_files(path)
-    where, others, published = "", (), None
+    where, others, in_file = "", (), ()
     if is_checkpoint(content, metadata):
         checkpoint = parse_checkpoint(path, FileContent(content, metadata, records))
         kind, tensors, config = "ddetr", checkpoint.model, checkpoint.config
@@ -75,6 +75,7 @@ def read_weights(path: Path) -> SourceWeights:
         detector = _detector(path, content)
         content = mapping_of(content) or {}
         kind, where, others = detector.kind, detector.where, detector.others
+        in_file = (*detector.in_file.values(), *others)
         tensors = _each_head_once(path, _official(path, detector, records))
         config = _config_of(kind, content, transformers_config)
         config.setdefault("with_box_refine", detector.repeats_box_heads)
@@ -91,7 +92,7 @@ def read_weights(path: Path) -> SourceWeights:
     if kind in ("official", "detrex"):
         tensors, more = one_to_one_queries(tensors, config.get("num_queries"))
         left_out += more
-    return SourceWeights(kind, tensors, classes, config, where, others, tuple(left_out), published)
+    return SourceWeights(kind, tensors, classes, config, where, others, in_file, tuple(left_out))
 
 
 def check_is_weights(path: Path) -> None:
@@ -110,7 +111,8 @@ def _detector(path: Path, content: Any) -> Detector:
 
 
 def _row_classes(checkpoint: Checkpoint) -> tuple[RowClass, ...]:
-    return tuple(RowClass(category.name, category.category_id) for category in checkpoint.categories)
+    names = (None if is_unused(category.name) else category.name for category in checkpoint.categories)
+    return tuple(RowClass(name, category.category_id) for name, category in zip(names, checkpoint.categories))
 
 
 def _published_beside(path: Path, content: Mapping[Any, Any]) -> Checkpoint | None:
@@ -168,9 +170,7 @@ def _why_none(path: Path, content: Any) -> str:
     parts = ("cls_branches.", "class_embed.", "sampling_offsets.")
     hint = "; it has no level_embed, so it is incomplete or of another detector"
     is_alike = any(part in name for name in names for part in parts)
-    return (
-        f"{path}: {expected}, got {some}{hint if is_alike else ''}"
-    )
+    return f"{path}: {expected}, got {some}{hint if is_alike else ''}"
 
 
 def to_official_state_dict(model: DeformableDETR) -> dict[str, Tensor]:
@@ -241,7 +241,11 @@ def _config_of(kind: str, content: Mapping[Any, Any], transformers_config: Mappi
 
 
 def _config_of_transformers(told: Mapping[str, Any]) -> dict[str, Any]:
-    names = {"nheads": "encoder_attention_heads", "enc_n_points": "encoder_n_points", "dec_n_points": "decoder_n_points"}
+    names = {
+        "nheads": "encoder_attention_heads",
+        "enc_n_points": "encoder_n_points",
+        "dec_n_points": "decoder_n_points",
+    }
     names["num_queries"] = "two_stage_num_proposals" if told.get("two_stage") is True else "num_queries"
     names |= {name: name for name in ("with_box_refine", "dilation", "dropout", "backbone")}
     backbone = told.get("backbone_config")
@@ -282,7 +286,7 @@ def _classes_of(
         names = [str(by_row.get(str(row), f"LABEL_{row}")) for row in range(num_rows)]
     elif kind.startswith("mmdetection"):
         names = _mmdetection_names(mapping_of(content.get("meta")) or {})
-    is_named = any(not re.fullmatch(r"LABEL_\d+|N/A", name) for name in names)
+    is_named = any(not re.fullmatch(r"LABEL_\d+", name) and not is_unused(name) for name in names)
     if num_rows == NUM_IDS and (not is_named or list(names)[1:2] == [COCO_CLASSES[1]]):
         return tuple(RowClass(COCO_CLASSES.get(row), row) for row in range(num_rows))
     if is_named and len(names) == num_rows:

@@ -14,7 +14,10 @@ from ddetr.models.auxiliary import PREFIX
 _PARTS: tuple[tuple[str, str], ...] = (
     (rf"^{re.escape(PREFIX)}", "queries and losses that exist in training alone"),
     (r"^transformer\.decoder\.(?:class_embed_o2m_encoder|bbox_embed_enc_o2m)\.", "Mr.DETR's one-to-many proposals"),
-    (r"^transformer\.decoder\.layers\.\d+\.attentions\.0\.(?:instruction_o2m(?:_pos)?|norm_o2m)\.", "Mr.DETR's instructions"),
+    (
+        r"^transformer\.decoder\.layers\.\d+\.attentions\.0\.(?:instruction_o2m(?:_pos)?|norm_o2m)\.",
+        "Mr.DETR's instructions",
+    ),
     (r"^transformer\.decoder\.layers\.\d+\.ffns\.0\.layers\.(?:0\.linear|1)\.linear_sep\.", "Mr.DETR's second route"),
     (r"^(?:bbox_attention|mask_head|seg_input_proj)\.", "masks of the objects, beside their boxes"),
 )
@@ -45,4 +48,3 @@ def one_to_one_queries(tensors: dict[str, Tensor], told: int | None) -> tuple[di
         return tensors, []
     remark = Remark("query_embed.weight", f"queries {kept} to {len(queries) - 1}: matched one to many, H-DETR")
     return tensors | {"query_embed.weight": queries[:kept]}, [remark]
-
