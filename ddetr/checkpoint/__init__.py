@@ -10,6 +10,7 @@ detectors.py      any file of a detector as a `Checkpoint`, whoever wrote it: `r
 heads.py          which head of a file each head of a model starts from
 description.py    what a file is, for people and for programs: `ddetr weights show`
 class_rows.py     which row of a class head belongs to which class
+class_synonyms.py names of the same class in several data sets
 coco_classes.py   COCO's class names and ids, which foreign files seldom hold
 """
 

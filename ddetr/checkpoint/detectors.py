@@ -224,8 +224,8 @@ def _backbones(path: Path, source: SourceWeights) -> list[str]:
     body = [name.removeprefix(_BODY) for name in source.tensors if name.startswith(_BODY)]
     if source.kind != "transformers" and any(n.endswith(".relative_position_bias_table") for n in source.tensors):
         raise InputError(
-            f"{path}: its backbone is the Swin transformer of its own project, which norms the map of each stage; no "
-            "model of timm computes that. Start from its other weights with --weights and a backbone of your choice"
+            f"{path}: expected a backbone that timm has, got the Swin transformer of its own project, which norms the "
+            "map of each stage. Start from its other weights with --weights and a backbone of your choice"
         )
     blocks = [{int(m[1]) for name in body if (m := re.match(rf"layer{s}\.(\d{{1,3}})\.", name))} for s in (1, 2, 3, 4)]
     kind = ("layer1.0.conv3.weight" in body, tuple(map(len, blocks)))
@@ -272,8 +272,8 @@ def _weights(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, tor
     left = [name for name in tensors if name not in shapes and not name.endswith(ignored)]
     if left:
         raise InputError(
-            f"{path}: expected a Deformable DETR, got {len(left)} tensors more than it has, first "
-            f"{one_line(left[0])!r}: another detector, or a change of it. Start from what fits with --weights"
+            f"{path}: expected a Deformable DETR, which has no {one_line(left[0])!r}, got a change of it or another "
+            f"detector ({len(left)} such tensors). Start from what fits with --weights"
         )
     return weights
 

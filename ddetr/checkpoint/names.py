@@ -83,8 +83,8 @@ _MR_DETR: Rules = (  # its self-attention has the norm inside, and each linear l
     (r"(decoder\.layers\.\d+)\.attentions\.0\.norm_o2o\.", r"\1.norm2."),
     (r"(decoder\.layers\.\d+)\.norms\.0\.", r"\1.norm1."),
     (r"(decoder\.layers\.\d+)\.norms\.1\.", r"\1.norm3."),
-    (r"(decoder\.layers\.\d+)\.ffns\.0\.layers\.0\.linear\.linear\.", r"\1.linear1."),
-    (r"(decoder\.layers\.\d+)\.ffns\.0\.layers\.1\.linear\.", r"\1.linear2."),
+    (r"(decoder\.layers\.\d+)\.ffns\.0\.layers\.0\.linear\.linear(_sep)?\.", r"\1.linear1\2."),
+    (r"(decoder\.layers\.\d+)\.ffns\.0\.layers\.1\.linear(_sep)?\.", r"\1.linear2\2."),
     *_DETREX,
 )
 _OPENMMLAB_HEADS: Rules = (

@@ -18,7 +18,7 @@ _PARTS: tuple[tuple[str, str], ...] = (
         r"^transformer\.decoder\.layers\.\d+\.attentions\.0\.(?:instruction_o2m(?:_pos)?|norm_o2m)\.",
         "Mr.DETR's instructions",
     ),
-    (r"^transformer\.decoder\.layers\.\d+\.ffns\.0\.layers\.(?:0\.linear|1)\.linear_sep\.", "Mr.DETR's second route"),
+    (r"^transformer\.decoder\.layers\.\d+\.linear[12]_sep\.", "Mr.DETR's second route"),
     (r"^(?:bbox_attention|mask_head|seg_input_proj)\.", "masks of the objects, beside their boxes"),
 )
 _DENOISING = r"^label_enc\."
