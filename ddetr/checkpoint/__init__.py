@@ -5,11 +5,16 @@ transfer.py       any weights into any model of ours: `load_weights`
 report.py         what became of every tensor: `LoadReport`
 foreign.py        the files of other projects, under the official names; `to_official_state_dict`
 names.py          the names of other projects, and where in a file the detector is
+training_parts.py what a file holds for training alone
+detectors.py      any file of a detector as a `Checkpoint`, whoever wrote it: `read_detector`
 heads.py          which head of a file each head of a model starts from
+description.py    what a file is, for people and for programs: `ddetr weights show`
 class_rows.py     which row of a class head belongs to which class
+class_synonyms.py names of the same class in several data sets
 coco_classes.py   COCO's class names and ids, which foreign files seldom hold
 """
 
+from ddetr.checkpoint.detectors import read_detector
 from ddetr.checkpoint.foreign import to_official_state_dict
 from ddetr.checkpoint.published import Checkpoint, build_from_checkpoint, load_checkpoint, save_checkpoint
 from ddetr.checkpoint.report import LoadReport
@@ -21,6 +26,7 @@ __all__ = [
     "build_from_checkpoint",
     "load_checkpoint",
     "load_weights",
+    "read_detector",
     "save_checkpoint",
     "to_official_state_dict",
 ]

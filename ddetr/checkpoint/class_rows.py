@@ -1,11 +1,11 @@
 """Which row of a foreign class head belongs to which class of ours."""
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ddetr.checkpoint.class_synonyms import meaning
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, NUM_IDS
-from ddetr.datasets.annotations import Category
+from ddetr.datasets.annotations import Category, alike
 from ddetr.wording import first_few
 
 
@@ -49,10 +49,13 @@ def match_rows(
 def _rows_of(classes: Sequence[RowClass], categories: Sequence[Category]) -> tuple[list[int | None], str]:
     if any(row.name for row in classes):
         by_name: dict[str, int] = {}
+        by_meaning: dict[str, int] = {}
         for index, row in enumerate(classes):
             if row.name:
-                by_name.setdefault(_normalised(row.name), index)
-        return [by_name.get(_normalised(category.name)) for category in categories], "name"
+                by_name.setdefault(alike(row.name), index)
+                by_meaning.setdefault(meaning(row.name), index)
+        found = (by_name.get(alike(c.name), by_meaning.get(meaning(c.name))) for c in categories)
+        return list(found), "name"
     by_id = {row.category_id: index for index, row in enumerate(classes) if row.category_id is not None}
     return [by_id.get(category.category_id) for category in categories], "category id"
 
@@ -66,7 +69,3 @@ def _coco_categories(classes: Sequence[RowClass], num_classes: int) -> tuple[Cat
     if num_classes == NUM_IDS:
         return tuple(Category(category_id, COCO_CLASSES.get(category_id, "")) for category_id in range(NUM_IDS))
     return None
-
-
-def _normalised(name: str) -> str:
-    return re.sub(r"[\s_-]+", " ", name).strip().casefold()

@@ -1,5 +1,7 @@
 """COCO's 80 classes: files of foreign weights hold rows for them, but seldom their names."""
 
+import re
+
 _NAMES = """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
 parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
@@ -20,3 +22,9 @@ COCO_CLASSES: dict[int, str] = dict(
     )
 )
 """Category id -> name, in the order of the ids."""
+UNUSED = "N/A"  # in transformers' files the name of each id that COCO dropped
+
+
+def is_unused(name: str) -> bool:
+    """Whether this is how a file calls an id that COCO dropped: "N/A", or "N/A 12" in ours."""
+    return re.fullmatch(rf"{UNUSED}( \d+)?", name) is not None

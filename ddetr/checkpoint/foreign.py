@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from ddetr.checkpoint.class_rows import RowClass
-from ddetr.checkpoint.coco_classes import COCO_CLASSES, NUM_IDS
+from ddetr.checkpoint.coco_classes import COCO_CLASSES, NUM_IDS, is_unused
 from ddetr.checkpoint.names import Detector, find_detector, official_names, with_average
 from ddetr.checkpoint.published import LIGHTNING, Checkpoint, colors_in, colors_of, is_checkpoint, parse_checkpoint
+from ddetr.checkpoint.report import Remark
+from ddetr.checkpoint.training_parts import one_to_one_queries, why_left_out
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.printable import one_line
 from ddetr.untrusted import MAX_NETWORK
+from ddetr.weight_files.architectures import architecture_of
 from ddetr.weight_files.files import FileContent, Records, read_file
 from ddetr.weight_files.folders import read_files
 from ddetr.weight_files.pickled import StandIn, TensorView, mapping_of
@@ -29,7 +32,8 @@ class SourceWeights:
     """Weights of a file under official names, each head once.
 
     `config` holds those of our constructor's arguments that the file tells; `classes` is None where it names none.
-    `where` is where in the file they lie, `others` names tensors that lie beside them.
+    `where` is where in the file they lie, `others` names tensors that lie beside them, `in_file` has the names of
+    all, as they are in the file, `left_out` is what exists for training alone.
     """
 
     kind: str
@@ -40,6 +44,8 @@ class SourceWeights:
     others: tuple[str, ...] = ()
     image_mean: tuple[float, ...] = IMAGENET_MEAN  # as the four other projects have it
     image_std: tuple[float, ...] = IMAGENET_STD
+    in_file: tuple[str, ...] = ()
+    left_out: tuple[Remark, ...] = ()
 
     @property
     def two_stage(self) -> bool:
@@ -63,7 +69,7 @@ def read_weights(path: Path) -> SourceWeights:
         InputError: not such a file, or a damaged one; a decoder that disagrees with the heads that it repeats.
     """
     content, metadata, records, transformers_config = read_files(path)
-    where, others = "", ()
+    where, others, in_file = "", (), ()
     if is_checkpoint(content, metadata):
         checkpoint = parse_checkpoint(path, FileContent(content, metadata, records))
         colors = colors_of(checkpoint)
@@ -74,6 +80,7 @@ def read_weights(path: Path) -> SourceWeights:
         content = mapping_of(content) or {}
         colors = colors_in(content)
         kind, where, others = detector.kind, detector.where, detector.others
+        in_file = (*detector.in_file.values(), *others)
         tensors = _each_head_once(path, _official(path, detector, records))
         config = _config_of(kind, content, transformers_config)
         config.setdefault("with_box_refine", detector.repeats_box_heads)
@@ -84,7 +91,13 @@ def read_weights(path: Path) -> SourceWeights:
     if level_embed is None or level_embed.ndim != 2 or not level_embed.numel():
         got = "nothing" if level_embed is None else f"the shape {tuple(level_embed.shape)}"
         raise InputError(f"{path}: expected level_embed to be a tensor of a vector per level, got {got}")
-    return SourceWeights(kind, tensors, classes, _numbers(config), where, others, *colors)
+    config = _checked(config)
+    left_out = [Remark(name, why) for name in tensors if (why := why_left_out(name, kind))]
+    tensors = {name: tensor for name, tensor in tensors.items() if why_left_out(name, kind) is None}
+    if kind in ("official", "detrex"):
+        tensors, more = one_to_one_queries(tensors, config.get("num_queries"))
+        left_out += more
+    return SourceWeights(kind, tensors, classes, config, where, others, *colors, in_file, tuple(left_out))
 
 
 def check_is_weights(path: Path) -> None:
@@ -103,7 +116,8 @@ def _detector(path: Path, content: Any) -> Detector:
 
 
 def _row_classes(checkpoint: Checkpoint) -> tuple[RowClass, ...]:
-    return tuple(RowClass(category.name, category.category_id) for category in checkpoint.categories)
+    names = (None if is_unused(category.name) else category.name for category in checkpoint.categories)
+    return tuple(RowClass(name, category.category_id) for name, category in zip(names, checkpoint.categories))
 
 
 def _published_beside(path: Path, content: Mapping[Any, Any]) -> Checkpoint | None:
@@ -124,6 +138,11 @@ def _official(path: Path, detector: Detector, records: Records) -> dict[str, Ten
     for name, value in detector.tensors.items():
         if isinstance(value, TensorView):
             views[name] = value
+        elif value.name.startswith("numpy."):
+            raise InputError(
+                f"{path}: expected tensors, but {one_line(detector.in_file[name])!r} is an array of NumPy: where you "
+                "trust the file, write it again with torch.save({name: torch.tensor(a) for name, a in ...}, FILE)"
+            )
         elif value.name.startswith("torch."):  # other objects in a state dict are no weights
             raise InputError(
                 f"{path}: expected plain tensors, but {one_line(detector.in_file[name])!r} is of another kind "
@@ -144,14 +163,19 @@ def _why_none(path: Path, content: Any) -> str:
             "program can open: write there torch.save(model.state_dict(), FILE)"
         )
     names = tensor_names(content)
+    expected = "expected weights of Deformable DETR (ddetr, official, transformers, detrex or mmdetection)"
+    if (other := architecture_of(names)) is not None:
+        if other.is_backbone:
+            return (
+                f"{path}: {expected}, got a backbone alone ({other.name}): start from it with "
+                "--model.pretrained_backbone FILE"
+            )
+        return f"{path}: {expected}, got those of another detector: {other.name}. Its own program runs it"
     some = ", ".join(repr(one_line(name)) for name in names[:3]) or "no tensors"
     parts = ("cls_branches.", "class_embed.", "sampling_offsets.")
     hint = "; it has no level_embed, so it is incomplete or of another detector"
     is_alike = any(part in name for name in names for part in parts)
-    return (
-        f"{path}: expected weights of Deformable DETR (ddetr, official, transformers, detrex or mmdetection), got "
-        f"{some}{hint if is_alike else ''}"
-    )
+    return f"{path}: {expected}, got {some}{hint if is_alike else ''}"
 
 
 def to_official_state_dict(model: DeformableDETR) -> dict[str, Tensor]:
@@ -212,23 +236,48 @@ def _each_head_once(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tens
 
 def _config_of(kind: str, content: Mapping[Any, Any], transformers_config: Mapping[str, Any]) -> dict[str, Any]:
     """What the file tells of the model, under our names."""
-    told: Mapping[str, Any] = {}
-    names = {name: name for name in ("nheads", "enc_n_points", "dec_n_points", "with_box_refine")}
     if kind == "transformers":
-        told = transformers_config
-        theirs = ("encoder_attention_heads", "encoder_n_points", "decoder_n_points", "with_box_refine")
-        names = dict(zip(names, theirs))
-    elif kind == "official":
-        args = content.get("args")
-        told = args.state if isinstance(args, StandIn) and isinstance(args.state, dict) else {}
+        return _config_of_transformers(transformers_config)
+    if kind.startswith("mmdetection"):
+        return _config_of_mmdetection(mapping_of(content.get("meta")) or {})
+    args = content.get("args")  # the command line, in the official code's names, which are ours
+    told = args.state if isinstance(args, StandIn) and isinstance(args.state, dict) else mapping_of(args) or {}
+    return {**told, "num_queries": told.get("num_queries_one2one", told.get("num_queries"))}  # of H-DETR
+
+
+def _config_of_transformers(told: Mapping[str, Any]) -> dict[str, Any]:
+    names = {
+        "nheads": "encoder_attention_heads",
+        "enc_n_points": "encoder_n_points",
+        "dec_n_points": "decoder_n_points",
+    }
+    names["num_queries"] = "two_stage_num_proposals" if told.get("two_stage") is True else "num_queries"
+    names |= {name: name for name in ("with_box_refine", "dilation", "dropout", "backbone")}
+    backbone = told.get("backbone_config")
+    if isinstance(backbone, dict) and backbone.get("model_type") == "timm_backbone":
+        told = {"backbone": backbone.get("backbone"), "dilation": backbone.get("output_stride") == 16, **told}
     return {ours: told[theirs] for ours, theirs in names.items() if theirs in told}
 
 
-def _numbers(config: Mapping[str, Any]) -> dict[str, Any]:
+def _config_of_mmdetection(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the configuration, which is a program in text, the one number that its weights don't show."""
+    text = next((meta[name] for name in ("cfg", "config") if isinstance(meta.get(name), str)), "")
+    numbers = {int(number) for number in re.findall(r"\bnum_quer(?:y|ies)\s*=\s*(\d{1,5})\b", text)}
+    return {"num_queries": numbers.pop()} if len(numbers) == 1 else {}
+
+
+def _checked(config: Mapping[str, Any]) -> dict[str, Any]:
     """What is used of a configuration, where it is what it should be: anybody can write a file."""
-    found = {name: config.get(name) for name in ("nheads", "enc_n_points", "dec_n_points")}
-    numbers = {n: value for n, value in found.items() if isinstance(value, int) and 1 <= value <= MAX_NETWORK[n]}
-    return {**numbers, **{name: config.get(name) is True for name in ("with_box_refine", "class_aware")}}
+    found = {name: config.get(name) for name in ("nheads", "enc_n_points", "dec_n_points", "num_queries")}
+    checked = {n: value for n, value in found.items() if isinstance(value, int) and 1 <= value <= MAX_NETWORK[n]}
+    backbone, dropout = config.get("backbone"), config.get("dropout")
+    if isinstance(backbone, str) and backbone:
+        checked["backbone"] = backbone
+    if isinstance(dropout, float) and 0 <= dropout < 1:
+        checked["dropout"] = dropout
+    if isinstance(config.get("dilation"), bool):
+        checked["dilation"] = config["dilation"]
+    return {**checked, **{name: config.get(name) is True for name in ("with_box_refine", "class_aware")}}
 
 
 def _classes_of(
@@ -242,12 +291,12 @@ def _classes_of(
         names = [str(by_row.get(str(row), f"LABEL_{row}")) for row in range(num_rows)]
     elif kind.startswith("mmdetection"):
         names = _mmdetection_names(mapping_of(content.get("meta")) or {})
-    is_named = any(not re.fullmatch(r"LABEL_\d+|N/A", name) for name in names)
+    is_named = any(not re.fullmatch(r"LABEL_\d+", name) and not is_unused(name) for name in names)
     if num_rows == NUM_IDS and (not is_named or list(names)[1:2] == [COCO_CLASSES[1]]):
         return tuple(RowClass(COCO_CLASSES.get(row), row) for row in range(num_rows))
     if is_named and len(names) == num_rows:
         return tuple(RowClass(name, None) for name in names)
-    if kind in ("detrex", "mmdetection", "mmdetection 2") and num_rows == len(COCO_CLASSES) and not names:
+    if kind in ("detrex", "Mr.DETR", "mmdetection", "mmdetection 2") and num_rows == len(COCO_CLASSES) and not names:
         return tuple(RowClass(name, category_id) for category_id, name in COCO_CLASSES.items())
     return None
 

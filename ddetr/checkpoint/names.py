@@ -1,6 +1,7 @@
 """The names of other projects, and what they are officially; where in a file the detector is.
 
-Read: the official code, Hugging Face transformers (4.x and 5.x names), detrex, mmdetection 2 and 3.
+Read: the official code, Hugging Face transformers (4.x and 5.x names), detrex, Mr.DETR (its own layers in detrex),
+mmdetection 2 and 3.
 """
 
 import re
@@ -78,6 +79,14 @@ _DETREX: Rules = (
     *_NUMBERED_ATTENTIONS,
     *_OPENMMLAB_LAYERS,
 )
+_MR_DETR: Rules = (  # its self-attention has the norm inside, and each linear layer a second one for a training route
+    (r"(decoder\.layers\.\d+)\.attentions\.0\.norm_o2o\.", r"\1.norm2."),
+    (r"(decoder\.layers\.\d+)\.norms\.0\.", r"\1.norm1."),
+    (r"(decoder\.layers\.\d+)\.norms\.1\.", r"\1.norm3."),
+    (r"(decoder\.layers\.\d+)\.ffns\.0\.layers\.0\.linear\.linear(_sep)?\.", r"\1.linear1\2."),
+    (r"(decoder\.layers\.\d+)\.ffns\.0\.layers\.1\.linear(_sep)?\.", r"\1.linear2\2."),
+    *_DETREX,
+)
 _OPENMMLAB_HEADS: Rules = (
     (r"^backbone\.", "backbone.0.body."),
     (r"^bbox_head\.cls_branches\.", "class_embed."),
@@ -105,6 +114,7 @@ _RULES: dict[str, Rules] = {
     "official": (),
     "transformers": _TRANSFORMERS,
     "detrex": _DETREX,
+    "Mr.DETR": _MR_DETR,
     "mmdetection": _MMDETECTION,
     "mmdetection 2": _MMDETECTION_2,
 }
@@ -206,8 +216,11 @@ def _kinds(sign: str, names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
         return
     prefix, place, last = found.groups()
     if last == "level_embeds":
-        if place in ("bbox_head.transformer.", "transformer."):
-            yield ("mmdetection 2" if place.startswith("bbox_head") else "detrex"), prefix, ""
+        if place == "transformer.":
+            layer = re.compile(rf"{re.escape(prefix)}transformer\.decoder\.layers\.\d+\.attentions\.0\.norm_o2o\.")
+            yield ("Mr.DETR" if any(map(layer.match, names)) else "detrex"), prefix, ""
+        elif place == "bbox_head.transformer.":
+            yield "mmdetection 2", prefix, ""
     elif place == "transformer.":
         yield "official", prefix, ""
     elif any(name.startswith(f"{prefix}{place}bbox_head.") for name in names):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddetr.checkpoint.class_rows import match_rows
 from ddetr.checkpoint.foreign import SourceWeights, num_class_rows, read_weights
 from ddetr.checkpoint.heads import HeadMap
-from ddetr.checkpoint.report import LoadReport, Remark
+from ddetr.checkpoint.report import ClassOrigin, LoadReport, Remark
 from ddetr.datasets.annotations import Category
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
@@ -27,8 +27,9 @@ def load_weights(
 
     Args:
         model: changed in place.
-        path: a file of ours, of the official code, of detrex, of mmdetection (2 or 3) or of transformers, or a
-            transformers folder. Images are then normalised as it was trained (`model.image_mean`, `image_std`).
+        path: a file of ours, of the official code, of H-DETR, of detrex, of Mr.DETR, of mmdetection (2 or 3) or of
+            transformers, or a transformers folder. Images are then normalised as the
+            file's were (`model.image_mean`, `image_std`).
         categories: the classes of `model` in the order of its labels: rows of the class head are copied by name, by
             category id where the file has no names. Without them, rows are copied in order where there are as many.
 
@@ -72,6 +73,7 @@ class _Transfer:
         # Levels correspond by stride: a single-scale model has the coarsest backbone level alone.
         self.level_shift = len(model.backbone[0].strides) - source.num_backbone_levels
         num_rows = num_class_rows(source.tensors)
+        self.categories = categories
         self.rows, self.rows_how = match_rows(source.classes, num_rows, categories, model.config["num_classes"])
         self.fresh_class_head = class_head(model.config["hidden_dim"], model.config["num_classes"]).state_dict()
         self.used: set[str] = set()  # names in the file
@@ -108,6 +110,8 @@ class _Transfer:
         report.skipped = [
             Remark(name, self._why_skipped(name)) for name in self.source.tensors if name not in self.used
         ]
+        report.skipped += self.source.left_out
+        report.classes = self._classes()
         report.skipped += [Remark(name, "beside the detector, not of it") for name in self.source.others]
         return report
 
@@ -130,7 +134,7 @@ class _Transfer:
         adapt = self._adapter(name)
         if value.is_floating_point() != own.is_floating_point() or value.is_complex():
             found = f"{value.dtype} in the file, {own.dtype} in the model"
-        elif value.shape[1:] != own.shape[1:] or value.ndim != own.ndim:
+        elif value.ndim != own.ndim or (value.shape[1:] != own.shape[1:] and adapt != self._feed_forward):
             found = _shapes(value, own)
         elif adapt is not None:
             found = adapt(name, own, value)
@@ -150,6 +154,8 @@ class _Transfer:
             return self._class_rows
         if re.match(r"bbox_embed\.\d+\.layers\.2\.", name):
             return self._box_output
+        if re.search(r"\.linear[12]\.", name):
+            return self._feed_forward
         if name == "query_embed.weight":
             return self._queries
         if name == "transformer.level_embed":
@@ -186,6 +192,14 @@ class _Transfer:
         rows[[row for row, _ in kept]] = value[[source_row for _, source_row in kept]]
         return _Adaptation(rows, how)
 
+    def _classes(self) -> list[ClassOrigin]:
+        names = [c.name for c in self.categories] if self.categories is not None else [""] * len(self.rows)
+        row_names = [row.name for row in self.source.classes or ()]
+        return [
+            ClassOrigin(name, row, None if row is None or row >= len(row_names) else row_names[row])
+            for name, row in zip(names, self.rows)
+        ]
+
     def _any_object_rows(self, own: Tensor, value: Tensor, fresh: Tensor, how: str) -> _Adaptation | str:
         """The class head of proposals, where its first row says "any object" and the others nothing (facts of the
         two-stage variant): in the file, in the model, or in both."""
@@ -221,6 +235,29 @@ class _Transfer:
         extra = copies[num_source:]
         extra += torch.randn(extra.shape).to(extra) * (QUERY_NOISE * value.std())
         return _Adaptation(copies, f"{num_source} queries, and copies of them with small noise to make {num_queries}")
+
+    def _feed_forward(self, name: str, own: Tensor, value: Tensor) -> _Adaptation | str:
+        """Of fewer hidden units those that matter most; of more, the new ones start without a say."""
+        if value.shape == own.shape:
+            return _Adaptation(value, "")
+        layer = name.rpartition(".linear")[0]
+        first, second = (self.source.tensors.get(f"{layer}.linear{part}.weight") for part in (1, 2))
+        num_units, hidden_dim = self.config["dim_feedforward"], self.config["hidden_dim"]
+        if first is None or second is None or first.shape != second.shape[::-1] or first.shape[1:] != (hidden_dim,):
+            return _shapes(value, own)
+        num_source = len(first)
+        axis = 1 if ".linear2." in name else 0
+        if name.endswith(".linear2.bias") or value.shape[axis] != num_source:
+            return _shapes(value, own)
+        if num_units < num_source:
+            strength = first.float().norm(dim=1) * second.float().norm(dim=0)
+            units = strength.topk(num_units).indices.sort().values
+            return _Adaptation(
+                value.index_select(axis, units), f"the {num_units} strongest of {num_source} hidden units"
+            )
+        new = torch.zeros_like(own, dtype=value.dtype) if axis == 1 else own.detach().to(value, copy=True)
+        new.narrow(axis, 0, num_source).copy_(value)
+        return _Adaptation(new, f"{num_source} hidden units, and new ones that add nothing yet to make {num_units}")
 
     def _levels(self, name: str, own: Tensor, value: Tensor) -> _Adaptation:
         if value.shape == own.shape:

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddetr import __version__, console
-from ddetr.cli import bench, data
+from ddetr.cli import bench, data, weights
 from ddetr.cli.parser import Parser
 from ddetr.cli.training import demo_command, preflight_command, train_command
 from ddetr.errors import InputError
 from ddetr.wording import did_you_mean
+
+_CHECKPOINT = (
+    "a published checkpoint, for instance best.pth; or trained weights of another project (ddetr weights show)"
+)
 
 
 def eval_command(parser: Parser) -> Callable[[Any], None]:
@@ -34,7 +38,7 @@ def predict_command(parser: Parser) -> Callable[[Any], None]:
     """Find objects in images: annotated pictures and two JSON files."""
     parser.usage = "ddetr predict --checkpoint FILE --output FOLDER [options] IMAGES..."
     parser.add_argument("images", nargs="+", type=str, help="files, folders and glob patterns")
-    parser.add_argument("--checkpoint", type=str, required=True, help="a published checkpoint, for instance best.pth")
+    parser.add_argument("--checkpoint", type=str, required=True, help=_CHECKPOINT)
     parser.add_argument("--output", type=str, required=True, help="folder for annotated/ and the JSON files")
     parser.add_argument(
         "--threshold", type=float | None, default=None, help="least score; by default the checkpoint's own"
@@ -178,6 +182,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
     "data audit": data.audit_command,
     "data show": data.show_command,
     "data convert": data.convert_command,
+    "weights show": weights.show_command,
     "bench op": bench.bench_op_command,
     "bench gpu": bench.bench_gpu_command,
     "bench data": bench.bench_data_command,

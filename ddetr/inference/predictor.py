@@ -126,10 +126,11 @@ class Predictor:
         query_selection: QuerySelection | None = None,
         **options,
     ) -> Predictor:
-        """Of a checkpoint that `save_checkpoint` wrote: its model, classes, image size, mean, deviation and threshold.
+        """Of a checkpoint that `save_checkpoint` wrote: its model, classes, image size, mean, deviation and threshold;
+        or of any trained Deformable DETR of another project, as `ddetr.checkpoint.read_detector` reads it.
 
         Args:
-            path: the checkpoint file.
+            path: the checkpoint file; the folder, where transformers wrote it.
             device: where to run; by default a GPU if there is one.
             num_queries: of a two-stage network, how many it works with: more for crowded images, fewer for speed; by
                 default as it was trained.
@@ -137,9 +138,9 @@ class Predictor:
                 it was trained.
             options: any other option of the constructor, instead of what the checkpoint says.
         """
-        from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
+        from ddetr.checkpoint import build_from_checkpoint, read_detector
 
-        checkpoint = load_checkpoint(path)
+        checkpoint = read_detector(path)
         saved = {name: checkpoint.input.get(name) for name in ("image_size", "max_size")}
         if 0 <= checkpoint.threshold <= 1:  # it is NaN where no threshold found anything
             saved["threshold"] = checkpoint.threshold

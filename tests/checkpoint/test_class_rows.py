@@ -22,6 +22,7 @@ from weights_of import (
 )
 
 from ddetr.checkpoint import load_weights, save_checkpoint, to_official_state_dict
+from ddetr.checkpoint.class_synonyms import meaning
 from ddetr.checkpoint.coco_classes import COCO_CLASSES
 from ddetr.datasets.annotations import Category
 from ddetr.errors import InputError
@@ -104,6 +105,36 @@ def test_class_names_of_transformers_and_mmdetection(tmp_path: Path) -> None:
         report = load_weights(model, path, categories=PETS)
         assert model.class_embed[0].weight[1:].equal(source.class_embed[0].weight[:2])
         assert reasons(report.adapted)["class_embed.0.bias"] == "rows of 2 of 3 classes copied by name, new: cat"
+
+
+def test_class_rows_by_other_words_for_the_same_class(tmp_path: Path) -> None:
+    """Pascal VOC's words for COCO's classes."""
+    source, model = make_model(1, num_classes=80), make_model(2, num_classes=5)
+    torch.save({"model": to_detrex(source)}, tmp_path / "coco.pth")
+    words = ("aeroplane", "tvmonitor", "DiningTable", "motorbike", "blood cell")
+    report = load_weights(model, tmp_path / "coco.pth", categories=[Category(i, word) for i, word in enumerate(words)])
+    names = ("airplane", "tv", "dining table", "motorcycle")
+    rows = [list(COCO_CLASSES.values()).index(name) for name in names]
+    assert model.class_embed[0].weight[:4].equal(source.class_embed[0].weight[rows])
+    assert [(one.name, one.row, one.row_name) for one in report.classes] == [
+        *zip(words, rows, names),
+        ("blood cell", None, None),
+    ]
+
+
+def test_a_class_of_the_very_name_goes_before_a_synonym(tmp_path: Path) -> None:
+    source, model = make_model(1), make_model(2)
+    categories = [Category(0, "sofa"), Category(1, "couch"), Category(2, "chair")]
+    save_checkpoint(tmp_path / "a.pth", make_checkpoint(source, categories=categories))
+    load_weights(model, tmp_path / "a.pth", categories=categories[::-1])
+    assert model.class_embed[0].weight.equal(source.class_embed[0].weight[[2, 1, 0]])
+
+
+def test_no_class_of_coco_means_the_same_as_another() -> None:
+    assert len({meaning(name) for name in COCO_CLASSES.values()}) == 80
+    assert meaning("Potted-Plant") == meaning("pottedplant")
+    assert meaning("Mobile phone") == meaning("cell phone")
+    assert meaning("remote") != meaning("cell phone")
 
 
 def test_rows_of_the_proposal_head_are_no_classes(tmp_path: Path) -> None:

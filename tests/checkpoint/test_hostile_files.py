@@ -31,7 +31,7 @@ from ddetr.checkpoint import (
     save_checkpoint,
     to_official_state_dict,
 )
-from ddetr.checkpoint.foreign import _numbers
+from ddetr.checkpoint.foreign import _checked
 from ddetr.checkpoint.published import parse_checkpoint
 from ddetr.errors import InputError
 from ddetr.inference.predictor import Predictor
@@ -472,4 +472,4 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
 
 def test_numbers_beside_weights_are_no_larger_than_those_of_a_network() -> None:
     found = {"nheads": 8, "enc_n_points": 4, "dec_n_points": 65}
-    assert _numbers(found) == {"nheads": 8, "enc_n_points": 4, "with_box_refine": False, "class_aware": False}
+    assert _checked(found) == {"nheads": 8, "enc_n_points": 4, "with_box_refine": False, "class_aware": False}

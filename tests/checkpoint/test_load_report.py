@@ -25,6 +25,12 @@ def test_report_reads_well(tmp_path: Path) -> None:
     text = rendered(report)
     assert "rows of 2 of 3 classes copied by name, new: guinea pig" in text
     assert text.count("class_embed") == 1, "like names on one line"
+    assert "classes: 2 of 3 start from the file's, new: 1" in text
+    assert "kept: cat, dog" in text
+    assert "new: guinea pig" in text
+    rows = [line.replace("\u2502", "|").split("|") for line in rendered(report, verbose=True).splitlines()]
+    rows = [[cell.strip() for cell in row[1:-1]] for row in rows if len(row) == 5]
+    assert rows[-3:] == [["cat", "17", "cat"], ["dog", "18", "dog"], ["guinea pig", "new", ""]]
 
 
 def test_the_summary_is_short_and_all_names_are_there_on_request(tmp_path: Path) -> None:

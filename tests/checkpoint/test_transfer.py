@@ -146,9 +146,36 @@ def test_other_points_and_layers(tmp_path: Path) -> None:
     assert reasons(report.skipped)["transformer.decoder.layers.2.norm1.weight"] == "not in the model"
     missing = reasons(report.initialised)
     assert missing["transformer.encoder.layers.1.norm1.weight"] == "not in the file"
-    name = "transformer.decoder.layers.0.linear1.weight"
-    assert missing[name] == reasons(report.skipped)[name] == "(32, 32) in the file, (48, 32) in the model"
     assert_accounts_for_everything(report, model, to_official_state_dict(source))
+
+
+def test_more_hidden_units_change_nothing_at_first(tmp_path: Path) -> None:
+    """The new ones of a feed-forward part have no say until training gives them one."""
+    source, model = make_model(1, **TWO_STAGE).eval(), make_model(2, dim_feedforward=48, **TWO_STAGE).eval()
+    report = load_weights(model, save_official(tmp_path / "a.pth", source))
+    name = "transformer.decoder.layers.0.linear2.weight"
+    assert reasons(report.adapted)[name] == "32 hidden units, and new ones that add nothing yet to make 48"
+    assert model.transformer.encoder.layers[0].linear1.weight[32:].abs().max() > 0, "or nothing would ever be learned"
+    images = torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images)["pred_logits"], source(images)["pred_logits"])
+    assert_accounts_for_everything(report, model, to_official_state_dict(source))
+
+
+def test_fewer_hidden_units_are_the_strongest(tmp_path: Path) -> None:
+    source, model = make_model(1), make_model(2, dim_feedforward=4)
+    layer = source.transformer.decoder.layers[1]
+    chosen = [3, 8, 20, 31]
+    with torch.no_grad():
+        layer.linear2.weight[:, chosen] *= 100
+    report = load_weights(model, save_official(tmp_path / "a.pth", source))
+    got = model.transformer.decoder.layers[1]
+    assert got.linear1.weight.equal(layer.linear1.weight[chosen])
+    assert got.linear1.bias.equal(layer.linear1.bias[chosen])
+    assert got.linear2.weight.equal(layer.linear2.weight[:, chosen])
+    assert got.linear2.bias.equal(layer.linear2.bias)
+    name = "transformer.decoder.layers.1.linear1.bias"
+    assert reasons(report.adapted)[name] == "the 4 strongest of 32 hidden units"
 
 
 def test_another_number_of_heads_keeps_the_rest(tmp_path: Path) -> None:

@@ -184,6 +184,43 @@ def to_mmdetection_2(source: DeformableDETR) -> dict[str, Tensor]:
     return weights
 
 
+def to_mr_detr(source: DeformableDETR) -> dict[str, Tensor]:
+    """Names of Mr.DETR, written down from its modules and not from our reader: detrex's encoder, its own decoder, and
+    what exists for its training routes."""
+    weights = {}
+    for name, tensor in to_detrex(source).items():
+        layer = re.match(r"transformer\.decoder\.layers\.\d+\.", name)
+        if layer is None:
+            weights[name] = tensor
+            continue
+        inner = name[layer.end() :]
+        inner = (
+            inner.replace("norms.0", "attentions.0.norm_o2o")
+            .replace("norms.1", "norms.0")
+            .replace("norms.2", "norms.1")
+        )
+        inner = inner.replace("layers.0.0", "layers.0.linear.linear").replace("layers.1.", "layers.1.linear.")
+        weights[layer[0] + inner] = tensor
+        if "norm_o2o" in inner:
+            weights[layer[0] + inner.replace("o2o", "o2m")] = torch.randn_like(tensor)
+        if "ffns" in inner:
+            second = re.sub(r"linear\.(weight|bias)$", r"linear_sep.\1", inner)
+            weights[layer[0] + second] = torch.randn_like(tensor)
+        for part in ("instruction_o2m", "instruction_o2m_pos"):
+            weights[f"{layer[0]}attentions.0.{part}.weight"] = torch.randn(10, source.config["hidden_dim"])
+    for name, tensor in source.state_dict().items():
+        if name.startswith("class_embed.0."):
+            weights[name.replace("class_embed.0", "transformer.decoder.class_embed_o2m_encoder")] = torch.randn_like(
+                tensor
+            )
+        if name.startswith("bbox_embed.0."):
+            weights[name.replace("bbox_embed.0", "transformer.decoder.bbox_embed_enc_o2m")] = torch.randn_like(tensor)
+    weights["label_enc.weight"] = torch.randn(
+        source.config["num_classes"], source.config["hidden_dim"]
+    )  # its DINO version
+    return weights
+
+
 FORMATS: dict[str, Callable[[DeformableDETR], dict[str, Tensor]]] = {
     "official": to_official_state_dict,
     "transformers": lambda source: to_transformers(source, 5),
