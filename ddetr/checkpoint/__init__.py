@@ -1,6 +1,7 @@
 """Trained weights on disk: our one published format, and the formats of other projects read into our models.
 
 published.py      our format: `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `build_from_checkpoint`
+pretrained.py     a trained network by a name: `from_pretrained`
 transfer.py       any weights into any model of ours: `load_weights`
 report.py         what became of every tensor: `LoadReport`
 foreign.py        the files of other projects, under the official names; `to_official_state_dict`
@@ -11,6 +12,7 @@ coco_classes.py   COCO's class names and ids, which foreign files seldom hold
 """
 
 from ddetr.checkpoint.foreign import to_official_state_dict
+from ddetr.checkpoint.pretrained import from_pretrained
 from ddetr.checkpoint.published import Checkpoint, build_from_checkpoint, load_checkpoint, save_checkpoint
 from ddetr.checkpoint.report import LoadReport
 from ddetr.checkpoint.transfer import load_weights
@@ -19,6 +21,7 @@ __all__ = [
     "Checkpoint",
     "LoadReport",
     "build_from_checkpoint",
+    "from_pretrained",
     "load_checkpoint",
     "load_weights",
     "save_checkpoint",

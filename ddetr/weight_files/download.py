@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from ddetr import console
 from ddetr.errors import InputError
 from ddetr.files import write_text
+from ddetr.ops.verified import cache_folder
 from ddetr.printable import one_line
 from ddetr.untrusted import MAX_RUN_BYTES, MAX_WEIGHT_BYTES, open_file, parse_json, read_text
 
@@ -32,20 +33,19 @@ _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 _BY_HAND = "Or download it where there is a network, and give the file itself: --weights FILE"
 
 
-def cache_folder() -> Path:
-    """Where downloads lie: `DDETR_CACHE`, by default the folder `ddetr` beside the hub's own (`HF_HOME`)."""
+def weights_folder() -> Path:
+    """Where downloads lie: `DDETR_CACHE`, else `ddetr` in the hub's `HF_HOME`, else in ddetr's cache folder."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).expanduser()
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    hub = os.environ.get("HF_HOME") or Path(caches, "huggingface")
-    return Path(hub).expanduser() / "ddetr"
+    hub = os.environ.get("HF_HOME")
+    return (Path(hub).expanduser() / "ddetr" if hub else cache_folder()) / "weights"
 
 
 def cached_path(address: str) -> Path:
     """Where the file of an address lies, or would."""
     name = re.sub(r"[^\w.-]", "_", Path(urlsplit(address).path).name)[-150:].lstrip(".") or "weights.pth"
     stem, suffix = os.path.splitext(name)
-    return cache_folder() / "weights" / f"{stem}-{hashlib.sha256(address.encode()).hexdigest()[:8]}{suffix}"
+    return weights_folder() / f"{stem}-{hashlib.sha256(address.encode()).hexdigest()[:8]}{suffix}"
 
 
 def download(address: str, sha256: str | None = None) -> Path:

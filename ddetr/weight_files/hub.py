@@ -228,7 +228,7 @@ def _check_content(path: Path) -> None:
 
 
 def _in_cache(place: HubPlace) -> tuple[Path, list[str], str] | None:
-    """The newest snapshot in the cache, and what `_chosen` says of its files; None where what is needed is not there."""
+    """The newest snapshot in the cache, and what `_chosen` says of its files; None where a needed one is missing."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -285,6 +285,12 @@ def _why(place: HubPlace, error: Any) -> str:
     return f"{place} cannot be downloaded from {constants.ENDPOINT} ({reason}): try again, {by_hand}"
 
 
+def check_repository(repo: str) -> None:
+    """Raises `InputError` for what cannot be the id of a repository."""
+    if not re.fullmatch(rf"{_NAME}/{_NAME}", repo) or ".." in repo or "--" in repo or repo.endswith((".git", ".", "-")):
+        raise InputError(f"{one_line(repo)}: expected a repository on the hub such as org/name")
+
+
 def upload(
     folder: Path, repo: str, *, private: bool = False, revision: str | None = None, message: str = "Upload by ddetr"
 ) -> str:
@@ -306,9 +312,7 @@ def upload(
     from huggingface_hub import CommitOperationAdd
     from huggingface_hub.utils import disable_progress_bars
 
-    place = hub_place(repo)
-    if place is None or place.path or place.revision:
-        raise InputError(f"{one_line(repo)}: expected a repository such as org/name")
+    check_repository(repo)
     api = _api()
     try:
         with _asking():

@@ -44,6 +44,11 @@ def find_weights(source: str | Path) -> Path:
     raise InputError(f"{one_line(text)}: expected {_FORMS}, but there is nothing of this name{hint}")
 
 
+def is_public(source: str) -> bool:
+    """Whether a source means the same on other machines too: it is no path on this one."""
+    return not _is_there(Path(source).expanduser())
+
+
 def is_cached(entry: Entry) -> bool:
     """Whether the weights of an entry are on this machine."""
     place = hub_place(entry.address)
