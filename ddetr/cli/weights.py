@@ -63,7 +63,7 @@ def list_command(parser: Parser) -> Callable[[Any], None]:
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         for row in rows:
             console.show("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-        console.show("\nAP on COCO val2017 as its authors publish it; - is not known; --json has addresses and notes")
+        console.show("\nAP on COCO val2017 as its authors have it; - is not known; --json has addresses and notes")
 
     return run
 
@@ -76,7 +76,7 @@ def _owner(address: str) -> str:
 
 
 def push_command(parser: Parser) -> Callable[[Any], None]:
-    """Publish the best checkpoint of a run on the Hugging Face hub, with a model card."""
+    """Publish a run on the Hugging Face hub, with a model card."""
     parser.usage = "ddetr weights push --license NAME [options] RUN REPO"
     parser.add_argument("run", type=str, help="run folder")
     parser.add_argument("repo", type=str, help="repository on the hub, ORG/NAME; made where it is not there")

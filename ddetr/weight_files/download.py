@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 from ddetr import console
 from ddetr.errors import InputError
 from ddetr.files import write_text
-from ddetr.ops.verified import cache_folder
 from ddetr.printable import one_line
 from ddetr.untrusted import MAX_RUN_BYTES, MAX_WEIGHT_BYTES, open_file, parse_json, read_text
 
@@ -34,11 +33,11 @@ _BY_HAND = "Or download it where there is a network, and give the file itself: -
 
 
 def weights_folder() -> Path:
-    """Where downloads lie: `DDETR_CACHE`, else `ddetr` in the hub's `HF_HOME`, else in ddetr's cache folder."""
+    """Where downloads lie: `DDETR_CACHE`, by default `ddetr` beside the hub's own cache in `HF_HOME`."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(chosen).expanduser()
-    hub = os.environ.get("HF_HOME")
-    return (Path(hub).expanduser() / "ddetr" if hub else cache_folder()) / "weights"
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HF_HOME") or Path(caches, "huggingface")).expanduser() / "ddetr"
 
 
 def cached_path(address: str) -> Path:

@@ -104,11 +104,13 @@ class _Failed(Exception):
 
 @contextmanager
 def _asking() -> Iterator[None]:
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HTTPError
 
     try:
         yield
-    except (OSError, HTTPError, HFValidationError, RuntimeError) as error:  # RuntimeError: of hf_xet
+    except InputError:
+        raise
+    except (OSError, HTTPError, ValueError, RuntimeError) as error:  # ids, cards; what hf_xet raises
         raise _Failed(error) from error
 
 

@@ -168,7 +168,23 @@ def _data(run: RunFiles, checkpoint: Checkpoint) -> str:
         if split
     ]
     table = _table(("", "name", "images", "objects"), rows) if rows else "The run says nothing of its data."
-    return f"## Data\n\n{table}\n\n{len(checkpoint.categories):,} classes; their names and ids are in config.json."
+    parts = [f"## Data\n\n{table}", f"{len(checkpoint.categories):,} classes; their names and ids are in config.json."]
+    if shared := _num_shared(run):
+        parts.append(
+            f"**{_count(shared)} of the validation images are training images too: the results flatter the detector.**"
+        )
+    return "\n\n".join(parts)
+
+
+def _num_shared(run: RunFiles) -> int:
+    """Validation images that the audit has found in training."""
+    findings = run.audit.get("findings")
+    counts = [
+        group.get("count")
+        for group in (findings if isinstance(findings, list) else [])
+        if isinstance(group, Mapping) and group.get("kind") in ("duplicate-across-splits", "validation-is-training")
+    ]
+    return max((count for count in counts if isinstance(count, int)), default=0)
 
 
 def _recipe(run: RunFiles, checkpoint: Checkpoint, source: str | None) -> str:
@@ -196,7 +212,7 @@ def _environment(run: RunFiles) -> str:
     if isinstance(packages, Mapping):
         rows += [[_text(name), _text(version)] for name, version in packages.items() if name != "torch"]
     if _is_number(run.seconds) and run.seconds > 0:
-        rows.append(["Time", f"{run.seconds / 3600:.1f} hours, validations included"])
+        rows.append(["Minutes of training", f"{run.seconds / 60:,.0f}, validations included"])
     return f"## Environment\n\n{_table(('', ''), rows)}" if rows else ""
 
 
