@@ -69,10 +69,12 @@ def list_command(parser: Parser) -> Callable[[Any], None]:
 
 
 def _owner(address: str) -> str:
-    """ "hf://SenseTime/deformable-detr" -> "hub: SenseTime"; host and first folder of other addresses."""
+    """ "hf://SenseTime/deformable-detr" -> "hub: SenseTime"; of an address at GitHub its owner, of others the host."""
     scheme, _, place = address.partition("://")
     host, owner = place.split("/")[:2]
-    return f"hub: {host}" if scheme == "hf" else f"{host}/{owner}"
+    if scheme == "hf":
+        return f"hub: {host}"
+    return f"github: {owner}" if host == "github.com" else host
 
 
 def push_command(parser: Parser) -> Callable[[Any], None]:

@@ -127,7 +127,7 @@ from ddetr import Predictor
 
 predictor = Predictor.from_pretrained("{repo}")
 found = predictor.predict("image.jpg")
-print(found.names, found.scores, found.boxes)
+print(found.names, found.scores, found.boxes_xyxy)
 ```"""
 
 
