@@ -4,7 +4,7 @@ errors.py, wording.py, printable.py, untrusted.py, arrays.py   the base
 files.py, console.py, settings.py, padding.py, boxes.py         what stands on it
 ops/          multi-scale deformable attention, the operator
 runtime/      the process and its machine: device, precision, limits, other processes
-weight_files/ files of weights -> tensors, whoever wrote them
+weight_files/ names, addresses and files of weights -> tensors, whoever wrote them
 datasets/     COCO, VOC and YOLO folders -> annotations, audit, samples, batches
 models/       the network, its matching and its losses
 checkpoint/   weights on disk, ours and others'
@@ -29,6 +29,7 @@ _PUBLIC = {
     "Predictor": "ddetr.inference.predictor",
     "build_coco_dataset": "ddetr.datasets",
     "build_model": "ddetr.models.deformable_detr",
+    "from_pretrained": "ddetr.checkpoint",
     "load_weights": "ddetr.checkpoint",
     "ms_deform_attn": "ddetr.ops",
 }

@@ -5,6 +5,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # `make test`: they share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,28 @@ def tiny_run(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
             preflight=False,
         )
     )
+
+
+@pytest.fixture
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A server that plays the hub and a host of files (`served_weights.Served`), for this process and those that it
+    starts; the caches of both are empty, and are the test's own."""
+    from huggingface_hub import constants
+    from served_weights import serve
+
+    with serve() as found:
+        home = tmp_path / "hub home"
+        environment = {"HF_ENDPOINT": found.address, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        for name in ("HF_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "DDETR_CACHE"):
+            monkeypatch.delenv(name, raising=False)
+        # The library has read its environment when it was imported.
+        monkeypatch.setattr(constants, "ENDPOINT", found.address)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.address + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield found

@@ -18,15 +18,15 @@ from torch import Tensor
 from ddetr.checkpoint.class_rows import RowClass
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, UNUSED
 from ddetr.checkpoint.foreign import SourceWeights, num_class_rows, read_weights, same_values
+from ddetr.checkpoint.preprocessing import input_beside
 from ddetr.checkpoint.published import LIGHTNING, Checkpoint, is_checkpoint, parse_checkpoint
 from ddetr.checkpoint.report import Remark
 from ddetr.datasets.annotations import Category
-from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.printable import one_line
 from ddetr.weight_files.architectures import architecture_of
-from ddetr.weight_files.files import FileContent, read_json
+from ddetr.weight_files.files import FileContent
 from ddetr.weight_files.folders import read_files
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def recognise(path: str | Path) -> Recognised:
         model=_weights(path, source.tensors, shapes),
         config=config,
         categories=categories,
-        input=_input(path, source.kind, notes),
+        input={**input_beside(path, source.kind, notes), "mean": [*source.image_mean], "std": [*source.image_std]},
         training={"weights": {"file": path.name, "project": source.kind}},
     )
     return Recognised(checkpoint, source.kind, source.where, source.left_out, tuple(notes))
@@ -292,27 +292,3 @@ def _categories(source: SourceWeights, num_classes: int, notes: list[str]) -> tu
         )
         for row, one in enumerate(classes)
     )
-
-
-def _input(path: Path, kind: str, notes: list[str]) -> dict[str, Any]:
-    """How images reach the network: as transformers' processor beside the weights says, or as published."""
-    found: dict[str, Any] = {"image_size": 800, "max_size": 1333}
-    found |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    folder = path if path.is_dir() else path.parent
-    told = read_json(folder / "preprocessor_config.json") if kind == "transformers" else None
-    if told is None:
-        return found
-    size = told.get("size")
-    size = size if isinstance(size, dict) else {"shortest_edge": size, "longest_edge": told.get("max_size")}
-    edges = [size.get("shortest_edge"), size.get("longest_edge")]
-    if all(isinstance(edge, int) and edge > 0 for edge in edges):
-        found |= {"image_size": edges[0], "max_size": edges[1]}
-    elif told.get("do_resize") is not False:
-        notes.append("images are resized to 800 x at most 1333 pixels: its processor asks for another kind of size")
-    for ours, theirs, none in (("mean", "image_mean", 0.0), ("std", "image_std", 1.0)):
-        values = told.get(theirs)
-        if told.get("do_normalize") is False:
-            found[ours] = [none] * 3
-        elif isinstance(values, list) and len(values) == 3 and all(isinstance(v, (int, float)) for v in values):
-            found[ours] = values
-    return found

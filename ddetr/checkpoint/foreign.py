@@ -12,10 +12,11 @@ from torch import Tensor
 from ddetr.checkpoint.class_rows import RowClass
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, NUM_IDS, is_unused
 from ddetr.checkpoint.names import Detector, find_detector, official_names, with_average
+from ddetr.checkpoint.preprocessing import input_beside
 from ddetr.checkpoint.published import LIGHTNING, Checkpoint, colors_in, colors_of, is_checkpoint, parse_checkpoint
 from ddetr.checkpoint.report import Remark
 from ddetr.checkpoint.training_parts import one_to_one_queries, why_left_out
-from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
+from ddetr.datasets.transforms import checked_colors
 from ddetr.errors import InputError
 from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.printable import one_line
@@ -40,10 +41,10 @@ class SourceWeights:
     tensors: dict[str, Tensor]
     classes: tuple[RowClass, ...] | None
     config: dict[str, Any]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
     where: str = ""
     others: tuple[str, ...] = ()
-    image_mean: tuple[float, ...] = IMAGENET_MEAN  # as the four other projects have it
-    image_std: tuple[float, ...] = IMAGENET_STD
     in_file: tuple[str, ...] = ()
     left_out: tuple[Remark, ...] = ()
 
@@ -78,7 +79,6 @@ def read_weights(path: Path) -> SourceWeights:
     else:
         detector = _detector(path, content)
         content = mapping_of(content) or {}
-        colors = colors_in(content)
         kind, where, others = detector.kind, detector.where, detector.others
         in_file = (*detector.in_file.values(), *others)
         tensors = _each_head_once(path, _official(path, detector, records))
@@ -87,6 +87,8 @@ def read_weights(path: Path) -> SourceWeights:
         classes = _classes_of(kind, tensors, content, transformers_config)
         if (published := _published_beside(path, content)) is not None:
             kind, config, classes = "ddetr", published.config, _row_classes(published)
+        beside = input_beside(path, kind)
+        colors = colors_in(content) if LIGHTNING in content else checked_colors(beside["mean"], beside["std"])
     level_embed = tensors.get("transformer.level_embed")
     if level_embed is None or level_embed.ndim != 2 or not level_embed.numel():
         got = "nothing" if level_embed is None else f"the shape {tuple(level_embed.shape)}"
@@ -97,7 +99,7 @@ def read_weights(path: Path) -> SourceWeights:
     if kind in ("official", "detrex"):
         tensors, more = one_to_one_queries(tensors, config.get("num_queries"))
         left_out += more
-    return SourceWeights(kind, tensors, classes, config, where, others, *colors, in_file, tuple(left_out))
+    return SourceWeights(kind, tensors, classes, config, *colors, where, others, in_file, tuple(left_out))
 
 
 def check_is_weights(path: Path) -> None:

@@ -26,6 +26,7 @@ from ddetr.models.query_selection import QuerySelection
 from ddetr.printable import one_line
 from ddetr.untrusted import MAX_VALUES, parse_json
 from ddetr.weight_files.files import FileContent, read_file, write_file
+from ddetr.weight_files.folders import weights_file
 from ddetr.weight_files.pickled import Global, StandIn, TensorView
 from ddetr.weight_files.state_dicts import tensor_names
 
@@ -147,12 +148,12 @@ def contents(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint of ours.
+    """Read a checkpoint of ours: a file, or a folder that holds one as model.safetensors.
 
     Raises:
         InputError: the file is missing, damaged, not ours, or from a newer version.
     """
-    path = Path(path)
+    path = weights_file(Path(path))
     return parse_checkpoint(path, read_file(path))
 
 

@@ -17,28 +17,33 @@ from ddetr.cli import bench, data, weights
 from ddetr.cli.parser import Parser
 from ddetr.cli.training import demo_command, preflight_command, train_command
 from ddetr.errors import InputError
+from ddetr.files import existing
 from ddetr.wording import did_you_mean
-
-_CHECKPOINT = (
-    "a published checkpoint, for instance best.pth; or trained weights of another project (ddetr weights show)"
-)
 
 
 def eval_command(parser: Parser) -> Callable[[Any], None]:
     """Measure a checkpoint on a data set with COCO's metrics."""
     from ddetr.inference.evaluate_checkpoint import evaluate_checkpoint
 
-    parser.usage = "ddetr eval --checkpoint FILE --data PATH [options]"
-    parser.add_function_arguments(evaluate_checkpoint, sub_configs=False)
+    parser.usage = "ddetr eval (--checkpoint FILE | --weights NAME) --data PATH [options]"
+    weights.add_source_options(parser)
+    parser.add_function_arguments(evaluate_checkpoint, skip={"checkpoint"}, sub_configs=False)
     parser.add_group_of_options("data")
-    return lambda settings: console.show(evaluate_checkpoint(**vars(settings)).render())
+
+    def run(settings: Any) -> None:
+        options = dict(vars(settings))
+        existing(options["data"].path)  # before a download
+        checkpoint = weights.chosen_source("eval", options.pop("checkpoint"), options.pop("weights"))
+        console.show(evaluate_checkpoint(checkpoint, **options).render())
+
+    return run
 
 
 def predict_command(parser: Parser) -> Callable[[Any], None]:
     """Find objects in images: annotated pictures and two JSON files."""
-    parser.usage = "ddetr predict --checkpoint FILE --output FOLDER [options] IMAGES..."
+    parser.usage = "ddetr predict (--checkpoint FILE | --weights NAME) --output FOLDER [options] IMAGES..."
     parser.add_argument("images", nargs="+", type=str, help="files, folders and glob patterns")
-    parser.add_argument("--checkpoint", type=str, required=True, help=_CHECKPOINT)
+    weights.add_source_options(parser)
     parser.add_argument("--output", type=str, required=True, help="folder for annotated/ and the JSON files")
     parser.add_argument(
         "--threshold", type=float | None, default=None, help="least score; by default the checkpoint's own"
@@ -68,12 +73,13 @@ def predict_command(parser: Parser) -> Callable[[Any], None]:
     )
 
     def run(settings: Any) -> None:
+        checkpoint = weights.chosen_source("predict", settings.checkpoint, settings.weights)
         from ddetr.inference.files import predict_files
         from ddetr.inference.predictor import Predictor
         from ddetr.runtime.allocator import keep_freed_memory
 
         predictor = Predictor.from_checkpoint(
-            settings.checkpoint,
+            checkpoint,
             settings.device,
             num_queries=settings.num_queries,
             query_selection=settings.query_selection,
@@ -183,6 +189,8 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
     "data show": data.show_command,
     "data convert": data.convert_command,
     "weights show": weights.show_command,
+    "weights list": weights.list_command,
+    "weights push": weights.push_command,
     "bench op": bench.bench_op_command,
     "bench gpu": bench.bench_gpu_command,
     "bench data": bench.bench_data_command,

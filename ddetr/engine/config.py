@@ -94,8 +94,9 @@ class TrainConfig:
     output: str | None = option(None, resume="session")
     """Run folder; by default runs/ and the name of the data set, numbered."""
     weights: str | None = None
-    """Checkpoint to start from (ours, official, transformers, detrex, mmdetection), or a run's last.ckpt, of which the
-    averaged weights are taken if it has them; unlike resume with a new schedule."""
+    """Weights to start from: a name of `ddetr weights list`, a hub id (org/name), an https address or a file (ours,
+    official, transformers, detrex, mmdetection), or a run's last.ckpt, of which the averaged weights are taken if it
+    has them; unlike resume with a new schedule."""
     verbose: bool = option(False, resume="session")
     """Name every parameter that did not come from weights as it is, instead of the first of each reason."""
     resume: str | None = option(None, resume="session")

@@ -28,6 +28,7 @@ from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.runtime.allocator import use_expandable_segments
 from ddetr.runtime.device import choose_device
 from ddetr.runtime.distributed import is_first_process
+from ddetr.weight_files.sources import find_weights
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Prepared:
     loggers: Sequence[str]
     train_set: Annotations
     val_set: Annotations
+    weights: Path | None  # the file or folder that the run starts from; None where it starts from none, or goes on
     audit: AuditReport
     traits: DataTraits | None  # of the data, on the first process
     other_val: bool  # whether the run that goes on had other validation images: what was best does not count any more
@@ -66,6 +68,11 @@ def prepare(config: TrainConfig) -> Prepared:
             with run.claimed(is_new=False):
                 pass  # whoever cannot have it is told so before the data are read
     _check_options(config, where["devices"] * where["num_nodes"], is_resumed=resume_file is not None)
+    weights = None
+    if config.weights is not None and resume_file is None:
+        weights = find_weights(config.weights)
+        if is_first_process():
+            check_is_weights(weights)
     with reading_on_screen(config.data.path):
         held_back = read_held_back(run.path) if resume_file is not None else None
         train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty, held_back=held_back)
@@ -97,7 +104,7 @@ def prepare(config: TrainConfig) -> Prepared:
         traits = DataTraits.of(train_set, val_set, root)
         if resume_file is not None:
             other_val = check_same_data(run.path, traits, accept_changes=config.accept_changed_data)
-    return Prepared(config, run, resume_file, where, loggers, train_set, val_set, report, traits, other_val)
+    return Prepared(config, run, resume_file, where, loggers, train_set, val_set, weights, report, traits, other_val)
 
 
 def _check_options(config: TrainConfig, num_processes: int, *, is_resumed: bool) -> None:
@@ -112,8 +119,6 @@ def _check_options(config: TrainConfig, num_processes: int, *, is_resumed: bool)
         attach_auxiliary(detector, config.auxiliary)
     if isinstance(config.batch_size, int) and config.batch_size % num_processes:
         raise InputError(f"batch_size {config.batch_size} must be divisible by the {num_processes} processes")
-    if config.weights is not None and not is_resumed and is_first_process():
-        check_is_weights(Path(config.weights))
 
 
 def _where(config: TrainConfig) -> dict[str, Any]:

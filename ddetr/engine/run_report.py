@@ -5,7 +5,7 @@ Nothing here ever stops a run: a report that cannot be made is a warning with it
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,12 +29,17 @@ SESSIONS_FILE = "environment.json"
 class Report(Callback):
     """Stands behind `Publish`, whose files it reads. All of it on the first process alone.
 
-    environment.json holds a session per start of the run: what it ran on, from which step, when it gave the last sign
-    of life, and how it ended.
+    environment.json holds a session per start of the run: what it ran on, from which weights or which step, when it
+    gave the last sign of life, and how it ended.
     """
 
-    def __init__(self, run: RunFolder, publish: Publish):
-        self.run, self.publish, self._has_begun = run, publish, False
+    def __init__(self, run: RunFolder, publish: Publish, weights: Mapping[str, Any] | None = None):
+        """
+        Args:
+            weights: what the run starts from: "source" as it was given, "is_public" (it is no path on this machine) and
+                "sha256"; None where it starts from none, or goes on.
+        """
+        self.run, self.publish, self.weights, self._has_begun = run, publish, weights, False
         self._sessions: list[dict[str, Any]] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: DetectionModule, batch: Any, batch_idx: int) -> None:
@@ -51,7 +56,10 @@ class Report(Callback):
             found = environment(trainer.strategy.root_device) | {"devices": trainer.world_size}
             now = round(time.time(), 1)
             steps = {"from_step": trainer.global_step, "step": trainer.global_step, "total_steps": module.total_steps}
-            session = {"state": "running", "reason": None, "began": now, "seen": now, **steps, "environment": found}
+            session = {"state": "running", "reason": None, "began": now, "seen": now, **steps}
+            if self.weights is not None:
+                session["weights"] = dict(self.weights)
+            session["environment"] = found
             self._sessions.append(session)
             self._write()
 

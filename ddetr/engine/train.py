@@ -50,6 +50,7 @@ from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.distributed import is_first_process
 from ddetr.runtime.precision import PRECISIONS, numerics, onednn_matmuls
 from ddetr.settings import kept
+from ddetr.weight_files.sources import fingerprint, is_public
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def build(prepared: Prepared) -> Built:
         leave_out=evaluator.leave_out,
     )
     pl.seed_everything(config.seed, verbose=False)
-    detector = build_detector(config, train_set, is_resumed=prepared.resume_file is not None)
+    detector = build_detector(config, train_set, prepared.weights, is_resumed=prepared.resume_file is not None)
     freeze_parameters(detector, config.optim.freeze)
     detector.transformer.set_activation_checkpointing(config.activation_checkpointing)
     if data.shapes and is_first_process():
@@ -202,7 +203,9 @@ def build(prepared: Prepared) -> Built:
     return Built(data, data_wait, module, guard, num_steps)
 
 
-def build_detector(config: TrainConfig, train_set: Annotations, *, is_resumed: bool) -> DeformableDETR:
+def build_detector(
+    config: TrainConfig, train_set: Annotations, weights: Path | None, *, is_resumed: bool
+) -> DeformableDETR:
     """The network, with its weights where they come from a file; a resumed run brings its own."""
     arguments = dict(config.model, num_classes=len(train_set.categories))
     if config.weights is not None or is_resumed:
@@ -211,8 +214,8 @@ def build_detector(config: TrainConfig, train_set: Annotations, *, is_resumed: b
             arguments["freeze_backbone"] = "stem"
         arguments["pretrained_backbone"] = False
     detector = DeformableDETR(**arguments)
-    if config.weights is not None and not is_resumed:
-        loaded = load_weights(detector, config.weights, categories=train_set.categories)
+    if weights is not None:
+        loaded = load_weights(detector, weights, categories=train_set.categories)
         if is_first_process():
             console.show(loaded.render(config.verbose))
     attach_auxiliary(detector, config.auxiliary)
@@ -352,7 +355,15 @@ def callbacks(prepared: Prepared, built: Built) -> list[Callback]:
         send=following.send,
     )
     saving = SaveState(run, built.module.requests, every=config.checkpoint_every)
-    chosen: list[Callback] = [following, memory_plan, built.guard, watch, publisher, Report(run, publisher), saving]
+    chosen: list[Callback] = [
+        following,
+        memory_plan,
+        built.guard,
+        watch,
+        publisher,
+        _report(prepared, publisher),
+        saving,
+    ]
     if built.clock is not None:
         chosen.append(built.clock)
     if config.patience:
@@ -360,6 +371,14 @@ def callbacks(prepared: Prepared, built: Built) -> list[Callback]:
     if optim.ema_decay:
         chosen.append(WeightAverage(optim.ema_decay))
     return sorted(chosen, key=lambda callback: CALLBACK_ORDER.index(type(callback)))
+
+
+def _report(prepared: Prepared, publisher: Publish) -> Report:
+    weights = None
+    if prepared.weights is not None and is_first_process():
+        source = str(prepared.config.weights)
+        weights = {"source": source, "is_public": is_public(source), "sha256": fingerprint(prepared.weights)}
+    return Report(prepared.run, publisher, weights)
 
 
 def _checkpoint(prepared: Prepared, module: DetectionModule, metrics: Metrics) -> Checkpoint:

@@ -147,6 +147,31 @@ class Predictor:
         model = build_from_checkpoint(checkpoint, num_queries=num_queries, query_selection=query_selection)
         return cls(model, checkpoint.categories, device=device, **{**saved, **options})
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | PathLike,
+        device: str | torch.device | None = None,
+        *,
+        num_queries: int | None = None,
+        query_selection: QuerySelection | None = None,
+        **options,
+    ) -> Predictor:
+        """Of trained weights by a name, downloaded where they are not on this machine.
+
+        Args:
+            source: a name of `ddetr weights list`, a hub id (ORG/NAME, with @REVISION and /FILE where wanted), an https
+                address, a file or a folder.
+            device, num_queries, query_selection, options: as `from_checkpoint`.
+
+        Raises:
+            InputError: there is no such thing, it cannot be had, or it holds no detector.
+        """
+        from ddetr.weight_files.sources import find_weights
+
+        path = find_weights(source if isinstance(source, str) else Path(source))
+        return cls.from_checkpoint(path, device, num_queries=num_queries, query_selection=query_selection, **options)
+
     def predict(
         self, images: ImageInput | Sequence[ImageInput], threshold: float | None = None, batch_size: int = 1
     ) -> Detections | list[Detections]:

@@ -13,6 +13,7 @@ pictures.py     truth beside prediction
 curves.py       curves.png
 templates.py    HTML from templates, with frame.html, parts.html and style.css
 page.py         report.html, with page.html
+card/           a run for those who find it on the hub: model card, weights, configuration
 data_pool.py    images of a data set, and which of them are shown
 data_figures.py its numbers, as charts and rows
 data_page.py    the page of `ddetr data show`, with data_page.html

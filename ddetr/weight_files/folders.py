@@ -31,7 +31,7 @@ def read_files(path: Path) -> Weights:
     Raises:
         InputError: as `read_file`; a folder without weights; an index that names what is not there.
     """
-    path = _file_of(path)
+    path = weights_file(path)
     config = read_json(path.parent / "config.json") or {}
     config = config if config.get("model_type") == "deformable_detr" else {}
     if path.name.endswith(INDEX_SUFFIX):
@@ -39,7 +39,8 @@ def read_files(path: Path) -> Weights:
     return Weights(*read_file(path), config)
 
 
-def _file_of(path: Path) -> Path:
+def weights_file(path: Path) -> Path:
+    """The file that a path means: of a folder its weights, of a part their index. Raises as `read_files`."""
     if path.is_dir():
         names = [*SINGLE_FILES, *(f"{name}{INDEX_SUFFIX}" for name in SINGLE_FILES)]
         files = [path / name for name in names if (path / name).is_file()]

@@ -18,6 +18,7 @@ from ddetr.evaluation import CocoEvaluator, Metrics
 from ddetr.models.auxiliary import attach_auxiliary
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.runtime.precision import PRECISIONS, numerics
+from ddetr.weight_files.sources import find_weights
 
 
 def check_ours(config: TrainConfig, num_classes: int) -> int:
@@ -51,7 +52,8 @@ def train_ours(config: TrainConfig, curve: Curve, file: Path, folder: Path) -> N
 def time_ours(config: TrainConfig, train_set: Annotations, device: torch.device, warmup: int, steps: int) -> float:
     """Seconds of a training step, the loading of its images included."""
     torch.manual_seed(config.seed)
-    model = build_detector(config, train_set, is_resumed=False)
+    weights = None if config.weights is None else find_weights(config.weights)
+    model = build_detector(config, train_set, weights, is_resumed=False)
     model.transformer.set_activation_checkpointing(config.activation_checkpointing)
     data = DetectionData(
         train_set,

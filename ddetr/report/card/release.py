@@ -1,0 +1,111 @@
+"""The folder that is published of a run: weights, configuration, model card, curves, on request pictures."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ddetr.checkpoint import Checkpoint, build_from_checkpoint, load_checkpoint, save_checkpoint
+from ddetr.errors import InputError
+from ddetr.files import write_folder_atomically, write_text
+from ddetr.printable import one_line
+from ddetr.report.card.model_card import model_card
+from ddetr.report.curves import draw_curves
+from ddetr.report.run_files import RunFiles
+
+MOST_PICTURES = 12
+
+
+def write_release(run_path: Path, folder: Path, repo: str, licence: str, *, pictures: bool = False) -> list[Path]:
+    """Write what is published of a run.
+
+    Args:
+        run_path: the run folder.
+        folder: new, or empty.
+        repo: "org/name" that it is meant for.
+        licence: what others may do with the weights, as the hub names it: apache-2.0, cc-by-4.0, other, ...
+        pictures: show images of the validation, as far as the run has drawn any.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: no run folder, one without a checkpoint, a damaged checkpoint; no such licence; a folder that holds
+            something.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,40}", licence):
+        raise InputError(
+            f"--license: expected the hub's name of a licence, such as apache-2.0, mit, cc-by-4.0 or other, got "
+            f"{one_line(licence)!r}"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something already: choose a new folder")
+    run = RunFiles.read(run_path)
+    checkpoint = _published(run_path)
+    build_from_checkpoint(checkpoint)  # what cannot be loaded is not published
+
+    def write(place: Path) -> None:
+        save_checkpoint(place / "model.safetensors", checkpoint)
+        write_text(place / "config.json", _json(_config(checkpoint)))
+        write_text(place / "preprocessor_config.json", _json(_preprocessor(checkpoint)))
+        curves = run_path / "curves.png"
+        if curves.is_file() or draw_curves(run) is not None:
+            shutil.copyfile(curves, place / "curves.png")
+        shown = sorted((run_path / "pictures").glob("*.png"))[:MOST_PICTURES] if pictures else []
+        for number, picture in enumerate(shown, 1):  # names of images may say more than the images
+            shutil.copyfile(picture, place / f"picture-{number:02}.png")
+        text = model_card(
+            run,
+            checkpoint,
+            repo,
+            licence,
+            has_curves=(place / "curves.png").exists(),
+            pictures=sorted(file.name for file in place.glob("picture-*.png")),
+        )
+        write_text(place / "README.md", text)
+
+    write_folder_atomically(folder, write)
+    return sorted(folder.iterdir())
+
+
+def _published(run_path: Path) -> Checkpoint:
+    for name in ("best.pth", "last.pth"):
+        if (run_path / name).is_file():
+            return load_checkpoint(run_path / name)
+    raise InputError(f"{run_path} holds no best.pth or last.pth: they come with the first validation of a run")
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """For readers and for `PyTorchModelHubMixin`: the constructor's arguments at the top. The weights hold all of it
+    too, and are what ddetr reads."""
+    return {
+        **checkpoint.config,
+        "id2label": {str(label): category.name for label, category in enumerate(checkpoint.categories)},
+        "category_ids": [category.category_id for category in checkpoint.categories],
+        "input": checkpoint.input,
+        "threshold": checkpoint.threshold,
+        "ddetr_version": checkpoint.ddetr_version,
+    }
+
+
+def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How images reach the network, in the words of transformers' image processors."""
+    given = checkpoint.input
+    return {
+        "image_processor_type": "DeformableDetrImageProcessor",
+        "format": "coco_detection",
+        "do_resize": True,
+        "size": {"shortest_edge": given.get("image_size"), "longest_edge": given.get("max_size")},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": given.get("mean"),
+        "image_std": given.get("std"),
+        "do_pad": True,
+    }
+
+
+def _json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
