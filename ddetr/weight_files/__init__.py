@@ -5,6 +5,7 @@ pickled.py        a pickle read without running it
 signatures.py     what a file is that holds no weights
 folders.py        a folder, or weights in several files
 state_dicts.py    where in a file its tensors lie
+architectures.py  which other network a file is of
 sources.py        a name, a hub id, an address or a path -> weights on this machine
 catalogue.py      what each name stands for, with catalogue.json
 hub.py            repositories of the Hugging Face hub, down and up [huggingface_hub]

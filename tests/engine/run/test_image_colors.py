@@ -43,34 +43,27 @@ def test_a_model_has_those_of_its_backbone() -> None:
         assert (model.image_mean, model.image_std) == (mean, std)
 
 
-def test_a_run_publishes_them_and_the_file_of_weights_decides(
+def test_the_file_of_weights_decides_for_the_whole_run(
     short_run: dict[str, Any], tiny_model: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Also after it was resumed, when the file of weights is not read any more."""
-    config = TrainConfig(**short_run | {"epochs": 1})
-    train(replace(config, output=str(tmp_path / "own")))
-    assert colors(tmp_path / "own" / "last.pth") == {"mean": list(HALF), "std": list(HALF)}
-    assert Predictor.from_checkpoint(tmp_path / "own" / "last.pth", "cpu").mean == HALF
-    weights = odd_weights(tmp_path / "odd.pth", tiny_model)
-    train(replace(config, output=str(tmp_path / "odd"), weights=str(weights)))
-    assert colors(tmp_path / "odd" / "last.pth") == ODD
-    weights.unlink()
-    train(replace(config, output=str(tmp_path / "odd"), weights=str(weights), epochs=2, resume="last"))
-    assert colors(tmp_path / "odd" / "last.pth") == ODD
-    other = DeformableDETR(**tiny_model, num_classes=3)
-    load_weights(other, tmp_path / "odd" / "last.ckpt")
-    assert [list(other.image_mean), list(other.image_std)] == [ODD["mean"], ODD["std"]]
-
-
-def test_a_run_of_an_older_version_goes_on_as_it_was_trained(short_run: dict[str, Any], tmp_path: Path) -> None:
-    """Its state says nothing: images were always normalised as ImageNet's."""
-    config = TrainConfig(**short_run | {"epochs": 1, "output": str(tmp_path)})
+    """Also after it was resumed, when the file is not read any more; a state of an older version says nothing: images
+    were always normalised as ImageNet's."""
+    weights, run = odd_weights(tmp_path / "odd.pth", tiny_model), tmp_path / "run"
+    config = TrainConfig(**short_run | {"epochs": 1, "output": str(run), "weights": str(weights), "val_every": 9})
     train(config)
-    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    del state["image_mean_std"]
-    torch.save(state, tmp_path / "last.ckpt")
+    assert colors(run / "last.pth") == ODD
+    assert Predictor.from_checkpoint(run / "last.pth", "cpu").mean == tuple(ODD["mean"])
+    weights.unlink()
     train(replace(config, epochs=2, resume="last"))
-    assert colors(tmp_path / "last.pth") == {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    assert colors(run / "last.pth") == ODD
+    other = DeformableDETR(**tiny_model, num_classes=3)
+    load_weights(other, run / "last.ckpt")
+    assert [list(other.image_mean), list(other.image_std)] == [ODD["mean"], ODD["std"]]
+    state = torch.load(run / "last.ckpt", weights_only=True)
+    del state["image_mean_std"]
+    torch.save(state, run / "last.ckpt")
+    train(replace(config, epochs=3, resume="last"))
+    assert colors(run / "last.pth") == {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
 
 
 def test_weights_of_others_are_of_imagenets(tiny_model: dict[str, Any], tmp_path: Path) -> None:
