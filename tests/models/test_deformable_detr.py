@@ -408,33 +408,16 @@ def test_pretrained_backbone_from_a_file(small: dict[str, Any], tmp_path: Path) 
     assert not any("bn" in name for name in names), "norms of a pretrained backbone are frozen"
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\n", "cannot be read"),
-        (b"", "cannot be read"),
-        ([1], "are missing"),
-    ],
-)
-def test_pretrained_backbone_from_a_file_of_another_kind(
-    small: dict[str, Any], content: Any, message: str, tmp_path: Path
-) -> None:
-    path = tmp_path / "resnet18.pth"
-    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
-    with pytest.raises(InputError, match=rf"resnet18\.pth: expected the weights of this backbone.*{message}"):
-        DeformableDETR(**small, pretrained_backbone=str(path))
-
-
 def test_pretrained_backbone_from_a_file_that_is_made_to_take_memory(small: dict[str, Any], tmp_path: Path) -> None:
     path, stored = tmp_path / "resnet18.pth", tmp_path / "stored.pth"
     torch.save({"conv1.weight": torch.zeros(1).expand(2**40)}, path)
-    with pytest.raises(InputError, match=r"resnet18\.pth: .*conv1\.weight shows 1,099,511,627,776 elements"):
+    with pytest.raises(InputError, match=r"resnet18\.pth: conv1\.weight: .* made to do harm"):
         DeformableDETR(**small, pretrained_backbone=str(path))
     torch.save({"conv1.weight": torch.zeros(2**16)}, stored)
     with zipfile.ZipFile(stored) as archive, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
         for entry in archive.namelist():
             packed.writestr(entry, archive.read(entry))
-    with pytest.raises(InputError, match=r"resnet18\.pth: .*its records are compressed"):
+    with pytest.raises(InputError, match=r"resnet18\.pth: its records are compressed"):
         DeformableDETR(**small, pretrained_backbone=str(path))
 
 
@@ -483,7 +466,8 @@ def test_a_map_of_one_cell_with_a_channel_for_each_group(small: dict[str, Any]) 
         ({"num_classes": 0}, "num_classes must be at least 1"),
         ({"backbone": "resnet5000"}, "unknown backbone 'resnet5000'.*resnet50"),
         ({"pretrained_backbone": "no/such/file.pth"}, "no/such/file.pth"),
-        ({"backbone": "vit_tiny_patch16_224"}, "vit_tiny_patch16_224"),
+        ({"backbone": "beit_base_patch16_224"}, "beit_base_patch16_224"),
+        ({"backbone_window": 0, "backbone": "vit_tiny_patch16_224"}, "backbone_window must be at least 1"),
     ],
 )
 def test_constructor_errors(small: dict[str, Any], options: dict[str, Any], message: str) -> None:

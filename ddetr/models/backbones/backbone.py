@@ -94,9 +94,14 @@ class Backbone(nn.Module):
             self.body.prune_intermediate_layers(1)  # what comes after the last norm
             self.pyramid = SimpleFeaturePyramid(self.body.embed_dim, self.strides)
             self.num_channels = [CHANNELS] * num_features
-        free_attention_of_size(self.body)
+        elif family.kind == "swin":
+            from ddetr.models.backbones.swin import fill_up_before_shift
+
+            fill_up_before_shift(self.body)
+        elif family.kind == "coatnet":
+            free_attention_of_size(self.body)
         self._multiple = math.lcm(family.multiple, *_partitions(self.body))
-        self._is_nhwc = family.kind == "pyramid" and str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
+        self._is_nhwc = family.kind != "plain" and str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
         self._freeze(freeze)
 
     def forward(self, images: Tensor) -> list[Tensor]:

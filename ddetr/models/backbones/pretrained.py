@@ -187,17 +187,21 @@ class _Found(NamedTuple):
     missing: list[str]
     wrong: list[str]
 
+    @property
+    def num_unfit(self) -> int:
+        return len(self.missing) + len(self.wrong)
+
 
 def _best_match(path: Path, whole: nn.Module, own: Mapping[str, Tensor]) -> _Found:
     weights = read_files(path)
     best = None
     for naming, views in _candidates(weights, own):
         found = _match(naming, views, weights, whole, own)
-        if best is None or len(found.missing) + len(found.wrong) < len(best.missing) + len(best.wrong):
+        if best is None or found.num_unfit < best.num_unfit:
             best = found
-        if not best.missing and not best.wrong:
+        if not best.num_unfit:
             break
-    if best is None or best.missing or best.wrong:
+    if best is None or best.num_unfit:
         raise InputError(f"{path}: {_why_not(best, tensor_names(weights.content), own)}")
     bad = [name for name, tensor in best.tensors.items() if not tensor.isfinite().all()]
     if bad:
@@ -239,13 +243,11 @@ def _match(
     renamed = naming.renamed(loaded)
     tensors = naming.adapt({renamed[name]: tensor for name, tensor in loaded.items()})
     found = _compared(naming.kind, tensors, own)
-    if found.missing or found.wrong:
-        filtered = _filtered(tensors, whole)
-        shapes = {tensors[name].shape for name in found.wrong}
-        better = _compared(naming.kind, filtered, own)
-        if len(better.missing) + len(better.wrong) < len(found.missing) + len(found.wrong):
+    if found.num_unfit:
+        better = _compared(naming.kind, _filtered(tensors, whole, own), own)
+        if better.num_unfit < found.num_unfit:
             resized = [f"{name} {tuple(tensors[name].shape)} -> {tuple(own[name].shape)}" for name in found.wrong]
-            found = better._replace(resized=resized if shapes else [])
+            found = better._replace(resized=resized)
     return found
 
 
@@ -261,14 +263,20 @@ def _compared(kind: str, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor
     )
 
 
-def _filtered(tensors: dict[str, Tensor], whole: nn.Module) -> dict[str, Tensor]:
+def _filtered(tensors: dict[str, Tensor], whole: nn.Module, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as timm's own filter for this family gives them: the names of the authors' repository to timm's, and
     positions of another image size resized."""
-    filter_names = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", None)
-    if filter_names is None:
-        return tensors
+    from timm.layers import resize_rel_pos_bias_table_simple
+
+    tensors = dict(tensors)
+    for name, tensor in tensors.items():
+        # timm's filters do it with indices that PyTorch gives up.
+        if name.endswith("relative_position_bias_table") and name in own and own[name].ndim == tensor.ndim:
+            window = whole.get_submodule(name.rpartition(".")[0]).window_size
+            tensors[name] = resize_rel_pos_bias_table_simple(tensor, window, tuple(own[name].shape))
+    filter_names = getattr(sys.modules[type(whole).__module__], "checkpoint_filter_fn", lambda same, _: same)
     try:
-        return filter_names(dict(tensors), whole)
+        return filter_names(tensors, whole)
     except Exception:  # a filter expects a file of its family, and this may be any
         return tensors
 
