@@ -94,6 +94,8 @@ def recognise(path: str | Path) -> Recognised:
             f"{path}: expected weights of Deformable DETR, got those of another detector: {other.name}. Its own "
             "program runs it"
         )
+    if source.kind == "transformers":
+        _check_configuration(path)
     notes = list(_differences(source))
     config, shapes = _config(path, source, notes)
     categories = _categories(source, config["num_classes"], notes)
@@ -105,6 +107,22 @@ def recognise(path: str | Path) -> Recognised:
         training={"weights": {"file": path.name, "project": source.kind}},
     )
     return Recognised(checkpoint, source.kind, source.where, source.left_out, tuple(notes))
+
+
+def _check_configuration(path: Path) -> None:
+    """Raises `InputError` where transformers' configuration asks for what this network does not compute."""
+    told = read_json(_folder(path) / "config.json") or {}
+    heads = [told.get(f"{part}_attention_heads", 8) for part in ("encoder", "decoder")]
+    activation = told.get("activation_function", "relu")
+    if heads[0] != heads[1] or activation != "relu":
+        raise InputError(
+            f"{path}: expected equal attention heads in encoder and decoder, and ReLU, got {one_line(heads[0])} and "
+            f"{one_line(heads[1])} heads, and {one_line(activation)!r}: transformers itself runs it"
+        )
+
+
+def _folder(path: Path) -> Path:
+    return path if path.is_dir() else path.parent
 
 
 def _differences(source: SourceWeights) -> Iterable[str]:
@@ -298,8 +316,7 @@ def _input(path: Path, kind: str, notes: list[str]) -> dict[str, Any]:
     """How images reach the network: as transformers' processor beside the weights says, or as published."""
     found: dict[str, Any] = {"image_size": 800, "max_size": 1333}
     found |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    folder = path if path.is_dir() else path.parent
-    told = read_json(folder / "preprocessor_config.json") if kind == "transformers" else None
+    told = read_json(_folder(path) / "preprocessor_config.json") if kind == "transformers" else None
     if told is None:
         return found
     size = told.get("size")
