@@ -209,6 +209,10 @@ def changed(**changes: torch.Tensor | None) -> dict[str, Any]:
         ({"query_embed__weight": torch.zeros(6, 64).char()}, r"to be \(6, 64\) floating-point .* of torch.int8"),
         ({"transformer__decoder__ref_point_head__layers__0__weight": torch.zeros(3)}, "another detector: DINO"),
         ({"backbone__0__body__layers__0__relative_position_bias_table": torch.zeros(3)}, "Swin transformer of its own"),
+        ({"class_embed__0__weight": torch.zeros(())}, "no class heads|floating-point numbers"),
+        ({"query_embed__weight": torch.zeros(())}, r"to be .* floating-point numbers, .* got \(\)"),
+        ({"transformer__encoder__layers__0__linear1__weight": torch.zeros(32, 32, 1)}, r"got \(32, 32, 1\)"),
+        ({"backbone__0__body__layer1__0__conv1__weight": torch.zeros(2)}, "its backbone has other weights than timm's"),
         ({"level_scale": torch.zeros(3)}, "which has no 'level_scale'"),
     ],
 )
