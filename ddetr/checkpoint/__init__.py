@@ -1,17 +1,17 @@
 """Trained weights on disk: our one published format, and the formats of other projects read into our models.
 
-published.py        our format: `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `build_from_checkpoint`
-detectors.py        any file of a detector as a `Checkpoint`, whoever wrote it: `read_detector`
-description.py      what a file is, for people and for programs: `ddetr weights show`
-transfer.py         any weights into any model of ours: `load_weights`
-report.py           what became of every tensor and every class: `LoadReport`
-foreign.py          the files of other projects, under the official names; `to_official_state_dict`
-names.py            the names of other projects, and where in a file the detector is
-training_parts.py   what a file holds for training alone
-heads.py            which head of a file each head of a model starts from
-class_rows.py       which row of a class head belongs to which class
-class_synonyms.py   other words for the same class
-coco_classes.py     COCO's class names and ids, which foreign files seldom hold
+published.py      our format: `Checkpoint`, `save_checkpoint`, `load_checkpoint`, `build_from_checkpoint`
+transfer.py       any weights into any model of ours: `load_weights`
+report.py         what became of every tensor: `LoadReport`
+foreign.py        the files of other projects, under the official names; `to_official_state_dict`
+names.py          the names of other projects, and where in a file the detector is
+training_parts.py what a file holds for training alone
+detectors.py      any file of a detector as a `Checkpoint`, whoever wrote it: `read_detector`
+heads.py          which head of a file each head of a model starts from
+description.py    what a file is, for people and for programs: `ddetr weights show`
+class_rows.py     which row of a class head belongs to which class
+class_synonyms.py names of the same class in several data sets
+coco_classes.py   COCO's class names and ids, which foreign files seldom hold
 """
 
 from ddetr.checkpoint.detectors import read_detector

@@ -82,7 +82,7 @@ def read_detector(path: str | Path) -> Checkpoint:
 def recognise(path: str | Path) -> Recognised:
     """As `read_detector`, with all that there is to say about the file."""
     path = Path(path)
-    content, metadata, records, _ = read_files(path)
+    content, metadata, records, transformers_config = read_files(path)
     is_run = isinstance(content, dict) and LIGHTNING in content
     if is_checkpoint(content, metadata) or (
         is_run and any((path.parent / n).is_file() for n in ("last.pth", "best.pth"))
@@ -95,7 +95,7 @@ def recognise(path: str | Path) -> Recognised:
             "program runs it"
         )
     if source.kind == "transformers":
-        _check_configuration(path)
+        _check_configuration(path, transformers_config)
     notes = list(_differences(source))
     config, shapes = _config(path, source, notes)
     categories = _categories(source, config["num_classes"], notes)
@@ -109,9 +109,8 @@ def recognise(path: str | Path) -> Recognised:
     return Recognised(checkpoint, source.kind, source.where, source.left_out, tuple(notes))
 
 
-def _check_configuration(path: Path) -> None:
+def _check_configuration(path: Path, told: Mapping[str, Any]) -> None:
     """Raises `InputError` where transformers' configuration asks for what this network does not compute."""
-    told = read_json(_folder(path) / "config.json") or {}
     heads = [told.get(f"{part}_attention_heads", 8) for part in ("encoder", "decoder")]
     activation = told.get("activation_function", "relu")
     if heads[0] != heads[1] or activation != "relu":
@@ -119,10 +118,6 @@ def _check_configuration(path: Path) -> None:
             f"{path}: expected equal attention heads in encoder and decoder, and ReLU, got {one_line(heads[0])} and "
             f"{one_line(heads[1])} heads, and {one_line(activation)!r}: transformers itself runs it"
         )
-
-
-def _folder(path: Path) -> Path:
-    return path if path.is_dir() else path.parent
 
 
 def _differences(source: SourceWeights) -> Iterable[str]:
@@ -316,7 +311,8 @@ def _input(path: Path, kind: str, notes: list[str]) -> dict[str, Any]:
     """How images reach the network: as transformers' processor beside the weights says, or as published."""
     found: dict[str, Any] = {"image_size": 800, "max_size": 1333}
     found |= {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
-    told = read_json(_folder(path) / "preprocessor_config.json") if kind == "transformers" else None
+    folder = path if path.is_dir() else path.parent
+    told = read_json(folder / "preprocessor_config.json") if kind == "transformers" else None
     if told is None:
         return found
     size = told.get("size")
