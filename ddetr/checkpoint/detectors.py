@@ -121,12 +121,17 @@ def _check_configuration(path: Path, told: Mapping[str, Any]) -> None:
 
 
 def _differences(source: SourceWeights) -> Iterable[str]:
-    """What is computed otherwise here than by the project itself."""
+    """What is computed otherwise here than by the project itself, or was guessed of it."""
     if source.kind == "Mr.DETR":
         yield (
             "scores are those of the last decoder layer; Mr.DETR's own evaluation mixes in those of the layers before "
             "(its code says 0.1 to 0.2 AP)"
         )
+    if source.kind in ("detrex", "Mr.DETR"):
+        yield "boxes may start 0.00001 from the borders, as in the official code; detrex keeps them 0.001 away"
+    if "num_queries" not in source.config and any(name == "query_embed.weight" for name, _ in source.left_out):
+        kept = len(source.tensors["query_embed.weight"])
+        yield f"the first {kept} queries are taken for those that are matched one to one, as H-DETR published it"
 
 
 def _config(path: Path, source: SourceWeights, notes: list[str]) -> tuple[dict[str, Any], dict[str, torch.Size]]:
