@@ -41,6 +41,8 @@ def match_rows(
     rows, by = _rows_of(classes, categories)
     if rows == list(range(num_rows)):
         return rows, ""
+    if all(row is None for row in rows):
+        return rows, f"{note}none of the model's {num_classes} classes is in the file by its {by}"
     new = [category.name for category, row in zip(categories, rows) if row is None and category.name]
     how = f"{note}rows of {sum(row is not None for row in rows)} of {num_classes} classes copied by {by}"
     return rows, how + (f", new: {first_few(new, 5)}" if new else "")

@@ -98,7 +98,9 @@ class Description:
             "threshold": f"{self.threshold:.3g}" if math.isfinite(self.threshold) else "none found anything",
             "metrics": _shown(self.metrics),
             "training": _shown(self.training),
-            "of training alone": ", ".join(f"{what} ({count} tensors)" for what, count in self.left_out.items()),
+            "of training alone": ", ".join(
+                f"{what} ({count} tensor{'s' * (count > 1)})" for what, count in self.left_out.items()
+            ),
             "note": "\n".join(self.notes),
         }
         for name, value in rows.items():

@@ -82,7 +82,7 @@ def read_detector(path: str | Path) -> Checkpoint:
 def recognise(path: str | Path) -> Recognised:
     """As `read_detector`, with all that there is to say about the file."""
     path = Path(path)
-    content, metadata, records, _ = read_files(path)
+    content, metadata, records, transformers_config = read_files(path)
     is_run = isinstance(content, dict) and LIGHTNING in content
     if is_checkpoint(content, metadata) or (
         is_run and any((path.parent / n).is_file() for n in ("last.pth", "best.pth"))
@@ -94,6 +94,8 @@ def recognise(path: str | Path) -> Recognised:
             f"{path}: expected weights of Deformable DETR, got those of another detector: {other.name}. Its own "
             "program runs it"
         )
+    if source.kind == "transformers":
+        _check_configuration(path, transformers_config)
     notes = list(_differences(source))
     config, shapes = _config(path, source, notes)
     categories = _categories(source, config["num_classes"], notes)
@@ -107,13 +109,29 @@ def recognise(path: str | Path) -> Recognised:
     return Recognised(checkpoint, source.kind, source.where, source.left_out, tuple(notes))
 
 
+def _check_configuration(path: Path, told: Mapping[str, Any]) -> None:
+    """Raises `InputError` where transformers' configuration asks for what this network does not compute."""
+    heads = [told.get(f"{part}_attention_heads", 8) for part in ("encoder", "decoder")]
+    activation = told.get("activation_function", "relu")
+    if heads[0] != heads[1] or activation != "relu":
+        raise InputError(
+            f"{path}: expected equal attention heads in encoder and decoder, and ReLU, got {one_line(heads[0])} and "
+            f"{one_line(heads[1])} heads, and {one_line(activation)!r}: transformers itself runs it"
+        )
+
+
 def _differences(source: SourceWeights) -> Iterable[str]:
-    """What is computed otherwise here than by the project itself."""
+    """What is computed otherwise here than by the project itself, or was guessed of it."""
     if source.kind == "Mr.DETR":
         yield (
             "scores are those of the last decoder layer; Mr.DETR's own evaluation mixes in those of the layers before "
             "(its code says 0.1 to 0.2 AP)"
         )
+    if source.kind in ("detrex", "Mr.DETR"):
+        yield "boxes may start 0.00001 from the borders, as in the official code; detrex keeps them 0.001 away"
+    if "num_queries" not in source.config and any(name == "query_embed.weight" for name, _ in source.left_out):
+        kept = len(source.tensors["query_embed.weight"])
+        yield f"the first {kept} queries are taken for those that are matched one to one, as H-DETR published it"
 
 
 def _config(path: Path, source: SourceWeights, notes: list[str]) -> tuple[dict[str, Any], dict[str, torch.Size]]:

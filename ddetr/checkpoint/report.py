@@ -65,10 +65,11 @@ class LoadReport:
 
     def __str__(self) -> str:
         where = f", from its {self.where!r}" if self.where else ""
+        share = self.share if self.share == 1 else min(self.share, 0.999)  # class heads are small, and not all is all
         return (
             f"{self.path.name} ({self.kind}): {len(self.loaded)} tensors loaded, {len(self.adapted)} adapted, "
             f"{len(self.skipped)} skipped, {len(self.initialised)} left as initialised; "
-            f"{self.share:.1%} of the model's parameters come from the file{where}"
+            f"{share:.1%} of the model's parameters come from the file{where}"
         )
 
     def render(self, verbose: bool = False) -> "Group":

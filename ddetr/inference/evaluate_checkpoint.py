@@ -40,7 +40,7 @@ def evaluate_checkpoint(
     metrics, and in metrics.json as "measured_on".
 
     Args:
-        checkpoint: a published checkpoint, for instance best.pth of a run.
+        checkpoint: a published checkpoint, for instance best.pth of a run; or trained weights of another project.
         data: the data set.
         split: which part; by default the validation split.
         output: folder for metrics.json and predictions.json (COCO's results format).

@@ -2,6 +2,7 @@
 
 files.py          bytes to tensors, without running what a file contains
 pickled.py        a pickle read without running it
+architectures.py  which network names of tensors belong to, where it is none of ours
 signatures.py     what a file is that holds no weights
 folders.py        a folder, or weights in several files
 state_dicts.py    where in a file its tensors lie

@@ -50,6 +50,11 @@ def described(head: bytes, file: BinaryIO) -> str:
     if head[257:262] == b"ustar":
         return f"a tar archive, {_PACKED}"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
+        if b"multiarray" in head and b"numpy" in head:
+            return (
+                f"{PICKLE}, of NumPy arrays, as detectron2's model zoo has them: where you trust it, write its arrays "
+                "as tensors with torch.save"
+            )
         return f"{PICKLE}: write it with torch.save(model.state_dict(), FILE)"
     if not head.strip(b"\x00"):
         return "zeros, as an interrupted copy or download leaves them"

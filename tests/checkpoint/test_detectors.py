@@ -74,6 +74,7 @@ def test_a_folder_of_transformers(generation: int, tmp_path: Path) -> None:
     variant = VARIANTS["single_scale_dc5"] if generation == 4 else TWO_STAGE | {"dropout": 0.0}
     source = make_model(1, **variant)
     config = {"model_type": "deformable_detr", "encoder_attention_heads": 4, "num_queries": 6, "dropout": 0.1}
+    config["decoder_attention_heads"] = 4
     config["id2label"] = {"0": "cat", "1": "dog", "2": "cow"}
     if generation == 4:
         config |= {"backbone": "resnet10t", "use_timm_backbone": True, "dilation": True}
@@ -94,12 +95,22 @@ def test_a_folder_of_transformers(generation: int, tmp_path: Path) -> None:
     assert found.notes == ()
 
 
+@pytest.mark.parametrize("told", [{"decoder_attention_heads": 8}, {"activation_function": "gelu"}])
+def test_what_transformers_computes_otherwise_is_refused(told: dict[str, Any], tmp_path: Path) -> None:
+    save_file(to_transformers(make_model(), 5), tmp_path / "model.safetensors")
+    config = {"model_type": "deformable_detr", "encoder_attention_heads": 4, "decoder_attention_heads": 4} | told
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="expected equal attention heads in encoder and decoder, and ReLU, got"):
+        read_detector(tmp_path)
+
+
 def test_any_timm_backbone_that_the_folder_names(tmp_path: Path) -> None:
     source = make_model(1, backbone="mobilenetv3_small_050", **REFINE)
     save_file(to_transformers(source, 5), tmp_path / "model.safetensors")
     with pytest.raises(InputError, match=r"expected a backbone that its weights show .* got one of other names"):
         read_detector(tmp_path)
-    config = {"model_type": "deformable_detr", "encoder_attention_heads": 4, "backbone": "mobilenetv3_small_050"}
+    config = {"model_type": "deformable_detr", "backbone": "mobilenetv3_small_050"}
+    config |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_same_detector(read_detector(tmp_path), source)
     (tmp_path / "config.json").write_text(json.dumps(config | {"backbone": "resnet18"}))
@@ -159,7 +170,7 @@ def test_heads_that_are_stored_once(tmp_path: Path) -> None:
     weights = to_transformers(source, 5)
     once = {n: t for n, t in weights.items() if not n.startswith(("class_embed.1.", "bbox_embed.1."))}
     save_file(once, tmp_path / "model.safetensors")
-    config = {"model_type": "deformable_detr", "encoder_attention_heads": 4}
+    config = {"model_type": "deformable_detr", "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert_same_detector(read_detector(tmp_path), source)
 
@@ -198,6 +209,10 @@ def changed(**changes: torch.Tensor | None) -> dict[str, Any]:
         ({"query_embed__weight": torch.zeros(6, 64).char()}, r"to be \(6, 64\) floating-point .* of torch.int8"),
         ({"transformer__decoder__ref_point_head__layers__0__weight": torch.zeros(3)}, "another detector: DINO"),
         ({"backbone__0__body__layers__0__relative_position_bias_table": torch.zeros(3)}, "Swin transformer of its own"),
+        ({"class_embed__0__weight": torch.zeros(())}, "no class heads|floating-point numbers"),
+        ({"query_embed__weight": torch.zeros(())}, r"to be .* floating-point numbers, .* got \(\)"),
+        ({"transformer__encoder__layers__0__linear1__weight": torch.zeros(32, 32, 1)}, r"got \(32, 32, 1\)"),
+        ({"backbone__0__body__layer1__0__conv1__weight": torch.zeros(2)}, "its backbone has other weights than timm's"),
         ({"level_scale": torch.zeros(3)}, "which has no 'level_scale'"),
     ],
 )

@@ -5,6 +5,7 @@ import gzip
 import io
 import lzma
 import os
+import pickle
 import tarfile
 import zipfile
 from pathlib import Path
@@ -67,6 +68,10 @@ def files(folder: Path) -> dict[str, tuple[bytes, str]]:
         "a.zip": (zipped("weights/model.pth", whole), "a zip archive of 'weights/model.pth', unpack it first"),
         "a.npz": (arrays.getvalue(), "NumPy arrays"),
         "a.pkl": (b"\x80\x04K\x01.          ", "a pickle that torch.save did not write"),
+        "zoo.pkl": (
+            pickle.dumps({"model": {"conv1.weight": np.zeros(3)}, "matching_heuristics": True}),
+            "of NumPy arrays, as detectron2's model zoo has them",
+        ),
         "script.pt": (program.getvalue(), "a TorchScript program"),
         "a.pdf": (b"%PDF-1.7 .............", "a PDF"),
         "a.h5": (b"\x89HDF\r\n\x1a\n ..........", "an HDF5 file"),

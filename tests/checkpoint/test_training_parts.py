@@ -58,6 +58,7 @@ def test_numbers_of_queries_that_are_published(num_queries: int, kept: int, tmp_
     assert found.checkpoint.config["num_queries"] == kept
     assert found.checkpoint.model["query_embed.weight"].equal(source.query_embed.weight[:kept])
     assert bool(found.left_out) == (kept < num_queries)
+    assert any("matched one to one, as H-DETR published" in note for note in found.notes) == (kept < num_queries)
 
 
 def test_h_detr_as_a_start_for_more_queries(tmp_path: Path) -> None:

@@ -339,7 +339,7 @@ def tiny_model(**options):
 
     torch.manual_seed(0)
     sizes = {"hidden_dim": 32, "num_queries": 10, "enc_layers": 1, "dec_layers": 1, "dim_feedforward": 32, "nheads": 4}
-    return DeformableDETR(num_classes=3, backbone="resnet18", **sizes, **options)
+    return DeformableDETR(**{"num_classes": 3, "backbone": "resnet18", **sizes, **options})
 
 
 def test_the_real_model(pixels):
@@ -406,6 +406,21 @@ def test_from_checkpoints_that_do_not_fit(tmp_path):
         Predictor.from_checkpoint(path)
     save_checkpoint(path, Checkpoint.of(tiny_model(), CATEGORIES, threshold=float("nan")))
     assert Predictor.from_checkpoint(path, device="cpu").threshold == 0.5
+
+
+def test_from_weights_of_another_project(pixels, tmp_path):
+    """Without a configuration: what the weights do not show is as published."""
+    from ddetr.checkpoint import to_official_state_dict
+
+    model = tiny_model(num_classes=91, nheads=8)
+    torch.save({"model": to_official_state_dict(model)}, tmp_path / "official.pth")
+    predictor = Predictor.from_checkpoint(tmp_path / "official.pth", device="cpu", image_size=64, max_size=107)
+    coco = [Category(i, str(i)) for i in range(91)]
+    expected = Predictor(model, coco, image_size=64, max_size=107, device="cpu").predict(pixels, threshold=0)
+    found = predictor.predict(pixels, threshold=0)
+    assert torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.category_ids, expected.category_ids)
+    assert predictor.categories[18].name == "dog"
 
 
 def saved(path, **options):
