@@ -95,8 +95,9 @@ def is_on_disk(place: HubPlace) -> bool:
     return _in_cache(place) is not None
 
 
-# Only the calls of the library stand in it: whatever else is wrong is not the hub.
 class _Failed(Exception):
+    """A call of the library did, by the error that it raised."""
+
     def __init__(self, error: Any):
         super().__init__(str(error))
         self.error = error
@@ -104,6 +105,7 @@ class _Failed(Exception):
 
 @contextmanager
 def _asking() -> Iterator[None]:
+    """Around calls of the library alone: whatever else is wrong is not the hub."""
     from huggingface_hub.errors import HTTPError
 
     try:
