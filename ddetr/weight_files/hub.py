@@ -7,7 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -53,7 +53,7 @@ def hub_place(text: str) -> HubPlace | None:
         found = _PAGE.fullmatch(unquote(parts.path).removeprefix("/")) if is_hub else None
     else:
         found = _PLACE.fullmatch(text)
-    if found is None or ".." in text.split("/"):
+    if found is None or {".", ".."} & {*re.split("[/@]", text.removeprefix("hf://"))}:
         return None
     return HubPlace(found[1], found[2], found[3] or "")
 
@@ -95,8 +95,9 @@ def is_on_disk(place: HubPlace) -> bool:
     return _in_cache(place) is not None
 
 
-# Only the calls of the library stand in it: whatever else is wrong is not the hub.
 class _Failed(Exception):
+    """A call of the library did, by the error that it raised."""
+
     def __init__(self, error: Any):
         super().__init__(str(error))
         self.error = error
@@ -104,6 +105,7 @@ class _Failed(Exception):
 
 @contextmanager
 def _asking() -> Iterator[None]:
+    """Around calls of the library alone: whatever else is wrong is not the hub."""
     from huggingface_hub.errors import HTTPError
 
     try:
@@ -183,16 +185,23 @@ def _downloaded(place: HubPlace, names: Sequence[str], sizes: dict[str, int]) ->
 
     total, done = sum(sizes[name] for name in names), 0
     revision, snapshot = place.revision, Path()
-    with console.reading(f"downloading {place}", "MB") as update:
+    updates: list[Callable[[int, int], None]] = []
+    with ExitStack() as shown:
+
+        def show(count: int) -> None:
+            """From the first byte on: of several processes one downloads, and the others wait for it in silence."""
+            if not updates:
+                updates.append(shown.enter_context(console.reading(f"downloading {place}", "MB")))
+            updates[0]((done + count) // 10**6, total // 10**6 or 1)
+
         for name in names:
-            bar = _bar(lambda count, done=done: update((done + count) // 10**6, total // 10**6 or 1))
             with _asking():
                 path = Path(
                     hf_hub_download(
                         place.repo,
                         name,
                         revision=revision,
-                        tqdm_class=bar,
+                        tqdm_class=_bar(show),
                         library_name="ddetr",
                         library_version=__version__,
                     )
@@ -204,8 +213,11 @@ def _downloaded(place: HubPlace, names: Sequence[str], sizes: dict[str, int]) ->
 
 
 def _bar(show: Callable[[int], None]) -> type:
-    """What the library takes for a progress bar of tqdm's; `show` is called with the bytes so far."""
+    """What the library takes for a progress bar of tqdm's; `show` is called with the bytes so far, which grow: of the
+    bytes that come and those that are on disk, which may have a bar each, it is the larger number."""
     from huggingface_hub.utils import tqdm
+
+    furthest = 0
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **options: Any):
@@ -213,8 +225,10 @@ def _bar(show: Callable[[int], None]) -> type:
             super().__init__(*args, **options | {"disable": True})
 
         def update(self, n: float | None = 1) -> None:
+            nonlocal furthest
             self.count += int(n or 0)
-            show(self.count)
+            furthest = max(furthest, self.count)
+            show(furthest)
 
     return Bar
 
@@ -270,8 +284,8 @@ def _why(place: HubPlace, error: Any) -> str:
         )
     if isinstance(error, errors.RepositoryNotFoundError) or status == 401:
         return (
-            f"{place}: the hub has no such repository, or it is private: check the name; for a private one log in by "
-            "`hf auth login` or the environment variable HF_TOKEN"
+            f"{place}: nothing of this name is here, and the hub has no such repository, or it is private: check the "
+            "name; for a private one log in by `hf auth login` or the environment variable HF_TOKEN"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{place}: the repository has no revision {one_line(place.revision)!r}: see {page}/tree/main"

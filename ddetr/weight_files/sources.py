@@ -9,7 +9,7 @@ from ddetr.printable import one_line
 from ddetr.weight_files.catalogue import Entry, catalogue
 from ddetr.weight_files.download import cached_path, download, sha256_of
 from ddetr.weight_files.folders import weights_file
-from ddetr.weight_files.hub import SUFFIXES, find_on_hub, hub_place, is_on_disk
+from ddetr.weight_files.hub import SUFFIXES, HubPlace, find_on_hub, hub_place, is_on_disk
 from ddetr.wording import did_you_mean
 
 _FORMS = "a name of `ddetr weights list`, a hub id (org/name), an https address or a file"
@@ -34,9 +34,10 @@ def find_weights(source: str | Path) -> Path:
     entry = catalogue().get(text)
     address = text if entry is None else entry.address
     is_address = re.match(r"https?://|hf://", address) is not None
+    place = hub_place(address)
     if not is_address and _means_a_path(text):
-        return existing(path)
-    if (place := hub_place(address)) is not None:
+        return _missing(path, place)
+    if place is not None:
         return find_on_hub(place)
     if is_address and not address.startswith("hf://"):
         return download(address, None if entry is None else entry.sha256)
@@ -59,6 +60,16 @@ def fingerprint(path: Path) -> str:
     """The sha256 of the file of weights that a path means, in hex digits; of weights in several files that of their
     index."""
     return sha256_of(weights_file(path))
+
+
+def _missing(path: Path, place: HubPlace | None) -> Path:
+    """Raises `InputError` with the nearest name that is there."""
+    try:
+        return existing(path)
+    except InputError as error:
+        if place is None or place.path or place.repo.endswith(SUFFIXES):
+            raise
+        raise InputError(f"{error}; the repository of the hub is hf://{place}") from None
 
 
 def _is_there(path: Path) -> bool:

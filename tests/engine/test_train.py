@@ -369,7 +369,7 @@ def test_ctrl_c_is_a_keyboard_interrupt(
         ({"devices": 0}, "devices must be at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1"),
         ({"batch_size": 9}, "fewer than one batch of 9"),
-        ({"weights": "nowhere.pth"}, "nowhere.pth: expected a file of weights, but there is none"),
+        ({"weights": "nowhere.pth"}, "there is no nowhere.pth"),
         ({"model": {"num_querys": 3}}, r"is no setting that can be made \(did you mean num_queries\?\)"),
         ({"model": {"num_classes": 3}}, "'num_classes' is no setting that can be made: it comes from the data"),
         ({"model": {"backbone": "resnet18x", "pretrained_backbone": False}}, "unknown backbone 'resnet18x'"),

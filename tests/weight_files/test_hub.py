@@ -2,7 +2,10 @@
 
 import hashlib
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,10 +13,10 @@ from huggingface_hub import constants
 from served_weights import Repo, Served
 
 from ddetr.errors import InputError
-from ddetr.weight_files.hub import HubPlace, check_repository, find_on_hub, hub_place, is_on_disk, upload
+from ddetr.weight_files.hub import HubPlace, _bar, check_repository, find_on_hub, hub_place, is_on_disk, upload
 from ddetr.weight_files.sources import find_weights, fingerprint
 
-WEIGHTS = bytes(range(256)) * 20_000  # 5 MB
+WEIGHTS = bytes(range(256)) * 4_000  # 1 MB
 CONFIG = {"config.json": b"{}", "preprocessor_config.json": b'{"size": 800}'}
 
 
@@ -47,6 +50,8 @@ def refused(source: str) -> str:
         ("https://huggingface.co/docs", None),
         ("name", None),
         ("org/name/../../etc/passwd", None),
+        ("org/name@..", None),
+        ("hf://../name", None),
         ("org/na me", None),
     ],
 )
@@ -64,6 +69,44 @@ def test_a_repository_is_a_folder_of_what_is_needed(served: Served) -> None:
     before = len(served.asked("GET", "/resolve/"))
     assert find_weights("hf://org/detector") == folder
     assert len(served.asked("GET", "/resolve/")) == before == 3, "what is in the cache does not come again"
+
+
+def test_who_downloads_shows_it_and_nobody_else(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    @contextmanager
+    def reading(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        yield lambda done, total: shown.append(f"{what}: {done} of {total} {unit}")
+
+    monkeypatch.setattr("ddetr.console.reading", reading)
+    add(served, CONFIG | {"model.safetensors": WEIGHTS})
+    find_weights("org/detector")
+    assert shown[-1] == "downloading org/detector: 1 of 1 MB"
+    shown.clear()
+    find_weights("org/detector")
+    assert shown == []
+
+
+def test_a_download_in_pieces_shows_one_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's own storage, which the library reads with two bars: what has come, and what is written."""
+    reporting = pytest.importorskip("huggingface_hub.utils._xet_progress_reporting")
+    shown: list[int] = []
+    reporter = reporting.XetDownloadProgressReporter(
+        reconstruction_desc="x", transfer_desc="x", total=100, log_level=logging.WARNING, tqdm_class=_bar(shown.append)
+    )
+    for come, written in ((40, 0), (80, 30), (100, 100)):
+        report = SimpleNamespace(
+            total_bytes=100,
+            total_bytes_completed=written,
+            total_bytes_completion_rate=1.0,
+            total_transfer_bytes=100,
+            total_transfer_bytes_completed=come,
+            total_transfer_bytes_completion_rate=1.0,
+        )
+        reporter.update_progress(report)
+    reporter.close()
+    assert shown == sorted(shown)
+    assert {40, 80, 100} <= set(shown)
 
 
 def test_a_new_version_comes_and_a_revision_stays(served: Served) -> None:
@@ -102,9 +145,9 @@ def test_a_cut_connection_is_gone_on_with(served: Served, monkeypatch: pytest.Mo
     # The library keeps what came in pieces of 10 MB.
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 100_000)
     add(served, {"model.safetensors": WEIGHTS})
-    served.cuts = [3_000_000]
+    served.cuts = [600_000]
     assert (find_weights("org/detector") / "model.safetensors").read_bytes() == WEIGHTS
-    assert [request.rpartition(" ")[2] for request in served.asked("GET", " from ")] == ["3000000"]
+    assert [request.rpartition(" ")[2] for request in served.asked("GET", " from ")] == ["600000"]
 
 
 def test_without_the_hub_what_is_there_is_used(
@@ -164,8 +207,8 @@ def test_damaged_bytes_in_the_cache(served: Served) -> None:
 
 def test_more_than_any_weights(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     add(served, {"model.safetensors": WEIGHTS})
-    monkeypatch.setattr("ddetr.weight_files.hub.MAX_WEIGHT_BYTES", 1_000_000)
-    assert "expected at most 1,000,000 bytes of weights, they have 5,120,000" in refused("org/detector")
+    monkeypatch.setattr("ddetr.weight_files.hub.MAX_WEIGHT_BYTES", 500_000)
+    assert "expected at most 500,000 bytes of weights, they have 1,024,000" in refused("org/detector")
     assert not served.asked("GET", "/resolve/")
 
 

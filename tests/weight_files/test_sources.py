@@ -56,7 +56,7 @@ def test_a_name_of_the_catalogue(served: Served, monkeypatch: pytest.MonkeyPatch
         ("hf://name", "expected a name of `ddetr weights list`"),
         ("best.pth", r"there is no best\.pth"),
         ("runs/mine/bast.pth", r"has no 'bast\.pth' \(did you mean best\.pth\?\)"),
-        ("runs/other", "has no 'other'"),
+        ("runs/other", "has no 'other'; the repository of the hub is hf://runs/other"),
         ("elsewhere/best.pth", "has no 'elsewhere'"),
         ("./x/y", "there is no x/y"),
         ("/no/such/file", "there is no /no/such/file"),

@@ -38,19 +38,26 @@ _ENVIRONMENT = {
 
 
 def model_card(
-    run: RunFiles, checkpoint: Checkpoint, repo: str, licence: str, *, has_curves: bool, pictures: Sequence[str]
+    run: RunFiles,
+    checkpoint: Checkpoint,
+    metrics: Any,
+    repo: str,
+    licence: str,
+    *,
+    has_curves: bool,
+    pictures: Sequence[str],
 ) -> str:
     """README.md.
 
     Args:
         run: the run that made the checkpoint.
         checkpoint: what is published.
+        metrics: of its validation, as metrics.json holds them; None where there was none.
         repo: "org/name" on the hub.
         licence: SPDX name in small letters, as the hub has it.
         has_curves: whether curves.png lies beside it.
         pictures: names of the pictures that lie beside it.
     """
-    metrics = run.metrics.get("best") or run.metrics.get("last")
     metrics = metrics if isinstance(metrics, Mapping) else {}
     source = _source(run)
     front = yaml.safe_dump(_front_matter(run, checkpoint, repo, licence, metrics, source), sort_keys=False)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ddetr.printable import one_line
+from ddetr.untrusted import MAX_MESSAGE
 
 _PATTERNS = ("group_pattern",)  # settings that are regular expressions over paths: a part of one means something else
 
@@ -46,7 +47,7 @@ def public_command(command: Any, keep: str | None = None) -> str | None:
         elif value != keep:
             value = last_part(value)
         shown.append(f"{option}={value}" if option else value)
-    return shlex.join(shown) or None
+    return one_line(shlex.join(shown), MAX_MESSAGE) or None
 
 
 def last_part(text: str) -> str:

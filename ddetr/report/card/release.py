@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,37 +43,32 @@ def write_release(run_path: Path, folder: Path, repo: str, licence: str, *, pict
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something already: choose a new folder")
     run = RunFiles.read(run_path)
-    checkpoint = _published(run_path)
+    checkpoint, which = _published(run_path)
     build_from_checkpoint(checkpoint)  # what cannot be loaded is not published
+    drawn = sorted(path for path in (run_path / "pictures").glob("*.png") if path.is_file() and not path.is_symlink())
 
     def write(place: Path) -> None:
         save_checkpoint(place / "model.safetensors", checkpoint)
         write_text(place / "config.json", _json(_config(checkpoint)))
         write_text(place / "preprocessor_config.json", _json(_preprocessor(checkpoint)))
-        curves = run_path / "curves.png"
-        if curves.is_file() or draw_curves(run) is not None:
-            shutil.copyfile(curves, place / "curves.png")
-        shown = sorted((run_path / "pictures").glob("*.png"))[:MOST_PICTURES] if pictures else []
-        for number, picture in enumerate(shown, 1):  # names of images may say more than the images
-            shutil.copyfile(picture, place / f"picture-{number:02}.png")
-        text = model_card(
-            run,
-            checkpoint,
-            repo,
-            licence,
-            has_curves=(place / "curves.png").exists(),
-            pictures=sorted(file.name for file in place.glob("picture-*.png")),
-        )
-        write_text(place / "README.md", text)
+        curves = draw_curves(replace(run, path=place))
+        shown = []
+        for number, picture in enumerate(drawn[:MOST_PICTURES] if pictures else [], 1):
+            shown.append(f"picture-{number:02}.png")  # names of images may say more than the images
+            shutil.copyfile(picture, place / shown[-1])
+        metrics = run.metrics.get(which)
+        card = model_card(run, checkpoint, metrics, repo, licence, has_curves=curves is not None, pictures=shown)
+        write_text(place / "README.md", card)
 
     write_folder_atomically(folder, write)
     return sorted(folder.iterdir())
 
 
-def _published(run_path: Path) -> Checkpoint:
-    for name in ("best.pth", "last.pth"):
-        if (run_path / name).is_file():
-            return load_checkpoint(run_path / name)
+def _published(run_path: Path) -> tuple[Checkpoint, str]:
+    """The best checkpoint, or the last where that alone is there; and which of the two it is."""
+    for which in ("best", "last"):
+        if (run_path / f"{which}.pth").is_file():
+            return load_checkpoint(run_path / f"{which}.pth"), which
     raise InputError(f"{run_path} holds no best.pth or last.pth: they come with the first validation of a run")
 
 
