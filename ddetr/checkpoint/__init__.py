@@ -8,8 +8,14 @@ names.py          the names of other projects, and where in a file the detector 
 heads.py          which head of a file each head of a model starts from
 class_rows.py     which row of a class head belongs to which class
 coco_classes.py   COCO's class names and ids, which foreign files seldom hold
+
+convert.py        a checkpoint as a file of ours or of other projects: `convert_checkpoint`
+written_names.py  the official names in those of other projects
+written_rows.py   class heads with the rows that other projects have
+transformers_folder.py   config.json, weights and preprocessor_config.json for transformers
 """
 
+from ddetr.checkpoint.convert import Converted, convert_checkpoint
 from ddetr.checkpoint.foreign import to_official_state_dict
 from ddetr.checkpoint.published import Checkpoint, build_from_checkpoint, load_checkpoint, save_checkpoint
 from ddetr.checkpoint.report import LoadReport
@@ -17,8 +23,10 @@ from ddetr.checkpoint.transfer import load_weights
 
 __all__ = [
     "Checkpoint",
+    "Converted",
     "LoadReport",
     "build_from_checkpoint",
+    "convert_checkpoint",
     "load_checkpoint",
     "load_weights",
     "save_checkpoint",

@@ -118,7 +118,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     if path.suffix != ".safetensors":
         write_file(path, content)
         return
-    tensors, aliases = _without_aliases(content.pop("model"))
+    tensors, aliases = without_aliases(content.pop("model"))
     metadata = {name: json.dumps(value) for name, value in {**content, _ALIASES: aliases}.items()}
     metadata["format"] = FORMAT
     write_atomically(path, lambda file: save_file(tensors, file, metadata))
@@ -138,7 +138,7 @@ def contents(checkpoint: Checkpoint) -> dict[str, Any]:
         "training": checkpoint.training,
     }
     header = {name: _plain(value, name) for name, value in header.items()}
-    tensors, aliases = _without_aliases(checkpoint.model)
+    tensors, aliases = without_aliases(checkpoint.model)
     return {"format": FORMAT, **header, "model": {name: tensors[aliases.get(name, name)] for name in checkpoint.model}}
 
 
@@ -256,7 +256,7 @@ def build_from_checkpoint(
     return model.eval()
 
 
-def _without_aliases(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def without_aliases(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors on the CPU, each once and with no more memory than it shows; and {alias: name}."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
