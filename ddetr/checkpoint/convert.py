@@ -1,9 +1,9 @@
 """A checkpoint as a file of ours, or in the files of other projects.
 
 ours          as best.pth, or the same as .safetensors
-official      {"model", "args"} of fundamentalvision/Deformable-DETR, for its `main.py --resume FILE`
+official      {"model": ...} of fundamentalvision/Deformable-DETR, for its `main.py --resume FILE`
 transformers  a folder for `AutoModelForObjectDetection` and `AutoImageProcessor`, of 4.57 and of 5.x
-detrex        {"model"} for its `train.init_checkpoint`
+detrex        {"model": ...} for its `train.init_checkpoint`
 """
 
 import os
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,9 @@ def convert_checkpoint(
         if path.is_dir():
             os.replace(path, Path(folder, "before"))
         os.replace(new, path)
-    return Converted(path, len(checkpoint.model), num_bytes, () if format == "ours" else _notes(checkpoint, format))
+    return Converted(
+        path, len(checkpoint.model), num_bytes, () if format == "ours" else _notes(checkpoint, format, path)
+    )
 
 
 def _check_place(path: Path, format: Format, overwrite: bool) -> None:
@@ -147,8 +149,8 @@ def _inexpressible(format: Format, model: DeformableDETR) -> list[str]:
         found.append("a backbone level of stride 4 (num_backbone_levels 4)")
     if config["hidden_dim"] % 32:
         found.append(f"hidden_dim {config['hidden_dim']}, which the 32 groups of its norms do not divide")
-    if format != "official" and config["position_embedding"] != "sine":
-        found.append("learned position embeddings")
+    if config["position_embedding"] != "sine":
+        found.append("learned position embeddings (ours stretch over maps of more than 50 cells)")
     if format != "detrex" and config["num_feature_levels"] == 2:
         found.append("two feature levels (it takes one stage of the backbone, or three)")
     if format == "detrex" and config["dilation"]:
@@ -178,21 +180,20 @@ def _for_others(checkpoint: Checkpoint, format: Format, model: DeformableDETR) -
     if not model.config["with_box_refine"]:  # one head for all layers
         for name in tensors:
             first = re.sub(r"^((?:class|bbox)_embed)\.\d+\.", r"\1.0.", name)
-            if not same_values(tensors[first], tensors[name]):
+            if first != name and not same_values(tensors[first], tensors[name]):
                 raise InputError(f"{name} and {first} are one head in this network, but hold different values")
             tensors[name] = tensors[first]
         if format == "transformers":  # which ties them itself
             tensors = {n: tensor for n, tensor in tensors.items() if not re.match(r"\w+_embed\.[1-9]\d*\.", n)}
     own, aliases = without_aliases(tensors)
-    tensors, categories = {name: own[aliases.get(name, name)] for name in tensors}, checkpoint.categories
-    proposals = model.config["dec_layers"] if model.two_stage else None
+    tensors = {name: own[aliases.get(name, name)] for name in tensors}
+    categories, config = checkpoint.categories, model.config
+    proposals = config["dec_layers"] if config["two_stage"] else None
     if format == "official":
         tensors = rows_at_ids(tensors, categories, proposals)
+        config = {**config, "backbone": config["backbone"].partition(".")[0]}  # without timm's tag of trained weights
     elif format == "detrex":
         tensors, categories = coco_alone(tensors, categories, proposals)
-    config = model.config
-    if format == "official":
-        config = {**config, "backbone": config["backbone"].partition(".")[0]}  # without timm's tag of trained weights
     return replace(checkpoint, model=tensors, config=config, categories=categories)
 
 
@@ -203,12 +204,12 @@ def _write(path: Path, checkpoint: Checkpoint, format: Format, num_backbone_leve
         write_transformers_folder(path, checkpoint, in_transformers(checkpoint.model))
     else:
         weights = with_decoder_heads(checkpoint.model, checkpoint.config)
-        # Read by us alone: the other programs take the names of classes from the data set.
-        content: dict[str, Any] = {"categories": [{"id": c.category_id, "name": c.name} for c in checkpoint.categories]}
-        if format == "official":
-            content |= {"model": weights, "args": {name: checkpoint.config[name] for name in _OFFICIAL_FLAGS}}
-        else:
-            content["model"] = in_detrex(weights, num_backbone_levels)
+        content = {
+            "model": weights if format == "official" else in_detrex(weights, num_backbone_levels),
+            # Plain values, which the other programs pass over, and we read.
+            "args": {name: checkpoint.config[name] for name in _OFFICIAL_FLAGS},
+            "categories": [{"id": c.category_id, "name": c.name} for c in checkpoint.categories],
+        }
         write_file(path, content)
 
 
@@ -220,7 +221,7 @@ def _check_same(path: Path, expected: Mapping[str, Tensor]) -> None:
             raise RuntimeError(f"{path.name} reads back otherwise than it was written, first {name}; it was not kept")
 
 
-def _notes(checkpoint: Checkpoint, format: Format) -> tuple[tuple[str, str], ...]:
+def _notes(checkpoint: Checkpoint, format: Format, path: Path) -> tuple[tuple[str, str], ...]:
     config, num_classes = checkpoint.config, len(checkpoint.categories)
     lost = ["the threshold", "the metrics", "how it was trained"]
     notes = []
@@ -229,14 +230,15 @@ def _notes(checkpoint: Checkpoint, format: Format) -> tuple[tuple[str, str], ...
         notes.append(("classes", f"{num_classes} in {num_rows} rows, each in that of its category id"))
         given = {name: config[name] for name, default in _OFFICIAL_FLAGS.items() if config[name] != default}
         flags = [f"--{name}" if value is True else f"--{name} {one_line(value)}" for name, value in given.items()]
-        notes.append(("use", " ".join(["main.py --eval --resume OUT", *flags])))
+        notes.append(("use", " ".join([f"main.py --eval --resume {path}", *flags])))
         if num_rows != NUM_IDS:
             notes.append(("change", f"num_classes = {NUM_IDS} in its models/deformable_detr.py to {num_rows}"))
     elif format == "detrex":
         settings = {"num_classes": num_classes, "num_queries": config["num_queries"]}
         settings |= {"with_box_refine": config["with_box_refine"], "as_two_stage": config["two_stage"]}
         notes.append(("classes", f"{num_classes}, in order"))
-        notes.append(("use", "train.init_checkpoint=OUT " + " ".join(f"model.{n}={v}" for n, v in settings.items())))
+        given = " ".join(f"model.{name}={value}" for name, value in settings.items())
+        notes.append(("use", f"train.init_checkpoint={path} {given}"))
     else:
         notes.append(("classes", f"{num_classes}, in order, by name"))
         lost.insert(0, "the category ids")

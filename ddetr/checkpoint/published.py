@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ddetr import __version__
 from ddetr.datasets.annotations import Category
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from ddetr.errors import InputError
-from ddetr.files import write_atomically
 from ddetr.models.auxiliary import PREFIX
 from ddetr.models.deformable_detr import DeformableDETR, check_fits
 from ddetr.models.query_selection import QuerySelection
 from ddetr.printable import one_line
 from ddetr.untrusted import MAX_VALUES, parse_json
-from ddetr.weight_files.files import FileContent, read_file, write_file
+from ddetr.weight_files.files import FileContent, read_file, write_file, write_safetensors
 from ddetr.weight_files.pickled import Global, StandIn, TensorView
 from ddetr.weight_files.state_dicts import tensor_names
 
@@ -121,7 +119,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     tensors, aliases = without_aliases(content.pop("model"))
     metadata = {name: json.dumps(value) for name, value in {**content, _ALIASES: aliases}.items()}
     metadata["format"] = FORMAT
-    write_atomically(path, lambda file: save_file(tensors, file, metadata))
+    write_safetensors(path, tensors, metadata)
 
 
 def contents(checkpoint: Checkpoint) -> dict[str, Any]:

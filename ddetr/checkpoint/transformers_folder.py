@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ddetr.checkpoint.published import Checkpoint
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
-from ddetr.files import write_atomically, write_text
+from ddetr.files import write_text
+from ddetr.weight_files.files import write_safetensors
 
 FOLDER_FILES = ("config.json", "model.safetensors", "preprocessor_config.json")
 _BILINEAR = 2  # Pillow's number
@@ -28,8 +28,7 @@ def write_transformers_folder(path: Path, checkpoint: Checkpoint, tensors: Mappi
     """
     path.mkdir()
     weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    # Without this word 4.x refuses the file.
-    write_atomically(path / "model.safetensors", lambda file: save_file(weights, file, {"format": "pt"}))
+    write_safetensors(path / "model.safetensors", weights, {"format": "pt"})  # without the word 4.x refuses the file
     for name, content in (
         ("config.json", model_config(checkpoint)),
         ("preprocessor_config.json", preprocessor_config(checkpoint.input)),

@@ -4,5 +4,6 @@ main.py       which commands there are, and those of a file each: the signatures
 training.py   train, preflight and demo
 data.py       data audit, show and convert
 bench.py      bench ...
+weights.py    weights convert
 parser.py     jsonargparse with messages for people
 """

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ddetr import __version__, console
-from ddetr.cli import bench, data
+from ddetr.cli import bench, data, weights
 from ddetr.cli.parser import Parser
 from ddetr.cli.training import demo_command, preflight_command, train_command
 from ddetr.errors import InputError
@@ -178,6 +178,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
     "data audit": data.audit_command,
     "data show": data.show_command,
     "data convert": data.convert_command,
+    "weights convert": weights.convert_command,
     "bench op": bench.bench_op_command,
     "bench gpu": bench.bench_gpu_command,
     "bench data": bench.bench_data_command,
