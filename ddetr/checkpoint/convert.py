@@ -99,6 +99,11 @@ def convert_checkpoint(
         raise InputError(f"format: expected one of {', '.join(get_args(Format))}, got {one_line(format)!r}")
     _check_place(path, format, overwrite)
     model = build_from_checkpoint(checkpoint)
+    if len(checkpoint.categories) != model.config["num_classes"]:
+        raise InputError(
+            f"expected a category for each of the {model.config['num_classes']} classes of the checkpoint, got "
+            f"{len(checkpoint.categories)}"
+        )
     if format != "ours":
         if reasons := _inexpressible(format, model):
             raise InputError(
@@ -120,6 +125,8 @@ def convert_checkpoint(
 
 
 def _check_place(path: Path, format: Format, overwrite: bool) -> None:
+    if path.name in ("", ".."):
+        raise InputError(f"OUT: expected the name of a new file or folder, got {path}")
     if format == "transformers" and re.fullmatch(r"\.(?:pth?|bin|safetensors|json)", path.suffix):
         raise InputError(
             f"OUT: expected a new folder, which is what transformers reads, got the name of a file: {path}"
@@ -149,6 +156,8 @@ def _inexpressible(format: Format, model: DeformableDETR) -> list[str]:
         found.append("a backbone level of stride 4 (num_backbone_levels 4)")
     if config["hidden_dim"] % 32:
         found.append(f"hidden_dim {config['hidden_dim']}, which the 32 groups of its norms do not divide")
+    if format != "transformers" and config["two_stage"] and config["hidden_dim"] != 256:
+        found.append(f"hidden_dim {config['hidden_dim']} in a two-stage network (its proposals are written for 256)")
     if config["position_embedding"] != "sine":
         found.append("learned position embeddings (ours stretch over maps of more than 50 cells)")
     if format != "detrex" and config["num_feature_levels"] == 2:

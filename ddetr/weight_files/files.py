@@ -194,12 +194,16 @@ def write_file(path: Path, content: Any, keep_as: Path | None = None) -> None:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A `.safetensors` file as `write_atomically` does it; tensors that share memory must be given once."""
+    """A `.safetensors` file as `write_atomically` does it; tensors that share memory must be given once. A disk that
+    takes no more raises OSError, with its reason."""
 
     def write(temporary: Path) -> None:
         temporary.touch()
-        mode = temporary.stat().st_mode  # the writer makes files that nobody else may read
-        save_file(dict(tensors), temporary, dict(metadata))
+        mode = temporary.stat().st_mode  # safetensors makes files for their owner alone
+        try:
+            save_file(dict(tensors), temporary, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, one_line(error), str(path)) from error
         temporary.chmod(mode)
 
     write_atomically(path, write)

@@ -38,7 +38,8 @@ from ddetr.models.postprocess import PostProcess
 
 COCO_91 = tuple(Category(row, COCO_CLASSES.get(row, f"N/A {row}")) for row in range(NUM_IDS))
 COCO_80 = tuple(Category(category_id, name) for category_id, name in COCO_CLASSES.items())
-TINY = {"backbone": "test_resnet"}  # timm's, of plain batch norms, and in torchvision's names
+TINY = {"backbone": "test_resnet"}  # timm's smallest of plain batch norms
+WIDE = {"hidden_dim": 256}  # the only size of the official code's and of detrex's two-stage networks
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -77,6 +78,7 @@ def tiny_is_a_resnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_official_round_trip(options: dict[str, Any], suffix: str, folder: Path) -> None:
+    options = options | WIDE if options.get("two_stage") else options
     source = make_model(1, num_classes=NUM_IDS, **options)
     first = save_official(folder / "first.pth", source)
     second = round_trip(read_into(first, COCO_91, **options), first, "official", suffix)
@@ -98,6 +100,7 @@ def test_official_weights_of_resnet50_go_there_and_back(tmp_path: Path) -> None:
 
 
 def check_detrex_round_trip(options: dict[str, Any], folder: Path) -> None:
+    options = options | WIDE if options.get("two_stage") else options
     source = make_model(1, num_classes=80, **options)
     torch.save({"model": to_detrex(source)}, folder / "first.pth")
     checkpoint = read_into(folder / "first.pth", COCO_80, **options)
@@ -116,7 +119,7 @@ def test_detrex_weights_of_a_real_resnet_go_there_and_back(tmp_path: Path) -> No
 
 
 def test_half_precision_stays(tiny_is_a_resnet: None, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(make_model(1, **TINY | TWO_STAGE), categories=PETS)
+    checkpoint = make_checkpoint(make_model(1, **TINY | TWO_STAGE | WIDE), categories=PETS)
     checkpoint.model = {name: tensor.half() for name, tensor in checkpoint.model.items()}
     for format, name in (("official", "a.pth"), ("transformers", "b"), ("detrex", "c.pth"), ("ours", "d.safetensors")):
         done = convert_checkpoint(checkpoint, tmp_path / name, format)
@@ -131,7 +134,7 @@ def test_officially_a_class_lies_in_the_row_of_its_category_id(
 ) -> None:
     """The official code takes labels for category ids: the same boxes and scores, under those."""
     categories = (Category(17, "cat"), Category(last_id, "dog"), Category(5, "guinea pig"))
-    ours = make_model(1, **TINY | TWO_STAGE).eval()
+    ours = make_model(1, **TINY | TWO_STAGE | WIDE).eval()
     done = convert_checkpoint(make_checkpoint(ours, categories=categories), tmp_path / "a.pth", "official")
     num_rows = max(NUM_IDS, last_id + 1)
     notes = dict(done.notes)
@@ -147,9 +150,18 @@ def test_officially_a_class_lies_in_the_row_of_its_category_id(
     assert torch.allclose(found["boxes"], expected["boxes"], atol=1e-3)
     assert torch.allclose(found["scores"], expected["scores"], atol=1e-6)
 
-    model = make_model(2, **TINY | TWO_STAGE)
+    model = make_model(2, **TINY | TWO_STAGE | WIDE)
     load_weights(model, tmp_path / "a.pth", categories=categories)
     assert_same_weights(model, ours)
+
+
+def test_the_names_of_classes_are_beside_the_weights(tiny_is_a_resnet: None, tmp_path: Path) -> None:
+    """detrex has none in its files, and does not look at ours."""
+    source = make_model(1, **TINY)
+    convert_checkpoint(make_checkpoint(source, categories=PETS), tmp_path / "a.pth", "detrex")
+    model = make_model(2, **TINY)
+    load_weights(model, tmp_path / "a.pth", categories=PETS[::-1])
+    assert model.class_embed[0].weight.equal(source.class_embed[0].weight.flip(0))
 
 
 @pytest.mark.parametrize("ids", [(-1, 2, 3), (4, 4, 5), (1, 2, 10**9)])
@@ -162,13 +174,13 @@ def test_ids_that_are_no_rows_are_refused(ids: tuple[int, ...], tiny_is_a_resnet
 
 def test_for_detrex_the_rows_of_coco_become_its_eighty_classes(tiny_is_a_resnet: None, tmp_path: Path) -> None:
     """Its own converter keeps the first rows of the head of proposals, whose very first one says "any object"."""
-    source = make_model(1, num_classes=NUM_IDS, **TINY | TWO_STAGE)
+    source = make_model(1, num_classes=NUM_IDS, **TINY | TWO_STAGE | WIDE)
     done = convert_checkpoint(make_checkpoint(source, categories=COCO_91), tmp_path / "a.pth", "detrex")
     assert "num_classes=80" in dict(done.notes)["use"]
     found, weights = tensors_in(tmp_path / "a.pth"), source.state_dict()
     assert found["class_embed.1.weight"].equal(weights["class_embed.1.weight"][list(COCO_CLASSES)])
     assert found["class_embed.2.bias"].equal(weights["class_embed.2.bias"][:80])
-    model = make_model(2, num_classes=80, **TINY | TWO_STAGE)
+    model = make_model(2, num_classes=80, **TINY | TWO_STAGE | WIDE)
     assert not load_weights(model, tmp_path / "a.pth", categories=COCO_80).adapted
 
 
@@ -186,6 +198,7 @@ def test_for_detrex_the_rows_of_coco_become_its_eighty_classes(tiny_is_a_resnet:
         ("transformers", TINY | TWO_STAGE | {"query_selection": "peaks"}, "query_selection peaks"),
         ("transformers", TINY | {"num_backbone_levels": 4}, "a backbone level of stride 4"),
         ("detrex", VARIANTS["single_scale_dc5"] | {"backbone": "resnet18"}, "dilation"),
+        ("detrex", TWO_STAGE | {"backbone": "resnet18"}, "hidden_dim 32 in a two-stage network"),
         ("detrex", {"backbone": "resnet18", "enc_n_points": 2}, "other numbers of points than 4"),
     ],
 )
@@ -222,12 +235,20 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
         (tmp_path / "b.safetensors", "transformers", "expected a new folder"),
         (tmp_path / "b.pth", "onnx", "expected one of ours, official, transformers, detrex"),
         (file / "b.pth", "ours", "cannot be made"),
+        ("..", "transformers", "expected the name of a new file or folder"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             convert_checkpoint(checkpoint, output, format)
     (tmp_path / "c.pth").mkdir()
     with pytest.raises(InputError, match=r"c\.pth is a folder"):
         convert_checkpoint(checkpoint, tmp_path / "c.pth", "ours", overwrite=True)
+
+
+def test_a_checkpoint_of_too_few_categories_is_refused(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(make_model(1, **TINY))
+    checkpoint.categories = checkpoint.categories[:2]
+    with pytest.raises(InputError, match="each of the 3 classes of the checkpoint, got 2"):
+        convert_checkpoint(checkpoint, tmp_path / "a.pth", "ours")
 
 
 @pytest.mark.parametrize("format", ["ours", "transformers"])
@@ -250,6 +271,16 @@ def test_what_reads_back_otherwise_is_not_kept(format: Any, tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == [output]
     found = read(output).tensors["transformer.level_embed"]
     assert found.equal(before.model["transformer.level_embed"])
+
+
+def test_whoever_may_read_the_folder_may_read_the_weights(tmp_path: Path) -> None:
+    """safetensors makes its files for their owner alone, which a server or a colleague is not."""
+    checkpoint = make_checkpoint(make_model(1, **TINY))
+    convert_checkpoint(checkpoint, tmp_path / "a", "transformers")
+    convert_checkpoint(checkpoint, tmp_path / "a.safetensors", "ours")
+    usual = (tmp_path / "a" / "config.json").stat().st_mode
+    assert (tmp_path / "a" / "model.safetensors").stat().st_mode == usual
+    assert (tmp_path / "a.safetensors").stat().st_mode == usual
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
