@@ -14,8 +14,14 @@ description.py    what a file is, for people and for programs: `ddetr weights sh
 class_rows.py     which row of a class head belongs to which class
 class_synonyms.py names of the same class in several data sets
 coco_classes.py   COCO's class names and ids, which foreign files seldom hold
+
+convert.py        a checkpoint as a file of ours or of other projects: `convert_checkpoint`
+written_names.py  the official names in those of other projects
+written_rows.py   class heads with the rows that other projects have
+transformers_folder.py   config.json, weights and preprocessor_config.json for transformers
 """
 
+from ddetr.checkpoint.convert import Converted, convert_checkpoint
 from ddetr.checkpoint.detectors import read_detector
 from ddetr.checkpoint.foreign import to_official_state_dict
 from ddetr.checkpoint.pretrained import from_pretrained
@@ -25,9 +31,11 @@ from ddetr.checkpoint.transfer import load_weights
 
 __all__ = [
     "Checkpoint",
+    "Converted",
     "LoadReport",
     "build_from_checkpoint",
     "from_pretrained",
+    "convert_checkpoint",
     "load_checkpoint",
     "load_weights",
     "read_detector",

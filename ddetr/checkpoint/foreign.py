@@ -182,11 +182,16 @@ def _why_none(path: Path, content: Any) -> str:
 
 def to_official_state_dict(model: DeformableDETR) -> dict[str, Tensor]:
     """The state dict as the official code saves it: its refining decoder holds the heads a second time."""
-    state_dict = dict(model.state_dict())
-    twice = ("bbox_embed.",) * model.config["with_box_refine"] + ("class_embed.",) * model.config["two_stage"]
-    twins = {f"transformer.decoder.{name}": tensor for name, tensor in state_dict.items() if name.startswith(twice)}
+    state_dict = model.state_dict()
     counters = [name for name in state_dict if name.endswith("num_batches_tracked")]  # its norms are always frozen
-    return {name: tensor for name, tensor in (state_dict | twins).items() if name not in counters}
+    return with_decoder_heads({n: tensor for n, tensor in state_dict.items() if n not in counters}, model.config)
+
+
+def with_decoder_heads(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The same with the heads that the official decoder has too, under their second names."""
+    twice = ("bbox_embed.",) * config["with_box_refine"] + ("class_embed.",) * config["two_stage"]
+    twins = {f"transformer.decoder.{name}": tensor for name, tensor in tensors.items() if name.startswith(twice)}
+    return {**tensors, **twins}
 
 
 def num_class_rows(tensors: Mapping[str, Tensor]) -> int:
@@ -286,6 +291,8 @@ def _classes_of(
     kind: str, tensors: Mapping[str, Tensor], content: Mapping[Any, Any], transformers_config: Mapping[str, Any]
 ) -> tuple[RowClass, ...] | None:
     num_rows = num_class_rows(tensors)
+    if (stated := _stated_classes(kind, content.get("categories"), num_rows)) is not None:
+        return stated
     names: Sequence[str] = ()
     if kind == "transformers":
         id2label = transformers_config.get("id2label")
@@ -301,6 +308,20 @@ def _classes_of(
     if kind in ("detrex", "Mr.DETR", "mmdetection", "mmdetection 2") and num_rows == len(COCO_CLASSES) and not names:
         return tuple(RowClass(name, category_id) for category_id, name in COCO_CLASSES.items())
     return None
+
+
+def _stated_classes(kind: str, categories: Any, num_rows: int) -> tuple[RowClass, ...] | None:
+    """The classes that `ddetr.checkpoint.convert` writes beside weights in other projects' names, as COCO's files have
+    them. A row is a category id in official weights, and a label in those of detrex."""
+    if not isinstance(categories, list) or not categories or kind not in ("official", "detrex"):
+        return None
+    rows: dict[int, RowClass] = {}
+    for label, category in enumerate(categories):
+        category_id, name = (category.get("id"), category.get("name")) if isinstance(category, dict) else (None, None)
+        if not isinstance(category_id, int) or not isinstance(name, str):
+            return None
+        rows[category_id if kind == "official" else label] = RowClass(name, category_id)
+    return tuple(rows.get(row, RowClass(None, None)) for row in range(num_rows)) if max(rows) < num_rows else None
 
 
 def _mmdetection_names(meta: Mapping[str, Any]) -> Sequence[str]:

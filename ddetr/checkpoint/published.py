@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ddetr import __version__
 from ddetr.datasets.annotations import Category
 from ddetr.datasets.transforms import IMAGENET_MEAN, IMAGENET_STD, checked_colors
 from ddetr.errors import InputError
-from ddetr.files import write_atomically
 from ddetr.models.auxiliary import PREFIX
 from ddetr.models.deformable_detr import DeformableDETR, check_fits
 from ddetr.models.query_selection import QuerySelection
 from ddetr.printable import one_line
 from ddetr.untrusted import MAX_VALUES, parse_json
-from ddetr.weight_files.files import FileContent, read_file, write_file
+from ddetr.weight_files.files import FileContent, read_file, write_file, write_safetensors
 from ddetr.weight_files.folders import weights_file
 from ddetr.weight_files.pickled import Global, StandIn, TensorView
 from ddetr.weight_files.state_dicts import tensor_names
@@ -123,10 +121,10 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     if path.suffix != ".safetensors":
         write_file(path, content)
         return
-    tensors, aliases = _without_aliases(content.pop("model"))
+    tensors, aliases = without_aliases(content.pop("model"))
     metadata = {name: json.dumps(value) for name, value in {**content, _ALIASES: aliases}.items()}
     metadata["format"] = FORMAT
-    write_atomically(path, lambda file: save_file(tensors, file, metadata))
+    write_safetensors(path, tensors, metadata)
 
 
 def contents(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -143,7 +141,7 @@ def contents(checkpoint: Checkpoint) -> dict[str, Any]:
         "training": checkpoint.training,
     }
     header = {name: _plain(value, name) for name, value in header.items()}
-    tensors, aliases = _without_aliases(checkpoint.model)
+    tensors, aliases = without_aliases(checkpoint.model)
     return {"format": FORMAT, **header, "model": {name: tensors[aliases.get(name, name)] for name in checkpoint.model}}
 
 
@@ -273,7 +271,7 @@ def colors_in(state: Mapping[Any, Any]) -> tuple[tuple[float, ...], tuple[float,
     return checked_colors(*(colors if isinstance(colors, (list, tuple)) and len(colors) == 2 else (colors, None)))
 
 
-def _without_aliases(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def without_aliases(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors on the CPU, each once and with no more memory than it shows; and {alias: name}."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}

@@ -5,5 +5,6 @@ training.py   train, preflight and demo
 data.py       data audit, show and convert
 weights.py    weights show, list, convert and push; --checkpoint and --weights of other commands
 bench.py      bench ...
+weights.py    weights convert
 parser.py     jsonargparse with messages for people
 """

@@ -191,6 +191,7 @@ COMMANDS: dict[str, Callable[[Parser], Callable[[Any], int | None]]] = {
     "weights show": weights.show_command,
     "weights list": weights.list_command,
     "weights push": weights.push_command,
+    "weights convert": weights.convert_command,
     "bench op": bench.bench_op_command,
     "bench gpu": bench.bench_gpu_command,
     "bench data": bench.bench_data_command,

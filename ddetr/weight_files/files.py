@@ -9,13 +9,14 @@ import struct
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ddetr.errors import InputError
@@ -190,6 +191,22 @@ def write_file(path: Path, content: Any, keep_as: Path | None = None) -> None:
             raise
 
     write_atomically(path, write, keep_as)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A `.safetensors` file as `write_atomically` does it; tensors that share memory must be given once. A disk that
+    takes no more raises OSError, with its reason."""
+
+    def write(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # safetensors makes files for their owner alone
+        try:
+            save_file(dict(tensors), temporary, dict(metadata))
+        except SafetensorError as error:
+            raise OSError(errno.EIO, one_line(error), str(path)) from error
+        temporary.chmod(mode)
+
+    write_atomically(path, write)
 
 
 def _read(path: Path, file: BinaryIO) -> FileContent:

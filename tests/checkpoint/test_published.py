@@ -103,7 +103,7 @@ def test_a_killed_save_leaves_the_old_file(
         monkeypatch.setattr(os, "replace", killed)
     else:
         monkeypatch.setattr("ddetr.weight_files.files.torch.save", killed)
-        monkeypatch.setattr("ddetr.checkpoint.published.save_file", killed)
+        monkeypatch.setattr("ddetr.weight_files.files.save_file", killed)
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(path, make_checkpoint(make_model(), training={"epoch": 2}))
     assert load_checkpoint(path).training == {"epoch": 1}
