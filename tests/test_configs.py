@@ -18,6 +18,7 @@ from ddetr.engine.config import OptimConfig
 from ddetr.engine.freeze import freeze_parameters
 from ddetr.engine.optimizer import parameter_groups
 from ddetr.models.auxiliary import PREFIX, attach_auxiliary
+from ddetr.models.backbones import find_start
 from ddetr.models.criterion import LossWeights
 from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 from ddetr.settings import flat
@@ -77,6 +78,16 @@ def test_its_header_holds_its_command(config: Path) -> None:
     header = re.match(r"(#.*\n)+", config.read_text())
     assert header, "say in a comment at the top what the file claims: what it is, what it costs, its command"
     assert f"ddetr train --config configs/{config.relative_to(ROOT / 'configs')}" in header[0]
+
+
+@pytest.mark.parametrize("name", ["swin", "convnext", "vit"])
+def test_the_other_sizes_that_a_header_names_have_weights(name: str) -> None:
+    config = ROOT / "configs" / f"{name}.yaml"
+    backbones = re.findall(r"^#   \S+ +--model\.backbone (\S+)$", config.read_text(), re.MULTILINE)
+    assert len(backbones) >= 2
+    assert read(config).model.backbone == backbones[0]
+    for backbone in backbones:
+        assert find_start(backbone, True).is_fetched
 
 
 # The official code's values, whether a file spells them out or leaves them to the defaults.
