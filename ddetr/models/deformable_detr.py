@@ -7,6 +7,7 @@ import inspect
 import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -194,6 +195,14 @@ class DeformableDETR(nn.Module):
                 for layer, first in zip(head.layers[:-1], self.bbox_embed[0].layers[:-1]):
                     layer.load_state_dict(first.state_dict())
         self.register_load_state_dict_pre_hook(_accept_official_keys)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> "DeformableDETR":
+        """A trained network in eval mode, by a name of `ddetr weights list`, a hub id, an https address, a file or a
+        folder: `ddetr.from_pretrained`, under the name where the field looks for it."""
+        import ddetr  # what reads weights stands above the network, and is found through the package's public name
+
+        return ddetr.from_pretrained(source)
 
     def forward(self, images: Tensor | Sequence[Tensor], mask: Tensor | None = None) -> dict[str, Any]:
         """Detect.

@@ -90,7 +90,7 @@ def test_a_name_end_to_end(
     state_dict = load_checkpoint(run / "best.pth").model
     assert all(tensor.equal(state_dict[name]) for name, tensor in model.state_dict().items())
     served.is_down = True
-    assert from_pretrained(run / "best.pth").config["num_queries"] == tiny_model["num_queries"]
+    assert DeformableDETR.from_pretrained(run / "best.pth").config["num_queries"] == tiny_model["num_queries"]
 
 
 def test_push(ddetr: Callable[..., str], served: Served, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
