@@ -79,8 +79,8 @@ def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(variable, str(tmp_path / variable))
 
 
-def test_there_are_four() -> None:
-    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04"]
+def test_there_are_five() -> None:
+    assert [path.name[:2] for path in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name[:2])
@@ -185,6 +185,33 @@ def test_02_shows_the_sampling(folder: Path) -> None:
 @pytest.mark.timeout(900)
 def test_04_evaluates_and_predicts(folder: Path) -> None:
     check_04(folder)
+
+
+def check_05(folder: Path, changes: Mapping[str, str]) -> dict[str, float]:
+    """The AP of both starts."""
+    done = Executed("05_start_from_trained_weights", folder, changes)
+    assert done.counts() == {"curves-draw": 1}
+    assert "mean (0.5, 0.5, 0.5) and deviation (0.5, 0.5, 0.5)" in done.text("backbone-load")
+    assert "stride 32: (1, 320, 10, 10)" in done.text("backbone-load")
+    found = re.findall(r"from (trained weights|nothing): AP ([\d.]+), AP50 [\d.]+ after", done.text("curves-draw"))
+    assert len(found) == 2
+    return {start: float(ap) for start, ap in found}
+
+
+@pytest.mark.timeout(900)
+def test_05_starts_from_a_file(tmp_path: Path) -> None:
+    import timm
+
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "weights.pth")
+    changes = {"WEIGHTS = None": "WEIGHTS = 'weights.pth'", "EPOCHS = 3": "EPOCHS = 1"}
+    check_05(tmp_path, changes | {"num_train=400": "num_train=32", "num_val=60": "num_val=4"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_05_with_the_weights_of_pypi(tmp_path: Path) -> None:
+    ap = check_05(tmp_path, {})
+    assert ap["trained weights"] > ap["nothing"]
 
 
 @pytest.mark.slow
