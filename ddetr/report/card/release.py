@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ddetr.checkpoint import Checkpoint, build_from_checkpoint, load_checkpoint, save_checkpoint
+from ddetr.checkpoint.transformers_folder import preprocessor_config
 from ddetr.errors import InputError
 from ddetr.files import write_folder_atomically, write_text
 from ddetr.printable import one_line
@@ -50,7 +51,7 @@ def write_release(run_path: Path, folder: Path, repo: str, licence: str, *, pict
     def write(place: Path) -> None:
         save_checkpoint(place / "model.safetensors", checkpoint)
         write_text(place / "config.json", _json(_config(checkpoint)))
-        write_text(place / "preprocessor_config.json", _json(_preprocessor(checkpoint)))
+        write_text(place / "preprocessor_config.json", _json(preprocessor_config(checkpoint.input)))
         curves = draw_curves(replace(run, path=place))
         shown = []
         for number, picture in enumerate(drawn[:MOST_PICTURES] if pictures else [], 1):
@@ -82,24 +83,6 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
         "input": checkpoint.input,
         "threshold": checkpoint.threshold,
         "ddetr_version": checkpoint.ddetr_version,
-    }
-
-
-def _preprocessor(checkpoint: Checkpoint) -> dict[str, Any]:
-    """How images reach the network, in the words of transformers' image processors."""
-    given = checkpoint.input
-    return {
-        "image_processor_type": "DeformableDetrImageProcessor",
-        "format": "coco_detection",
-        "do_resize": True,
-        "size": {"shortest_edge": given.get("image_size"), "longest_edge": given.get("max_size")},
-        "resample": 2,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": given.get("mean"),
-        "image_std": given.get("std"),
-        "do_pad": True,
     }
 
 
