@@ -49,8 +49,8 @@ def _bias(rel_pos: nn.Module, height: int, width: int) -> Tensor:
 
     rows, columns = rel_pos.window_size
     if isinstance(rel_pos, RelPosMlp):  # positions of any size through a small network
-        coordinates = gen_relative_log_coords((height, width), mode=rel_pos.mode, device=rel_pos.mlp.fc1.weight.device)
-        table = rel_pos.bias_act(rel_pos.mlp(coordinates)).permute(2, 0, 1)
+        coordinates = gen_relative_log_coords((height, width), mode=rel_pos.mode)
+        table = rel_pos.bias_act(rel_pos.mlp(coordinates.to(rel_pos.mlp.fc1.weight.device))).permute(2, 0, 1)
     else:
         table = rel_pos.relative_position_bias_table.mT.unflatten(1, (2 * rows - 1, 2 * columns - 1))
         if (height, width) != (rows, columns):

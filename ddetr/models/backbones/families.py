@@ -62,8 +62,8 @@ def family_of(name: str) -> Family:
     """
     import timm
 
-    family = next((f for module, f in _FAMILIES.items() if timm.models.is_model_in_modules(name, module)), Family())
-    if timm.models.is_model_in_modules(name, "byoanet") and "bot" in name:  # bottleneck transformers; others are free
+    family = next((f for module, f in _FAMILIES.items() if timm.models.is_model_in_modules(name, [module])), Family())
+    if timm.models.is_model_in_modules(name, ["byoanet"]) and "bot" in name:  # bottleneck transformers; others are free
         family = _TABLES
     if family.why_fixed:
         raise InputError(

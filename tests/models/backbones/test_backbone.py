@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ddetr.engine.config import OptimConfig
+from ddetr.engine.memory import estimate_memory
 from ddetr.engine.optimizer import parameter_groups
 from ddetr.errors import InputError
+from ddetr.inference.optimize import optimize_model
 from ddetr.models.backbones import Backbone
-from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.models.deformable_detr import DeformableDETR, build_criterion
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -192,3 +194,16 @@ def test_a_detector_has_it(name: str) -> None:
 def test_what_cannot_be_says_why(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message), torch.device("meta"):
         Backbone(**{"num_features": 3} | options)
+
+
+@pytest.mark.parametrize("name", ["test_maxvit", "tiny_swin", "tiny_eva02", "tiny_hiera"])
+def test_it_can_be_rewritten_for_inference_and_its_memory_estimated(name: str) -> None:
+    """Batch norms folded, other linear layers; on tensors that have shapes alone."""
+    torch.manual_seed(0)
+    sizes = {"hidden_dim": 32, "nheads": 4, "enc_layers": 1, "dec_layers": 1, "num_queries": 5, "dim_feedforward": 32}
+    model = DeformableDETR(3, backbone=name, freeze_backbone="norm", **sizes)
+    optimize_model(model.eval())  # compares the outputs itself
+    small = {"batch": 1, "num_objects": 2}
+    criterion = build_criterion(model)
+    estimates = [estimate_memory(model.train(), criterion, size_hw=size, **small) for size in ((64, 64), (256, 256))]
+    assert estimates[0].activations < estimates[1].activations
