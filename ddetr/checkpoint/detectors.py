@@ -19,7 +19,7 @@ from ddetr.checkpoint.class_rows import RowClass
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, UNUSED
 from ddetr.checkpoint.foreign import SourceWeights, num_class_rows, read_weights, same_values
 from ddetr.checkpoint.preprocessing import input_beside
-from ddetr.checkpoint.published import LIGHTNING, Checkpoint, is_checkpoint, parse_checkpoint
+from ddetr.checkpoint.published import COLORS, LIGHTNING, Checkpoint, is_checkpoint, parse_checkpoint
 from ddetr.checkpoint.report import Remark
 from ddetr.datasets.annotations import Category
 from ddetr.errors import InputError
@@ -83,10 +83,8 @@ def recognise(path: str | Path) -> Recognised:
     """As `read_detector`, with all that there is to say about the file."""
     path = Path(path)
     content, metadata, records, transformers_config = read_files(path)
-    is_run = isinstance(content, dict) and LIGHTNING in content
-    if is_checkpoint(content, metadata) or (
-        is_run and any((path.parent / n).is_file() for n in ("last.pth", "best.pth"))
-    ):
+    is_own_run = isinstance(content, dict) and LIGHTNING in content and COLORS in content  # names no classes
+    if is_checkpoint(content, metadata) or is_own_run:
         return Recognised(parse_checkpoint(path, FileContent(content, metadata, records)), "ddetr")
     source = read_weights(path)
     if (other := architecture_of(source.in_file)) is not None:

@@ -384,7 +384,7 @@ def test_files_that_are_no_checkpoints(
     assert said.startswith("code.pth: expected tensors and plain values only, but the file wants to run")
     weights = tmp_path / "weights.pth"
     torch.save({"state_dict": {"x": torch.zeros(3)}}, weights)
-    assert "expected a ddetr checkpoint, got bare weights" in refused("eval", "--checkpoint", weights, "--data", shapes)
+    assert "expected weights of Deformable DETR" in refused("eval", "--checkpoint", weights, "--data", shapes)
     assert "there is none" in refused("eval", "--checkpoint", "nowhere.pth", "--data", shapes)
     assert "got a folder" in refused("eval", "--checkpoint", tmp_path, "--data", shapes)
     assert not (tmp_path / "was run").exists()

@@ -319,7 +319,7 @@ def test_what_ends_the_thread_of_tensorboard_is_no_traceback(tmp_path: Path, cap
         ({"model": {"dropout": 1.5}}, r"dropout must lie in \[0, 1\), got 1.5"),
         ({"model": {"enc_layers": -1}}, "enc_layers must be at least 0, got -1"),
         ({"model": {"pretrained_backbone": "nope.pth"}}, "nope.pth"),
-        ({"weights": "nope.pth"}, "nope.pth: expected a file of weights, but there is none"),
+        ({"weights": "nope.pth"}, "there is no nope.pth"),
         ({"optim": OptimConfig(freeze=["nothing.*"])}, "nothing"),
         ({"batch_size": 3, "devices": 2}, "batch_size 3 must be divisible by the 2 processes"),
     ],
