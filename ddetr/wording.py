@@ -1,7 +1,7 @@
 """Words that many messages share."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 
 def did_you_mean(word: str, known: Iterable[str], most: int = 1) -> str:
@@ -23,3 +23,10 @@ def first_few(names: Iterable[object], most: int) -> str:
 def plural(count: int, noun: str) -> str:
     """ "1 object" or "1,234 objects"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns under each other, as wide as they are: a table of the terminal would be cut to its width in a file."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()

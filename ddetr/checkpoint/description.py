@@ -136,10 +136,11 @@ def describe(path: str | Path) -> Description | OtherWeights:
         InputError: as `read_detector`, but for other networks that are known.
     """
     path = Path(path)
-    content, metadata, *_ = read_files(path)
-    if not is_checkpoint(content, metadata) and (other := architecture_of(tensor_names(content))) is not None:
+    weights = read_files(path)
+    is_ours = is_checkpoint(weights.content, weights.metadata)
+    if not is_ours and (other := architecture_of(tensor_names(weights.content))) is not None:
         return OtherWeights(path.name, other)
-    return _described(path, recognise(path))
+    return _described(path, recognise(path, weights))
 
 
 def _described(path: Path, found: Recognised) -> Description:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ddetr.checkpoint.class_rows import RowClass
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, UNUSED
-from ddetr.checkpoint.foreign import SourceWeights, num_class_rows, read_weights, same_values
+from ddetr.checkpoint.foreign import SourceWeights, num_class_rows, weights_of
 from ddetr.checkpoint.preprocessing import input_beside
 from ddetr.checkpoint.published import COLORS, LIGHTNING, Checkpoint, is_checkpoint, parse_checkpoint
 from ddetr.checkpoint.report import Remark
@@ -27,7 +27,7 @@ from ddetr.models.deformable_detr import DeformableDETR
 from ddetr.printable import one_line
 from ddetr.weight_files.architectures import architecture_of
 from ddetr.weight_files.files import FileContent
-from ddetr.weight_files.folders import read_files
+from ddetr.weight_files.folders import Weights, read_files
 
 logger = logging.getLogger(__name__)
 
@@ -79,26 +79,30 @@ def read_detector(path: str | Path) -> Checkpoint:
     return found.checkpoint
 
 
-def recognise(path: str | Path) -> Recognised:
-    """As `read_detector`, with all that there is to say about the file."""
+def recognise(path: str | Path, weights: Weights | None = None) -> Recognised:
+    """As `read_detector`, with all that there is to say about the file.
+
+    weights: what was read from it already.
+    """
     path = Path(path)
-    content, metadata, records, transformers_config = read_files(path)
+    weights = weights or read_files(path)
+    content, metadata, records, _ = weights
     is_own_run = isinstance(content, dict) and LIGHTNING in content and COLORS in content  # names no classes
     if is_checkpoint(content, metadata) or is_own_run:
         return Recognised(parse_checkpoint(path, FileContent(content, metadata, records)), "ddetr")
-    source = read_weights(path)
+    source = weights_of(path, weights)
     if (other := architecture_of(source.in_file)) is not None:
         raise InputError(
             f"{path}: expected weights of Deformable DETR, got those of another detector: {other.name}. Its own "
             "program runs it"
         )
     if source.kind == "transformers":
-        _check_configuration(path, transformers_config)
+        _check_configuration(path, weights.transformers_config)
     notes = list(_differences(source))
     config, shapes = _config(path, source, notes)
     categories = _categories(source, config["num_classes"], notes)
     checkpoint = Checkpoint(
-        model=_weights(path, source.tensors, shapes),
+        model=_weights(path, source, shapes),
         config=config,
         categories=categories,
         input={**input_beside(path, source.kind, notes), "mean": [*source.image_mean], "std": [*source.image_std]},
@@ -156,12 +160,12 @@ def _config(path: Path, source: SourceWeights, notes: list[str]) -> tuple[dict[s
         "num_feature_levels": num_levels,
         "num_backbone_levels": 4 if source.num_backbone_levels == 4 else 3,
         "nheads": nheads,
-        "enc_layers": _num_layers(tensors, "encoder"),
-        "dec_layers": _num_layers(tensors, "decoder"),
+        "enc_layers": source.num_layers("encoder"),
+        "dec_layers": source.num_layers("decoder"),
         "dim_feedforward": len(ffn) if ffn is not None and ffn.ndim else defaults["dim_feedforward"],
         "dropout": told.get("dropout", defaults["dropout"]),
         **points,
-        "with_box_refine": source.two_stage or told["with_box_refine"] or not _are_equal(tensors, "bbox_embed"),
+        "with_box_refine": source.two_stage or told["with_box_refine"] or not source.is_one_head("bbox_embed"),
         "two_stage": source.two_stage,
         "mixed_selection": source.two_stage and queries is not None,
     }
@@ -220,21 +224,6 @@ def _heads_and_points(path: Path, source: SourceWeights, notes: list[str]) -> tu
     return nheads, points
 
 
-def _num_layers(tensors: Mapping[str, Tensor], part: str) -> int:
-    layers = (re.match(rf"transformer\.{part}\.layers\.(\d{{1,4}})\.", name) for name in tensors)
-    return 1 + max((int(layer[1]) for layer in layers if layer), default=-1)
-
-
-def _are_equal(tensors: Mapping[str, Tensor], family: str) -> bool:
-    """Whether all heads of a kind hold the same values, as where it is one head for all layers."""
-    first: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        head = re.match(rf"{family}\.\d+\.", name)
-        if head and not same_values(first.setdefault(name[head.end() :], tensor), tensor):
-            return False
-    return True
-
-
 def _backbones(path: Path, source: SourceWeights) -> list[str]:
     """Names of timm models that the backbone may be, the likeliest first."""
     body = [name.removeprefix(_BODY) for name in source.tensors if name.startswith(_BODY)]
@@ -257,16 +246,17 @@ def _backbones(path: Path, source: SourceWeights) -> list[str]:
     return names
 
 
-def _weights(path: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def _weights(path: Path, source: SourceWeights, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     """Every tensor of the network, each head under all its names; refuses what is missing, left, or of other shape."""
-    heads = {family: [n for n in tensors if n.startswith(f"{family}.")] for family in ("class_embed", "bbox_embed")}
-    is_one = {family: len({name.split(".")[1] for name in names}) == 1 for family, names in heads.items()}
+    tensors = source.tensors
+    numbers = {family: source.heads(family) for family in ("class_embed", "bbox_embed")}
+    only = {family: found[0] for family, found in numbers.items() if len(found) == 1}
     weights, missing = {}, []
     for name, shape in shapes.items():
         family, _, rest = name.partition(".")
         twin = name
-        if is_one.get(family):  # a library that stores shared tensors once has kept one head of many
-            twin = f"{heads[family][0].split('.')[0]}.{heads[family][0].split('.')[1]}.{rest.partition('.')[2]}"
+        if family in only:  # a library that stores shared tensors once has kept one head of many
+            twin = f"{family}.{only[family]}.{rest.partition('.')[2]}"
         tensor = tensors.get(name, tensors.get(twin))
         if name.endswith(_COUNTER):
             continue

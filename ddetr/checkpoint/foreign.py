@@ -23,7 +23,7 @@ from ddetr.printable import one_line
 from ddetr.untrusted import MAX_NETWORK
 from ddetr.weight_files.architectures import architecture_of
 from ddetr.weight_files.files import FileContent, Records, read_file
-from ddetr.weight_files.folders import read_files
+from ddetr.weight_files.folders import Weights, read_files
 from ddetr.weight_files.pickled import StandIn, TensorView, mapping_of
 from ddetr.weight_files.state_dicts import tensor_names, whole_model
 
@@ -56,6 +56,27 @@ class SourceWeights:
     def num_levels(self) -> int:
         return self.tensors["transformer.level_embed"].shape[0]
 
+    def num_layers(self, part: str) -> int:
+        """Of "encoder" or "decoder"."""
+        layers = (re.match(rf"transformer\.{part}\.layers\.(\d{{1,4}})\.", name) for name in self.tensors)
+        return 1 + max((int(layer[1]) for layer in layers if layer), default=-1)
+
+    def heads(self, family: str) -> list[int]:
+        """The numbers of the heads of a family, "class_embed" or "bbox_embed"."""
+        heads = (re.match(rf"{family}\.(\d{{1,4}})\.", name) for name in self.tensors)
+        return sorted({int(head[1]) for head in heads if head})
+
+    def is_one_head(self, family: str) -> bool:
+        """Whether all heads of a family hold the same values, as where it is one head for all layers."""
+        first, *others = self.heads(family) or [0]
+        of_first = {n: tensor for n, tensor in self.tensors.items() if n.startswith(f"{family}.{first}.")}
+        twins = (
+            (tensor, self.tensors.get(name.replace(f".{first}.", f".{other}.", 1)))
+            for other in others
+            for name, tensor in of_first.items()
+        )
+        return all(twin is not None and same_values(tensor, twin) for tensor, twin in twins)
+
     @property
     def num_backbone_levels(self) -> int:
         """Levels that are stages of the backbone: theirs are the projections of single cells."""
@@ -69,7 +90,12 @@ def read_weights(path: Path) -> SourceWeights:
     Raises:
         InputError: not such a file, or a damaged one; a decoder that disagrees with the heads that it repeats.
     """
-    content, metadata, records, transformers_config = read_files(path)
+    return weights_of(path, read_files(path))
+
+
+def weights_of(path: Path, weights: Weights) -> SourceWeights:
+    """As `read_weights`, of what was read from `path`."""
+    content, metadata, records, transformers_config = weights
     where, others, in_file = "", (), ()
     if is_checkpoint(content, metadata):
         checkpoint = parse_checkpoint(path, FileContent(content, metadata, records))
@@ -95,7 +121,8 @@ def read_weights(path: Path) -> SourceWeights:
         raise InputError(f"{path}: expected level_embed to be a tensor of a vector per level, got {got}")
     config = _checked(config)
     left_out = [Remark(name, why) for name in tensors if (why := why_left_out(name, kind))]
-    tensors = {name: tensor for name, tensor in tensors.items() if why_left_out(name, kind) is None}
+    for remark in left_out:
+        del tensors[remark.name]
     if kind in ("official", "detrex"):
         tensors, more = one_to_one_queries(tensors, config.get("num_queries"))
         left_out += more

@@ -1,11 +1,6 @@
 """Which head of a file each head of a model starts from."""
 
-import re
-from collections.abc import Mapping
-
-from torch import Tensor
-
-from ddetr.checkpoint.foreign import SourceWeights, same_values
+from ddetr.checkpoint.foreign import SourceWeights
 from ddetr.models.deformable_detr import DeformableDETR
 
 
@@ -22,10 +17,9 @@ class HeadMap:
         self.is_shared = not model.config["with_box_refine"]
         self.num_layers = model.config["dec_layers"]
         self.two_stage = model.two_stage
-        layers = (re.match(r"transformer\.decoder\.layers\.(\d{1,4})\.", name) for name in source.tensors)
-        self.source_layers = 1 + max((int(layer[1]) for layer in layers if layer), default=-1)
-        self.source_heads = {family: _indices(source.tensors, family) for family in ("class_embed", "bbox_embed")}
-        self.source_shared = {family: self._all_equal(family) for family in self.source_heads}
+        self.source_layers = source.num_layers("decoder")
+        self.source_heads = {family: source.heads(family) for family in ("class_embed", "bbox_embed")}
+        self.source_shared = {family: source.is_one_head(family) for family in self.source_heads}
         self.source_refines = (
             source.two_stage or source.config["with_box_refine"] or not self.source_shared["bbox_embed"]
         )
@@ -84,19 +78,3 @@ class HeadMap:
         if not self.source_refines and self.source_shared[family]:
             return 0
         return int(index) if int(index) < self.source_layers else None
-
-    def _all_equal(self, family: str) -> bool:
-        first, *others = self.source_heads[family] or [0]
-        tensors = self.source.tensors
-        of_first = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{family}.{first}.")}
-        twins = (
-            (tensor, tensors.get(name.replace(f".{first}.", f".{other}.", 1)))
-            for other in others
-            for name, tensor in of_first.items()
-        )
-        return all(twin is not None and same_values(tensor, twin) for tensor, twin in twins)
-
-
-def _indices(tensors: Mapping[str, Tensor], family: str) -> list[int]:
-    heads = (re.match(rf"{family}\.(\d{{1,4}})\.", name) for name in tensors)
-    return sorted({int(head[1]) for head in heads if head})

@@ -5,15 +5,12 @@ mmdetection 2 and 3.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ddetr.weight_files.pickled import StandIn, TensorView, mapping_of
-from ddetr.weight_files.state_dicts import state_dicts, without_wrappers
-
-Rules = Sequence[tuple[str, str]]  # (pattern, replacement), applied in order to each name
-
+from ddetr.weight_files.state_dicts import Rules, renamed, state_dicts, without_wrappers
 
 _AVERAGED = re.compile(r"(?:^|[_.])(?:ema|swa|averaged?|avg)(?:[_.]|$)")
 
@@ -178,15 +175,12 @@ def official_names(kind: str, names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     convs = (re.match(r"neck\.convs\.(\d{1,3})\.", name) for name in names)
     num_convs = 1 + max((int(conv[1]) for conv in convs if conv), default=-1)
-    renamed = {}
+    counted_on = {}
     for name in names:
-        new = name
-        if extra := re.match(r"neck\.extra_convs\.(\d{1,3})\.", name):  # counted anew after the backbone's levels
-            new = f"neck.convs.{num_convs + int(extra[1])}.{name[extra.end() :]}"
-        for pattern, replacement in _RULES[kind]:
-            new = re.sub(pattern, replacement, new)
-        renamed[name] = new
-    return renamed
+        extra = re.match(r"neck\.extra_convs\.(\d{1,3})\.", name)  # counted anew after the backbone's levels
+        counted_on[name] = f"neck.convs.{num_convs + int(extra[1])}.{name[extra.end() :]}" if extra else name
+    new = renamed(counted_on.values(), _RULES[kind])
+    return {name: new[counted] for name, counted in counted_on.items()}
 
 
 def _detectors(keys: tuple[str, ...], values: Mapping[Any, Any]) -> Iterator[Detector]:

@@ -28,8 +28,8 @@ def load_weights(
     Args:
         model: changed in place.
         path: a file of ours, of the official code, of H-DETR, of detrex, of Mr.DETR, of mmdetection (2 or 3) or of
-            transformers, or a transformers folder. Images are then normalised as the
-            file's were (`model.image_mean`, `image_std`).
+            transformers, or a transformers folder. Images are then normalised as the file's were (`model.image_mean`,
+            `image_std`).
         categories: the classes of `model` in the order of its labels: rows of the class head are copied by name, by
             category id where the file has no names. Without them, rows are copied in order where there are as many.
 

@@ -5,11 +5,11 @@ before it is put in its place.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import Tensor
 
-Rules = Sequence[tuple[str, str]]  # (pattern, replacement), applied in order to each name
+from ddetr.weight_files.state_dicts import Rules, renamed
 
 # Those of 4.x, under which the hub has its files: 5.x reads them, and writes them too.
 _TRANSFORMERS: Rules = (
@@ -54,8 +54,8 @@ _DETREX: Rules = (
 def in_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official names and tensors -> those of transformers, where query, key and value projections are apart."""
     written = {}
-    for name, tensor in tensors.items():
-        name = _renamed(name, _TRANSFORMERS)
+    for official, name in renamed(tensors, _TRANSFORMERS).items():
+        tensor = tensors[official]
         if found := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", name):
             written |= {f"{found[1]}.{x}_proj.{found[2]}": part.clone() for x, part in zip("qkv", tensor.chunk(3))}
         else:
@@ -68,18 +68,12 @@ def in_detrex(tensors: Mapping[str, Tensor], num_backbone_levels: int) -> dict[s
 
     num_backbone_levels: how many of the projections are of stages of the backbone; its neck counts the others anew.
     """
-    written = {}
+    counted = {}
     for name, tensor in tensors.items():
         if level := re.match(r"input_proj\.(\d+)\.", name):
             number = int(level[1])
             is_extra = number >= num_backbone_levels
             place = f"extra_convs.{number - num_backbone_levels}" if is_extra else f"convs.{number}"
             name = f"neck.{place}.{name[level.end() :]}"
-        written[_renamed(name, _DETREX)] = tensor
-    return written
-
-
-def _renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
+        counted[name] = tensor
+    return {new: counted[name] for name, new in renamed(counted, _DETREX).items()}

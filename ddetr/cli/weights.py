@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ddetr import console
 from ddetr.cli.parser import Parser
 from ddetr.errors import InputError
+from ddetr.wording import aligned
 
 
 def add_source_options(parser: Parser) -> None:
@@ -83,9 +84,8 @@ def list_command(parser: Parser) -> Callable[[Any], None]:
             rows.append(
                 (entry["name"], ap, entry["classes"], size, entry["licence"] or "-", here, _owner(entry["address"]))
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        for row in rows:
-            console.show("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        for line in aligned(rows):
+            console.show(line)
         console.show("\nAP on COCO val2017 as its authors have it; - is not known; --json has addresses and notes")
 
     return run

@@ -1,7 +1,7 @@
 """Where in the content of a file its tensors lie, under whatever keys and wrappers."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ddetr.untrusted import MAX_DEPTH, MAX_DICTS
@@ -17,6 +17,19 @@ _WRAPPERS = re.compile(
 def without_wrappers(name: str) -> str:
     """The name of a tensor without what PyTorch's wrappers put into it: "module.fc.weight" -> "fc.weight"."""
     return _WRAPPERS.sub("", name)
+
+
+Rules = Sequence[tuple[str, str]]  # (pattern, replacement), applied in order to each name
+
+
+def renamed(names: Iterable[str], rules: Rules) -> dict[str, str]:
+    """Each name -> what the rules make of it, one after another."""
+    new = {}
+    for name in names:
+        new[name] = name
+        for pattern, replacement in rules:
+            new[name] = re.sub(pattern, replacement, new[name])
+    return new
 
 
 def state_dicts(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:

@@ -6,6 +6,7 @@ from typing import Any
 from ddetr.bench.gpu.sheet import Sheet
 from ddetr.bench.gpu.stages import STAGES
 from ddetr.bench.record import describe
+from ddetr.wording import aligned
 
 
 def outcome(sheet: Sheet) -> str:
@@ -21,7 +22,7 @@ def shown(sheet: Sheet) -> Iterator[Any]:
     """A stage for the terminal."""
     yield f"\n== {sheet.stage}: {STAGES[sheet.stage].what} ({outcome(sheet)})"
     for table in sheet.tables:
-        yield "\n".join([table.title, *_aligned([table.columns, *table.rows])])
+        yield "\n".join([table.title, *(f"  {line}" for line in aligned([table.columns, *table.rows]))])
     yield from sheet.lines
     yield from (f"WRONG: {check.what}: {check.detail}" for check in sheet.checks if not check.ok)
     yield from (f"left out: {what}: {why}" for what, why in sheet.skipped)
@@ -49,13 +50,6 @@ def markdown(report: Mapping[str, Any], sheets: Mapping[str, Sheet]) -> str:
             if entries:
                 lines += ["", *([title, ""] if title else []), *(f"- {entry}" for entry in entries)]
     return "\n".join(lines) + "\n"
-
-
-def _aligned(rows: list[list[str]]) -> Iterator[str]:
-    """Columns under each other, as wide as they are: a table of the terminal would be cut to its width in a file."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
 
 
 def _row(cells: list[str]) -> str:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ddetr.weight_files.state_dicts import Rules, renamed
+
 # Before the names of the backbone, the first that fits; of MoCo's two networks that which is trained.
 PREFIXES = (
     "",
@@ -30,8 +32,6 @@ PREFIXES = (
 )
 # The keys of networks that are averages of the trained one: measured and published by their projects.
 AVERAGES = ("teacher", "model_ema", "ema", "ema_model")
-
-Rules = Sequence[tuple[str, str]]  # (pattern, replacement), applied in order to each name
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,7 @@ class Naming:
 
     def renamed(self, names: Iterable[str]) -> dict[str, str]:
         """Each name -> timm's."""
-        new = {}
-        for name in names:
-            new[name] = name
-            for pattern, replacement in self.rules:
-                new[name] = re.sub(pattern, replacement, new[name])
-        return new
+        return renamed(names, self.rules)
 
 
 def _merged_as_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

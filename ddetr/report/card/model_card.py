@@ -233,8 +233,7 @@ def _source(run: RunFiles) -> str | None:
 
 
 def _begun(run: RunFiles) -> Mapping[str, Any]:
-    found = next((one["weights"] for one in run.sessions if isinstance(one.get("weights"), Mapping)), {})
-    return found
+    return next((one["weights"] for one in run.sessions if isinstance(one.get("weights"), Mapping)), {})
 
 
 def _last_environment(run: RunFiles) -> Mapping[str, Any]:
