@@ -19,11 +19,18 @@ from ddetr.checkpoint.class_rows import RowClass
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, UNUSED
 from ddetr.checkpoint.foreign import SourceWeights, num_class_rows, weights_of
 from ddetr.checkpoint.preprocessing import input_beside
-from ddetr.checkpoint.published import COLORS, LIGHTNING, Checkpoint, is_checkpoint, parse_checkpoint
+from ddetr.checkpoint.published import (
+    COLORS,
+    LIGHTNING,
+    Checkpoint,
+    is_checkpoint,
+    parse_checkpoint,
+    portable_config,
+)
 from ddetr.checkpoint.report import Remark
 from ddetr.datasets.annotations import Category
 from ddetr.errors import InputError
-from ddetr.models.deformable_detr import DeformableDETR
+from ddetr.models.deformable_detr import DeformableDETR, check_fits
 from ddetr.printable import one_line
 from ddetr.weight_files.architectures import architecture_of
 from ddetr.weight_files.files import FileContent
@@ -77,6 +84,14 @@ def read_detector(path: str | Path) -> Checkpoint:
     for note in found.notes:
         logger.info("%s: %s", Path(path).name, note)
     return found.checkpoint
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The arguments of the network in such a file; raises as `read_detector`, and where the weights are not of them."""
+    checkpoint = read_detector(path)
+    config = portable_config(checkpoint.config)
+    check_fits(config, checkpoint.model)
+    return config
 
 
 def recognise(path: str | Path, weights: Weights | None = None) -> Recognised:

@@ -1,7 +1,7 @@
 """The commands `ddetr train`, `ddetr preflight` and `ddetr demo`."""
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ddetr import console
@@ -19,7 +19,7 @@ def train_command(parser: Parser) -> Callable[[Any], None]:
         from ddetr.engine.train import train
         from ddetr.runtime.distributed import is_first_process
 
-        result = train(training_config(settings))
+        result = train(training_config(settings, parser.said))
         if is_first_process():
             print_result(result)
 
@@ -35,7 +35,7 @@ def preflight_command(parser: Parser) -> Callable[[Any], None]:
         existing(settings.data.path)
         from ddetr.engine.train import preflight
 
-        preflight(training_config(settings))
+        preflight(training_config(settings, parser.said))
 
     return run
 
@@ -61,16 +61,18 @@ def add_training_options(parser: Parser, *, skip: Sequence[str] = ()) -> None:
     parser.set_defaults({f"model.{name}": value for name, value in DEFAULT_MODEL.items()})
 
 
-def training_config(settings: Any) -> Any:
-    """What was read by `add_training_options` -> `TrainConfig`; options of others are left alone."""
+def training_config(settings: Any, said: Collection[str] | None = None) -> Any:
+    """What was read by `add_training_options` -> `TrainConfig`; options of others are left alone.
+
+    said: the options that were given, where those of the network that were not may come from its weights.
+    """
     from dataclasses import fields
 
     from ddetr.engine.config import TrainConfig
 
     given = vars(settings)
-    return TrainConfig(
-        **{f.name: given[f.name] for f in fields(TrainConfig) if f.name in given} | {"model": vars(given["model"])}
-    )
+    model = {name: value for name, value in vars(given["model"]).items() if said is None or f"model.{name}" in said}
+    return TrainConfig(**{f.name: given[f.name] for f in fields(TrainConfig) if f.name in given} | {"model": model})
 
 
 def print_result(result: Any) -> None:

@@ -69,8 +69,8 @@ class TrainConfig:
     data: DataConfig
     """Where the data set is, and how it is loaded."""
     model: Mapping[str, Any] = option(dict)
-    """Arguments of `DeformableDETR`; `num_classes` comes from the data, and what is left out has `DEFAULT_MODEL` and
-    then the constructor's default."""
+    """Arguments of `DeformableDETR`; `num_classes` comes from the data. What is left out is as in the file of `weights`
+    where there is one (the training fills it in), else as in `DEFAULT_MODEL`, else the constructor's default."""
     loss: LossWeights = LossWeights()
     """Weights of losses and matching costs."""
     auxiliary: AuxiliaryConfig = AuxiliaryConfig()
@@ -144,7 +144,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        object.__setattr__(self, "model", complete_model(self.model))
+        complete = complete_model(self.model)  # with weights it is complete once these are read
+        object.__setattr__(self, "model", complete if self.weights is None else dict(self.model))
         if self.compile and self.data.padded_shapes is None:
             object.__setattr__(self, "data", replace(self.data, padded_shapes=DEFAULT_SHAPES))
 
@@ -152,6 +153,14 @@ class TrainConfig:
     def starts_from_weights(self) -> bool:
         """Whether the backbone comes from a file, or from ImageNet."""
         return bool(self.weights or self.model["pretrained_backbone"])
+
+    def with_network_of(self, model: Mapping[str, Any]) -> "TrainConfig":
+        """The same with a complete network: what is left out as in `model`, a network's arguments, some or all.
+
+        Raises:
+            InputError: a name that is no argument.
+        """
+        return replace(self, model=complete_model({**model, **self.model}))
 
     def with_batch_sizes(self, before: Mapping[str, Any]) -> "TrainConfig":
         """The same with the paper's batch where it is "auto", whose micro-batches then are too.

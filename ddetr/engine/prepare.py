@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ddetr import console
+from ddetr.checkpoint.detectors import read_config
 from ddetr.checkpoint.foreign import check_is_weights
 from ddetr.datasets import Annotations, AuditReport, audit
 from ddetr.datasets.image_files import reading_on_screen
@@ -31,6 +32,8 @@ from ddetr.runtime.distributed import is_first_process
 from ddetr.weight_files.sources import find_weights
 
 logger = logging.getLogger(__name__)
+
+_NOT_OF_WEIGHTS = ("num_classes", "pretrained_backbone", "freeze_backbone")  # of the data and of the training
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,21 @@ def prepare(config: TrainConfig) -> Prepared:
     if where["accelerator"] == "cuda":
         use_expandable_segments()
     run, resume_file = RunFolder.choose(config.output, config.resume, root.resolve().name)
-    config = config.with_batch_sizes(run.settings() if resume_file is not None else {})
+    before = run.settings() if resume_file is not None else {}
+    config = config.with_batch_sizes(before)
+    weights = None
+    if config.weights is not None and resume_file is None:
+        weights = find_weights(config.weights)
+        check_is_weights(weights)
+        config = _with_network_of(config, weights)
+    elif config.weights is not None:
+        config = config.with_network_of(before.get("model") or {})
     if resume_file is not None:
         run.check_unchanged(config, resume_file)
         if is_first_process():
             with run.claimed(is_new=False):
                 pass  # whoever cannot have it is told so before the data are read
     _check_options(config, where["devices"] * where["num_nodes"], is_resumed=resume_file is not None)
-    weights = None
-    if config.weights is not None and resume_file is None:
-        weights = find_weights(config.weights)
-        if is_first_process():
-            check_is_weights(weights)
     with reading_on_screen(config.data.path):
         held_back = read_held_back(run.path) if resume_file is not None else None
         train_set, val_set = load_splits(config.data, keep_empty=config.data.keep_empty, held_back=held_back)
@@ -105,6 +111,24 @@ def prepare(config: TrainConfig) -> Prepared:
         if resume_file is not None:
             other_val = check_same_data(run.path, traits, accept_changes=config.accept_changed_data)
     return Prepared(config, run, resume_file, where, loggers, train_set, val_set, weights, report, traits, other_val)
+
+
+def _with_network_of(config: TrainConfig, weights: Path) -> TrainConfig:
+    """The same with the network of a file of weights, where the options say nothing of it."""
+    own = config.with_network_of({})
+    try:
+        network = {name: value for name, value in read_config(weights).items() if name not in _NOT_OF_WEIGHTS}
+        found = config.with_network_of(network)
+        with torch.device("meta"):
+            DeformableDETR(**dict(found.model, pretrained_backbone=False), num_classes=1)
+    except InputError as error:  # a part of a detector, or one that does not go with the options: what fits is loaded
+        if is_first_process():
+            logger.info("the network is as the options say, not as in the weights: %s", error)
+        return own
+    taken = [f"{name} {value}" for name, value in found.model.items() if value != own.model[name]]
+    if taken and is_first_process():
+        logger.info("the network is that of %s where no option says otherwise: %s", weights.name, ", ".join(taken))
+    return found
 
 
 def _check_options(config: TrainConfig, num_processes: int, *, is_resumed: bool) -> None:

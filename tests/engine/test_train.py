@@ -14,7 +14,7 @@ import torch
 import yaml
 from forks import Forks
 
-from ddetr.checkpoint import build_from_checkpoint, load_checkpoint
+from ddetr.checkpoint import build_from_checkpoint, load_checkpoint, save_checkpoint
 from ddetr.datasets import draw_shapes
 from ddetr.datasets.config import DataConfig
 from ddetr.engine.callbacks import Clock, Publish
@@ -28,6 +28,7 @@ from ddetr.engine.train import CALLBACK_ORDER, Built, RunResult, build, callback
 from ddetr.errors import InputError
 from ddetr.models.auxiliary import AuxiliaryConfig
 from ddetr.models.criterion import SetCriterion
+from ddetr.models.deformable_detr import DeformableDETR
 
 EPOCHS, STEPS = 3, 2  # of the short runs: epochs, and steps per epoch
 
@@ -277,6 +278,52 @@ def test_starting_from_the_weights_of_a_run_with_other_classes(
     assert torch.equal(new["query_embed.weight"], old["query_embed.weight"])
     assert new["class_embed.0.weight"].shape == (2, 32)
     assert torch.equal(new["class_embed.0.weight"][1], old["class_embed.0.weight"][2])  # triangle, by its name
+
+
+def test_the_network_is_that_of_the_weights_where_nothing_else_is_said(
+    tiny_run: RunResult, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    config = TrainConfig(
+        **settings
+        | {
+            "model": {"num_queries": 7, "dropout": 0.25},
+            "weights": str(tiny_run.path / "best.pth"),
+            "output": str(tmp_path / "run"),
+        }
+    )
+    train(replace(config, epochs=1))
+    expected = {**load_checkpoint(tiny_run.path / "best.pth").config, "num_queries": 7, "dropout": 0.25}
+    for name in ("pretrained_backbone", "freeze_backbone"):  # these are of the training
+        del expected[name]
+    assert expected.items() <= load_checkpoint(tmp_path / "run" / "last.pth").config.items()
+
+    before = load_checkpoint(tmp_path / "run" / "last.pth").config
+    train(replace(config, epochs=2, resume=str(tmp_path / "run")))  # the same options go on with it
+    assert load_checkpoint(tmp_path / "run" / "last.pth").config == before
+
+
+def test_options_that_do_not_go_with_the_network_of_the_weights_are_taken_as_they_are(
+    tiny_run: RunResult, settings: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = load_checkpoint(tiny_run.path / "best.pth")
+    weights = tmp_path / "mixed.pth"
+    two_stage = {"with_box_refine": True, "two_stage": True, "mixed_selection": True}
+    network = DeformableDETR(**published.config | two_stage)
+    save_checkpoint(weights, replace(published, config=network.config, model=network.state_dict()))
+    plain = {name: value for name, value in settings["model"].items() if name not in two_stage}
+    config = TrainConfig(
+        **settings
+        | {
+            "model": plain | {"with_box_refine": False, "two_stage": False},  # without a word on mixed_selection
+            "weights": str(weights),
+            "epochs": 1,
+            "output": str(tmp_path / "run"),
+        }
+    )
+    with caplog.at_level("INFO"):
+        train(config)
+    assert "the network is as the options say" in caplog.text
+    assert not load_checkpoint(tmp_path / "run" / "last.pth").config["mixed_selection"]
 
 
 def test_weights_of_another_architecture_are_refused(
