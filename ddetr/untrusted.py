@@ -15,6 +15,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -159,6 +160,11 @@ def parse_json(text: str, what: str, pairs_hook: Callable[[list[tuple[str, Any]]
         raise InputError(f"{what} can't be read: its JSON is nested hundreds of levels deep") from None
     except ValueError as error:  # Python reads no whole number of more than 4300 digits
         raise InputError(f"{what} can't be read: {error}") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a finite number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

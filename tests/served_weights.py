@@ -32,6 +32,9 @@ class Served:
     """What the server has, and what it was asked.
 
     `cuts`: bytes after which a connection ends, used up one download each.
+    `goes_on`: whether a request for the rest of a file gets it.
+    `says_length`: whether an answer has the length of a file; a connection that ends is then all that tells its end.
+    `says_version`: whether an answer has the ETag of a file.
     `answers`: (status, headers, body) for a path below /files/, in place of a file.
     """
 
@@ -40,6 +43,9 @@ class Served:
     files: dict[str, bytes] = field(default_factory=dict)
     answers: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)
+    goes_on: bool = True
+    says_length: bool = True
+    says_version: bool = True
     token: str = "hf_right"
     is_down: bool = False
     requests: list[str] = field(default_factory=list)  # "GET /path", with the first byte where it was asked for a rest
@@ -132,9 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, content: bytes, headers: dict[str, str], with_body: bool) -> None:
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        headers = headers | {"ETag": etag, "Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
+        headers = headers | ({"ETag": etag} if self.served.says_version else {})
+        headers |= {"Accept-Ranges": "bytes", "Content-Type": "application/octet-stream"}
         first = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        start = int(first[1]) if first and self.headers.get("If-Range", etag) == etag else 0
+        is_same = self.served.goes_on and self.headers.get("If-Range", etag) == etag
+        start = int(first[1]) if first and is_same else 0
         if start >= len(content) > 0:
             return self._send(416, headers | {"Content-Range": f"bytes */{len(content)}"}, b"")
         if start:
@@ -143,7 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, with_body: bool = True) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        length = {"Content-Length": str(len(body))}
+        if "Accept-Ranges" in headers and not self.served.says_length:
+            length = {"Connection": "close"}  # and so does the server: the header tells it to
+        for name, value in (length | headers).items():
             self.send_header(name, value)
         self.end_headers()
         if not with_body:

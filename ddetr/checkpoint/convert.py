@@ -111,14 +111,17 @@ def convert_checkpoint(
             )
         checkpoint = _for_others(checkpoint, format, model)
     make_folder(path.parent, "OUT")
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
-        new = Path(folder, path.name)
-        _write(new, checkpoint, format, len(model.backbone[0].num_channels))
-        _check_same(new, checkpoint.model)
-        num_bytes = sum(file.stat().st_size for file in (new.iterdir() if new.is_dir() else [new]))
-        if path.is_dir():
-            os.replace(path, Path(folder, "before"))
-        os.replace(new, path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+            new = Path(folder, path.name)
+            _write(new, checkpoint, format, len(model.backbone[0].num_channels))
+            _check_same(new, checkpoint.model)
+            num_bytes = sum(file.stat().st_size for file in (new.iterdir() if new.is_dir() else [new]))
+            if path.is_dir():
+                os.replace(path, Path(folder, "before"))
+            os.replace(new, path)
+    except OSError as error:
+        raise InputError(f"OUT: {path} cannot be written ({error.strerror or error})") from error
     return Converted(
         path, len(checkpoint.model), num_bytes, () if format == "ours" else _notes(checkpoint, format, path)
     )

@@ -9,6 +9,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from ddetr.checkpoint.class_rows import RowClass
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, UNUSED
-from ddetr.checkpoint.foreign import SourceWeights, num_class_rows, weights_of
+from ddetr.checkpoint.foreign import BODY, COUNTER, SourceWeights, num_class_rows, published_beside, weights_of
 from ddetr.checkpoint.preprocessing import input_beside
 from ddetr.checkpoint.published import (
     COLORS,
@@ -38,8 +39,6 @@ from ddetr.weight_files.folders import Weights, read_files
 
 logger = logging.getLogger(__name__)
 
-_BODY = "backbone.0.body."
-_COUNTER = "num_batches_tracked"  # of norms that were not frozen: nothing that is found depends on it
 # Bottlenecks or not, blocks of each stage -> timm's ResNets of that kind, the commonest first; their shapes differ.
 _RESNETS: dict[tuple[bool, tuple[int, ...]], tuple[str, ...]] = {
     (False, (1, 1, 1, 1)): ("resnet10t",),
@@ -102,9 +101,10 @@ def recognise(path: str | Path, weights: Weights | None = None) -> Recognised:
     path = Path(path)
     weights = weights or read_files(path)
     content, metadata, records, _ = weights
-    is_own_run = isinstance(content, dict) and LIGHTNING in content and COLORS in content  # names no classes
-    if is_checkpoint(content, metadata) or is_own_run:
+    if is_checkpoint(content, metadata):
         return Recognised(parse_checkpoint(path, FileContent(content, metadata, records)), "ddetr")
+    if isinstance(content, dict) and LIGHTNING in content and COLORS in content:
+        return _of_own_run(path, weights)
     source = weights_of(path, weights)
     if (other := architecture_of(source.in_file)) is not None:
         raise InputError(
@@ -124,6 +124,25 @@ def recognise(path: str | Path, weights: Weights | None = None) -> Recognised:
         training={"weights": {"file": path.name, "project": source.kind}},
     )
     return Recognised(checkpoint, source.kind, source.where, source.left_out, tuple(notes))
+
+
+def _of_own_run(path: Path, weights: Weights) -> Recognised:
+    """The state of a run of ours, which names neither classes nor sizes, by what the run has published beside it."""
+    published = published_beside(path, weights.content)
+    if published is None:
+        raise InputError(
+            f"{path}: expected a whole detector, got the state of a run, which names neither classes nor sizes: give "
+            "best.pth or last.pth of the run's folder, or put one of them beside it. --resume RUN goes on with the run"
+        )
+    config = portable_config(published.config)
+    source = weights_of(path, weights)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in DeformableDETR(**config).state_dict().items()}
+    tensors = {name: value for name, value in source.tensors.items() if name in shapes}
+    counters = {name: value for name, value in tensors.items() if name.endswith(COUNTER)}
+    model = _weights(path, replace(source, tensors=tensors), shapes) | counters
+    checkpoint = replace(published, config=config, model=model, metrics={})
+    return Recognised(checkpoint, source.kind, source.where, source.left_out)
 
 
 def _check_configuration(path: Path, told: Mapping[str, Any]) -> None:
@@ -203,7 +222,7 @@ def _config(path: Path, source: SourceWeights, notes: list[str]) -> tuple[dict[s
         if all(
             name in tensors and tensors[name].shape == shape
             for name, shape in shapes.items()
-            if name.startswith(_BODY) and not name.endswith(_COUNTER)
+            if name.startswith(BODY) and not name.endswith(COUNTER)
         ):
             return config | {"backbone": backbone}, shapes
         problems.append(f"its backbone has other weights than timm's {one_line(backbone)!r}")
@@ -241,7 +260,7 @@ def _heads_and_points(path: Path, source: SourceWeights, notes: list[str]) -> tu
 
 def _backbones(path: Path, source: SourceWeights) -> list[str]:
     """Names of timm models that the backbone may be, the likeliest first."""
-    body = [name.removeprefix(_BODY) for name in source.tensors if name.startswith(_BODY)]
+    body = [name.removeprefix(BODY) for name in source.tensors if name.startswith(BODY)]
     if source.kind != "transformers" and any(n.endswith(".relative_position_bias_table") for n in source.tensors):
         raise InputError(
             f"{path}: expected a backbone that timm has, got the Swin transformer of its own project, which norms the "
@@ -273,7 +292,7 @@ def _weights(path: Path, source: SourceWeights, shapes: Mapping[str, torch.Size]
         if family in only:  # a library that stores shared tensors once has kept one head of many
             twin = f"{family}.{only[family]}.{rest.partition('.')[2]}"
         tensor = tensors.get(name, tensors.get(twin))
-        if name.endswith(_COUNTER):
+        if name.endswith(COUNTER):
             continue
         if tensor is None:
             missing.append(name)
@@ -289,7 +308,7 @@ def _weights(path: Path, source: SourceWeights, shapes: Mapping[str, torch.Size]
             f"{path}: expected all weights of the detector, but {len(missing)} of {len(shapes)} tensors are missing, "
             f"first {missing[0]}: it is a part of one. Start from it with --weights"
         )
-    ignored = (_COUNTER, "total_params", "total_ops")  # the last two are left by tools that count operations
+    ignored = (COUNTER, "total_params", "total_ops")  # the last two are left by tools that count operations
     left = [name for name in tensors if name not in shapes and not name.endswith(ignored)]
     if left:
         raise InputError(

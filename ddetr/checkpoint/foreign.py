@@ -27,6 +27,9 @@ from ddetr.weight_files.folders import Weights, read_files
 from ddetr.weight_files.pickled import StandIn, TensorView, mapping_of
 from ddetr.weight_files.state_dicts import tensor_names, whole_model
 
+BODY = "backbone.0.body."  # before the backbone's own names
+COUNTER = "num_batches_tracked"  # of norms that were not frozen: nothing that is found depends on it
+
 
 @dataclass(frozen=True)
 class SourceWeights:
@@ -111,7 +114,7 @@ def weights_of(path: Path, weights: Weights) -> SourceWeights:
         config = _config_of(kind, content, transformers_config)
         config.setdefault("with_box_refine", detector.repeats_box_heads)
         classes = _classes_of(kind, tensors, content, transformers_config)
-        if (published := _published_beside(path, content)) is not None:
+        if (published := published_beside(path, content)) is not None:
             kind, config, classes = "ddetr", published.config, _row_classes(published)
         beside = input_beside(path, kind)
         colors = colors_in(content) if LIGHTNING in content else checked_colors(beside["mean"], beside["std"])
@@ -149,8 +152,9 @@ def _row_classes(checkpoint: Checkpoint) -> tuple[RowClass, ...]:
     return tuple(RowClass(name, category.category_id) for name, category in zip(names, checkpoint.categories))
 
 
-def _published_beside(path: Path, content: Mapping[Any, Any]) -> Checkpoint | None:
-    """What a run of ours has published beside its state, which itself names no classes; without the weights."""
+def published_beside(path: Path, content: Mapping[Any, Any]) -> Checkpoint | None:
+    """What a run of ours has published beside its state, which itself names no classes; without the weights. None where
+    it is no state or nothing lies there."""
     if LIGHTNING not in content:
         return None
     for file in (path.with_name("last.pth"), path.with_name("best.pth")):
@@ -210,7 +214,7 @@ def _why_none(path: Path, content: Any) -> str:
 def to_official_state_dict(model: DeformableDETR) -> dict[str, Tensor]:
     """The state dict as the official code saves it: its refining decoder holds the heads a second time."""
     state_dict = model.state_dict()
-    counters = [name for name in state_dict if name.endswith("num_batches_tracked")]  # its norms are always frozen
+    counters = [name for name in state_dict if name.endswith(COUNTER)]  # its norms are always frozen
     return with_decoder_heads({n: tensor for n, tensor in state_dict.items() if n not in counters}, model.config)
 
 

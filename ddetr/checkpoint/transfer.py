@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddetr.checkpoint.class_rows import match_rows
-from ddetr.checkpoint.foreign import SourceWeights, num_class_rows, read_weights
+from ddetr.checkpoint.foreign import BODY, COUNTER, SourceWeights, num_class_rows, read_weights
 from ddetr.checkpoint.heads import HeadMap
 from ddetr.checkpoint.report import ClassOrigin, LoadReport, Remark
 from ddetr.datasets.annotations import Category
@@ -99,6 +99,7 @@ class _Transfer:
                 report.adapted.append(Remark(name, found.how))
             else:
                 report.loaded.append(name)
+        self._check_backbone(path)
         for name, value in self.values.items():
             if not value.isfinite().all():
                 raise InputError(
@@ -115,6 +116,19 @@ class _Transfer:
         report.skipped += [Remark(name, "beside the detector, not of it") for name in self.source.others]
         return report
 
+    def _check_backbone(self, path: Path) -> None:
+        """Raises `InputError` where the file has another backbone: trained blocks between random ones learn nothing."""
+        own = [name for name in self.own if name.startswith(BODY) and not name.endswith(COUNTER)]
+        missing = [name for name in own if name not in self.values]
+        if missing:
+            first = self.refused.get(missing[0], "not in the file")
+            raise InputError(
+                f"{path}: expected weights of the backbone {self.config['backbone']}, as the model has, but "
+                f"{len(missing)} of its {len(own)} tensors do not come from this {self.source.kind} file, first "
+                f"{missing[0]} ({first}): it has another backbone. Nothing was changed; set the model's backbone to "
+                "that of the file"
+            )
+
     @torch.no_grad()
     def apply(self) -> None:
         for name, value in self.values.items():
@@ -127,7 +141,7 @@ class _Transfer:
         head = re.match(r"(class_embed|bbox_embed)\.(\d+)\.", name)
         source_name = self.heads.source_name(name) if head else self._level_name(name)
         if source_name is None or source_name not in self.source.tensors:
-            if name.endswith("num_batches_tracked"):
+            if name.endswith(COUNTER):
                 return "a counter of trainable norms, which the file does not have"
             return self.heads.why_missing(name) if head else "not in the file"
         value = self.source.tensors[source_name]
@@ -295,7 +309,7 @@ class _Transfer:
         return targets, [level - self.level_shift for level in targets]
 
     def _why_skipped(self, name: str) -> str:
-        if name.endswith("num_batches_tracked"):
+        if name.endswith(COUNTER):
             return "a counter of trainable norms, which the model does not have"
         if name == "query_embed.weight" and self.source.two_stage and self.config["two_stage"]:
             return "the learned content of queries: set mixed_selection to have it"

@@ -249,6 +249,8 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
     name = next((n for n in (" ".join(arguments[:2]), arguments[0]) if n in COMMANDS), None)
     if name is None:
         if group := [n.split()[1] for n in COMMANDS if n.startswith(f"{arguments[0]} ")]:
+            if arguments[1:2] in (["-h"], ["--help"]):
+                return lambda: console.show(_overview(f"{arguments[0]} "))
             raise InputError(f"ddetr {arguments[0]}: expected a command, one of: {', '.join(group)}")
         raise InputError(
             f"no command {arguments[0]!r}{did_you_mean(arguments[0], COMMANDS)}: expected one of {', '.join(COMMANDS)}"
@@ -258,10 +260,11 @@ def parse(arguments: Sequence[str]) -> Callable[[], int | None]:
     return partial(run, parser.read(arguments[len(name.split()) :]))
 
 
-def _overview() -> str:
-    lines = ["usage: ddetr COMMAND [options]; ddetr COMMAND --help lists the options of a command", ""]
-    lines += [f"  {name:<18} {command.__doc__}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", "  --version          the version of ddetr"])
+def _overview(group: str = "") -> str:
+    """The commands whose names begin so."""
+    lines = [f"usage: ddetr {group}COMMAND [options]; ddetr {group}COMMAND --help lists the options of a command", ""]
+    lines += [f"  {name:<18} {command.__doc__}" for name, command in COMMANDS.items() if name.startswith(group)]
+    return "\n".join(lines if group else [*lines, "", "  --version          the version of ddetr"])
 
 
 if __name__ == "__main__":

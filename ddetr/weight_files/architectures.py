@@ -27,13 +27,14 @@ _DETECTORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("DETA", (r"(?:^|\.)pix_trans\.",)),
     ("MS-DETR", (r"decoder\.layers\.\d+\.linear3\.", r"decoder\.layers\.\d+\.linear4\.")),
     ("DAB-DETR or DN-DETR", (r"(?:^|\.)(?:refpoint_embed|anchor_box_embed)\.", r"(?:^|\.)ref_point_head\.")),
+    ("Conditional DETR", (r"(?:^|\.)(?:ca_qcontent_proj|encoder_attn\.q_pos_sine_proj)\.",)),
     ("DINO, or a detector made from it", (r"(?:^|\.)(?:ref_point_head|reference_points_head)\.",)),
-    ("Conditional DETR", (r"(?:^|\.)ca_qcontent_proj\.",)),
     ("DETR", (r"(?:^|\.)input_proj(?:ection)?\.weight$", r"(?:^|\.)(?:class_embed|class_labels_classifier)\.weight$")),
     ("DETR (mmdetection)", (r"(?:^|\.)bbox_head\.fc_cls\.", r"(?:^|\.)query_embedding\.")),
     ("MaskFormer or Mask2Former", (r"(?:^|\.)(?:sem_seg_head|pixel_level_module|panoptic_head)\.",)),
     ("Faster R-CNN or a relative", (r"(?:^|\.)(?:rpn|rpn_head|proposal_generator)\.", r"(?:^|\.)roi_heads?\.")),
     ("RetinaNet or a relative", (r"(?:^|\.)(?:head\.classification_head|bbox_head\.(?:retina_cls|conv_cls))\.",)),
+    ("YOLOS", (r"(?:^|\.)(?:embeddings\.detection_tokens|det_token)$",)),
     ("YOLOX", (r"(?:^|\.)(?:head|bbox_head)\.(?:cls_preds|multi_level_conv_cls)\.",)),
     ("YOLO", (r"^(?:model\.)+0\.conv\.weight$", r"^(?:model\.)+\d+\.(?:cv\d|m)\.")),
 )
@@ -43,6 +44,7 @@ _BACKBONES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Swin Transformer", (r"relative_position_bias_table$|\.attn\.cpb_mlp\.",)),
     ("vision transformer", (r"(?:^|\.)(?:blocks\.\d+\.attn\.qkv|layers?\.\d+\.attention(?:\.attention)?\.\w+)\.",)),
     ("ConvNeXt", (r"(?:^|\.)stages\.\d\.(?:blocks\.)?\d+\.(?:conv_dw|dwconv)\.",)),
+    ("EfficientNet", (r"(?:^|\.)_blocks\.\d+\._depthwise_conv\.",)),
     ("EfficientNet, MobileNet or a relative", (r"(?:^|\.)blocks\.\d+\.\d+\.(?:conv_pw|conv_dw)\.",)),
 )
 _OF_DETECTORS = re.compile(r"bbox|(?:^|[._])(?:rpn|roi|decoder|anchor|query|heads?\.\w+_head)(?:[._]|$)")

@@ -1,7 +1,8 @@
 """Files of https addresses in a cache folder: whole, checked, once for all processes, and resumed where they were cut.
 
-Beside FILE lie FILE.json (where it came from, and its sha256, against which it is checked later) and, while it is on
-its way, FILE.part.
+FILE is named after its address. Beside it lie FILE.json (where it came from, and its sha256, against which it is
+checked later) and, while it is on its way, FILE.part. Only what can be read as weights gets its name; where that says
+nothing of the content, or something wrong, the file is FILE.safetensors or FILE.pth.
 """
 
 import errno
@@ -22,14 +23,16 @@ from ddetr.errors import InputError
 from ddetr.files import write_text
 from ddetr.printable import one_line
 from ddetr.untrusted import MAX_RUN_BYTES, MAX_WEIGHT_BYTES, open_file, parse_json, read_text
+from ddetr.weight_files.files import COPY_AGAIN, read_file, suffix_of_content
 
 CACHE_VARIABLE = "DDETR_CACHE"
 MOST_REDIRECTS = 10
-MOST_TRIES = 4  # without a new byte
+MOST_TRIES = 4  # that get no further than those before
 WAIT_SECONDS = 1.0  # before the second try; it doubles
 _CHUNK = 2**20
+_ENDS = (".safetensors", ".pth")  # that a name may get behind its own
 _LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-_BY_HAND = "Or download it where there is a network, and give the file itself: --weights FILE"
+_BY_HAND = "Or download it where there is a network, and give the file itself"
 
 
 def weights_folder() -> Path:
@@ -41,7 +44,13 @@ def weights_folder() -> Path:
 
 
 def cached_path(address: str) -> Path:
-    """Where the file of an address lies, or would."""
+    """Where the file of an address lies, or would; once it is here, its suffix is one of its content."""
+    named = _named(address)
+    return next((path for path in (named, *(_beside(named, end) for end in _ENDS)) if path.is_file()), named)
+
+
+def _named(address: str) -> Path:
+    """FILE, by the address alone."""
     name = re.sub(r"[^\w.-]", "_", Path(urlsplit(address).path).name)[-150:].lstrip(".") or "weights.pth"
     stem, suffix = os.path.splitext(name)
     return weights_folder() / f"{stem}-{hashlib.sha256(address.encode()).hexdigest()[:8]}{suffix}"
@@ -56,23 +65,21 @@ def download(address: str, sha256: str | None = None) -> Path:
 
     Raises:
         InputError: one sentence with what to do: no network, no such file, no right to it, a web page instead of a
-            file, no room, another file than was expected.
+            file, no weights, damaged ones, no room, another file than was expected.
     """
     _check_address(address)
-    path = cached_path(address)
-    if path.is_file():  # it comes whole or not at all; the folder may be one that is only read
-        _check_cached(path, address, sha256)
+    if (path := _cached(address, sha256)) is not None:  # the folder may be one that is only read
         return path
     from huggingface_hub.utils import WeakFileLock
 
+    named = _named(address)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with WeakFileLock(_beside(path, ".lock")):
-            if not path.is_file():  # another process may have been first
-                _bring(address, path, sha256)
-        return path
+        named.parent.mkdir(parents=True, exist_ok=True)
+        with WeakFileLock(_beside(named, ".lock")):
+            path = _cached(address, sha256) or _repaired(cached_path(address), named)  # another process may be first
+            return path or _bring(address, named, sha256)
     except OSError as error:
-        raise InputError(no_room(path.parent, CACHE_VARIABLE, error)) from error
+        raise InputError(no_room(named.parent, CACHE_VARIABLE, error)) from error
 
 
 def sha256_of(path: Path) -> str:
@@ -103,6 +110,41 @@ def shown(address: str) -> str:
     return one_line(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl())
 
 
+def _cached(address: str, sha256: str | None) -> Path | None:
+    """The file of an address, where it is in the cache and can be read."""
+    path = cached_path(address)
+    if not path.is_file():
+        return None
+    _check_cached(path, address, sha256)
+    try:
+        read_file(path)
+    except InputError:
+        return None
+    return path
+
+
+def _repaired(path: Path, named: Path) -> Path | None:
+    """The file in the cache under the name that it should have; gone, with what is remembered of it, where it is no
+    weights. Earlier versions kept whatever came, as it was called."""
+    if not path.is_file():
+        return None
+    try:
+        return _put(path, named)
+    except InputError:
+        path.unlink()
+        _beside(named, ".json").unlink(missing_ok=True)
+        return None
+
+
+def _put(path: Path, named: Path) -> Path:
+    """Move a file to its place in the cache. Raises as `read_file`."""
+    suffix = suffix_of_content(path)
+    fits = named.suffix == suffix or (suffix == ".pth" and named.suffix not in ("", ".safetensors"))
+    place = named if fits else _beside(named, suffix)
+    os.replace(path, place)
+    return place
+
+
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name + suffix)
 
@@ -124,7 +166,7 @@ def _check_address(address: str) -> None:
 
 def _check_cached(path: Path, address: str, sha256: str | None) -> None:
     digest = sha256_of(path)
-    for expected in (sha256, _record(path).get("sha256")):
+    for expected in (sha256, _record(_named(address)).get("sha256")):
         if isinstance(expected, str) and not digest.startswith(expected):
             raise InputError(
                 f"{path}: its bytes are not those that came from {shown(address)} (sha256 {digest[:16]}..., expected "
@@ -141,36 +183,44 @@ def _record(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _bring(address: str, path: Path, sha256: str | None) -> None:
-    """The file of an address to `path`; what was there of it before is gone on with."""
-    part, remembered = _beside(path, ".part"), _record(path)
+def _bring(address: str, named: Path, sha256: str | None) -> Path:
+    """The file of an address in its place; what was there of it before is gone on with."""
+    part, remembered = _beside(named, ".part"), _record(named)
 
     def remember(**what: Any) -> None:
         remembered.update(what, address=shown(address))
-        write_text(_beside(path, ".json"), json.dumps(remembered, indent=1) + "\n")
+        write_text(_beside(named, ".json"), json.dumps(remembered, indent=1) + "\n")
 
-    with console.reading(f"downloading {one_line(path.name)}", "MB") as update:
+    with console.reading(f"downloading {one_line(named.name)}", "MB") as update:
         _transfer(address, part, remembered, remember, update)
     digest = sha256_of(part)
     if sha256 is not None and not digest.startswith(sha256):
         part.unlink()
         raise InputError(
             f"{shown(address)}: what came is not the published file (sha256 {digest[:16]}..., expected {sha256}...): "
-            "nothing of it was kept. Try again; if it stays so, take the file from its authors and give it: --weights "
-            "FILE"
+            "nothing of it was kept. Try again; if it stays so, take the file from its authors and give that"
         )
+    try:
+        suffix_of_content(part)
+    except InputError as error:
+        part.unlink()
+        reason = str(error).removeprefix(f"{part}: ").removesuffix(f". {COPY_AGAIN}")
+        raise InputError(
+            f"{shown(address)}: {reason}. Nothing of it was kept: try again; if it stays so, give another address or "
+            "the file itself"
+        ) from error
     before = remembered.get("sha256")
     if isinstance(before, str) and digest != before:
         part.unlink()
         raise InputError(
             f"{shown(address)}: the file there has changed since it was first downloaded (sha256 {digest[:16]}..., "
             f"then {one_line(before[:16])}...): nothing of it was kept. If you trust the new one, delete "
-            f"{_beside(path, '.json')}"
+            f"{_beside(named, '.json')}"
         )
     remember(sha256=digest, size=part.stat().st_size)
     with part.open("rb+") as file:
         os.fsync(file.fileno())
-    os.replace(part, path)
+    return _put(part, named)
 
 
 def _transfer(
@@ -182,12 +232,14 @@ def _transfer(
 ) -> None:
     """Fill `part`, in as many tries as it takes; each goes on where the one before was cut."""
     tries, wait = 0, WAIT_SECONDS
+    furthest = part.stat().st_size if part.exists() else 0
+    begins_anew = False  # a server that cannot go on, and cuts each time, would do so without end
     while True:
         had = part.stat().st_size if part.exists() else 0
         validator = remembered.get("validator")
         if had and not isinstance(validator, str):  # nothing would tell whether the rest is of the same file
             part.unlink()
-            had = 0
+            had, begins_anew = 0, True
         try:
             with _answer(address, had, validator) as answer:
                 if answer is None:  # `part` was longer than the file, or is all of it
@@ -196,18 +248,26 @@ def _transfer(
                     part.unlink()
                     continue
                 is_rest = answer.status_code == 206
+                begins_anew = not is_rest if had else begins_anew
                 total = _total(answer, had if is_rest else 0)
                 _check_size(address, total, had if is_rest else 0, part)
                 remember(validator=answer.headers.get("etag") or answer.headers.get("last-modified"), size=total)
-                _write(address, answer, part, is_rest=is_rest, total=total, update=update)
+                try:
+                    _write(address, answer, part, is_rest=is_rest, total=total, update=update)
+                except InputError:
+                    part.unlink(missing_ok=True)
+                    raise
                 return
         except _Cut as cut:
             now = part.stat().st_size if part.exists() else 0
-            if now > had:
-                tries, wait = 0, WAIT_SECONDS
+            if now > furthest:
+                tries, wait, furthest = 0, WAIT_SECONDS, now
             tries += 1
             if tries >= MOST_TRIES or not cut.may_pass:
                 kept = f" after {now:,} bytes, which are kept for the next try" if now else ""
+                if now and begins_anew:
+                    part.unlink()
+                    kept = f"; the server begins each try anew, and none got further than {furthest:,} bytes"
                 raise InputError(
                     f"{shown(address)} cannot be downloaded ({cut}){kept}: try again later. {_BY_HAND}"
                 ) from cut
@@ -272,7 +332,7 @@ def _accepted(address: str, answer: Any, had: int) -> Any:
     if status in (401, 403):
         raise InputError(
             f"{place}: the server wants a login, or forbids the download ({status}): download it in a browser, and "
-            "give the file: --weights FILE"
+            "give the file itself"
         )
     if status in (404, 410):
         raise InputError(f"{place}: there is no such file on the server ({status}): look for its new address")
@@ -290,7 +350,7 @@ def _accepted(address: str, answer: Any, had: int) -> Any:
 def _web_page(address: str) -> InputError:
     return InputError(
         f"{shown(address)}: expected a file of weights, got a web page, such as a login or a question whether to go on "
-        "(Google Drive asks so for large files): download the file in a browser, and give it: --weights FILE"
+        "(Google Drive asks so for large files): download the file in a browser, and give it"
     )
 
 

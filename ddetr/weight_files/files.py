@@ -34,6 +34,7 @@ from ddetr.untrusted import (
 from ddetr.weight_files.pickled import HostileFile, StandIn, StorageId, TensorView, read_pickle
 from ddetr.weight_files.signatures import HEAD_BYTES, PICKLE, PICKLE_RECORD, TORCH_ARCHIVE, TORCH_MAGIC, described
 
+COPY_AGAIN = "Copy or download it again"  # what a message of a damaged file ends with
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -127,13 +128,17 @@ class Records:
             except OSError as error:
                 raise InputError(f"{place.path}: cannot be read ({error.strerror or error})") from error
             if num_read != place.size or (place.crc and zlib.crc32(data) != place.crc):
-                raise InputError(f"{_cut_short(place.path)} (at {name}). Copy or download it again")
+                raise InputError(f"{_cut_short(place.path)} (at {name}). {COPY_AGAIN}")
             self._read[key] = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
         return self._read[key]
 
 
-def read_file(path: Path) -> FileContent:
+def read_file(path: Path, *, any_name: bool = False) -> FileContent:
     """Read a `.safetensors` file, or what `torch.save` wrote (either of its formats).
+
+    Args:
+        path: the file.
+        any_name: whether its suffix may be another than that of its content.
 
     Raises:
         InputError: no such file; another kind of file, or a damaged one; one that asks for something to be run.
@@ -149,7 +154,7 @@ def read_file(path: Path) -> FileContent:
         raise InputError(f"{path}: expected a file of weights, but {reason}") from error
     try:
         with raw as file:
-            return _read(path, file)
+            return _read(path, file, any_name=any_name)
     except HostileFile as error:
         raise InputError(
             f"{path}: expected tensors and plain values only, but the file wants to run {one_line(error)!r}, which was "
@@ -160,12 +165,20 @@ def read_file(path: Path) -> FileContent:
         raise
     except OSError as error:
         if error.errno == errno.EINVAL:  # a place before the beginning
-            raise InputError(f"{_cut_short(path)}. Copy or download it again") from error
+            raise InputError(f"{_cut_short(path)}. {COPY_AGAIN}") from error
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     except SafetensorError as error:
-        raise InputError(f"{_cut_short(path)} ({error}). Copy or download it again") from error
+        raise InputError(f"{_cut_short(path)} ({error}). {COPY_AGAIN}") from error
     except Exception as error:  # a damaged file raises anything, from KeyError to RecursionError
-        raise InputError(f"{_cut_short(path)}. Copy or download it again") from error
+        raise InputError(f"{_cut_short(path)}. {COPY_AGAIN}") from error
+
+
+def suffix_of_content(path: Path) -> str:
+    """ ".safetensors" or ".pth", by what the file holds, whatever it is called. No tensor is loaded; raises as
+    `read_file`."""
+    read_file(path, any_name=True)
+    with open_file(path) as file:
+        return ".safetensors" if _is_safetensors(file.read(HEAD_BYTES)) else ".pth"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -209,19 +222,22 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     write_atomically(path, write)
 
 
-def _read(path: Path, file: BinaryIO) -> FileContent:
+def _is_safetensors(head: bytes) -> bool:
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < MAX_RUN_BYTES and TORCH_MAGIC not in head[:40]
+
+
+def _read(path: Path, file: BinaryIO, *, any_name: bool) -> FileContent:
     """By what the file is, whatever it is called; one that is called the wrong thing says so."""
     head = file.read(HEAD_BYTES)
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
-    if size < 10:
-        raise InputError(f"{_cut_short(path)}. Copy or download it again")
-    is_zip, is_legacy = head.startswith(b"PK\x03\x04"), TORCH_MAGIC in head[:40]
-    is_safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < MAX_RUN_BYTES and not is_legacy
     what, hint = described(head, file), ""
-    if path.suffix == ".safetensors" and (is_zip or is_legacy):
+    if size < 10 and what != "JSON":
+        raise InputError(f"{_cut_short(path)}. {COPY_AGAIN}")
+    is_zip, is_legacy, is_safetensors = head.startswith(b"PK\x03\x04"), TORCH_MAGIC in head[:40], _is_safetensors(head)
+    if not any_name and path.suffix == ".safetensors" and (is_zip or is_legacy):
         hint = f". Rename it to {path.stem}.pth if it holds weights"
-    elif path.suffix != ".safetensors" and is_safetensors:
+    elif not any_name and path.suffix != ".safetensors" and is_safetensors:
         what, hint = "safetensors", f". Rename it to {path.stem}.safetensors"
     elif is_safetensors:
         return _read_safetensors(path, file)

@@ -73,7 +73,7 @@ def find_on_hub(place: HubPlace) -> Path:
     except _Failed as failed:
         there = _in_cache(place)
         if there is None:
-            raise InputError(_why(place, failed.error)) from failed.error
+            raise InputError(why_not_had(place, failed.error)) from failed.error
         logger.info("%s as it lies in the cache: %s", place, _short(failed.error))
         snapshot, names, wanted = there
         for name in names:
@@ -84,9 +84,9 @@ def find_on_hub(place: HubPlace) -> Path:
     try:
         path = _downloaded(place, names, files)
     except _Failed as failed:
-        if not _is_of_the_hub(failed.error) and getattr(failed.error, "errno", None) is not None:
+        if not is_of_the_hub(failed.error) and getattr(failed.error, "errno", None) is not None:
             raise InputError(no_room(Path(constants.HF_HUB_CACHE), "HF_HOME", failed.error)) from failed.error
-        raise InputError(_why(place, failed.error)) from failed.error
+        raise InputError(why_not_had(place, failed.error)) from failed.error
     return path / wanted
 
 
@@ -260,22 +260,27 @@ def _in_cache(place: HubPlace) -> tuple[Path, list[str], str] | None:
         return None
 
 
-def _is_of_the_hub(error: Any) -> bool:
-    from huggingface_hub.errors import EntryNotFoundError, FileMetadataError, HTTPError, OfflineModeIsEnabled
+def is_of_the_hub(error: Any) -> bool:
+    """Whether `why_not_had` knows what an error of the library means."""
+    from huggingface_hub import errors
 
-    return isinstance(error, EntryNotFoundError | FileMetadataError | HTTPError | OfflineModeIsEnabled)
+    kinds = errors.EntryNotFoundError | errors.FileMetadataError | errors.HTTPError | errors.OfflineModeIsEnabled
+    return isinstance(error, kinds | errors.HFValidationError)
 
 
 def _short(error: Any) -> str:
     return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
-def _why(place: HubPlace, error: Any) -> str:
-    """What is wrong, and what to do."""
+def why_not_had(place: HubPlace, error: Any, file: str = "such file") -> str:
+    """What an error of the library means for who wants a place of the hub, or a file there that the place does not
+    name, and what to do, in a sentence."""
     from huggingface_hub import constants, errors
 
+    if isinstance(error, errors.LocalEntryNotFoundError):  # it is not in the cache, and could not be asked for
+        error = error.__cause__ or error
     page = f"{constants.ENDPOINT}/{place.repo}"
-    by_hand = f"or download it where there is a network ({page}), and give the file itself: --weights FILE"
+    by_hand = f"or download it where there is a network ({page}), and give the file itself"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         return (
@@ -290,14 +295,20 @@ def _why(place: HubPlace, error: Any) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{place}: the repository has no revision {one_line(place.revision)!r}: see {page}/tree/main"
     if isinstance(error, errors.RemoteEntryNotFoundError):
-        return f"{place}: the repository has no such file: see {page}/tree/main"
+        return f"{place}: the repository has no {file}: see {page}/tree/main"
     if status == 403:
         return f"{place}: the hub forbids it ({status}): take a token (HF_TOKEN, `hf auth login`) that may read it"
     if isinstance(error, errors.HFValidationError):
         return f"{place}: expected a hub id such as org/name ({_short(error)})"
     if constants.HF_HUB_OFFLINE:
         return f"{place} is not in the cache, and HF_HUB_OFFLINE forbids to download it: unset it, {by_hand}"
-    reason = f"the hub answers {status}" if status is not None else _short(error.__cause__ or error)
+    if status is not None:
+        reason = f"the hub answers {status}"
+    elif isinstance(error, errors.LocalEntryNotFoundError):
+        reason = "there is no connection to it"
+    else:
+        reason = _short(error.__cause__ or error)
+        reason = f"there is no connection to it: {reason}" if isinstance(error, errors.HTTPError) else reason
     return f"{place} cannot be downloaded from {constants.ENDPOINT} ({reason}): try again, {by_hand}"
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ from weights_of import (
     to_transformers,
 )
 
-from ddetr.checkpoint import Checkpoint, build_from_checkpoint, read_detector, save_checkpoint, to_official_state_dict
+from ddetr.checkpoint import (
+    Checkpoint,
+    build_from_checkpoint,
+    load_checkpoint,
+    read_detector,
+    save_checkpoint,
+    to_official_state_dict,
+)
 from ddetr.checkpoint.coco_classes import COCO_CLASSES
 from ddetr.checkpoint.detectors import recognise
 from ddetr.datasets.annotations import Category, FindingLog, match_categories
@@ -237,3 +245,17 @@ def test_arrays_of_numpy_are_told_what_to_do(tmp_path: Path) -> None:
     torch.save({"model": weights}, tmp_path / "a.pth")
     with pytest.raises(InputError, match="an array of NumPy: where you trust the file, write it again"):
         read_detector(tmp_path / "a.pth")
+
+
+def test_the_state_of_a_run_is_what_the_run_published_beside_it(tiny_run: Any, tmp_path: Path) -> None:
+    found = recognise(tiny_run.path / "last.ckpt")
+    published = load_checkpoint(tiny_run.path / "last.pth")
+    assert (found.project, found.checkpoint.categories) == ("ddetr", published.categories)
+    assert found.checkpoint.config == published.config
+    got, expected = (build_from_checkpoint(checkpoint).state_dict() for checkpoint in (found.checkpoint, published))
+    assert got.keys() == expected.keys()
+    assert all(tensor.equal(expected[name]) for name, tensor in got.items())
+
+    shutil.copy(tiny_run.path / "last.ckpt", tmp_path)  # alone it says neither classes nor sizes
+    with pytest.raises(InputError, match=r"give best\.pth or last\.pth of the run's folder"):
+        recognise(tmp_path / "last.ckpt")

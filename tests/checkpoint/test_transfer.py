@@ -229,11 +229,17 @@ def test_another_hidden_size_is_refused(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused_and_changes_nothing(tmp_path: Path) -> None:
     path = save_official(tmp_path / "a.pth", make_model(1))
-    model = make_model(2, backbone="resnet18")
+    model = make_model(2, enc_layers=24, dim_feedforward=8192)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match=r"only \d+% of the model's parameters .* another architecture"):
         load_weights(model, path)
     assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_another_backbone_that_shares_blocks_is_refused(tmp_path: Path) -> None:
+    path = save_official(tmp_path / "a.pth", make_model(1, backbone="resnet18"))
+    with pytest.raises(InputError, match="expected weights of the backbone resnet34, .* it has another backbone"):
+        load_weights(make_model(2, backbone="resnet34"), path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

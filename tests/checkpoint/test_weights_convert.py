@@ -236,6 +236,7 @@ def test_nothing_is_replaced_unasked(tmp_path: Path) -> None:
         (tmp_path / "b.pth", "onnx", "expected one of ours, official, transformers, detrex"),
         (file / "b.pth", "ours", "cannot be made"),
         ("..", "transformers", "expected the name of a new file or folder"),
+        ("/proc/b.pth", "ours", "OUT: /proc/b.pth cannot be written"),
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             convert_checkpoint(checkpoint, output, format)

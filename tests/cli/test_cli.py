@@ -129,6 +129,14 @@ DATA = ", ".join(name.split()[1] for name in cli.COMMANDS if name.startswith("da
 BENCHES = ", ".join(name.split()[1] for name in cli.COMMANDS if name.startswith("bench "))
 
 
+@pytest.mark.parametrize("group", ["data", "weights", "bench"])
+def test_help_of_a_group_lists_its_commands(ddetr: Callable[..., Outcome], group: str) -> None:
+    code, out, _ = ddetr(group, "--help")
+    commands = [name for name in cli.COMMANDS if name.startswith(f"{group} ")]
+    assert code == 0
+    assert [line.split("  ")[1] for line in out.splitlines() if line.startswith("  ")] == commands
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -367,7 +375,7 @@ def test_files_that_are_no_checkpoints(
         "cut.pth": (best[: len(best) // 2], "damaged or cut short"),
         "empty.pth": (b"", "expected a file of weights"),
         "pickle.pth": (pickle.dumps(Malicious()), "expected a file of weights"),
-        "last.ckpt": ((tiny_run.path / "last.ckpt").read_bytes(), "training state"),
+        "last.ckpt": ((tiny_run.path / "last.ckpt").read_bytes(), "the state of a run, which names neither"),
     }
     for name, (content, message) in files.items():
         (tmp_path / name).write_bytes(content)

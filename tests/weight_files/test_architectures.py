@@ -26,6 +26,11 @@ DETECTORS = {
     "DETA": ["transformer.level_embed", "transformer.pix_trans.weight"],
     "MS-DETR": [f"transformer.decoder.layers.0.linear{part}.weight" for part in (1, 2, 3, 4)],
     "Conditional DETR": ["transformer.decoder.layers.0.ca_qcontent_proj.weight", "class_embed.weight"],
+    "Conditional DETR ": [
+        "model.decoder.ref_point_head.layers.0.weight",
+        "model.decoder.layers.1.encoder_attn.q_pos_sine_proj.weight",
+    ],
+    "YOLOS": ["vit.embeddings.detection_tokens", "vit.encoder.layer.0.attention.attention.query.weight"],
     "Faster R-CNN or a relative": ["rpn.head.cls_logits.weight", "roi_heads.box_predictor.cls_score.weight"],
     "RetinaNet or a relative": ["backbone.body.layer4.0.conv1.weight", "head.classification_head.cls_logits.weight"],
     "YOLO": ["model.model.0.conv.weight", "model.model.2.cv1.conv.weight"],
@@ -38,6 +43,7 @@ BACKBONES = {
     "Swin Transformer": ["layers.0.blocks.0.attn.relative_position_bias_table", "layers.0.blocks.0.attn.qkv.weight"],
     "vision transformer": ["cls_token", "blocks.0.attn.qkv.weight"],
     "ConvNeXt": ["stem.0.weight", "stages.0.blocks.0.conv_dw.weight"],
+    "EfficientNet": ["_conv_stem.weight", "_blocks.0._depthwise_conv.weight", "_fc.weight"],
     "EfficientNet, MobileNet or a relative": ["conv_stem.weight", "blocks.0.0.conv_dw.weight"],
 }
 

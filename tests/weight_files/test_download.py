@@ -2,7 +2,10 @@
 
 import errno
 import hashlib
+import io
 import json
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -10,13 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from served_weights import Served
 
 from ddetr.errors import InputError
 from ddetr.weight_files import download as module
 from ddetr.weight_files.download import cached_path, download
+from ddetr.weight_files.files import read_file
 
-WEIGHTS = bytes(range(256)) * 20_000  # 5 MB
+
+def saved(value: float) -> bytes:
+    file = io.BytesIO()
+    torch.save({"a": torch.full((1_280_000,), value)}, file)
+    return file.getvalue()
+
+
+WEIGHTS, OTHERS = saved(1.0), saved(2.0)  # 5 MB
+SAFETENSORS = safetensors.torch.save({"a": torch.ones(1000)})
 SHA256 = hashlib.sha256(WEIGHTS).hexdigest()
 
 
@@ -84,7 +98,6 @@ def test_what_came_is_kept_for_the_next_call(served: Served, address: str) -> No
     served.cuts = [1_500_000, 0, 0, 0, 0]
     message = refused(address, SHA256)
     assert "which are kept for the next try: try again later" in message
-    assert "--weights FILE" in message
     assert left(address) == {".pth.part", ".pth.json"}
     served.cuts = []
     assert download(address, SHA256).read_bytes() == WEIGHTS
@@ -95,8 +108,8 @@ def test_what_came_is_kept_for_the_next_call(served: Served, address: str) -> No
 def test_a_file_that_changed_between_two_tries_begins_anew(served: Served, address: str) -> None:
     served.cuts = [1_500_000, 0, 0, 0, 0]
     refused(address)
-    served.cuts, served.files["best.pth"] = [], WEIGHTS[::-1]
-    assert download(address).read_bytes() == WEIGHTS[::-1]
+    served.cuts, served.files["best.pth"] = [], OTHERS
+    assert download(address).read_bytes() == OTHERS
 
 
 def test_a_part_that_is_whole_already(served: Served, address: str) -> None:
@@ -122,12 +135,128 @@ def test_a_file_that_is_changed_in_the_cache_or_on_the_server(served: Served, ad
     path.unlink()
     assert download(address) == path
     path.unlink()
-    served.files["best.pth"] = WEIGHTS + b"more"
+    served.files["best.pth"] = OTHERS
     message = refused(address)
     assert "the file there has changed since it was first downloaded" in message
     assert f"delete {path}.json" in message
     Path(f"{path}.json").unlink()
-    assert download(address).read_bytes() == WEIGHTS + b"more"
+    assert download(address).read_bytes() == OTHERS
+
+
+@pytest.mark.parametrize("says_version", [True, False])
+def test_a_server_that_cuts_and_cannot_go_on_is_given_up(served: Served, address: str, says_version: bool) -> None:
+    served.goes_on, served.cuts = False, [1_500_000, 1_200_000] * 20
+    served.says_version = says_version
+    message = refused(address)
+    assert re.search(r"begins each try anew, and none got further than 1,\d{3},\d{3} bytes: try again later", message)
+    assert "give the file itself" in message
+    assert len(served.asked("GET", "best.pth")) == module.MOST_TRIES
+    assert left(address) == {".pth.json"}
+
+
+def test_a_server_that_cannot_go_on_but_gets_further(served: Served, address: str) -> None:
+    served.goes_on, served.cuts = False, [1_500_000, 0, 2_500_000, 0, 1_500_000, 3_500_000]
+    assert download(address).read_bytes() == WEIGHTS
+
+
+def test_many_cuts_of_a_server_that_goes_on(served: Served, address: str) -> None:
+    served.cuts = [1_200_000, 0, 0] * 3
+    assert download(address).read_bytes() == WEIGHTS
+    assert len(served.requests) > 2 * module.MOST_TRIES
+
+
+class Hostile:
+    def __reduce__(self) -> Any:
+        return eval, ("1",)
+
+
+def pickled_code() -> bytes:
+    file = io.BytesIO()
+    torch.save({"a": Hostile()}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "its 0 bytes are damaged or cut short. Nothing of it was kept: try again"),
+        (WEIGHTS[:2_000_000], "its 2,000,000 bytes are damaged or cut short. Nothing of it was kept: try again"),
+        (SAFETENSORS[:3000], "its 3,000 bytes are damaged or cut short (Error while deserializing header"),
+        (bytes(5000), "zeros, as an interrupted copy or download leaves them. Nothing of it was kept: try again"),
+        (b'{"error": "busy"}', "got something else: JSON. Nothing of it was kept: try again"),
+        (b"<head></head> a page of a server", "got something else: a web page"),
+        (b"\n<!DOCTYPE html><html>a page of a server", "expected a file of weights, got a web page"),
+        (pickled_code(), "the file wants to run 'eval', which was not done"),
+        (pickle.dumps({"a": 1}, 4) + b" " * 10, "got something else: a pickle that torch.save did not write"),
+    ],
+)
+def test_what_is_no_weights_is_not_kept(served: Served, address: str, content: bytes, message: str) -> None:
+    served.says_length = False
+    served.files["best.pth"] = content
+    said = refused(address)
+    assert said.startswith(f"{address}: expected ")
+    assert message in said
+    assert left(address) == {".pth.json"}
+    served.files["best.pth"] = WEIGHTS
+    assert download(address).read_bytes() == WEIGHTS, "as soon as the server is repaired"
+
+
+def test_a_transfer_that_ends_early_without_a_length(served: Served, address: str) -> None:
+    served.says_length, served.cuts = False, [1_500_000]
+    assert "its 1,500,000 bytes are damaged or cut short" in refused(address)
+    assert download(address).read_bytes() == WEIGHTS
+
+
+def test_a_small_json_is_called_so(tmp_path: Path) -> None:
+    for content, message in ((b'{"a": 1}', "got something else: JSON"), (b"short", "damaged or cut short")):
+        (tmp_path / "w.json").write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_file(tmp_path / "w.json")
+
+
+def test_what_an_earlier_version_kept(served: Served, address: str) -> None:
+    """It put everything that came into the cache, as the address calls it, with its checksum."""
+    served.files["content"] = SAFETENSORS
+    named = download(f"{served.address}/files/content")
+    named.rename(named.with_suffix(""))
+    assert download(f"{served.address}/files/content") == named
+    assert not named.with_suffix("").exists()
+    assert len(served.requests) == 1
+    path = download(address)
+    for content, served_now in ((b"", WEIGHTS), (WEIGHTS[:-9], OTHERS)):
+        path.write_bytes(content)
+        record = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+        Path(f"{path}.json").write_text(json.dumps(record))
+        served.files["best.pth"] = served_now
+        assert download(address).read_bytes() == served_now
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "suffix"),
+    [
+        ("content", SAFETENSORS, ".safetensors"),
+        ("content", WEIGHTS, ".pth"),
+        ("v1.0", SAFETENSORS, ".safetensors"),
+        ("best.pth", SAFETENSORS, ".safetensors"),
+        ("best.safetensors", WEIGHTS, ".pth"),
+        ("best.safetensors", SAFETENSORS, ".safetensors"),
+        ("best.bin", WEIGHTS, ".bin"),
+    ],
+)
+def test_a_file_is_called_what_it_is(
+    served: Served, monkeypatch: pytest.MonkeyPatch, name: str, content: bytes, suffix: str
+) -> None:
+    served.files[name] = content
+    address = f"{served.address}/files/{name}?download=true"
+    path = download(address)
+    assert (path.suffix, path.read_bytes()) == (suffix, content)
+    assert "a" in read_file(path).content
+    assert cached_path(address) == path, "as `ddetr weights list` finds it"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert download(address) == path
+    assert len(served.requests) == 1
+    path.write_bytes(content + b"?")
+    assert "its bytes are not those that came" in refused(address), "and is checked"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +309,7 @@ def test_secrets_in_an_address_are_not_shown(served: Served) -> None:
 def test_no_server_and_offline(monkeypatch: pytest.MonkeyPatch, served: Served, address: str) -> None:
     message = refused("http://127.0.0.1:9/best.pth")
     assert "cannot be downloaded (ConnectError" in message
-    assert "download it where there is a network, and give the file itself: --weights FILE" in message
+    assert message.endswith("Or download it where there is a network, and give the file itself")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "is not in the cache, and HF_HUB_OFFLINE forbids to download it" in refused(address)
     assert served.requests == []
@@ -190,7 +319,7 @@ def test_more_than_any_weights_and_more_than_fits(
     served: Served, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_WEIGHT_BYTES", 1_000_000)
-    assert "expected at most 1,000,000 bytes of weights, it has 5,120,000" in refused(address)
+    assert f"expected at most 1,000,000 bytes of weights, it has {len(WEIGHTS):,}" in refused(address)
     monkeypatch.undo()
     monkeypatch.setenv("DDETR_CACHE", str(cached_path(address).parent))
     usage = shutil.disk_usage("/")
@@ -216,7 +345,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_several_processes_download_once(served: Served, address: str) -> None:
     code = f"from ddetr.weight_files.download import download; print(download({address!r}))"
-    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     paths = {process.communicate(timeout=120)[0].strip() for process in started}
     assert paths == {str(cached_path(address))}
     assert cached_path(address).read_bytes() == WEIGHTS

@@ -1,7 +1,6 @@
 """A bundle read back. It may come from anybody, so nothing in it is believed: types, ranges and sizes are checked
 before anything is computed with them."""
 
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -21,6 +20,7 @@ from ddetr.untrusted import (
     MAX_RUN_BYTES,
     MAX_SIDE,
     MAX_THREADS,
+    is_number,
     parse_json,
     read_text,
 )
@@ -84,13 +84,9 @@ def _is_whole(value: Any, low: float = -(2**63), high: float = 2**64) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value < high
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
 def _is_loss_weight(item: tuple[str, Any]) -> bool:
     name, value = item
-    return value in get_args(Classification) if name == "classification" else _is_number(value)
+    return value in get_args(Classification) if name == "classification" else is_number(value)
 
 
 def _is_auxiliary(item: tuple[str, Any]) -> bool:
@@ -98,11 +94,11 @@ def _is_auxiliary(item: tuple[str, Any]) -> bool:
     name, value = item
     if name in ("denoising", "one_to_many"):
         return _is_whole(value, 0, MAX_NETWORK["num_queries"] + 1)
-    return isinstance(value, bool) if name == "look_forward_twice" else _is_number(value)
+    return isinstance(value, bool) if name == "look_forward_twice" else is_number(value)
 
 
 def _is_loss(value: Any) -> bool:
-    return value is None or value in ("nan", "inf", "-inf") or _is_number(value)
+    return value is None or value in ("nan", "inf", "-inf") or is_number(value)
 
 
 def _is_list(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
@@ -128,7 +124,7 @@ def _is_error(value: Any) -> bool:
 _HEADER: dict[str, Callable[[Any], bool]] = {
     "what": _is_text,
     "step_seed": _is_whole,
-    "num_boxes": lambda value: _is_number(value) and value > 0,
+    "num_boxes": lambda value: is_number(value) and value > 0,
     "images": _is_list(_is_place),
     "categories": lambda value: _is_list(_is_text)(value) and len(value) <= MAX_CLASSES,
     "model": lambda value: isinstance(value, dict),
@@ -186,7 +182,7 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def _is_scaler(value: Any) -> bool:
-    return not value or (isinstance(value, dict) and _is_number(value.get("scale")) and value["scale"] > 0)
+    return not value or (isinstance(value, dict) and is_number(value.get("scale")) and value["scale"] > 0)
 
 
 _STATE: dict[str, Callable[[Any], bool]] = {

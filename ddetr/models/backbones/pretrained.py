@@ -15,6 +15,7 @@ from ddetr.models.backbones.names import AVERAGES, NAMINGS, PREFIXES, Naming, ef
 from ddetr.models.backbones.plain_vit import patch_arguments
 from ddetr.printable import one_line
 from ddetr.weight_files.folders import Weights, read_files
+from ddetr.weight_files.hub import hub_place, is_of_the_hub, why_not_had
 from ddetr.weight_files.pickled import TensorView
 from ddetr.weight_files.state_dicts import state_dicts, tensor_names, without_wrappers
 from ddetr.wording import did_you_mean, first_few, plural
@@ -111,11 +112,7 @@ def create(start: Start, **arguments: Any) -> nn.Module:
         if not start.is_fetched:
             raise
         # A network that is not there, an address that nobody has, a file that is no weights: of several libraries.
-        raise InputError(
-            f"the weights of {start.name!r} could not be had ({type(error).__name__}: {_first_line(error)}). Without a "
-            "network, pass pretrained_backbone=FILE (weights of this backbone, under timm's names or others), "
-            "--weights CHECKPOINT, or pretrained_backbone=false to start from random values (which needs far more data)"
-        ) from error
+        raise _not_had(start, error) from error
 
 
 def check_is_of(start: Start, name: str) -> None:
@@ -127,12 +124,32 @@ def check_is_of(start: Start, name: str) -> None:
     try:
         _, found, _ = timm.models.load_model_config_from_hf(start.name.removeprefix("hf-hub:"))
     except Exception as error:  # of several libraries
+        if is_of_the_hub(error):
+            raise _not_had(start, error, "config.json") from error
         raise InputError(
             f"{start.name}: expected weights that timm has put on the hub (a repository with a config.json of timm), "
-            f"but they could not be had ({type(error).__name__}: {_first_line(error)})"
+            f"but its config.json cannot be read ({type(error).__name__}: {_first_line(error)})"
         ) from error
     if _architecture(str(found)) != _architecture(name):
         raise InputError(f"{start.name}: expected weights of the backbone {name}, got those of {one_line(found)}")
+
+
+def _not_had(start: Start, error: Exception, file: str = "such file") -> InputError:
+    """For weights that timm was to bring; `file` is what it looked for."""
+    import timm
+
+    address = start.name.removeprefix("hf-hub:")
+    if address == start.name:
+        address = timm.models.get_pretrained_cfg(start.name).hf_hub_id or ""
+    place = hub_place(address)
+    why = f"{type(error).__name__}: {_first_line(error)}"
+    if place is not None and is_of_the_hub(error):
+        why = why_not_had(place, error, file)
+    return InputError(
+        f"the weights of {start.name!r} could not be had: {why}. A file of them, whose names may be timm's or others, "
+        "is given by --model.pretrained_backbone FILE; with false it starts from random values, which needs far more "
+        "data"
+    )
 
 
 def size_arguments(name: str) -> tuple[Family, dict[str, Any]]:
@@ -286,10 +303,12 @@ def _why_not(best: _Found | None, names: list[str], own: Mapping[str, Tensor]) -
     held = ", ".join(repr(one_line(name)) for name in names[:2]) or "no tensors"
     if best is None:
         return f"expected the weights of this backbone in timm's names ({wanted} ...), got {held}"
+    counts = [(len(best.missing), "are missing"), (len(best.wrong), "have other shapes")]
+    said = " and ".join(f"{count} {what}" for count, what in counts if count)
     return (
-        f"expected the weights of this backbone in timm's names ({wanted} ...) or others that are known; "
-        f"{len(best.missing)} are missing and {len(best.wrong)} have other shapes, first "
-        f"{(best.missing + best.wrong)[0]!r}. The file holds {held}"
+        f"expected the weights of this backbone in timm's names ({wanted} ...) or others that are known, but of its "
+        f"{len(own)} tensors {said}, first {(best.missing + best.wrong)[0]!r}. The file holds {held}"
+        + (": it is another backbone's" if best.wrong else "")
     )
 
 

@@ -14,6 +14,7 @@ from ddetr.report.card.public import last_part, public_command, without_paths
 from ddetr.report.run_files import RunFiles
 from ddetr.report.tables import CLASS_COLUMNS, class_rows
 from ddetr.report.templates import score
+from ddetr.untrusted import is_number
 from ddetr.weight_files.catalogue import catalogue
 from ddetr.weight_files.hub import hub_place
 
@@ -96,7 +97,7 @@ def _front_matter(
     measured = [
         {"type": name, "name": what, "value": round(float(metrics[name]), 4)}
         for name, what in _CARD_METRICS.items()
-        if _is_number(metrics.get(name))
+        if is_number(metrics.get(name))
     ]
     if measured:
         data = _split(run, "val").get("name") or checkpoint.training.get("data") or "validation"
@@ -123,8 +124,9 @@ def _summary(checkpoint: Checkpoint) -> str:
 def _use(repo: str) -> str:
     return f"""## How to use it
 
+With ddetr installed, as its README says:
+
 ```sh
-pip install ddetr
 ddetr predict --weights {repo} --output predictions image.jpg
 ddetr train --weights {repo} --data PATH    # on images of your own
 ```
@@ -147,7 +149,7 @@ def _results(run: RunFiles, metrics: Mapping[str, Any], *, has_curves: bool) -> 
         f"## Results\n\nCOCO's metrics on {data}: {', '.join(measured)}, after step {_count(metrics.get('step'))}.",
         _table(METRIC_NAMES, [[score(metrics.get(name)) for name in METRIC_NAMES]]),
     ]
-    if _is_number(metrics.get("threshold")):
+    if is_number(metrics.get("threshold")):
         parts.append(
             f"The best F1, {score(metrics.get('f1'))}, is at the score {score(metrics['threshold'])}: objects below it "
             "are not shown where no other threshold is given."
@@ -201,7 +203,7 @@ def _recipe(run: RunFiles, checkpoint: Checkpoint, source: str | None) -> str:
         start = _text(source) if source else f"a file, {_text(last_part(str(begun.get('source'))))}"
         parts.append(f"It started from {start} (sha256 {_text(str(begun.get('sha256'))[:16])}).")
     trained = checkpoint.training
-    if _is_number(trained.get("step")):
+    if is_number(trained.get("step")):
         parts.append(f"These are the weights after step {_count(trained['step'])}.")
     environment = _last_environment(run)
     if command := public_command(environment.get("command"), source):
@@ -218,7 +220,7 @@ def _environment(run: RunFiles) -> str:
     rows = [[label, _text(found[key])] for key, label in _ENVIRONMENT.items() if found.get(key) is not None]
     if isinstance(packages, Mapping):
         rows += [[_text(name), _text(version)] for name, version in packages.items() if name != "torch"]
-    if _is_number(run.seconds) and run.seconds > 0:
+    if is_number(run.seconds) and run.seconds > 0:
         rows.append(["Minutes of training", f"{run.seconds / 60:,.0f}, validations included"])
     return f"## Environment\n\n{_table(('', ''), rows)}" if rows else ""
 
@@ -270,7 +272,3 @@ def _fenced(text: str, language: str) -> str:
 
 def _count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "-"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

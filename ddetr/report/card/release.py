@@ -42,7 +42,7 @@ def write_release(run_path: Path, folder: Path, repo: str, licence: str, *, pict
             f"{one_line(licence)!r}"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} holds something already: choose a new folder")
+        raise InputError(f"{folder} holds something already: choose a new folder with --output")
     run = RunFiles.read(run_path)
     checkpoint, which = _published(run_path)
     build_from_checkpoint(checkpoint)  # what cannot be loaded is not published
