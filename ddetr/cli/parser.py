@@ -38,7 +38,7 @@ class Parser(ArgumentParser):
         # Without allow_abbrev=False a mistyped option could be silently taken for another.
         super().__init__(prog=f"ddetr {command}", description=description, allow_abbrev=False)
         self._from_file: dict[str, tuple[str, Any]] = {}  # option -> the file that sets it and the value there
-        self.said: set[str] = set()  # options that were given, here or in a file: "model.num_queries"
+        self._arguments: list[str] = []
         self._groups: set[str] = set()  # options that jsonargparse takes a file for, such as --optim
         self.after_help = ""  # text for the end of --help, as it stands
 
@@ -51,9 +51,13 @@ class Parser(ArgumentParser):
                 self._check_file(given or value)
             elif name in self._groups and os.path.exists(given or value):
                 self._parse_file(name, given or value)
-        settings = self.instantiate(self.parse_args(arguments))
-        self.said = {*self.parse_args(arguments, defaults=False).keys()}
-        return settings
+        self._arguments = arguments
+        return self.instantiate(self.parse_args(arguments))
+
+    @property
+    def said(self) -> set[str]:
+        """The options that were given to `read`, there or in a file: "model.num_queries"."""
+        return {*self.parse_args(self._arguments, defaults=False).keys()}
 
     def add_group_of_options(self, *names: str) -> None:
         """Hide jsonargparse's `--GROUP FILE` from the help, where `--config` does the same; `--data` is a path here."""
