@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ddetr.checkpoint.class_rows import RowClass
 from ddetr.checkpoint.coco_classes import COCO_CLASSES, UNUSED
-from ddetr.checkpoint.foreign import BODY, COUNTER, SourceWeights, num_class_rows, published_beside, weights_of
+from ddetr.checkpoint.foreign import BODY, COUNTER, SourceWeights, num_class_rows, weights_of
 from ddetr.checkpoint.preprocessing import input_beside
 from ddetr.checkpoint.published import (
     COLORS,
@@ -87,7 +87,7 @@ def read_detector(path: str | Path) -> Checkpoint:
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The arguments of the network in such a file; raises as `read_detector`, and where the weights are not of them."""
-    checkpoint = read_detector(path)
+    checkpoint = recognise(path).checkpoint
     config = portable_config(checkpoint.config)
     check_fits(config, checkpoint.model)
     return config
@@ -103,9 +103,9 @@ def recognise(path: str | Path, weights: Weights | None = None) -> Recognised:
     content, metadata, records, _ = weights
     if is_checkpoint(content, metadata):
         return Recognised(parse_checkpoint(path, FileContent(content, metadata, records)), "ddetr")
-    if isinstance(content, dict) and LIGHTNING in content and COLORS in content:
-        return _of_own_run(path, weights)
     source = weights_of(path, weights)
+    if isinstance(content, dict) and LIGHTNING in content and COLORS in content:
+        return _of_own_run(path, source)
     if (other := architecture_of(source.in_file)) is not None:
         raise InputError(
             f"{path}: expected weights of Deformable DETR, got those of another detector: {other.name}. Its own "
@@ -126,23 +126,24 @@ def recognise(path: str | Path, weights: Weights | None = None) -> Recognised:
     return Recognised(checkpoint, source.kind, source.where, source.left_out, tuple(notes))
 
 
-def _of_own_run(path: Path, weights: Weights) -> Recognised:
+def _of_own_run(path: Path, source: SourceWeights) -> Recognised:
     """The state of a run of ours, which names neither classes nor sizes, by what the run has published beside it."""
-    published = published_beside(path, weights.content)
-    if published is None:
+    if source.published is None:
         raise InputError(
             f"{path}: expected a whole detector, got the state of a run, which names neither classes nor sizes: give "
             "best.pth or last.pth of the run's folder, or put one of them beside it. --resume RUN goes on with the run"
         )
-    config = portable_config(published.config)
-    source = weights_of(path, weights)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in DeformableDETR(**config).state_dict().items()}
-    tensors = {name: value for name, value in source.tensors.items() if name in shapes}
-    counters = {name: value for name, value in tensors.items() if name.endswith(COUNTER)}
-    model = _weights(path, replace(source, tensors=tensors), shapes) | counters
-    checkpoint = replace(published, config=config, model=model, metrics={})
+    config = portable_config(source.published.config)
+    shapes = _shapes(config)
+    of_network = replace(source, tensors={name: value for name, value in source.tensors.items() if name in shapes})
+    checkpoint = replace(source.published, config=config, model=_weights(path, of_network, shapes), metrics={})
     return Recognised(checkpoint, source.kind, source.where, source.left_out)
+
+
+def _shapes(config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Of the tensors of a network, which is built without memory: a few bytes can ask for terabytes."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in DeformableDETR(**config).state_dict().items()}
 
 
 def _check_configuration(path: Path, told: Mapping[str, Any]) -> None:
@@ -211,14 +212,12 @@ def _config(path: Path, source: SourceWeights, notes: list[str]) -> tuple[dict[s
     problems = []
     for backbone in _backbones(path, source):
         try:
-            with torch.device("meta"):  # a few bytes can ask for terabytes
-                network = DeformableDETR(**config | {"backbone": backbone})
+            shapes = _shapes(config | {"backbone": backbone})
         except Exception as error:  # a name from a file may make timm raise anything
             problems.append(
                 str(error) if isinstance(error, InputError) else f"timm cannot build {one_line(backbone)!r}"
             )
             continue
-        shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
         if all(
             name in tensors and tensors[name].shape == shape
             for name, shape in shapes.items()
@@ -293,8 +292,9 @@ def _weights(path: Path, source: SourceWeights, shapes: Mapping[str, torch.Size]
             twin = f"{family}.{only[family]}.{rest.partition('.')[2]}"
         tensor = tensors.get(name, tensors.get(twin))
         if name.endswith(COUNTER):
-            continue
-        if tensor is None:
+            if tensor is not None:
+                weights[name] = tensor
+        elif tensor is None:
             missing.append(name)
         elif tensor.shape != shape or not tensor.is_floating_point():
             raise InputError(

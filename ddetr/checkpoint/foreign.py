@@ -37,7 +37,8 @@ class SourceWeights:
 
     `config` holds those of our constructor's arguments that the file tells; `classes` is None where it names none.
     `where` is where in the file they lie, `others` names tensors that lie beside them, `in_file` has the names of
-    all, as they are in the file, `left_out` is what exists for training alone.
+    all, as they are in the file, `left_out` is what exists for training alone. `published` is what a run of ours has
+    published beside its state, without the weights.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class SourceWeights:
     others: tuple[str, ...] = ()
     in_file: tuple[str, ...] = ()
     left_out: tuple[Remark, ...] = ()
+    published: Checkpoint | None = None
 
     @property
     def two_stage(self) -> bool:
@@ -99,7 +101,7 @@ def read_weights(path: Path) -> SourceWeights:
 def weights_of(path: Path, weights: Weights) -> SourceWeights:
     """As `read_weights`, of what was read from `path`."""
     content, metadata, records, transformers_config = weights
-    where, others, in_file = "", (), ()
+    where, others, in_file, published = "", (), (), None
     if is_checkpoint(content, metadata):
         checkpoint = parse_checkpoint(path, FileContent(content, metadata, records))
         colors = colors_of(checkpoint)
@@ -114,7 +116,7 @@ def weights_of(path: Path, weights: Weights) -> SourceWeights:
         config = _config_of(kind, content, transformers_config)
         config.setdefault("with_box_refine", detector.repeats_box_heads)
         classes = _classes_of(kind, tensors, content, transformers_config)
-        if (published := published_beside(path, content)) is not None:
+        if (published := _published_beside(path, content)) is not None:
             kind, config, classes = "ddetr", published.config, _row_classes(published)
         beside = input_beside(path, kind)
         colors = colors_in(content) if LIGHTNING in content else checked_colors(beside["mean"], beside["std"])
@@ -129,7 +131,7 @@ def weights_of(path: Path, weights: Weights) -> SourceWeights:
     if kind in ("official", "detrex"):
         tensors, more = one_to_one_queries(tensors, config.get("num_queries"))
         left_out += more
-    return SourceWeights(kind, tensors, classes, config, *colors, where, others, in_file, tuple(left_out))
+    return SourceWeights(kind, tensors, classes, config, *colors, where, others, in_file, tuple(left_out), published)
 
 
 def check_is_weights(path: Path) -> None:
@@ -152,9 +154,8 @@ def _row_classes(checkpoint: Checkpoint) -> tuple[RowClass, ...]:
     return tuple(RowClass(name, category.category_id) for name, category in zip(names, checkpoint.categories))
 
 
-def published_beside(path: Path, content: Mapping[Any, Any]) -> Checkpoint | None:
-    """What a run of ours has published beside its state, which itself names no classes; without the weights. None where
-    it is no state or nothing lies there."""
+def _published_beside(path: Path, content: Mapping[Any, Any]) -> Checkpoint | None:
+    """What a run of ours has published beside its state, which itself names no classes; without the weights."""
     if LIGHTNING not in content:
         return None
     for file in (path.with_name("last.pth"), path.with_name("best.pth")):

@@ -20,6 +20,7 @@ from ddetr.untrusted import (
     MAX_RUN_BYTES,
     MAX_TABLE_BYTES,
     MAX_YAML_BYTES,
+    is_number,
     parse_csv,
     parse_json,
     parse_yaml,
@@ -205,7 +206,7 @@ def shown_time(seconds: Any) -> str:
 
 
 def _are_numbers(*values: Any) -> bool:
-    return all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e18 for v in values)
+    return all(is_number(v) and abs(v) < 1e18 for v in values)
 
 
 def _number(cell: str) -> float:

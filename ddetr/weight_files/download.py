@@ -129,16 +129,15 @@ def _repaired(path: Path, named: Path) -> Path | None:
     if not path.is_file():
         return None
     try:
-        return _put(path, named)
+        return _put(path, named, suffix_of_content(path))
     except InputError:
         path.unlink()
         _beside(named, ".json").unlink(missing_ok=True)
         return None
 
 
-def _put(path: Path, named: Path) -> Path:
-    """Move a file to its place in the cache. Raises as `read_file`."""
-    suffix = suffix_of_content(path)
+def _put(path: Path, named: Path, suffix: str) -> Path:
+    """Move a file, whose content has this suffix, to its place in the cache."""
     fits = named.suffix == suffix or (suffix == ".pth" and named.suffix not in ("", ".safetensors"))
     place = named if fits else _beside(named, suffix)
     os.replace(path, place)
@@ -201,7 +200,7 @@ def _bring(address: str, named: Path, sha256: str | None) -> Path:
             "nothing of it was kept. Try again; if it stays so, take the file from its authors and give that"
         )
     try:
-        suffix_of_content(part)
+        suffix = suffix_of_content(part)
     except InputError as error:
         part.unlink()
         reason = str(error).removeprefix(f"{part}: ").removesuffix(f". {COPY_AGAIN}")
@@ -220,7 +219,7 @@ def _bring(address: str, named: Path, sha256: str | None) -> Path:
     remember(sha256=digest, size=part.stat().st_size)
     with part.open("rb+") as file:
         os.fsync(file.fileno())
-    return _put(part, named)
+    return _put(part, named, suffix)
 
 
 def _transfer(

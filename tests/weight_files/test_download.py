@@ -345,7 +345,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_several_processes_download_once(served: Served, address: str) -> None:
     code = f"from ddetr.weight_files.download import download; print(download({address!r}))"
-    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {process.communicate(timeout=120)[0].strip() for process in started}
     assert paths == {str(cached_path(address))}
     assert cached_path(address).read_bytes() == WEIGHTS
